@@ -1,0 +1,108 @@
+"""Every error samegrad raises on purpose, and the exit code each one means.
+
+    SamegradError
+    ├── UsageError              2   an argument, option or config value is wrong; nothing was started
+    ├── CannotSplit             1   the step cannot be split without changing its gradients
+    │   └── FalseNormalise      1   the declared normalise= is not what the loss does
+    ├── BudgetTooSmall          1   no exact plan fits the budget
+    ├── GradientsDiffer         1   a check found other gradients than the plain step's
+    ├── BadInput                3   data, a checkpoint, a plan or a report file is wrong
+    ├── EnvironmentProblem      4   no such device, missing extra, disk full, folder in use
+    ├── OverBudget              5   out of memory, or over the budget, while running
+    └── NonFinite               6   the loss or a gradient is not finite
+
+Each error has three parts by construction, so that none is forgotten: what was *asked*, what was *found*
+(with the place: module path, option, file:line, sample), and what to *do*.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class SamegradError(Exception):
+    """An error with what was asked, what was found and what to do.
+
+    ``file`` and ``option`` name the place when it is a file or a command-line option.
+    """
+
+    exit_code = 70
+    code = "internal"
+
+    def __init__(
+        self, *, asked: str, found: str, do: str, file: str | None = None, option: str | None = None
+    ) -> None:
+        self.asked, self.found, self.do = asked, found, do
+        self.file, self.option = file, option
+        super().__init__(f"{asked}\n  found: {found}\n  do:    {do}")
+
+    @property
+    def hint(self) -> str:
+        return self.do
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes send exceptions by pickle; keyword-only arguments need a rebuilder.
+        return _rebuild, (type(self), self.asked, self.found, self.do, self.file, self.option)
+
+    def to_json(self) -> dict[str, Any]:
+        """The error document of the command line's ``--json``."""
+        return {
+            "error": {
+                "code": self.code,
+                "message": f"{self.asked}: {self.found}",
+                "hint": self.do,
+                "file": self.file,
+                "option": self.option,
+            }
+        }
+
+
+def _rebuild(
+    kind: type[SamegradError], asked: str, found: str, do: str, file: str | None, option: str | None
+) -> SamegradError:
+    return kind(asked=asked, found=found, do=do, file=file, option=option)
+
+
+class UsageError(SamegradError):
+    exit_code, code = 2, "usage"
+
+
+class CannotSplit(SamegradError):
+    exit_code, code = 1, "cannot-split"
+
+
+class FalseNormalise(CannotSplit):
+    code = "false-normalise"
+
+
+class BudgetTooSmall(SamegradError):
+    exit_code, code = 1, "budget-too-small"
+
+
+class GradientsDiffer(SamegradError):
+    exit_code, code = 1, "gradients-differ"
+
+
+class BadInput(SamegradError):
+    exit_code, code = 3, "bad-input"
+
+
+class EnvironmentProblem(SamegradError):
+    exit_code, code = 4, "environment"
+
+
+class OverBudget(SamegradError):
+    exit_code, code = 5, "over-budget"
+
+
+class NonFinite(SamegradError):
+    exit_code, code = 6, "non-finite"
+
+
+def missing_extra(*, package: str, extra: str, wanted_for: str) -> EnvironmentProblem:
+    """The error for a package that an extra brings, with the line that installs it."""
+    return EnvironmentProblem(
+        asked=wanted_for,
+        found=f"the package {package!r} is not installed",
+        do=f"pip install 'samegrad[{extra}]'",
+    )

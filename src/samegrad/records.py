@@ -1,0 +1,367 @@
+"""The nouns between stages: frozen records that go to JSON and come back equal. No torch here.
+
+    DeclaredStep + Budget → Footprint → Plans (a ladder) → Plan → StepResult → Verdict → report
+
+Amounts are bytes, seconds and rows, and every field's name says which. A field that could not be measured is
+None, never filled with something similar. A number that was not measured belongs to a record whose ``origin`` is
+``Origin.PREDICTED``; both kinds are kept and shown side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Self
+
+from samegrad.errors import BadInput
+
+SCHEMA_VERSION = 1
+
+
+class Exactness(enum.IntEnum):
+    """How a lever's or a plan's step relates to the plain step under the same draws; larger is weaker."""
+
+    SAME_BITS = 0
+    SAME_SUM = 1
+    ROUNDED = 2
+    SAME_DISTRIBUTION = 3
+    DIFFERENT_FUNCTION = 4
+
+    def explained(self) -> str:
+        return {
+            Exactness.SAME_BITS: "bit for bit the plain step",
+            Exactness.SAME_SUM: "the same sum in another order: equal up to rounding",
+            Exactness.ROUNDED: "a narrower dtype than declared",
+            Exactness.SAME_DISTRIBUTION: "another random draw",
+            Exactness.DIFFERENT_FUNCTION: "another function",
+        }[self]
+
+
+class Origin(enum.Enum):
+    """Where a number comes from."""
+
+    PREDICTED = "predicted"
+    MEASURED = "measured"
+
+
+class Counting(enum.Enum):
+    """What a byte count counts. Counted tensor bytes are never printed as GPU memory."""
+
+    TENSOR_BYTES = "counted tensor bytes"
+    CUDA_ALLOCATOR = "CUDA allocator"
+
+
+class Category(enum.Enum):
+    """What a live tensor is for."""
+
+    PARAMETERS = "parameters"
+    GRADIENTS = "gradients"
+    OPTIMIZER_STATE = "optimizer_state"
+    BUFFERS = "buffers"
+    INPUTS = "inputs"
+    ACTIVATIONS = "activations"
+    TEMPORARY = "temporary"
+
+
+class Phase(enum.Enum):
+    """Where in the step a moment lies."""
+
+    FORWARD = "forward"
+    LOSS = "loss"
+    BACKWARD = "backward"
+    HANDOFF = "handoff"
+    OPTIMIZER = "optimizer"
+
+
+class KnobOrigin(enum.Enum):
+    """Who set a knob of the plan."""
+
+    PINNED = "pinned"
+    DEFAULT = "default"
+    CHOSEN = "chosen"
+
+
+class Same(enum.Enum):
+    """The answer of a verification."""
+
+    SAME = "same"
+    DIFFERS = "differs"
+    UNPROVEN = "unproven"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of all records: strict JSON both ways. Not-finite floats become null, since JSON has no NaN."""
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        document = {"schema_version": SCHEMA_VERSION, "record": type(self).__name__}
+        return document | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, text: str, *, file: str | None = None) -> Self:
+        """The record that ``text`` holds. Raises BadInput naming the field that is missing, unknown or wrong."""
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            place = f"{file or 'text'}:{error.lineno}"
+            raise BadInput(
+                asked=f"read a {cls.__name__}", found=f"{place}: not JSON ({error.msg})",
+                do="give the file that samegrad wrote", file=file,
+            ) from None  # fmt: skip
+        return cls.from_dict(document, file=file)
+
+    @classmethod
+    def from_dict(cls, document: Any, *, file: str | None = None) -> Self:
+        def wrong(found: str) -> BadInput:
+            where = f"{file}: " if file else ""
+            return BadInput(
+                asked=f"read a {cls.__name__}", found=where + found,
+                do=f"give a {cls.__name__} that samegrad {SCHEMA_VERSION}.x wrote", file=file,
+            )  # fmt: skip
+
+        if not isinstance(document, dict):
+            raise wrong(f"a {type(document).__name__} where an object is needed")
+        if document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+            raise wrong(f"schema_version {document['schema_version']}, this samegrad reads {SCHEMA_VERSION}")
+        if document.get("record", cls.__name__) != cls.__name__:
+            raise wrong(f"a {document['record']}")
+        hints = typing.get_type_hints(cls)
+        names = {f.name for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in document.items() if k not in ("schema_version", "record")}
+        for name in given.keys() - names:
+            raise wrong(f"unknown field {name!r}")
+        for field in dataclasses.fields(cls):
+            needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if needed and field.name not in given:
+                raise wrong(f"field {field.name!r} is missing")
+        values = {}
+        for name, value in given.items():
+            try:
+                values[name] = _typed(value, hints[name])
+            except (TypeError, ValueError, KeyError) as error:
+                raise wrong(f"field {name!r}: {error}") from None
+        return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.IntEnum):
+        return value.name
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """``value`` from JSON as the type ``hint`` says; TypeError, ValueError or KeyError when it is not one."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        kinds = [a for a in args if a is not type(None)]
+        for kind in kinds[:-1]:
+            try:
+                return _typed(value, kind)
+            except (TypeError, ValueError, KeyError):
+                continue
+        return _typed(value, kinds[-1])
+    if origin is tuple:
+        return tuple(_typed(v, args[0]) for v in _checked(value, list))
+    if origin in (dict, Mapping) or origin is typing.get_origin(Mapping[str, int]):
+        return {_typed(k, args[0]): _typed(v, args[1]) for k, v in _checked(value, dict).items()}
+    if isinstance(hint, type) and issubclass(hint, enum.IntEnum):
+        return hint[value]
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(value)
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_dict(value)
+    if hint is float:
+        # A float that was not finite was written as null.
+        return math.nan if value is None else float(_checked(value, (int, float)))
+    if hint is int and isinstance(value, bool):
+        raise TypeError("true or false where a whole number is needed")
+    return _checked(value, hint)
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not {getattr(kind, '__name__', 'a number')}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget(Record):
+    """Bytes a step may hold on one device, and where that number was taken from.
+
+    ``counting``: on CUDA what this process's allocator reserves, on the CPU counted tensor bytes.
+    ``source``: "--budget 6GiB", or what was free and how that was read.
+    """
+
+    total_bytes: int
+    device: str
+    counting: Counting
+    source: str
+    host_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseLaw(Record):
+    """Bytes live at the peak of one phase: ``fixed + per_chunk_row · rows + per_batch_row · batch rows``.
+
+    Fitted on probes of the real step; ``largest_residual_bytes`` is what the fit leaves at the probes.
+    """
+
+    phase: Phase
+    fixed_bytes: float
+    per_chunk_row_bytes: float
+    per_batch_row_bytes: float
+    largest_residual_bytes: float = 0.0
+
+    def peak_bytes(self, *, rows: int, batch_rows: int) -> int:
+        per_rows = self.per_chunk_row_bytes * rows + self.per_batch_row_bytes * batch_rows
+        return math.ceil(self.fixed_bytes + per_rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimelinePoint(Record):
+    """Live bytes by category at one moment of a step."""
+
+    position_fraction: float
+    phase: Phase
+    live_bytes: dict[Category, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Footprint(Record):
+    """What a step holds and how long it takes, at a number of rows at a time.
+
+    ``rows`` of ``batch_rows`` at a time. ``by_category`` is what is live at the peak, ``by_phase`` the peak inside
+    each phase. ``laws`` predict the peak at other row counts. ``resident_bytes`` (parameters, gradients, optimizer
+    state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
+    ``steady_cap_bytes``, ``smallest_cap_bytes`` and ``by_module`` are absent until they are measured.
+    """
+
+    device: str
+    counting: Counting
+    origin: Origin
+    basis: str
+    rows: int
+    batch_rows: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int | None = None
+    steady_cap_bytes: int | None = None
+    smallest_cap_bytes: int | None = None
+    seconds: float | None = None
+    forwards_per_step: int = 1
+    seconds_per_row: float | None = None
+    seconds_per_chunk: float | None = None
+    by_category: dict[Category, int] = dataclasses.field(default_factory=dict)
+    by_phase: dict[Phase, int] = dataclasses.field(default_factory=dict)
+    by_module: dict[str, int] = dataclasses.field(default_factory=dict)
+    resident_bytes: dict[Category, int] = dataclasses.field(default_factory=dict)
+    laws: tuple[PhaseLaw, ...] = ()
+    timeline: tuple[TimelinePoint, ...] = ()
+
+    def predicted_peak_bytes(self, *, rows: int, batch_rows: int | None = None) -> int:
+        """Peak bytes at ``rows`` at a time, by the laws; the largest phase decides."""
+        whole = self.batch_rows if batch_rows is None else batch_rows
+        return max(law.peak_bytes(rows=min(rows, whole), batch_rows=whole) for law in self.laws)
+
+    def predicted_seconds(self, *, rows: int) -> float | None:
+        if self.seconds_per_row is None or self.seconds_per_chunk is None:
+            return None
+        chunks = -(-self.batch_rows // min(rows, self.batch_rows))
+        return self.seconds_per_row * self.batch_rows + self.seconds_per_chunk * chunks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Record):
+    """How a step is run: ``levers`` maps a lever's name to its knobs. A saved plan is a plan re-applied.
+
+    ``knob_origins`` maps ``"lever.knob"`` to who set it; ``reasons`` says in plain words why each lever was taken,
+    refused or not needed. ``signature`` is the shape of the batch and the model the plan was made for.
+    """
+
+    levers: dict[str, dict[str, Any]]
+    exactness: Exactness
+    batch_rows: int
+    budget: Budget | None = None
+    predicted_peak_bytes: int | None = None
+    predicted_seconds: float | None = None
+    knob_origins: dict[str, KnobOrigin] = dataclasses.field(default_factory=dict)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    signature: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult(Record):
+    """One optimizer step: its loss, time and memory. Peaks are absent where nothing was counting."""
+
+    index: int
+    loss: float
+    seconds: float
+    batch_rows: int
+    grad_norm: float | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    allocator_retries: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check(Record):
+    """One comparison of a verification: the largest error found, the error the contract allows, and where.
+
+    Errors are relative to the scale the contract names; ``passed`` is ``error <= allowed``.
+    """
+
+    name: str
+    passed: bool
+    error: float
+    allowed: float
+    worst: str = ""
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict(Record):
+    """Whether the planned step's gradients, loss and buffers are those of the plain step.
+
+    ``reference`` names what the planned step was compared with: the plain step on the device, on the CPU, or on as
+    many rows as fit; ``rows_checked`` of ``batch_rows`` were in it. UNPROVEN means that only a low precision could be
+    compared, which proves nothing by itself.
+    """
+
+    answer: Same
+    reference: str
+    rows_checked: int
+    batch_rows: int
+    dtype: str
+    max_relative_error: float
+    worst_parameter: str
+    parameters_checked: int
+    buffers_checked: int
+    checks: tuple[Check, ...] = ()
+    seconds: float | None = None
+
+    @property
+    def same(self) -> bool:
+        return self.answer is Same.SAME
