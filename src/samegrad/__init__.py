@@ -33,6 +33,7 @@ _HOMES = {
     "UsageError": "errors",
     "Verdict": "records",
     "choose_plan": "plan.choose",
+    "count_bytes": "measure.counting",
     "measure_step": "settle",
     "open_rows": "data.readers",
     "render_report": "report",

@@ -223,9 +223,10 @@ class Budget(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseLaw(Record):
-    """Bytes live at the peak of one phase: ``fixed + per_chunk_row · rows + per_batch_row · batch rows``.
+    """Bytes live at one moment of a phase: ``fixed + per_chunk_row · rows + per_batch_row · batch rows``.
 
-    Fitted on probes of the real step; ``largest_residual_bytes`` is what the fit leaves at the probes.
+    A phase has as many laws as it has moments that are the largest at some number of rows. Fitted on probes of the
+    real step; ``largest_residual_bytes`` is what the fit leaves at the probes.
     """
 
     phase: Phase
@@ -253,7 +254,9 @@ class Footprint(Record):
     """What a step holds and how long it takes, at a number of rows at a time.
 
     ``rows`` of ``batch_rows`` at a time. ``by_category`` is what is live at the peak, ``by_phase`` the peak inside
-    each phase. ``laws`` predict the peak at other row counts. ``resident_bytes`` (parameters, gradients, optimizer
+    each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step.
+    ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.
+    ``resident_bytes`` (parameters, gradients, optimizer
     state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
     ``steady_cap_bytes``, ``smallest_cap_bytes`` and ``by_module`` are absent until they are measured.
     """
@@ -277,12 +280,15 @@ class Footprint(Record):
     by_module: dict[str, int] = dataclasses.field(default_factory=dict)
     resident_bytes: dict[Category, int] = dataclasses.field(default_factory=dict)
     laws: tuple[PhaseLaw, ...] = ()
+    plain_laws: tuple[PhaseLaw, ...] = ()
+    refusals: dict[str, str] = dataclasses.field(default_factory=dict)
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
     timeline: tuple[TimelinePoint, ...] = ()
 
-    def predicted_peak_bytes(self, *, rows: int, batch_rows: int | None = None) -> int:
-        """Peak bytes at ``rows`` at a time, by the laws; the largest phase decides."""
-        whole = self.batch_rows if batch_rows is None else batch_rows
-        return max(law.peak_bytes(rows=min(rows, whole), batch_rows=whole) for law in self.laws)
+    def predicted_peak_bytes(self, *, rows: int) -> int:
+        """Peak bytes at ``rows`` at a time, by the laws; the largest phase decides. All rows is the plain step."""
+        laws = self.plain_laws if rows >= self.batch_rows else self.laws
+        return max(law.peak_bytes(rows=min(rows, self.batch_rows), batch_rows=self.batch_rows) for law in laws)
 
     def predicted_seconds(self, *, rows: int) -> float | None:
         if self.seconds_per_row is None or self.seconds_per_chunk is None:

@@ -1,0 +1,13 @@
+"""The command line. ``main.py`` picks a subcommand and imports its file only then.
+
+    main.py        names → files, exit codes, the last line of defence
+    boundary.py    what ends a command, and the exit code and text it becomes
+    console.py     results on stdout, everything else on stderr
+    options.py     flags shared by commands; flags + environment + files → one resolved set with origins
+    values.py      text → typed value, one rule for flags, environment and files
+    config_files.py   YAML and JSON with lines, strict
+    target.py      a recipe's name or ``file.py:function``
+    stopping.py    SIGTERM and Ctrl-C → a flag read between steps
+
+Nothing here imports torch at module level except through a subcommand that runs a step.
+"""

@@ -1,0 +1,127 @@
+"""What ends a command, turned into an exit code and a text; the last line of defence around every subcommand.
+
+    0 done or yes · 1 the verdict is no · 2 usage · 3 bad input · 4 environment · 5 out of memory or over budget
+    6 not finite · 70 a bug in us, traceback saved · 75 stopped by SIGTERM · 130 stopped by Ctrl-C
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sysconfig
+import tempfile
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from samegrad.cli.console import Console
+from samegrad.cli.stopping import Stopped
+from samegrad.errors import BadInput, EnvironmentProblem, SamegradError
+
+INTERNAL = 70
+_ENVIRONMENT = {
+    errno.ENOSPC: "no space is left on the device",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.EROFS: "the file system is read-only",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than allowed",
+}
+
+
+class Boundary:
+    """A ``with`` block whose every ending has an exit code, in ``code`` afterwards.
+
+    ``debug`` lets the traceback through to the terminal as well; without it a person sees what was asked, what was
+    found and what to do.
+    """
+
+    def __init__(self, console: Console, *, debug: bool) -> None:
+        self.console, self.debug, self.code = console, debug, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, place: TracebackType | None
+    ) -> bool:
+        if error is None:
+            return True
+        if self.debug and not isinstance(error, SystemExit):
+            self.console.error("".join(traceback.format_exception(error)))
+        match error:
+            case SamegradError():
+                self._tell(error)
+            case SystemExit():
+                self.code = error.code if isinstance(error.code, int) else 0 if error.code is None else 2
+            case Stopped():
+                self._stopped(error.exit_code, str(error), error.saved)
+            case KeyboardInterrupt():
+                self._stopped(130, "stopped by Ctrl-C", None)
+            case OSError() if error.errno in _ENVIRONMENT:
+                self._tell(_environment(error))
+            case _:
+                self._bug(error)
+        return True
+
+    def _tell(self, error: SamegradError) -> None:
+        self.code = error.exit_code
+        self.console.error(f"samegrad: {error}")
+        self.console.document(error.to_json())
+
+    def _stopped(self, code: int, what: str, saved: str | None) -> None:
+        self.code = code
+        hint = f"continue with --resume; saved in {saved}" if saved else "nothing was begun that needs saving"
+        self.console.error(f"samegrad: {what}; {hint}")
+        self.console.document(
+            {"error": {"code": "stopped", "message": what, "hint": hint, "file": saved, "option": None}}
+        )
+
+    def _bug(self, error: BaseException) -> None:
+        path = save_traceback(error)
+        # The last line of a traceback says what; the saved file says where.
+        what = traceback.format_exception_only(error)[-1].strip()
+        theirs = users_line(error)
+        if theirs is not None:
+            do = f"correct it there; the traceback is in {path}, and --debug shows it"
+            self._tell(BadInput(asked="run your code", found=f"{theirs}: {what}", do=do, file=path))
+            return
+        self.code = INTERNAL
+        hint = f"the traceback is in {path}; please report it with that file, or look with --debug"
+        self.console.error(f"samegrad: an error that samegrad does not know: {what}\n  do:    {hint}")
+        self.console.document(
+            {"error": {"code": "internal", "message": what, "hint": hint, "file": path, "option": None}}
+        )
+
+
+def users_line(error: BaseException) -> str | None:
+    """``file.py:12`` where a user's own code raised ``error``; None where samegrad did.
+
+    Frames of libraries are passed over: what calls them wrongly is the code around them.
+    """
+    libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(str(Path(__file__).parent.parent)):
+            return None
+        if not frame.filename.startswith((*libraries, "<")):
+            return f"{frame.filename}:{frame.lineno}"
+    return None
+
+
+def save_traceback(error: BaseException) -> str:
+    """Path of a new file that holds the traceback of ``error``."""
+    handle, path = tempfile.mkstemp(prefix="samegrad-traceback-", suffix=".txt")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.writelines(traceback.format_exception(error))
+    return path
+
+
+def _environment(error: OSError) -> EnvironmentProblem:
+    path = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else "a file"
+    return EnvironmentProblem(
+        asked=f"use {path}",
+        found=_ENVIRONMENT[error.errno or 0],
+        do="choose another folder with --output, or make room",
+        file=str(path),
+    )

@@ -1,0 +1,125 @@
+"""Results on stdout, everything else on stderr.
+
+1. With ``--json`` stdout holds exactly one JSON document, on success and on failure; nothing else is written there.
+2. Progress is drawn only on a terminal, and not with ``--quiet`` or ``--json``.
+3. Text from users, files and data is stripped of control characters and never read as markup.
+4. A reader that closes stdout early ends the output, not the command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from samegrad.errors import EnvironmentProblem
+from samegrad.records import SCHEMA_VERSION
+from samegrad.report.words import clean_block
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.console import RenderableType
+    from rich.progress import Progress
+
+class Console:
+    """The two streams of one command, and whether they are talked to."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False, color: bool = True) -> None:
+        self.json, self.quiet, self.verbose, self.color = json, quiet, verbose, color
+        self.answered = False
+
+    def result(self, text: str = "") -> None:
+        """One paragraph of the result, for a person; silent with ``--json``."""
+        if not self.json:
+            _write(sys.stdout, clean_block(text) + "\n")
+
+    def document(self, document: Mapping[str, Any]) -> None:
+        """The JSON document; silent without ``--json``. Not-finite floats must have become null before."""
+        if self.json and not self.answered:
+            self.answered = True
+            whole = {"schema_version": SCHEMA_VERSION, **document}
+            _write(sys.stdout, json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+    def note(self, text: str) -> None:
+        """One line for the person at the terminal, on stderr."""
+        if not self.quiet:
+            _write(sys.stderr, clean_block(text) + "\n")
+
+    def detail(self, text: str) -> None:
+        """A note for ``--verbose``."""
+        if self.verbose:
+            self.note(text)
+
+    def error(self, text: str) -> None:
+        """What went wrong, on stderr, also with ``--quiet``."""
+        _write(sys.stderr, clean_block(text) + "\n")
+
+    def show(self, *renderables: RenderableType) -> None:
+        """Rich tables and panels on stdout, for a person; silent with ``--json``."""
+        if not self.json:
+            rich = self._rich(sys.stdout)
+            with rich.capture() as captured:
+                for renderable in renderables:
+                    rich.print(renderable, markup=False, highlight=False)
+            _write(sys.stdout, captured.get())
+
+    @contextmanager
+    def progress(self, title: str, total: int | None) -> Iterator[Bar]:
+        """A bar with rate and remaining time on stderr where that is a terminal, else a bar nobody sees."""
+        if self.quiet or self.json or not sys.stderr.isatty():
+            yield Bar(None, title, total)
+            return
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[rate]}", markup=False),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[state]}", markup=False),
+        )
+        with progress.Progress(*columns, console=self._rich(sys.stderr), transient=False) as drawn:
+            yield Bar(drawn, title, total)
+
+    def _rich(self, stream: TextIO) -> RichConsole:
+        from rich.console import Console as RichConsole
+
+        return RichConsole(file=stream, no_color=not self.color or None, highlight=False, markup=False)
+
+
+class Bar:
+    """One line of progress."""
+
+    def __init__(self, drawn: Progress | None, title: str, total: int | None) -> None:
+        self._drawn = drawn
+        self._task = drawn.add_task(clean_block(title), total=total, rate="", state="") if drawn else None
+
+    def advance(self, state: str, *, done: int | None = None) -> None:
+        """One unit further, or ``done`` in all; ``state`` stands at the end of the line."""
+        if self._drawn is None or self._task is None:
+            return
+        step = {"advance": 1} if done is None else {"completed": done}
+        speed = self._drawn.tasks[0].speed
+        rate = "" if not speed else f"{speed:.3g}/s" if speed >= 1 else f"{1 / speed:.3g} s each"
+        self._drawn.update(self._task, rate=rate, state=clean_block(state), **step)  # type: ignore[arg-type]
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        # Rule 4. The interpreter flushes once more at exit and would complain: give it somewhere to write.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except OSError as error:
+        raise EnvironmentProblem(
+            asked="write the result to stdout" if stream is sys.stdout else "write to stderr",
+            found=f"{error.strerror}",
+            do="write it to a place with free space",
+        ) from error

@@ -1,0 +1,100 @@
+"""``samegrad doctor``: what this machine and installation offer and lack; with ``--run``, how a run went."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from samegrad import __version__
+from samegrad.cli.console import Console
+from samegrad.cli.options import parse_line
+from samegrad.cli.run_health import Answer, Finding, examine_run
+from samegrad.units import format_bytes
+
+# What each extra brings, as it is imported.
+EXTRAS = {
+    "recipes": ("sklearn", "skimage", "PIL", "soundfile", "matplotlib", "pyarrow"),
+    "gpu": ("pynvml",),
+    "tensorboard": ("tensorboard",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Paste the output of `samegrad doctor` into an issue."""
+
+    run: Path | None = None
+    """A run folder to judge instead: exit code 1 when a check fails."""
+
+
+def main(argv: Sequence[str], console: Console) -> int:
+    options = parse_line("samegrad doctor", DoctorOptions, argv)
+    findings = examine_run(options.run) if options.run is not None else examine_machine()
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        console.result(f"{finding.answer.value:<7}  {finding.name:<{width}}  {finding.detail}")
+        if finding.do:
+            console.result(f"{'':<7}  {'':<{width}}  do: {finding.do}")
+    console.document({"findings": [finding.to_dict() for finding in findings]})
+    failed = any(finding.answer is Answer.FAILS for finding in findings)
+    return (1 if options.run is not None else 4) if failed else 0
+
+
+def examine_machine() -> tuple[Finding, ...]:
+    return (
+        Finding(
+            name="versions",
+            answer=Answer.OK,
+            detail=f"samegrad {__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}",
+        ),
+        *_torch(),
+        _memory(),
+        _disk(),
+        *(_extra(name, modules) for name, modules in EXTRAS.items()),
+    )
+
+
+def _torch() -> tuple[Finding, ...]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        do = "install torch for this machine: https://pytorch.org/get-started/locally/"
+        return (Finding(name="torch", answer=Answer.FAILS, detail=f"cannot be imported: {error}", do=do),)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = [
+        Finding(name="torch", answer=Answer.OK, detail=torch.__version__),
+        Finding(name="cpu", answer=Answer.OK, detail=f"{cores} cores, torch uses {torch.get_num_threads()} threads"),
+    ]
+    if not torch.cuda.is_available():
+        detail = "none: plans are made and run on the CPU, budgets count tensor bytes"
+        return (*found, Finding(name="cuda", answer=Answer.OK, detail=detail))
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        detail = f"{torch.cuda.get_device_name(index)}, {format_bytes(free)} free of {format_bytes(total)}"
+        found.append(Finding(name=f"cuda:{index}", answer=Answer.OK, detail=detail))
+    return tuple(found)
+
+
+def _disk() -> Finding:
+    usage = shutil.disk_usage(Path.cwd())
+    return Finding(
+        name="disk", answer=Answer.OK, detail=f"{format_bytes(usage.free)} free of {format_bytes(usage.total)} here"
+    )
+
+
+def _extra(name: str, modules: Sequence[str]) -> Finding:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if not missing:
+        return Finding(name=f"extra {name}", answer=Answer.OK, detail="installed")
+    return Finding(
+        name=f"extra {name}",
+        answer=Answer.UNKNOWN,
+        detail=f"not installed: {', '.join(missing)}",
+        do=f"pip install 'samegrad[{name}]', if you want what it is for",
+    )

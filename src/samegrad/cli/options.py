@@ -1,0 +1,254 @@
+"""The options of one command: flags over environment over config files over the recipe over the defaults.
+
+A command's options are frozen dataclasses shown as one flat set of flags; tyro reads the line. What lies below the
+flags (files left to right, then ``SAMEGRAD_*``) becomes tyro's defaults, so flags win wherever they stand on the line.
+Every value remembers where it came from, and all that is wrong, in all sources, is reported together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import tyro
+
+from samegrad.cli.config_files import read_config
+from samegrad.cli.values import Kind, Written, convert, nearest
+from samegrad.errors import UsageError
+
+Part = TypeVar("Part")
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+ENVIRONMENT_PREFIX = "SAMEGRAD_"
+# In config.json beside the options: for people, and to tell a config from another recipe's.
+CONFIG_NOTES = ("schema_version", "samegrad_version", "target")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigOptions:
+    """Where other options come from."""
+
+    config: tuple[Path, ...] = ()
+    """YAML or JSON files with options, read left to right; flags win over them wherever they stand."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """What is printed, and how."""
+
+    json: Switch = False
+    """Print one JSON document on stdout and nothing else there, also on failure."""
+    quiet: Annotated[Switch, tyro.conf.arg(aliases=["-q"])] = False
+    """Only results and errors."""
+    verbose: Annotated[Switch, tyro.conf.arg(aliases=["-v"])] = False
+    """Also say what is done on the way."""
+    no_color: Switch = False
+    """No colours; the environment variable NO_COLOR does the same."""
+    debug: Switch = False
+    """Show Python tracebacks."""
+
+
+# These belong to one line typed by one person: never read from files or the environment.
+_LINE_ONLY = frozenset(f.name for kind in (ConfigOptions, StreamOptions) for f in dataclasses.fields(kind))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a command was asked: its option dataclasses filled in, and for each option where its value came from."""
+
+    parts: tuple[Any, ...]
+    origins: Mapping[str, str]
+
+    def part(self, kind: type[Part]) -> Part:
+        """The filled-in dataclass of type ``kind``."""
+        return next(part for part in self.parts if type(part) is kind)
+
+    def given(self, name: str) -> bool:
+        """Whether somebody set the option: by flag, in the environment or in a file."""
+        return self.origins[name] not in ("default", "recipe")
+
+
+def parse_call(prog: str, kinds: Sequence[type], argv: Sequence[str], *, target: str | None = None) -> Call:
+    """The options in ``argv``, over those of the environment and of the ``--config`` files named in it.
+
+    ``kinds`` are frozen dataclasses without required fields; ConfigOptions and StreamOptions are added to them.
+    ``target`` is the name that a config file may carry. Raises UsageError with everything that is wrong;
+    SystemExit(0) after ``--help``.
+    """
+    kinds = (*kinds, ConfigOptions, StreamOptions)
+    hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    if "-h" in argv or "--help" in argv:
+        _read_line(prog, {kind: kind() for kind in kinds}, ["--help"])
+    words, problems = _words_on_line(argv, hints)
+    values: dict[str, Any] = {}
+    origins = {f.name: _first_origin(kind, f.name) for kind in kinds for f in dataclasses.fields(kind)}
+    settable = {n: h for n, h in hints.items() if n not in _LINE_ONLY}
+    files = [Path(word.text) for word in words.get("config", [])]
+    for layer in (*(_file_layer(path, target) for path in files), _environment_layer(settable)):
+        problems += _lay_over(layer, settable, values, origins)
+    for name, found in words.items():
+        problems += _lay_over({name: _as_one(found, hints[name])}, hints, values, origins)
+    if problems:
+        _refuse(prog, problems)
+    lower = {kind: _filled(kind, values, origins) for kind in kinds}
+    return Call(parts=_read_line(prog, lower, argv), origins=origins)
+
+
+def _first_origin(kind: type, name: str) -> str:
+    """"recipe" for what a recipe's own options class declares, "default" for what it inherits and for ours."""
+    of_recipe = kind.__module__.startswith("samegrad.recipes.") and name in kind.__annotations__
+    return "recipe" if of_recipe else "default"
+
+
+def _words_on_line(argv: Sequence[str], hints: Mapping[str, Any]) -> tuple[dict[str, list[Written]], list[str]]:
+    """The words after each option of ``argv``, and the options that do not exist. Short flags are left to tyro."""
+    words: dict[str, list[Written]] = {}
+    problems = []
+    current: list[Written] = []
+    for token in argv:
+        if re.match("-[A-Za-z]", token):
+            current = []
+            continue
+        if not token.startswith("--"):
+            current.append(Written(text=token, kind=Kind.WORD, where=""))
+            continue
+        head, equals, tail = token.partition("=")
+        name = head[2:].replace("-", "_")
+        negated = name.startswith("no_") and name not in hints and hints.get(name[3:]) is bool
+        name = name[3:] if negated else name
+        where = f"--{name}"
+        if name not in hints:
+            problems.append(f"unknown option '--{name}'{nearest(where, [f'--{n}' for n in hints])}")
+            current = []
+        elif hints[name] is bool:
+            words[name] = [Written(text=str(not negated), kind=Kind.WORD, where=where)]
+            current = []
+        else:
+            current = words[name] = words.get(name, []) if name == "config" else []
+            if equals:
+                current.append(Written(text=tail, kind=Kind.WORD, where=where))
+    located = {
+        name: [dataclasses.replace(word, where=f"--{name}") for word in found] for name, found in words.items()
+    }
+    return {name: found for name, found in located.items() if found}, problems
+
+
+def _as_one(found: list[Written], hint: Any) -> Written:
+    """The words of one option as one value; what follows a scalar's first word is tyro's to refuse."""
+    wants_list = any(typing.get_origin(h) in (tuple, list) for h in (hint, *typing.get_args(hint)))
+    if not wants_list:
+        return found[0]
+    return Written(text="", kind=Kind.LIST, where=found[0].where, items=tuple(found))
+
+
+def _file_layer(path: Path, target: str | None) -> dict[str, Written]:
+    layer = read_config(path)
+    named = layer.get("target")
+    if named is not None and target is not None and named.text != target:
+        raise UsageError(
+            asked=f"--config {path} for {target}",
+            found=f"{named.where}: this config is for {named.text!r}",
+            do=f"run {named.text!r} with it, or remove that line",
+            file=str(path),
+            option="config",
+        )
+    return {name: written for name, written in layer.items() if name not in CONFIG_NOTES}
+
+
+def _environment_layer(hints: Mapping[str, Any]) -> dict[str, Written]:
+    variables = {name: ENVIRONMENT_PREFIX + name.upper() for name in hints}
+    return {
+        name: Written(text=os.environ[variable], kind=Kind.WORD, where=variable)
+        for name, variable in variables.items()
+        if variable in os.environ
+    }
+
+
+def _lay_over(
+    layer: Mapping[str, Written], hints: Mapping[str, Any], values: dict[str, Any], origins: dict[str, str]
+) -> list[str]:
+    """Puts ``layer`` over ``values`` and ``origins``; returns what is wrong in it, one line each."""
+    problems = []
+    for name, written in layer.items():
+        if name not in hints:
+            problems.append(f"{written.where}: unknown option {name!r}{nearest(name, hints)}")
+            continue
+        try:
+            values[name] = convert(written, hints[name])
+            origins[name] = written.where
+        except ValueError as error:
+            in_file = not written.where.startswith(("--", ENVIRONMENT_PREFIX))
+            problems.append(f"{written.where}: {f'{name}: ' if in_file else ''}{error}")
+    return problems
+
+
+def _filled(kind: type, values: Mapping[str, Any], origins: Mapping[str, str]) -> Any:
+    names = {field.name for field in dataclasses.fields(kind)}
+    with _placing(origins):
+        return kind(**{name: value for name, value in values.items() if name in names})
+
+
+@contextlib.contextmanager
+def _placing(origins: Mapping[str, str]) -> typing.Iterator[None]:
+    """Adds to a dataclass's own complaint who wrote the value: it knows the range, only we know the place."""
+    try:
+        yield
+    except UsageError as error:
+        where = origins.get(error.option or "", "default")
+        if where in ("default", "recipe"):
+            raise
+        raise UsageError(
+            asked=error.asked, found=f"{where}: {error.found}", do=error.do,
+            file=where.rpartition(":")[0] or None, option=error.option,
+        ) from None  # fmt: skip
+
+
+def parse_line(prog: str, kind: type[Part], argv: Sequence[str]) -> Part:
+    """The options of a command that takes none from files or the environment; ``kind`` may have required fields.
+
+    Raises UsageError; SystemExit(0) after ``--help``.
+    """
+    filled: Part = _read_line(prog, {kind: None, StreamOptions: StreamOptions()}, argv)[0]
+    return filled
+
+
+def _read_line(prog: str, lower: Mapping[type, Any], argv: Sequence[str]) -> tuple[Any, ...]:
+    """``argv`` read by tyro into each class of ``lower``, over the values given there."""
+    flat = [(_title(kind), tyro.conf.OmitArgPrefixes[kind]) for kind in lower]  # type: ignore[valid-type]
+    fields = [(*field, part) if part is not None else field for field, part in zip(flat, lower.values())]
+    whole = dataclasses.make_dataclass("Options", fields, frozen=True)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(whole, prog=prog, args=list(argv), use_underscores=True, description="")
+    except SystemExit as ending:
+        if ending.code in (0, None):
+            raise
+        # Between the box's title and its first rule stands what is wrong; below, help that --help shows as well.
+        lines = [line.strip("│╭╮╰╯ ") for line in said.getvalue().splitlines()[1:]]
+        told = lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))]
+        _refuse(prog, [" ".join(filter(None, told)) or "the options cannot be read"])
+    return tuple(getattr(parsed, field.name) for field in dataclasses.fields(whole))
+
+
+def _title(kind: type) -> str:
+    """``RunOptions`` as the heading tyro derives from a field's name: ``run``."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__.removesuffix("Options")).lower()
+
+
+def _refuse(prog: str, problems: Sequence[str]) -> NoReturn:
+    place = re.match(r"(.+):\d+: ", problems[0])
+    option = re.search(r"(?:--|option '|: )([a-z_.]+)", problems[0])
+    raise UsageError(
+        asked=prog,
+        found=problems[0] if len(problems) == 1 else "\n    ".join([f"{len(problems)} mistakes", *problems]),
+        do=f"{prog} --help lists every option and what it accepts",
+        file=place[1] if place else None,
+        option=option[1] if option else None,
+    )

@@ -1,0 +1,169 @@
+"""How a run went, read from its records: each check with its number, and nothing claimed from too few steps. No torch.
+
+Fails are facts that a run should not show; UNKNOWN says what is missing to tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samegrad.cli.run_story import read_metrics, read_object, read_record
+from samegrad.errors import BadInput
+from samegrad.records import Plan, StepResult
+from samegrad.units import format_bytes, format_seconds
+
+# Fewer steps say nothing about a trend: the first two pay for warm-up and the optimizer's state.
+FEWEST_STEPS = 6
+WARM_UP_STEPS = 2
+STABLE_FRACTION = 0.02
+SLOWER_FRACTION = 0.5
+
+
+class Answer(enum.Enum):
+    OK = "ok"
+    FAILS = "fails"
+    UNKNOWN = "unknown"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One check: its answer, the numbers behind it, and what to do when it fails."""
+
+    name: str
+    answer: Answer
+    detail: str
+    do: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return {"name": self.name, "answer": self.answer.value, "detail": self.detail, "do": self.do}
+
+
+def examine_run(folder: Path) -> tuple[Finding, ...]:
+    """The findings on the run in ``folder``. Raises BadInput when it holds no run."""
+    status = read_object(folder / "status.json")
+    if not status:
+        raise BadInput(
+            asked=f"doctor --run {folder}",
+            found="no status.json in it" if folder.is_dir() else "no such folder",
+            do="give the folder that `samegrad run` printed",
+            file=str(folder),
+        )
+    lines = read_metrics(folder / "metrics.jsonl")
+    plan = read_record(folder / "plan.json", Plan)
+    return (
+        _ended(status),
+        _out_of_memory(status, lines.results),
+        _within_budget(lines.results, plan),
+        _stable(lines.results),
+        _finite(lines.results),
+        _falling(lines.results),
+        _in_time(lines.results, plan),
+    )
+
+
+def _ended(status: Mapping[str, Any]) -> Finding:
+    state = str(status.get("state"))
+    answer = {"done": Answer.OK, "failed": Answer.FAILS}.get(state, Answer.UNKNOWN)
+    detail = f"{state}, exit code {status.get('exit_code')}" if "exit_code" in status else state
+    return Finding(name="ended", answer=answer, detail=detail, do="" if answer is Answer.OK else "--resume continues it")
+
+
+def _out_of_memory(status: Mapping[str, Any], results: Sequence[StepResult]) -> Finding:
+    retries = sum(result.allocator_retries or 0 for result in results)
+    over = status.get("error_code") == "over-budget"
+    return Finding(
+        name="no out-of-memory",
+        answer=Answer.FAILS if over or retries else Answer.OK,
+        detail=f"{'the run ended out of memory' if over else 'none'}; {retries} allocator retries",
+        do="give a smaller --budget, so that the plan takes fewer rows at a time" if over or retries else "",
+    )
+
+
+def peaks_of(results: Sequence[StepResult]) -> list[int]:
+    """The peak bytes of each step that counted them, reserved ones where the device has them."""
+    found = [r.peak_reserved_bytes if r.peak_reserved_bytes is not None else r.peak_allocated_bytes for r in results]
+    return [peak for peak in found if peak is not None]
+
+
+def _within_budget(results: Sequence[StepResult], plan: Plan | None) -> Finding:
+    name, peaks = "within the budget", peaks_of(results)
+    if plan is None or plan.budget is None or not peaks:
+        return Finding(name=name, answer=Answer.UNKNOWN, detail="no budget or no measured peak was recorded")
+    budget = plan.budget.total_bytes
+    return Finding(
+        name=name,
+        answer=Answer.OK if max(peaks) <= budget else Answer.FAILS,
+        detail=f"peak {format_bytes(max(peaks))} of {format_bytes(budget)} {plan.budget.counting.value}",
+        do="" if max(peaks) <= budget else "report it: a plan that was accepted must hold",
+    )
+
+
+def _stable(results: Sequence[StepResult]) -> Finding:
+    name, peaks = "memory stable", peaks_of(results)[WARM_UP_STEPS:]
+    if len(peaks) + WARM_UP_STEPS < FEWEST_STEPS:
+        return _too_short(name, results)
+    third = max(1, len(peaks) // 3)
+    first, last = statistics.median(peaks[:third]), statistics.median(peaks[-third:])
+    growth = last / first - 1 if first else 0.0
+    return Finding(
+        name=name,
+        answer=Answer.OK if growth <= STABLE_FRACTION else Answer.FAILS,
+        detail=f"median peak {format_bytes(first)} in the first third, {format_bytes(last)} in the last ({growth:+.1%})",
+        do="" if growth <= STABLE_FRACTION else "look for losses or outputs that are kept with their graph",
+    )
+
+
+def _finite(results: Sequence[StepResult]) -> Finding:
+    wrong = [result.index for result in results if not math.isfinite(result.loss)]
+    return Finding(
+        name="losses finite",
+        answer=Answer.FAILS if wrong else Answer.OK if results else Answer.UNKNOWN,
+        detail=f"{len(wrong)} of {len(results)} not finite" + (f", first at step {wrong[0]}" if wrong else ""),
+        do="lower the learning rate, or train in float32" if wrong else "",
+    )
+
+
+def _falling(results: Sequence[StepResult]) -> Finding:
+    name, losses = "losses falling", [result.loss for result in results if math.isfinite(result.loss)]
+    if len(losses) < FEWEST_STEPS:
+        return _too_short(name, results)
+    third = len(losses) // 3
+    first, last = statistics.median(losses[:third]), statistics.median(losses[-third:])
+    return Finding(
+        name=name,
+        answer=Answer.OK if last < first else Answer.FAILS,
+        detail=f"median {first:.4g} in the first third, {last:.4g} in the last ({len(losses)} steps)",
+        do="" if last < first else "train longer, or change the learning rate",
+    )
+
+
+def _in_time(results: Sequence[StepResult], plan: Plan | None) -> Finding:
+    name, seconds = "step time as planned", [result.seconds for result in results[WARM_UP_STEPS:]]
+    if plan is None or plan.predicted_seconds is None:
+        return Finding(name=name, answer=Answer.UNKNOWN, detail="the plan predicts no time")
+    if len(results) < FEWEST_STEPS:
+        return _too_short(name, results)
+    median = statistics.median(seconds)
+    ratio = median / plan.predicted_seconds if plan.predicted_seconds else math.inf
+    slow = ratio > 1 + SLOWER_FRACTION
+    return Finding(
+        name=name,
+        answer=Answer.FAILS if slow else Answer.OK,
+        detail=f"median {format_seconds(median)}, predicted {format_seconds(plan.predicted_seconds)} ({ratio:.2f} times)",
+        do="see whether something else used the machine, or whether reading the data is slow" if slow else "",
+    )
+
+
+def _too_short(name: str, results: Sequence[StepResult]) -> Finding:
+    return Finding(
+        name=name,
+        answer=Answer.UNKNOWN,
+        detail=f"not enough epochs: {len(results)} steps, {FEWEST_STEPS} are needed to tell",
+        do="train longer",
+    )

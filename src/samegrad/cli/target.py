@@ -1,0 +1,199 @@
+"""What a command works on: a recipe's name, or ``file.py:function`` returning ``(Step, iterable of batches)``.
+
+Names are found and options are read without importing torch; only ``load`` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from samegrad.cli.values import nearest
+from samegrad.errors import BadInput, SamegradError, UsageError
+
+if TYPE_CHECKING:
+    from samegrad import Step
+
+_FILE_TARGET = re.compile(r"(?P<path>.+\.py):(?P<function>[A-Za-z_]\w*)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FunctionOptions:
+    """Passed to the function as keywords of the same names, where it has them."""
+
+    budget: str | None = None
+    """Bytes the step may hold: 6GiB, 512MiB, 80%."""
+    device: str | None = None
+    """Device to train on: cpu, cuda, cuda:1."""
+    random_seed: int = 0
+    """Seed of torch's default generator, set before the function is called."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeTarget:
+    name: str
+
+    @property
+    def options_class(self) -> type:
+        """The recipe's options, from its own file; imports no torch."""
+        options: type = importlib.import_module(f"samegrad.recipes.{self.name}.options").Options
+        return options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FunctionTarget:
+    path: Path
+    function: str
+    options_class: type = FunctionOptions
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}:{self.function}"
+
+    def load(self, options: FunctionOptions, given: Iterable[str]) -> tuple[Step, Iterable[Any]]:
+        """What the function returns, called with the options it takes; ``given`` are those somebody set.
+
+        Raises UsageError for an option it does not take, BadInput for a file or function that is not there or
+        fails.
+        """
+        import torch
+
+        from samegrad import Step
+
+        with UserCode(self):
+            function = getattr(_load_module(self.path), self.function, None)
+        if not callable(function):
+            raise BadInput(
+                asked=self.name, found=f"{self.path} has no function {self.function!r}",
+                do="name a function that returns (samegrad.Step(...), batches)", file=str(self.path),
+            )  # fmt: skip
+        keywords = _keywords(self.name, function, options, given)
+        # One process, one command: the seed is the command's to set, before the model is made.
+        torch.manual_seed(options.random_seed)
+        with UserCode(self):
+            returned = function(**keywords)
+        match returned:
+            case (Step() as step, batches) if hasattr(batches, "__iter__"):
+                return step, batches
+        raise BadInput(
+            asked=self.name,
+            found=f"the function returned {_shape_of(returned)}",
+            do="return (samegrad.Step(model, loss_fn, ...), batches), where batches can be iterated over",
+            file=str(self.path),
+        )
+
+
+Target = RecipeTarget | FunctionTarget
+
+
+class UserCode:
+    """A ``with`` block that turns what a user's file raises into BadInput with the line in that file."""
+
+    def __init__(self, target: FunctionTarget) -> None:
+        self.target = target
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, SamegradError):
+            return
+        path = str(self.target.path.resolve())
+        lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == path]
+        line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        raise BadInput(
+            asked=self.target.name,
+            found=f"{self.target.path}{f':{line}' if line else ''}: {type(error).__name__}: {error}",
+            do="correct the file; --debug shows the traceback",
+            file=str(self.target.path),
+        ) from error
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come along, by name."""
+    folder = Path(__file__).parent.parent / "recipes"
+    return sorted(path.parent.name for path in folder.glob("*/options.py"))
+
+
+def take_target(command: str, argv: Sequence[str]) -> tuple[Target | None, list[str]]:
+    """The target named in ``argv``, wherever it stands, and the rest; None where none is named.
+
+    Raises UsageError for a first word that is neither a recipe nor ``file.py:function``.
+    """
+    places = [place for place, token in enumerate(argv) if parse_target(token)]
+    # Right behind an option a name may be its value; behind a switch such as --json it is the target all the same.
+    free = [p for p in places if p == 0 or not argv[p - 1].startswith("-") or "=" in argv[p - 1]]
+    for place in (free or places)[:1]:
+        return parse_target(argv[place]), [*argv[:place], *argv[place + 1 :]]
+    if argv and not argv[0].startswith("-"):
+        raise UsageError(
+            asked=f"samegrad {command} {argv[0]}",
+            found=f"{argv[0]!r} is neither a recipe nor file.py:function{nearest(argv[0], recipe_names())}",
+            do=f"use one of {', '.join(recipe_names())}, or path/to/file.py:function",
+        )
+    return None, list(argv)
+
+
+def need_target(command: str, argv: Sequence[str]) -> tuple[Target, list[str]]:
+    """As ``take_target``; raises UsageError when there is none."""
+    target, rest = take_target(command, argv)
+    if target is None:
+        raise UsageError(
+            asked=f"samegrad {command}",
+            found="no target",
+            do=f"name a recipe ({', '.join(recipe_names())}) or file.py:function",
+        )
+    return target, rest
+
+
+def parse_target(token: str) -> Target | None:
+    if token in recipe_names():
+        return RecipeTarget(name=token)
+    match = _FILE_TARGET.fullmatch(token)
+    return FunctionTarget(path=Path(match["path"]), function=match["function"]) if match else None
+
+
+def _load_module(path: Path) -> Any:
+    if not path.is_file():
+        raise BadInput(asked=str(path), found="no such file", do="give the path of a Python file", file=str(path))
+    name = f"samegrad_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise BadInput(asked=str(path), found="not a Python file", do="name a .py file", file=str(path))
+    module = importlib.util.module_from_spec(spec)
+    # As for a script: what lies beside the file can be imported, and the module is found by pickle and dataclasses.
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _keywords(name: str, function: Any, options: FunctionOptions, given: Iterable[str]) -> dict[str, Any]:
+    taken = inspect.signature(function).parameters
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    refused = [option for option in given if option in values and option not in taken and option != "random_seed"]
+    if refused:
+        raise UsageError(
+            asked=f"--{refused[0]} for {name}",
+            found=f"{name.rpartition(':')[2]}() has no parameter {refused[0]!r}",
+            do=f"add the parameter {refused[0]!r} to the function and pass it to samegrad.Step, or leave it out",
+            option=refused[0],
+        )
+    return {option: value for option, value in values.items() if option in taken and value is not None}
+
+
+def _shape_of(returned: Any) -> str:
+    if isinstance(returned, tuple):
+        return f"a tuple of {', '.join(type(part).__name__ for part in returned) or 'nothing'}"
+    return f"a {type(returned).__name__}"

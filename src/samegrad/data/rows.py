@@ -1,0 +1,386 @@
+"""Rows that stay on the host or on disk: read a few at a time, in any order, never copied whole.
+
+1. A ``Rows`` is pieces of memory plus an order. Subsets, splits and epochs change the order alone: eight bytes a
+   row, and nothing at all for slices.
+2. ``read`` hands out memory of its own, so that nothing done to a chunk can reach the user's data.
+3. Rows move as integers of their width: bytes in, the same bytes out, whatever the dtype is able to compute.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from samegrad import trees
+from samegrad.data.orders import permutation, row_indices
+from samegrad.errors import BadInput, UsageError
+from samegrad.units import format_bytes
+
+# Rows whose reading order differs from their order in memory pass through this much scratch at a time.
+_SCRATCH_BYTES = 4 * 2**20
+_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileStamp:
+    """A mapped file as it was when it was opened."""
+
+    path: str
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: str) -> FileStamp:
+        status = os.stat(path)
+        return cls(path=path, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)
+
+    def check(self) -> None:
+        """Raise BadInput when the file is gone or another; reading past a shortened file would kill the process."""
+        try:
+            now = FileStamp.of(self.path)
+        except FileNotFoundError:
+            found = "the file is no longer there"
+        else:
+            if now == self:
+                return
+            found = f"the file changed while it was open ({self.size_bytes} bytes then, {now.size_bytes} now)"
+        raise BadInput(
+            asked=f"read rows of {self.path}",
+            found=found,
+            do="leave data files as they are while a run reads them, then start again",
+            file=self.path,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Consecutive rows in one host tensor, axis 0 the rows.
+
+    ``origins`` names where they came from, (name, rows) in order. ``mapped`` rows live in a file and are paged in
+    as they are read; ``stamp`` is that file when samegrad mapped it itself.
+    """
+
+    values: Tensor
+    origins: tuple[tuple[str, int], ...]
+    mapped: bool
+    stamp: FileStamp | None = None
+
+
+Source = Tensor | NDArray[Any] | Piece
+
+
+class Rows:
+    """Rows of one shape and dtype in host memory or on disk, read by position; a ``trees.RowSource``.
+
+    ``source`` is a host tensor, a numpy array (``np.memmap`` included), or several of them one after another; axis
+    0 is the rows. Nothing is copied. ``name`` is used in messages. Raises BadInput for what cannot be held so.
+    """
+
+    _pieces: tuple[Piece, ...]
+    _starts: Tensor
+    _order: range | Tensor
+    _dtype: torch.dtype
+    _scale: float | None
+
+    def __init__(self, source: Source | Sequence[Source], *, name: str | None = None) -> None:
+        sources = list(source) if isinstance(source, Sequence) else [source]
+        names = [name] if len(sources) == 1 or name is None else [f"{name}[{i}]" for i in range(len(sources))]
+        self._pieces = tuple(_as_piece(s, n) for s, n in zip(sources, itertools.cycle(names)))
+        if not self._pieces:
+            raise BadInput(
+                asked="rows of a sequence of tensors or arrays",
+                found="the sequence is empty",
+                do="give at least one tensor or array",
+            )
+        first = self._pieces[0]
+        for piece in self._pieces[1:]:
+            if _kind(piece) != _kind(first):
+                raise BadInput(
+                    asked="pieces of one row shape and dtype",
+                    found=f"{piece.origins[0][0]} has {_kind(piece)}, {first.origins[0][0]} has {_kind(first)}",
+                    do="convert the pieces to one dtype and width first",
+                )
+        lengths = [piece.values.shape[0] for piece in self._pieces]
+        self._starts = torch.tensor([0, *itertools.accumulate(lengths)], device="cpu")
+        self._order = range(sum(lengths))
+        self._dtype = first.values.dtype
+        self._scale = None
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __repr__(self) -> str:
+        return f"Rows({self.described})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self._pieces[0].values.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that ``read`` returns."""
+        return self._dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row as ``read`` returns it."""
+        return math.prod(self.shape[1:]) * self._dtype.itemsize
+
+    @property
+    def mapped(self) -> bool:
+        """Whether every row lies in a file and is paged in when it is read."""
+        return all(piece.mapped for piece in self._pieces)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Host bytes held: the unmapped rows, and eight bytes a row where there is an index order."""
+        held = [piece.values for piece in self._pieces if not piece.mapped]
+        return trees.storage_bytes(held if isinstance(self._order, range) else [*held, self._order])
+
+    @property
+    def described(self) -> str:
+        """Name, shape, dtype, bytes and place in one line, for people."""
+        names = [name for piece in self._pieces for name, _ in piece.origins]
+        name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        size = " x ".join(map(str, self.shape)) + " " + str(self._dtype).removeprefix("torch.")
+        some = any(piece.mapped for piece in self._pieces)
+        where = "mapped from disk" if self.mapped else "partly mapped from disk" if some else "in host memory"
+        whole = int(self._starts[-1])
+        in_full = isinstance(self._order, range) and self._order == range(whole)
+        order = "" if in_full else f", selected from {whole} rows"
+        return f"{name}: {size} ({format_bytes(len(self) * self.row_bytes)}), {where}{order}"
+
+    def place(self, row: int) -> str:
+        """Where row ``row`` comes from, as ``"acts/part_02.parquet row 17"``."""
+        position = int(self._order[row])
+        for name, rows in (origin for piece in self._pieces for origin in piece.origins):
+            if position < rows:
+                return f"{name} row {position}"
+            position -= rows
+        raise IndexError(row)
+
+    def subset(self, indices: slice | Sequence[int] | NDArray[Any] | Tensor) -> Rows:
+        """These rows in this order: a slice, or integers as numpy takes them (negative ones count from the end).
+
+        Raises UsageError for indices that are not whole numbers inside the rows.
+        """
+        if isinstance(indices, slice):
+            if isinstance(self._order, range):
+                return self._ordered(self._order[indices])
+            chosen = range(len(self))[indices]
+            if chosen.step == 1:
+                return self._ordered(self._order[chosen.start : chosen.stop])
+            return self._ordered(self._at(_counted(chosen)))
+        return self._ordered(self._at(row_indices(indices, rows=len(self))))
+
+    def shuffled(self, *, seed: int, epoch: int) -> Rows:
+        """The same rows in the order of ``epoch``, a function of (seed, epoch, number of rows) alone.
+
+        Call it on the rows themselves each epoch, not on the last epoch's result.
+        """
+        if epoch < 0:
+            raise UsageError(asked=f"the row order of epoch {epoch}", found="a negative epoch", do="count from 0")
+        return self._ordered(self._at(permutation(len(self), seed=seed, draw=epoch + 1)))
+
+    def split(self, fractions: Sequence[float], *, seed: int) -> tuple[Rows, ...]:
+        """Disjoint subsets, one a fraction, that together are all rows; who goes where is a function of the seed.
+
+        Each part keeps the order of these rows, so that a pass over it walks forward through a file. Raises
+        UsageError unless the fractions are positive and add up to 1.
+        """
+        if not fractions or min(fractions) <= 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-9):
+            raise UsageError(
+                asked=f"split rows by {list(fractions)}",
+                found=f"the fractions add up to {sum(fractions):.6g}" if fractions else "no fractions",
+                do="give positive fractions that add up to 1, for example (0.5, 0.2, 0.3)",
+            )
+        drawn = permutation(len(self), seed=seed, draw=0)
+        cuts = [round(len(self) * share) for share in itertools.accumulate(fractions)]
+        spans = itertools.pairwise([0, *cuts[:-1], len(self)])
+        return tuple(self._ordered(self._at(drawn[a:b].sort().values)) for a, b in spans)
+
+    def converted(self, dtype: torch.dtype, *, scale: float | None = None) -> Rows:
+        """Rows that ``read`` returns as ``row.to(dtype) * scale``; what is stored stays as it is.
+
+        Raises UsageError where that would drop fractions, or when these rows are converted already.
+        """
+        narrowing = self._dtype.is_floating_point and not dtype.is_floating_point
+        already = self._scale is not None or self._dtype != self._pieces[0].values.dtype
+        if narrowing or already or (scale is not None and not dtype.is_floating_point):
+            raise UsageError(
+                asked=f"convert {self._dtype} rows to {dtype}" + ("" if scale is None else f" times {scale:g}"),
+                found="the rows are converted already" if already else "the fractions would be lost",
+                do="convert the original rows once" if already else "convert to a floating-point dtype",
+            )
+        new = copy.copy(self)
+        new._dtype, new._scale = dtype, scale
+        return new
+
+    @torch.no_grad()
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows ``start`` to ``stop``, (stop - start, ...) on the host, in new memory or written into ``out``.
+
+        ``out`` may be pinned. Beside the result at most a few MiB are allocated. Raises UsageError for a span or an
+        ``out`` that does not fit, and BadInput when a mapped file was changed since it was opened.
+        """
+        self._check_read(start, stop, out)
+        shape = (stop - start, *self.shape[1:])
+        target = torch.empty(shape, dtype=self._dtype, device="cpu") if out is None else out
+        for piece in self._pieces:
+            if piece.stamp is not None:
+                piece.stamp.check()
+        order = self._order[start:stop]
+        if isinstance(order, range) and order.step == 1:
+            self._copy_span(order.start, order.stop, target)
+        else:
+            self._gather(_counted(order) if isinstance(order, range) else order, target)
+        return target if self._scale is None else target.mul_(self._scale)
+
+    def _ordered(self, order: range | Tensor) -> Rows:
+        new = copy.copy(self)
+        new._order = order
+        return new
+
+    def _at(self, index: Tensor) -> Tensor:
+        """The order's entries at ``index``, which is overwritten where the order is a range."""
+        if isinstance(self._order, range):
+            return index.mul_(self._order.step).add_(self._order.start)
+        return self._order[index]
+
+    def _check_read(self, start: int, stop: int, out: Tensor | None) -> None:
+        if not 0 <= start <= stop <= len(self):
+            raise UsageError(
+                asked=f"rows {start} to {stop}",
+                found=f"there are {len(self)} rows: {self.described}",
+                do="read spans with 0 <= start <= stop <= len(rows)",
+            )
+        want = (stop - start, *self.shape[1:])
+        if out is not None and (out.shape != want or out.dtype != self._dtype or out.device.type != "cpu"):
+            raise UsageError(
+                asked=f"rows {start} to {stop} written into out=",
+                found=f"out is {tuple(out.shape)} {out.dtype} on {out.device}",
+                do=f"give a host tensor of shape {want} and dtype {self._dtype}",
+            )
+
+    def _copy_span(self, first: int, last: int, target: Tensor) -> None:
+        for piece, start in zip(self._pieces, self._starts.tolist()):
+            a, b = max(first, start), min(last, start + piece.values.shape[0])
+            if a < b:
+                target[a - first : b - first].copy_(piece.values[a - start : b - start])
+
+    def _gather(self, positions: Tensor, target: Tensor) -> None:
+        first = self._pieces[0]
+        alone = len(self._pieces) == 1 and self._dtype == first.values.dtype
+        if alone and (not first.mapped or _ascending(positions)):
+            torch.index_select(_raw(first.values), 0, positions, out=_raw(target))
+            return
+        # Forward through memory and files whatever the order asked for: pages are faulted in once and in sequence.
+        ascending, places = positions.sort()
+        cuts = torch.searchsorted(ascending, self._starts).tolist()
+        block = max(1, _SCRATCH_BYTES // max(1, self.row_bytes))
+        for piece, start, (low, high) in zip(self._pieces, self._starts.tolist(), itertools.pairwise(cuts)):
+            values = _raw(piece.values)
+            for a, b in _blocks(low, high, block):
+                rows = torch.index_select(values, 0, ascending[a:b] - start)
+                as_wanted = rows.view(piece.values.dtype).to(self._dtype)
+                _raw(target).index_copy_(0, places[a:b], _raw(as_wanted))
+
+
+def _blocks(low: int, high: int, block: int) -> Iterator[tuple[int, int]]:
+    return ((a, min(a + block, high)) for a in range(low, high, block))
+
+
+def _counted(steps: range) -> Tensor:
+    return torch.arange(len(steps), device="cpu").mul_(steps.step).add_(steps.start)
+
+
+def _ascending(positions: Tensor) -> bool:
+    return bool((positions[1:] >= positions[:-1]).all())
+
+
+def _raw(values: Tensor) -> Tensor:
+    # rule 3: torch gathers integers for every dtype, but not each dtype itself (uint16, float8)
+    return values.view(_RAW[values.dtype.itemsize]) if values.dtype.itemsize in _RAW else values
+
+
+def _kind(piece: Piece) -> str:
+    shape = " x ".join(map(str, piece.values.shape[1:])) or "one number"
+    return f"{shape} {str(piece.values.dtype).removeprefix('torch.')} a row"
+
+
+def _as_piece(source: Source, name: str | None) -> Piece:
+    if isinstance(source, Piece):
+        return source
+    if not isinstance(source, (Tensor, np.ndarray)):
+        raise BadInput(
+            asked="rows of tensors or numpy arrays",
+            found=f"a {type(source).__name__}",
+            do="give torch tensors, numpy arrays, or a path to sg.open_rows",
+        )
+    array = source if isinstance(source, np.ndarray) else None
+    label = name or (_file_of(array) if array is not None else None) or type(source).__name__.lower()
+    values = source.detach() if isinstance(source, Tensor) else tensor_of(source, name=label)
+    problem = None
+    if values.device.type != "cpu" or values.layout != torch.strided:
+        problem = f"it is on {values.device} with layout {values.layout}"
+    elif values.dim() == 0:
+        problem = "it is a single number"
+    if problem is not None:
+        raise BadInput(
+            asked=f"rows of {label}",
+            found=problem,
+            do="give a dense host tensor with at least one axis; a device tensor is a batch leaf as it is",
+        )
+    mapped = array is not None and _file_of(array) is not None
+    return Piece(values=values, origins=((label, values.shape[0]),), mapped=mapped)
+
+
+def _file_of(array: NDArray[Any]) -> str | None:
+    """The file that ``array`` is a view of, "a mapped file" if it has no name, None for memory."""
+    for owner in _owners(array):
+        if isinstance(owner, np.memmap):
+            return str(owner.filename) if owner.filename is not None else "a mapped file"
+        if isinstance(owner, mmap.mmap):
+            return "a mapped file"
+    return None
+
+
+def _owners(array: NDArray[Any]) -> Iterable[Any]:
+    owner: Any = array
+    while owner is not None:
+        yield owner
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+
+
+class _Readable:
+    """An array's memory without the read-only mark, which torch cannot carry and warns of. Rows never writes."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        address, _ = array.__array_interface__["data"]
+        self.array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+
+
+def tensor_of(array: NDArray[Any], *, name: str) -> Tensor:
+    """A tensor over ``array``'s memory, also when that is read-only: only to be read from. Raises BadInput."""
+    try:
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError("a masked array, whose mask would be lost")
+        return torch.from_numpy(array if array.flags.writeable else np.asarray(_Readable(array)))
+    except (TypeError, ValueError) as error:
+        raise BadInput(
+            asked=f"rows of {name}",
+            found=f"an array of dtype {array.dtype} and strides {array.strides}: {error}",
+            do="give numbers in the machine's byte order: np.ascontiguousarray(array, dtype=np.float32)",
+        ) from None

@@ -1,0 +1,174 @@
+"""What the user declared: a model, a loss of its outputs, and how a batch is fed to the model.
+
+Every stage is given a ``DeclaredStep``; none reaches back to ``Step``. The plain step, which every plan must equal,
+is ``plain_loss(declared, batch).backward()``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.errors import UsageError
+from samegrad.trees import RowLayout
+
+Forward = Callable[[nn.Module, Any], Any]
+Loss = Callable[[Any, Any], Tensor]
+Normalise = Literal["mean", "sum"] | Callable[[Any], Any]
+
+# Keys of a mapping batch that belong to the loss. A model that takes labels would compute its own loss inside.
+LABEL_KEYS = frozenset({"label", "labels", "target", "targets", "y"})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DeclaredStep:
+    """The step as declared. ``loss_fn(outputs, batch)`` is the ordinary full-batch loss, a scalar.
+
+    ``forward(module, batch)`` runs the model on a batch or a chunk of it. ``normalise`` declares the loss a sum over
+    rows ("sum"), a mean over rows ("mean"), or a sum over rows divided by ``normalise(batch)``. ``batch_axes`` says
+    where rows are when their leading axis does not (see ``trees.find_rows``). ``device`` is where the model is.
+    """
+
+    model: nn.Module
+    loss_fn: Loss
+    forward: Forward
+    device: torch.device
+    optimizer: torch.optim.Optimizer | None = None
+    normalise: Normalise | None = None
+    batch_axes: Any = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that computes: what DistributedDataParallel wraps, or the model itself."""
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            network: nn.Module = self.model.module
+            return network
+        return self.model
+
+    @property
+    def loss_module(self) -> nn.Module | None:
+        return self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
+
+    def layout(self, batch: Any) -> RowLayout:
+        return trees.find_rows(batch, self.batch_axes)
+
+    def mode(self) -> str:
+        """Which parts of the model are in training mode; checks made in one mode do not hold in another."""
+        flags = [module.training for module in self.network.modules()]
+        if self.loss_module is not None:
+            flags += [module.training for module in self.loss_module.modules()]
+        return "".join("t" if flag else "e" for flag in flags)
+
+
+def declare(
+    model: nn.Module,
+    loss_fn: Loss,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    forward: Forward | None = None,
+    normalise: Normalise | None = None,
+    batch_axes: Any = None,
+    device: torch.device | str | None = None,
+) -> DeclaredStep:
+    """A DeclaredStep, with the arguments checked. Raises UsageError naming the argument."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            asked="Step(model, loss_fn)",
+            found=f"model is a {type(model).__name__}, not a torch.nn.Module",
+            do="pass the module that holds the parameters; how it is called goes into forward=",
+        )
+    if not callable(loss_fn):
+        raise UsageError(
+            asked="Step(model, loss_fn)",
+            found=f"loss_fn is a {type(loss_fn).__name__}, which cannot be called",
+            do="pass loss_fn(outputs, batch) that returns the full-batch loss",
+        )
+    if isinstance(model, nn.DataParallel):
+        raise UsageError(
+            asked="Step(nn.DataParallel(...), ...)",
+            found="DataParallel scatters each chunk again and copies the model on every forward",
+            do="pass the inner module, or one process per device with DistributedDataParallel and torchrun",
+        )
+    if normalise is not None and normalise not in ("mean", "sum") and not callable(normalise):
+        raise UsageError(
+            asked=f"normalise={normalise!r}",
+            found="neither 'mean', 'sum' nor a function of the batch",
+            do="normalise='mean', normalise='sum', or normalise=lambda batch: (batch[1] != -100).sum()",
+        )
+    return DeclaredStep(
+        model=model,
+        loss_fn=loss_fn,
+        forward=forward if forward is not None else default_forward,
+        device=torch.device(device) if device is not None else _device_of(model),
+        optimizer=optimizer,
+        normalise=normalise,
+        batch_axes=batch_axes,
+    )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        raise UsageError(
+            asked="Step(model, ...) with one device",
+            found=f"the parameters are on {', '.join(sorted(map(str, devices)))}",
+            do="move the model to one device, or name the device of its first layer with device=",
+        )
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def default_forward(module: nn.Module, batch: Any) -> Any:
+    """The model's outputs for ``batch``.
+
+    A tuple or list is called as ``model(batch[0])``; a mapping with the keys that forward takes, labels left out; a
+    tensor as ``model(batch)``. Anything else raises UsageError with the line to paste.
+    """
+    if isinstance(batch, (Tensor, trees.RowSource)):
+        return module(batch)
+    if isinstance(batch, Mapping):
+        taken = _keywords(module)
+        return module(**{k: v for k, v in batch.items() if k not in LABEL_KEYS and taken(k)})
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
+        return module(batch[0])
+    raise UsageError(
+        asked="a default forward for this batch",
+        found=f"the batch is a {type(batch).__name__}, not a tensor, tuple, list or mapping",
+        do="say how the model is called, for example Step(..., forward=lambda model, batch: model(batch.images))",
+    )
+
+
+def _keywords(module: nn.Module) -> Callable[[str], bool]:
+    parameters = inspect.signature(module.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return lambda name: True
+    named = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return lambda name: name in named
+
+
+def plain_loss(declared: DeclaredStep, batch: Any) -> Tensor:
+    """The loss of the unconstrained step on ``batch``, with its graph: what every plan must equal."""
+    return checked_loss(declared.loss_fn(declared.forward(declared.model, batch), batch))
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """``loss`` if it is a scalar tensor with a graph; raises UsageError otherwise."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise UsageError(
+            asked="loss_fn(outputs, batch) -> a scalar tensor",
+            found=f"it returned {shape}",
+            do="reduce the loss to one number, for example with .mean()",
+        )
+    if not loss.requires_grad:
+        raise UsageError(
+            asked="a loss that depends on the parameters",
+            found="the loss has no graph: nothing that requires grad is in it",
+            do="look for .detach(), .item(), torch.no_grad() or frozen parameters on the way to the loss",
+        )
+    return loss.reshape(())

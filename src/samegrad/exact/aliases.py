@@ -1,0 +1,101 @@
+"""Detached twins of a model's parameters, swapped in while chunks run.
+
+A chunk's backward must not touch ``.grad`` nor fire the user's hooks, which belong to the total of all chunks. So
+chunks run on aliases: parameters of their own that share the storage. The swap happens once a step, not once a chunk.
+
+1. A tied parameter has one alias, in every slot where it stands.
+2. Frozen parameters are not swapped.
+3. The swap is undone on every way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Sums over many chunks stop growing in these dtypes (bfloat16 after 128 equal terms), so totals are kept in float32.
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class ParameterAliases:
+    """The trainable parameters of some modules and the slots they stand in, ready to be swapped.
+
+    ``roots`` maps a prefix for names ("" for the model) to a module.
+    """
+
+    def __init__(self, roots: Mapping[str, nn.Module]) -> None:
+        self.roots = dict(roots)
+        self.names: list[str] = []
+        self.parameters: list[nn.Parameter] = []
+        self._slots: list[tuple[nn.Module, str, int]] = []
+        index_of: dict[int, int] = {}
+        for root, module in self.roots.items():
+            for prefix, part in module.named_modules(prefix=root):
+                for name, parameter in part._parameters.items():
+                    if parameter is None or not parameter.requires_grad:
+                        continue
+                    if id(parameter) not in index_of:
+                        index_of[id(parameter)] = len(self.parameters)
+                        self.parameters.append(parameter)
+                        self.names.append(f"{prefix}.{name}" if prefix else name)
+                    self._slots.append((part, name, index_of[id(parameter)]))
+
+    def refreshed(self) -> ParameterAliases:
+        """Aliases of what is trainable now: users freeze, unfreeze and replace parameters between steps."""
+        fresh = ParameterAliases(self.roots)
+        same = len(fresh._slots) == len(self._slots) and all(
+            a[0] is b[0] and a[1] == b[1] and fresh.parameters[a[2]] is self.parameters[b[2]]
+            for a, b in zip(fresh._slots, self._slots)
+        )
+        return self if same else fresh
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[list[nn.Parameter]]:
+        """The aliases, standing in the module in place of the parameters."""
+        aliases = [nn.Parameter(p.detach()) for p in self.parameters]
+        try:
+            for part, name, index in self._slots:
+                part._parameters[name] = aliases[index]
+            yield aliases
+        finally:
+            for part, name, index in self._slots:
+                part._parameters[name] = self.parameters[index]
+
+
+class GradientTotals:
+    """Sums of the gradients that chunks leave on aliases, float32 where the parameter is narrower."""
+
+    def __init__(self, aliases: Sequence[nn.Parameter]) -> None:
+        self._aliases = list(aliases)
+        self._wide: dict[int, Tensor] = {}
+
+    def preallocate(self) -> None:
+        """Static zero accumulators, as a captured chunk needs them: replays add into the same memory."""
+        for index, alias in enumerate(self._aliases):
+            if alias.dtype in NARROW:
+                self._wide[index] = torch.zeros_like(alias, dtype=torch.float32)
+            else:
+                alias.grad = torch.zeros_like(alias)
+
+    def fold(self) -> None:
+        """Moves the last chunk's narrow gradients into their float32 sums. Wide ones already add up in place."""
+        for index, alias in enumerate(self._aliases):
+            if alias.grad is None or alias.dtype not in NARROW:
+                continue
+            if index in self._wide:
+                self._wide[index].add_(alias.grad)
+            else:
+                self._wide[index] = alias.grad.float()
+            alias.grad = None
+
+    def taken(self) -> list[Tensor | None]:
+        """The totals, in the parameters' dtypes, None where no chunk gave a gradient. The sums are given up."""
+        totals: list[Tensor | None] = []
+        for index, alias in enumerate(self._aliases):
+            wide = self._wide.pop(index, None)
+            totals.append(alias.grad if wide is None else wide.to(alias.dtype))
+            alias.grad = None
+        return totals

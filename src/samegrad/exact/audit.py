@@ -1,0 +1,137 @@
+"""Does the loss of a batch follow from the losses of its chunks as claimed? Tried on a few rows.
+
+The gradient of the loss with respect to every output row is taken once on all rows and once on parts of several
+sizes, each part weighted as the claim says. The audit may reject a claim; it never selects one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep
+from samegrad.exact import losses
+from samegrad.exact.aliases import NARROW
+from samegrad.exact.losses import Form
+from samegrad.trees import RowLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """The largest difference the audit found, relative to the largest gradient, and what rounding explains."""
+
+    gradient: float
+    loss: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.gradient <= self.allowed and self.loss <= self.allowed
+
+
+def splits_of(rows: int) -> list[list[int]]:
+    """Uneven ways to part ``rows`` rows: a claim that holds for equal parts only must fail."""
+    if rows < 2:
+        return []
+    if rows == 2:
+        return [[1, 1]]
+    middle = max(1, rows // 3)
+    return [[middle, rows - middle], [1, 1, rows - 2]]
+
+
+def audit(
+    declared: DeclaredStep, outputs: Any, batch: Any, layout: RowLayout, form: Form | None
+) -> Residual | None:
+    """The residual of the claim on these rows, or None when they cannot tell (one row, or no gradient at all).
+
+    ``form`` None means the claim is ``declared.normalise``. ``outputs`` are detached rows for ``batch``.
+    """
+    wide = not any(p.dtype in NARROW for p in _owned(declared))
+    outputs, batch = (_widened(outputs), _widened(batch)) if wide else (outputs, batch)
+    worst: Residual | None = None
+    for rows in (outputs, trees.map_tensors(outputs, lambda leaf: leaf.flip(0))):
+        residual = _residual(declared, rows, batch, layout, form)
+        if residual is not None and (worst is None or residual.gradient > worst.gradient):
+            worst = residual
+    return worst
+
+
+def _owned(declared: DeclaredStep) -> list[Tensor]:
+    return [] if declared.loss_module is None else list(declared.loss_module.parameters())
+
+
+def _widened(tree: Any) -> Any:
+    # A half-precision comparison cannot tell a wrong weight from rounding.
+    return trees.map_tensors(tree, lambda leaf: leaf.float() if leaf.dtype in NARROW else leaf)
+
+
+def _residual(
+    declared: DeclaredStep, outputs: Any, batch: Any, layout: RowLayout, form: Form | None
+) -> Residual | None:
+    whole, whole_loss, whole_count = _gradients(declared, outputs, batch, form)
+    scale = max((g.abs().max().item() for g in whole if g is not None and g.numel()), default=0.0)
+    if scale == 0 or not layout.rows > 1:
+        return None
+    gradient = loss = 0.0
+    for sizes in splits_of(layout.rows):
+        start, total_loss = 0, 0.0
+        for size in sizes:
+            part = slice(start, start + size)
+            part_outputs = _rows_of(outputs, part)
+            part_batch = trees.slice_rows(batch, layout, start, start + size)
+            mine, my_loss, my_count = _gradients(declared, part_outputs, part_batch, form)
+            share = _share(form, declared, size / layout.rows, my_count, whole_count)
+            start += size
+            for g, total in zip(mine, whole):
+                reference = total[part] if total is not None else 0.0
+                ours = g * share if g is not None and share != 0 else 0.0
+                difference = torch.as_tensor(ours - reference)
+                gradient = max(gradient, difference.abs().max().item() / scale)
+            total_loss += my_loss * share if share != 0 else 0.0
+        loss = max(loss, abs(total_loss - whole_loss) / max(abs(whole_loss), scale))
+    unit = max(torch.finfo(leaf.dtype).eps for leaf in _float_leaves(outputs)) / 2
+    if torch.is_autocast_enabled(declared.device.type):
+        unit = max(unit, torch.finfo(torch.get_autocast_dtype(declared.device.type)).eps / 2)
+    return Residual(gradient=gradient, loss=loss, allowed=128 * unit)
+
+
+def _rows_of(outputs: Any, part: slice) -> Any:
+    return trees.map_tensors(outputs, lambda leaf: leaf[part])
+
+
+def _share(form: Form | None, declared: DeclaredStep, rows: float, count: float, whole_count: float) -> float:
+    if form is Form.ROW_SUM or (form is None and declared.normalise == "sum"):
+        return 1.0
+    if form is Form.ROW_MEAN or (form is None and declared.normalise == "mean"):
+        return rows
+    return count / whole_count if whole_count else 0.0
+
+
+def _float_leaves(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in trees.leaves_of(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _gradients(
+    declared: DeclaredStep, outputs: Any, batch: Any, form: Form | None
+) -> tuple[Sequence[Tensor | None], float, float]:
+    """Gradient of the loss with respect to each output leaf, the loss, and its count where the claim has one."""
+    leaves, spec = trees.flatten(outputs)
+    leaves = [
+        leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        for leaf in leaves
+    ]
+    live = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    with torch.enable_grad():
+        loss = declared.loss_fn(trees.unflatten(leaves, spec), batch)
+    count = 0.0
+    if form is Form.COUNTED:
+        count = losses.count_of(loss).item()
+    elif form is None and callable(declared.normalise):
+        count = float(declared.normalise(batch))
+    gradients = torch.autograd.grad(loss.reshape(()), live, allow_unused=True)
+    return gradients, float(loss.detach()), count

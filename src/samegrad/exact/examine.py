@@ -1,0 +1,138 @@
+"""Everything that must be known of a step before its rows are split, learnt from a few rows of its first batch.
+
+Run once for each shape of batch and mode of the model. What it finds unsafe is refused by name; nothing of the
+user's is left changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep, checked_loss
+from samegrad.errors import CannotSplit, FalseNormalise
+from samegrad.exact import losses
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.audit import audit
+from samegrad.exact.losses import Form, LossForm
+from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach
+from samegrad.exact.undisturbed import Generators, undisturbed
+from samegrad.trees import RowLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+    """How a step may be split.
+
+    ``form`` COUPLED means two passes. ``declared``: the form rests on normalise=. ``count_per_row``: the count of a
+    COUNTED loss that a row brings, as seen on the probe rows. ``module_hooks``: the user's hooks that run per chunk.
+    """
+
+    form: Form
+    reason: str
+    declared: bool = False
+    count_per_row: float = 1.0
+    module_hooks: tuple[str, ...] = ()
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.form is Form.COUPLED else 1
+
+
+def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Examination:
+    """How the step may be split. Raises CannotSplit or FalseNormalise, with the module or the residual named."""
+    _refuse_batch_gradients(batch, layout)
+    rows = min(PROBE_ROWS, layout.rows)
+    few = trees.move(trees.slice_rows(batch, layout, 0, rows), declared.device)
+    others = trees.move(_other_rows(batch, layout, rows), declared.device)
+    few_layout = dataclasses.replace(layout, rows=rows)
+    modules = [declared.network] + ([declared.loss_module] if declared.loss_module is not None else [])
+    hooks = _module_hooks(declared.network)
+    with undisturbed(modules, declared.device) as (generators, state):
+        probes = RowProbes(declared, few, few_layout, generators, state)
+        outputs = probes.run(others, few_layout)
+        with aliases.swapped() as standing, torch.enable_grad():
+            check_reach(aliases, declared.forward(declared.network, few), standing)
+        if declared.normalise is not None:
+            _check_declared(declared, outputs, few, few_layout)
+            return Examination(Form.ROW_SUM, "declared by normalise=", declared=True, module_hooks=hooks)
+        form, count = _recognised(declared, outputs, few, few_layout)
+    return Examination(form.form, form.reason, count_per_row=count / rows, module_hooks=hooks)
+
+
+def _other_rows(batch: Any, layout: RowLayout, rows: int) -> Any:
+    """As many further rows, or the same ones in another order where the batch has no more."""
+    if layout.rows >= 2 * rows:
+        return trees.slice_rows(batch, layout, rows, 2 * rows)
+    return trees.take_rows(batch, layout, [(i + 1) % rows for i in range(rows)])
+
+
+def _refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
+    for path, leaf in zip(layout.paths, trees.leaves_of(batch)):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{path} requires grad, and only parameters receive gradients from chunks",
+                do="detach it, or run the step whole with rows=<the batch's rows>",
+            )
+
+
+def _check_declared(declared: DeclaredStep, outputs: Any, few: Any, layout: RowLayout) -> None:
+    generators = Generators(declared.device)
+    residual = audit(declared, outputs, few, layout, None)
+    if generators.advanced():
+        raise FalseNormalise(
+            asked=f"normalise={_named(declared.normalise)}",
+            found="the loss draws random numbers, so the loss of a chunk is another draw than the batch's",
+            do="remove normalise=: with two passes the loss is computed once, on all rows",
+        )
+    if residual is not None and not residual.passed:
+        raise FalseNormalise(
+            asked=f"normalise={_named(declared.normalise)}",
+            found=f"on {layout.rows} rows the loss is not that sum over rows: its gradient differs by "
+            f"{residual.gradient:.2g} of the largest entry and its value by {residual.loss:.2g}, rounding explains "
+            f"{residual.allowed:.1g}",
+            do="remove normalise= (two passes are exact for every loss), or give the count the loss divides by",
+        )
+
+
+def _named(normalise: Any) -> str:
+    return getattr(normalise, "__qualname__", repr(normalise))
+
+
+def _recognised(declared: DeclaredStep, outputs: Any, few: Any, layout: RowLayout) -> tuple[LossForm, float]:
+    """The form the loss graph shows and the audit does not reject, and the count of a COUNTED loss on these rows."""
+    leaves, spec = trees.flatten(outputs)
+    leaves = [
+        leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        for leaf in leaves
+    ]
+    generators = Generators(declared.device)
+    with torch.enable_grad():
+        loss = checked_loss(declared.loss_fn(trees.unflatten(leaves, spec), few))
+    form = losses.recognise(loss, [leaf for leaf in leaves if isinstance(leaf, Tensor)], layout.rows)
+    if form.form is Form.COUPLED:
+        return form, 0.0
+    if generators.advanced():
+        return LossForm(Form.COUPLED, "the loss draws random numbers"), 0.0
+    residual = audit(declared, outputs, few, layout, form.form)
+    if residual is None:
+        return LossForm(Form.COUPLED, "these rows give no gradient to check a single pass with"), 0.0
+    if not residual.passed:
+        text = f"its graph looks like a {form.form.value}, but parts differ by {residual.gradient:.2g}"
+        return LossForm(Form.COUPLED, text), 0.0
+    count = losses.count_of(loss).item() if form.form is Form.COUNTED else 0.0
+    return form, count
+
+
+def _module_hooks(network: nn.Module) -> tuple[str, ...]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return tuple(
+        f"{name or 'the model'} ({type(part).__name__})"
+        for name, part in network.named_modules()
+        if any(getattr(part, kind) for kind in kinds)
+    )

@@ -1,0 +1,87 @@
+"""Totals delivered in one backward: each parameter's hooks fire once, and DDP's reducer is armed once.
+
+``torch.autograd.backward(parameters, totals)`` fires tensor hooks once but skips DDP's reducer, which is armed in
+``ddp.forward``. So one node stands for the whole step; under DDP it goes through ``ddp.forward`` in place of the
+module and holds only parameters that received a gradient, as the plain step's graph would.
+
+1. The node gives up its totals while it runs; otherwise ``AccumulateGrad`` would clone them, a parameter size more.
+2. ``.grad`` is untouched until here, and what stood there is added to, as ``backward()`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class _Deliver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, totals: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.totals = totals
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        # rule 1
+        totals = tuple(ctx.totals)
+        ctx.totals.clear()
+        return (None, *totals)
+
+
+class _Stub(nn.Module):
+    """Stands where the network stood while ``ddp.forward`` runs; holds no parameters of its own."""
+
+    def __init__(self, totals: list[Tensor], parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        # autograd.Function.apply carries no types.
+        apply: Callable[..., Tensor] = cast(Any, _Deliver).apply
+        self._call: Callable[[], Tensor] = lambda: apply(totals, *parameters)
+
+    def forward(self) -> Tensor:
+        return self._call()
+
+
+def hand_over(model: nn.Module, parameters: Sequence[nn.Parameter], totals: list[Tensor | None]) -> None:
+    """Adds ``totals[i]`` to ``parameters[i].grad`` through one backward. ``totals`` is emptied.
+
+    Parameters whose total is None keep ``.grad`` as it is. ``model`` may be a DistributedDataParallel: then the
+    gradients are reduced over the ranks exactly once.
+    """
+    reached = [p for p, total in zip(parameters, totals) if total is not None]
+    given = [total for total in totals if total is not None]
+    totals.clear()
+    if not reached:
+        return
+    stub = _Stub(given, reached)
+    del given
+    with torch.enable_grad():
+        root = _through_reducer(model, stub) if isinstance(model, DistributedDataParallel) else stub()
+    del stub
+    root.backward()
+
+
+def _through_reducer(ddp: DistributedDataParallel, stub: _Stub) -> Tensor:
+    network = ddp._modules["module"]
+    ddp._modules["module"] = stub
+    try:
+        return cast(Tensor, ddp())
+    finally:
+        ddp._modules["module"] = network
+
+
+@contextlib.contextmanager
+def hooks_silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Tensor hooks of ``leaves`` set aside: a partial gradient is being taken, the total will fire them."""
+    hooks = [leaf._backward_hooks for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf._backward_hooks = None
+        yield
+    finally:
+        for leaf, hook in zip(leaves, hooks):
+            leaf._backward_hooks = hook

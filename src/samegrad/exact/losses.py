@@ -1,0 +1,241 @@
+"""What a loss graph is: a mean over rows, a sum over rows, a counted mean, or coupled.
+
+One pass over the chunks is exact only when the loss is a sum over rows divided by something known. That is read from
+the graph of the loss on a few rows: the root must be a weighted sum of recognised reductions, and everything between
+a reduction and the outputs must keep rows apart. Whatever is not recognised is COUPLED, and coupled losses take two
+passes, exact for every loss. A constant that was computed from several rows does not show in a graph, so a
+recognised form must also pass the audit (``exact/audit.py``), which may reject it but never selects one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class Form(enum.Enum):
+    """How the loss of the batch follows from the losses of its chunks."""
+
+    ROW_MEAN = "mean over rows"
+    ROW_SUM = "sum over rows"
+    COUNTED = "sum over rows divided by a count of targets"
+    COUPLED = "couples rows"
+
+
+@dataclasses.dataclass(frozen=True)
+class LossForm:
+    """A form and the reason for it, in words for ``explain``."""
+
+    form: Form
+    reason: str
+
+
+class _Coupled(Exception):
+    """The walk met something that is not recognised; the text names it."""
+
+
+_ELEMENTWISE = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Abs Add Sub Mul Div Neg Exp Exp2 Expm1 Log Log1P Log2 Log10 Sqrt Rsqrt Reciprocal Square Sigmoid "
+        "Tanh Relu Gelu Silu Elu Softplus LogSigmoid LeakyRelu Hardtanh Clamp ClampMin ClampMax Erf Sin Cos "
+        "Atan Atan2 Sign Lerp Where MaskedFill Xlogy Maximum Minimum Clone ToCopy Alias Hypot Sinh Cosh"
+    ).split()
+) | frozenset(
+    f"{name}Backward{variant}"
+    for name in ["Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Clamp", "Xlogy"]
+    for variant in (0, 1, 2)
+)
+# Scalar arithmetic above the reductions.
+_SUMS = frozenset({"AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward0", "RsubBackward1"})
+_SCALINGS = frozenset(
+    {"MulBackward0", "MulBackward1", "DivBackward0", "DivBackward1", "NegBackward0", "ToCopyBackward0"}
+)
+_LOSSES = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "MseLoss SmoothL1Loss HuberLoss SoftMarginLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits "
+        "NllLoss NllLoss2D"
+    ).split()
+)
+_NLL = frozenset({"NllLossBackward0", "NllLoss2DBackward0"})
+_RESHAPES = frozenset(
+    {
+        "ViewBackward0",
+        "UnsafeViewBackward0",
+        "ReshapeAliasBackward0",
+        "SqueezeBackward0",
+        "SqueezeBackward1",
+        "SqueezeBackward2",
+        "UnsqueezeBackward0",
+    }
+)
+_OVER_DIMS = frozenset(
+    {
+        "SumBackward1",
+        "MeanBackward1",
+        "LogsumexpBackward0",
+        "LinalgVectorNormBackward0",
+        "AmaxBackward0",
+        "AminBackward0",
+        "LogSoftmaxBackward0",
+        "SoftmaxBackward0",
+        "SelectBackward0",
+        "GatherBackward0",
+        "SliceBackward0",
+        "TransposeBackward0",
+        "PermuteBackward0",
+        "ExpandBackward0",
+    }
+)
+# Values of torch's reduction argument, as graph nodes save it.
+_NONE, _MEAN, _SUM = 0, 1, 2
+
+
+def recognise(loss: Tensor, outputs: Sequence[Tensor], rows: int) -> LossForm:
+    """The form of ``loss``, a scalar computed from ``outputs``: leaves that require grad, ``rows`` rows each."""
+    if loss.grad_fn is None:
+        return LossForm(Form.COUPLED, "the loss is an output itself")
+    allowed = {id(leaf) for leaf in outputs}
+    try:
+        kinds = []
+        for reduction, below in _terms(loss.grad_fn):
+            kinds.append(reduction)
+            _check_rows_apart(below, allowed, rows)
+    except _Coupled as found:
+        return LossForm(Form.COUPLED, str(found))
+    names = sorted({form.value for form in kinds})
+    if len(names) > 1:
+        return LossForm(Form.COUPLED, f"its terms differ in how they are normalised ({' and '.join(names)})")
+    if kinds[0] is Form.COUNTED and len(kinds) > 1:
+        return LossForm(Form.COUPLED, "several terms are divided by counts of their own")
+    return LossForm(kinds[0], f"its graph is a {names[0]}")
+
+
+def count_of(loss: Tensor) -> Tensor:
+    """The denominator of a COUNTED loss on this chunk, () on its device: targets not ignored, or their weights."""
+    assert loss.grad_fn is not None
+    for node in _walk(loss.grad_fn):
+        if node.name() in _NLL:
+            return node._saved_total_weight  # type: ignore[no-any-return]
+    raise AssertionError("a counted loss has a likelihood node")
+
+
+def leaves_under(loss: Tensor) -> list[Tensor]:
+    """Every leaf tensor that requires grad and that ``loss`` depends on."""
+    if loss.grad_fn is None:
+        return [loss] if loss.requires_grad else []
+    return [node.variable for node in _walk(loss.grad_fn) if node.name().endswith("AccumulateGrad")]
+
+
+def _walk(root: Any) -> Iterator[Any]:
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                stack.append(below)
+
+
+def _below(node: Any) -> list[Any]:
+    return [below for below, _ in node.next_functions if below is not None]
+
+
+def _terms(node: Any) -> list[tuple[Form, list[Any]]]:
+    """The reductions that the scalar ``node`` is a weighted sum of, each with the nodes under it."""
+    name, below = node.name(), _below(node)
+    if name in _LOSSES and node._saved_reduction in (_MEAN, _SUM):
+        if len(below) > 1:
+            raise _Coupled(f"the target of {name.removesuffix('Backward0')} is computed from the outputs as well")
+        if node._saved_reduction == _SUM:
+            return [(Form.ROW_SUM, below)]
+        return [(Form.COUNTED if name in _NLL else Form.ROW_MEAN, below)]
+    if name == "MeanBackward0":
+        return [(Form.ROW_MEAN, below)]
+    if name == "SumBackward0":
+        return [(Form.ROW_SUM, below)]
+    if name in _SUMS:
+        return [term for part in below for term in _terms(part)]
+    if name in _SCALINGS or name in _RESHAPES:
+        # A quotient whose numerator is constant has a gradient only below the line: not linear in its terms.
+        if len(below) != 1 or (node.next_functions[0][0] is None and name.startswith("Div")):
+            raise _Coupled(f"{name[:3]} joins two results that both depend on the outputs")
+        return _terms(below[0])
+    raise _Coupled(f"{name} is not a mean or sum over rows that samegrad recognises")
+
+
+def _check_rows_apart(starts: list[Any], outputs: set[int], rows: int) -> None:
+    """Raises _Coupled unless every node between a reduction and the outputs keeps rows apart."""
+    seen: set[Any] = set()
+    stack = list(starts)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = node.name()
+        if name.endswith("AccumulateGrad"):
+            if id(node.variable) not in outputs:
+                raise _Coupled("it depends on parameters directly, not only on the outputs")
+            continue
+        _check_node(node, name, rows)
+        stack.extend(_below(node))
+
+
+def _check_node(node: Any, name: str, rows: int) -> None:
+    shape = _shape(node)
+    below = [_shape(part) for part in _below(node)]
+    if not shape or shape[0] % rows:
+        raise _Coupled(f"{name} does not keep the rows on the first axis")
+    if name in _LOSSES and node._saved_reduction == _NONE and len(below) == 1:
+        return
+    if name in _ELEMENTWISE:
+        # A broadcast that moves the row axis would pass for elementwise: (N,) + (N, 1) pairs every two rows.
+        if any(len(part) != len(shape) or part[0] != shape[0] for part in below):
+            raise _Coupled(f"{name} broadcasts the row axis")
+        return
+    if name in _RESHAPES:
+        if any(not part or part[0] % rows for part in below):
+            raise _Coupled(f"{name} does not keep the rows on the first axis")
+        return
+    if name in _OVER_DIMS:
+        _check_dims(node, name, shape, below[0])
+        return
+    raise _Coupled(f"{name} is not known to keep rows apart")
+
+
+def _check_dims(node: Any, name: str, shape: tuple[int, ...], before: tuple[int, ...]) -> None:
+    ndim = len(before)
+    if name == "TransposeBackward0":
+        kept = _dim(node._saved_dim0, ndim) != 0 and _dim(node._saved_dim1, ndim) != 0
+    elif name == "PermuteBackward0":
+        kept = _dim(node._saved_dims[0], ndim) == 0
+    elif name == "ExpandBackward0":
+        kept = len(shape) == ndim and shape[0] == before[0]
+    elif name == "SliceBackward0":
+        kept = _dim(node._saved_dim, ndim) != 0 or shape[0] == before[0]
+    else:
+        dims = node._saved_dim
+        listed = [dims] if isinstance(dims, int) else list(dims or ())
+        # An empty list of dims means all of them.
+        kept = bool(listed) and all(_dim(dim, ndim) != 0 for dim in listed)
+    if not kept:
+        raise _Coupled(f"{name} works across the row axis")
+
+
+def _dim(dim: int, ndim: int) -> int:
+    # Graph nodes save negative dims as unsigned 64-bit numbers.
+    return (dim - 2**64 if dim >= 2**63 else dim) % ndim
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    """Shape of the forward result that ``node`` is the gradient of."""
+    if node.name().endswith("AccumulateGrad"):
+        return tuple(node.variable.shape)
+    return tuple(node._input_metadata[0].shape)

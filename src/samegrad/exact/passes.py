@@ -1,0 +1,209 @@
+"""A step in chunks: one pass when the loss is a sum over rows, two passes for every other loss.
+
+Two passes: rows without a graph, the whole loss on those rows for its gradient with respect to each, then every
+chunk again with its graph. Source: Gao, Zhang, Han, Callan 2021, "Scaling Deep Contrastive Learning Batch Size under
+Memory Limited Setup", arXiv:2101.06983, section 3.
+
+Nothing of the user's changes here: gradients are left on aliases and returned as totals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samegrad.declared import DeclaredStep, checked_loss
+from samegrad.errors import CannotSplit
+from samegrad.exact import losses, program
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.handoff import hooks_silenced
+from samegrad.exact.losses import Form
+from samegrad.exact.phases import announce
+from samegrad.records import Phase
+
+
+@dataclasses.dataclass
+class StepTotals:
+    """What a split step hands over: its loss, and a gradient per parameter (None where there is none).
+
+    loss: () on the device, detached, not scaled. parameters: the model's, then those the loss owns.
+    mismatches: () int64 on the device, entries whose second-pass bits differ; None after a single pass.
+    """
+
+    loss: Tensor
+    parameters: list[nn.Parameter]
+    totals: list[Tensor | None]
+    mismatches: Tensor | None = None
+
+
+def single_pass(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    form: Form,
+    chunks: Iterable[Any],
+    shares: Sequence[float],
+    scale: Tensor,
+) -> StepTotals:
+    """Totals of a step whose loss is a sum over rows.
+
+    ``shares[k]`` is chunk k's part of the loss: its rows or its count over the batch's for a mean, 1 for a sum. A
+    chunk whose share is 0 (no valid target) adds nothing and is not run. ``scale``: () float64, the loss scale.
+    """
+    device = declared.device
+    sums = program.LossSums(device)
+    weights = torch.tensor(shares, dtype=torch.float64, device=device)
+    cotangents = weights * scale
+    loss_dtype: torch.dtype | None = None
+
+    def loss_of_chunk(outputs: Any, chunk: Any) -> Tensor:
+        nonlocal loss_dtype
+        loss = checked_loss(declared.loss_fn(outputs, chunk))
+        loss_dtype = loss.dtype
+        return loss
+
+    with aliases.swapped() as swapped:
+        body = program.single_pass_body(_forward(declared), loss_of_chunk, form, sums)
+        chunk_program = program.ChunkProgram(body, swapped)
+        for index, chunk in enumerate(chunks):
+            if shares[index] == 0:
+                continue
+            chunk_program.bind(chunk, weights[index], cotangents[index])
+            chunk_program.run()
+        totals = chunk_program.totals()
+    loss = sums.loss
+    if form is Form.COUNTED:
+        loss = sums.loss / sums.count
+        # Chunks ran with cotangents for the count they were expected to have; the true count is known now.
+        expected = 1 / weights[0]
+        rest = torch.where(sums.count == 0, torch.zeros_like(sums.count), expected / sums.count)
+        for total in totals:
+            if total is not None:
+                total.mul_(rest.to(total.dtype))
+    return StepTotals(loss.to(loss_dtype), list(aliases.parameters), totals)
+
+
+def two_passes(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    batch_for_loss: Any,
+    chunks_twice: Sequence[Iterable[Any]],
+    sizes: Sequence[int],
+    scale: Tensor,
+) -> StepTotals:
+    """Totals of a step with any loss of the outputs.
+
+    ``chunks_twice`` yields the same chunks in the same order, once for each pass. ``batch_for_loss`` is the whole
+    batch as the loss is to see it.
+    """
+    forward = _forward(declared)
+    mismatches = torch.zeros((), dtype=torch.int64, device=declared.device)
+    with aliases.swapped() as swapped:
+        outputs = _first_pass(declared, forward, chunks_twice[0], sizes)
+        loss, cotangents, owned, owned_totals = _loss_gradients(
+            declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters))
+        )
+        second = program.ChunkProgram(program.second_pass_body(forward, mismatches), swapped)
+        start = 0
+        rows = [leaf.detach() for leaf in outputs.leaves()]
+        for size, chunk in zip(sizes, chunks_twice[1]):
+            part = slice(start, start + size)
+            second.bind(
+                chunk, [leaf[part] for leaf in rows], [None if c is None else c[part] for c in cotangents]
+            )
+            second.run()
+            start += size
+        totals = second.totals()
+    parameters = list(aliases.parameters)
+    place = {id(p): i for i, p in enumerate(parameters)}
+    for parameter, total in zip(owned, owned_totals):
+        index = place.get(id(parameter))
+        if index is None:
+            parameters.append(parameter)
+            totals.append(total)
+        else:
+            # A parameter of the model that the loss uses as well: its gradient is the sum of both ways.
+            before = totals[index]
+            totals[index] = total if before is None else before.add_(total) if total is not None else before
+    return StepTotals(loss, parameters, totals, mismatches)
+
+
+def _first_pass(
+    declared: DeclaredStep, forward: program.Forward, chunks: Iterable[Any], sizes: Sequence[int]
+) -> program.OutputRows:
+    outputs = program.OutputRows(rows=sum(sizes))
+    body = program.first_pass_body(forward)
+    start = 0
+    # Both passes must take the same kernels: the transformer fast path exists only without grad, and casts cached
+    # without grad would cut the weights off from the second pass.
+    with torch.no_grad(), _attention_fastpath_off(), _autocast_uncached(declared.device.type):
+        for size, chunk in zip(sizes, chunks):
+            if start == 0:
+                announce(Phase.FORWARD)
+                first = forward(chunk)
+                outputs.allocate(first, size)
+                for place, leaf in zip(outputs.leaves(), program.tensors_in(first)):
+                    place[:size].copy_(leaf)
+                del first
+            else:
+                body(chunk, [leaf[start : start + size] for leaf in outputs.leaves()])
+            start += size
+    return outputs
+
+
+def _loss_gradients(
+    declared: DeclaredStep, outputs: program.OutputRows, batch: Any, scale: Tensor, owner_of: dict[int, nn.Parameter]
+) -> tuple[Tensor, list[Tensor | None], list[nn.Parameter], list[Tensor | None]]:
+    """The loss on all rows, its gradient with respect to every output leaf, and those of parameters it owns."""
+    announce(Phase.LOSS)
+    leaves = [leaf.requires_grad_() if leaf.is_floating_point() else leaf for leaf in outputs.leaves()]
+    live = [leaf for leaf in leaves if leaf.requires_grad]
+    with torch.enable_grad():
+        loss = checked_loss(declared.loss_fn(outputs.tree(), batch))
+    known = {id(leaf) for leaf in live}
+    owned = [leaf for leaf in losses.leaves_under(loss) if id(leaf) not in known]
+    owners = [owner_of.get(id(leaf), leaf) for leaf in owned]
+    with hooks_silenced(owned):
+        gradients = program.gradients_outside_autocast(loss, scale.to(loss.dtype), live + owned)
+    by_leaf = {id(leaf): g for leaf, g in zip(live, gradients)}
+    cotangents = [by_leaf.get(id(leaf)) for leaf in leaves]
+    return loss.detach(), cotangents, [_parameter(p) for p in owners], gradients[len(live) :]
+
+
+def _parameter(leaf: Tensor) -> nn.Parameter:
+    if isinstance(leaf, nn.Parameter):
+        return leaf
+    raise CannotSplit(
+        asked="a loss of the outputs, the batch and parameters",
+        found=f"the loss also depends on a plain tensor of shape {tuple(leaf.shape)} that requires grad",
+        do="make it a torch.nn.Parameter, detach it, or run the step whole with rows=<the batch's rows>",
+    )
+
+
+def _forward(declared: DeclaredStep) -> program.Forward:
+    network = declared.network
+    return lambda chunk: declared.forward(network, chunk)
+
+
+@contextlib.contextmanager
+def _attention_fastpath_off() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _autocast_uncached(device_type: str) -> Iterator[None]:
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+        yield

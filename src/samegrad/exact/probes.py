@@ -1,0 +1,248 @@
+"""What in a model forbids splitting its rows, found by experiment on a few rows and named by module.
+
+draws    the forward advances a random generator: a chunk would draw other numbers than the whole batch
+state    the forward changes a buffer or an attribute: as many updates as chunks instead of one
+replace  other rows are replaced, same shapes: kept rows must stay the same bit for bit
+subset   a few rows alone must give what they give among others (up to rounding)
+reach    every leaf the outputs depend on must be a parameter in its slot, else its gradient would be lost
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit
+from samegrad.exact import losses, program
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.trees import RowLayout
+
+PROBE_ROWS = 8
+_WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
+
+
+def refuse_known_layers(module: nn.Module) -> None:
+    """Raises CannotSplit for layers whose kind alone forbids splitting in the mode they are in."""
+    for name, part in module.named_modules():
+        kind = type(part).__name__
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(
+            part, nn.modules.instancenorm._InstanceNorm
+        ):
+            if part.training or part.running_mean is None:
+                raise CannotSplit(
+                    asked="split the rows of a step",
+                    found=f"{name or 'the model'} ({kind} in training mode) normalises with the statistics of all rows",
+                    do=f"{_WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
+                )
+        elif isinstance(part, nn.RNNBase) and part.training and part.dropout > 0 and part.num_layers > 1:
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{name or 'the model'} ({kind}, dropout={part.dropout}) draws random numbers inside its kernel",
+                do=f"{_WAYS_OUT}, or set its dropout to 0",
+            )
+
+
+class RowProbes:
+    """The experiments, on ``batch`` of ``layout.rows`` <= PROBE_ROWS rows on the model's device."""
+
+    def __init__(
+        self, declared: DeclaredStep, batch: Any, layout: RowLayout, generators: Generators, state: ModuleState
+    ) -> None:
+        self._declared = declared
+        self._batch, self._layout = batch, layout
+        self._generators, self._state = generators, state
+        self._rows = layout.rows
+        self.kept = list(range(1, self._rows, 2)) or [0]
+
+    def run(self, others: Any, others_layout: RowLayout) -> Any:
+        """The outputs on the probe rows. ``others``: as many other rows, to replace with. Raises CannotSplit."""
+        refuse_known_layers(self._declared.network)
+        with torch.no_grad():
+            outputs = self._forward(self._batch)
+            self._check_draws()
+            self._check_state()
+            for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
+                if isinstance(leaf, Tensor):
+                    program.check_row_output(path, leaf, self._rows)
+            if self._rows > 1:
+                self._check_replace(outputs, others, others_layout)
+                self._check_subset(outputs)
+        return outputs
+
+    def _forward(self, batch: Any) -> Any:
+        return self._declared.forward(self._declared.network, batch)
+
+    def _check_draws(self) -> None:
+        drew = self._generators.advanced()
+        if not drew:
+            return
+        self._generators.restore()
+        place = self._first_module(lambda: bool(self._generators.advanced()))
+        raise CannotSplit(
+            asked="split the rows of a step",
+            found=f"{place} draws random numbers (generator: {', '.join(drew)}); each chunk would draw its own",
+            do=f"{_WAYS_OUT}, put that module in eval mode, or draw outside the model and pass the draw in the batch",
+        )
+
+    def _check_state(self) -> None:
+        changed = self._state.changed()
+        if not changed:
+            return
+        raise CannotSplit(
+            asked="split the rows of a step",
+            found=f"the forward changes {', '.join(changed[:3])}: it would be updated once a chunk, not once a step",
+            do=f"{_WAYS_OUT}, or update that state outside the forward",
+        )
+
+    def _check_replace(self, outputs: Any, others: Any, others_layout: RowLayout) -> None:
+        replaced = self._mixed_in(others, others_layout)
+        again = self._forward(replaced)
+        self._restored()
+        if self._kept_equal(outputs, again):
+            return
+        place = self._first_difference(replaced)
+        raise CannotSplit(
+            asked="split the rows of a step",
+            found=f"{place} mixes rows: other rows were replaced and rows {self.kept} changed",
+            do=f"{_WAYS_OUT}, or take the mixing out of the model and into loss_fn, which sees all rows",
+        )
+
+    def _check_subset(self, outputs: Any) -> None:
+        alone = self._forward(trees.take_rows(self._batch, self._layout, self.kept))
+        self._restored()
+        for path, among, apart in _row_pairs(outputs, alone):
+            if not among.is_floating_point():
+                continue
+            chosen = among[torch.tensor(self.kept, device=among.device)]
+            if chosen.shape == apart.shape and _close(chosen, apart):
+                continue
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{path} of a row depends on how many rows run with it, or on its position",
+                do=f"{_WAYS_OUT}, or make the model's rows independent of the batch's length",
+            )
+
+    def _restored(self) -> None:
+        self._state.restore()
+        self._generators.restore()
+
+    def _mixed_in(self, others: Any, others_layout: RowLayout) -> Any:
+        """The probe rows with every row that is not kept taken from ``others``."""
+        mine = trees.leaves_of(self._batch)
+        theirs = trees.leaves_of(others)
+        leaves = []
+        for leaf, other, axis in zip(mine, theirs, self._layout.axes):
+            if axis is None:
+                leaves.append(leaf)
+                continue
+            changed = other.detach().clone()
+            if torch.equal(changed, leaf):
+                # Identical rows would hide a mixture; shift numbers, leave indices alone.
+                changed = changed * 1.5 + 0.25 if leaf.is_floating_point() else changed
+            index = torch.tensor(self.kept, device=leaf.device)
+            leaves.append(changed.index_copy(axis, index, leaf.detach().index_select(axis, index)))
+        return trees.unflatten(leaves, self._layout.spec)
+
+    def _kept_equal(self, a: Any, b: Any) -> bool:
+        return all(_same_bits(x[self.kept], y[self.kept]) for _, x, y in _row_pairs(a, b))
+
+    def _first_difference(self, replaced: Any) -> str:
+        """The first leaf module, in call order, whose kept rows differ between the two batches."""
+        first: list[list[tuple[str, Tensor]]] = []
+        for batch in (self._batch, replaced):
+            seen: list[tuple[str, Tensor]] = []
+            with _hooked(self._declared.network, _collector(seen)):
+                self._forward(batch)
+            self._restored()
+            first.append(seen)
+        for (name, a), (_, b) in zip(first[0], first[1]):
+            rows = a.dim() > 0 and a.shape == b.shape and a.shape[0] == self._rows
+            if rows and not _same_bits(a[self.kept], b[self.kept]):
+                return name
+        return "code outside its leaf modules"
+
+    def _first_module(self, happened: Callable[[], bool]) -> str:
+        found: list[str] = []
+
+        def look(name: str, _: Tensor) -> None:
+            if not found and happened():
+                found.append(name)
+
+        with _hooked(self._declared.network, look, leaves_only=False):
+            self._forward(self._batch)
+        self._restored()
+        return found[0] if found else "the forward"
+
+
+def _collector(seen: list[tuple[str, Tensor]]) -> Callable[[str, Tensor], None]:
+    return lambda name, output: seen.append((name, output))
+
+
+class _hooked:
+    """Calls ``look(module path and kind, first output tensor)`` after every module's forward."""
+
+    def __init__(
+        self, network: nn.Module, look: Callable[[str, Tensor], None], *, leaves_only: bool = True
+    ) -> None:
+        self._handles = []
+        for name, part in network.named_modules():
+            if leaves_only and any(True for _ in part.children()):
+                continue
+            label = f"{name or 'the model'} ({type(part).__name__})"
+            self._handles.append(part.register_forward_hook(self._hook(label, look)))
+
+    @staticmethod
+    def _hook(label: str, look: Callable[[str, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            for leaf in program.tensors_in(output)[:1]:
+                look(label, leaf.detach())
+
+        return hook
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def check_reach(aliases: ParameterAliases, outputs: Any, standing: Sequence[nn.Parameter]) -> None:
+    """Raises CannotSplit when ``outputs``, computed on the aliases ``standing``, depend on any other leaf."""
+    known = {id(alias) for alias in standing}
+    named = {id(p): name for name, p in zip(aliases.names, aliases.parameters)}
+    for output in program.tensors_in(outputs):
+        for leaf in losses.leaves_under(output):
+            if id(leaf) in known:
+                continue
+            what = named.get(id(leaf))
+            raise CannotSplit(
+                asked="gradients of every parameter",
+                found=f"{what} is reached past its place in the module (through a list or a closure)"
+                if what
+                else f"the forward uses a tensor of shape {tuple(leaf.shape)} that requires grad and is not a "
+                "registered parameter",
+                do="register it (nn.Parameter, nn.ParameterList, nn.ModuleList) and use it from there, "
+                "or " + _WAYS_OUT,
+            )
+
+
+def _row_pairs(a: Any, b: Any) -> list[tuple[str, Tensor, Tensor]]:
+    pairs = zip(trees.flatten_with_paths(a, "outputs"), trees.leaves_of(b))
+    return [(path, x, y) for (path, x), y in pairs if isinstance(x, Tensor)]
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    # Other shapes take other kernels, so bits may differ; half the digits must agree.
+    scale = max(a.abs().max().item(), 1e-30) if a.numel() else 1.0
+    return bool(((a - b).abs() <= scale * torch.finfo(a.dtype).eps ** 0.5).all() | (a != a).any())

@@ -1,0 +1,188 @@
+"""The work of one chunk, in a shape that can run eagerly or be captured once and replayed.
+
+A program is bound to its inputs, run, and asked for totals at the end of the step. ``run`` reads tensors and writes
+tensors: no Python numbers that change from chunk to chunk and no transfers to the host, so that what was captured
+for one chunk is right for every chunk of that shape. Weights and counters are device tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.errors import CannotSplit
+from samegrad.exact import losses
+from samegrad.exact.aliases import GradientTotals
+from samegrad.exact.losses import Form
+from samegrad.exact.phases import announce
+from samegrad.records import Phase
+
+Forward = Callable[[Any], Any]
+
+
+def backward_outside_autocast(roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+    """``torch.autograd.backward`` as it runs after the user's autocast block: each operation in its forward's dtype."""
+    with _no_autocast(roots[0].device.type):
+        torch.autograd.backward(list(roots), list(cotangents))
+    # Casts of the aliases are cached until the outermost autocast block ends; their graph is spent now.
+    torch.clear_autocast_cache()
+
+
+def gradients_outside_autocast(loss: Tensor, cotangent: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    with _no_autocast(loss.device.type):
+        return list(torch.autograd.grad(loss, list(leaves), cotangent, allow_unused=True))
+
+
+def _no_autocast(device_type: str) -> torch.autocast:
+    return torch.autocast(device_type, enabled=False)
+
+
+class ChunkProgram:
+    """One chunk's forward, loss and backward into the sums of the step. Eager backend.
+
+    ``bind`` names the inputs of the next ``run``. Under capture, bind once and copy the next chunk into the bound
+    tensors instead. ``totals`` ends the step: gradients in the order of the aliases.
+    """
+
+    def __init__(self, body: Callable[..., None], aliases: Sequence[nn.Parameter]) -> None:
+        self._body = body
+        self._gradients = GradientTotals(aliases)
+        self._inputs: tuple[Any, ...] = ()
+
+    def preallocate(self) -> None:
+        """Static accumulators, for capture (a parameter size that eager programs do not need)."""
+        self._gradients.preallocate()
+
+    def bind(self, *inputs: Any) -> None:
+        self._inputs = inputs
+
+    def run(self) -> None:
+        self._body(*self._inputs)
+        self._gradients.fold()
+
+    def totals(self) -> list[Tensor | None]:
+        self._inputs = ()
+        return self._gradients.taken()
+
+
+class LossSums:
+    """Sums over chunks that a single pass keeps on the device: the loss, and the count that divides it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, weight: Tensor) -> None:
+        # A chunk without a valid target has loss 0/0 and weight 0; its share is nothing, not NaN.
+        share = torch.where(weight == 0, torch.zeros_like(self.loss), loss.detach().to(self.loss.dtype) * weight)
+        self.loss.add_(share)
+        self.count.add_(weight)
+
+
+def single_pass_body(
+    forward: Forward, loss_fn: Callable[[Any, Any], Tensor], form: Form, sums: LossSums
+) -> Callable[[Any, Tensor, Tensor], None]:
+    """Body of one chunk when the loss is a sum over rows: ``(chunk, weight, cotangent)``.
+
+    weight: () float64, the chunk's share of the loss (rows over batch rows, or 1); COUNTED losses bring their own.
+    cotangent: () float64, what the gradient of the chunk's loss is multiplied by, loss scaling included; for COUNTED
+    the cotangent of one unit of the count.
+    """
+
+    def body(chunk: Any, weight: Tensor, cotangent: Tensor) -> None:
+        announce(Phase.FORWARD)
+        outputs = forward(chunk)
+        announce(Phase.LOSS)
+        loss = loss_fn(outputs, chunk).reshape(())
+        del outputs
+        if form is Form.COUNTED:
+            weight = losses.count_of(loss).to(weight.dtype)
+            cotangent = cotangent * weight
+        sums.add(loss, weight)
+        announce(Phase.BACKWARD)
+        backward_outside_autocast([loss], [cotangent.to(loss.dtype)])
+
+    return body
+
+
+@dataclasses.dataclass
+class OutputRows:
+    """The outputs of all chunks joined: row leaves of ``rows`` rows each, and what else the model returned."""
+
+    rows: int
+    spec: Any = None
+    paths: tuple[str, ...] = ()
+    joined: list[Any] = dataclasses.field(default_factory=list)
+
+    def allocate(self, outputs: Any, chunk_rows: int) -> None:
+        """Room for all rows, shaped after the first chunk's outputs. Raises CannotSplit naming a leaf without rows."""
+        leaves, self.spec = trees.flatten(outputs)
+        self.paths = tuple(path for path, _ in trees.flatten_with_paths(outputs, "outputs"))
+        for path, leaf in zip(self.paths, leaves):
+            if isinstance(leaf, Tensor):
+                check_row_output(path, leaf, chunk_rows)
+                self.joined.append(leaf.new_empty((self.rows, *leaf.shape[1:])))
+            else:
+                self.joined.append(leaf)
+
+    def leaves(self) -> list[Tensor]:
+        return [leaf for leaf in self.joined if isinstance(leaf, Tensor)]
+
+    def tree(self) -> Any:
+        return trees.unflatten(self.joined, self.spec)
+
+
+def check_row_output(path: str, leaf: Tensor, rows: int) -> None:
+    if leaf.dim() == 0 or leaf.shape[0] != rows:
+        raise CannotSplit(
+            asked="a model whose outputs are rows",
+            found=f"{path} has shape {tuple(leaf.shape)} for {rows} rows, so it is not one entry a row",
+            do="compute it in loss_fn from the row outputs, or run the step whole with rows=<the batch's rows>",
+        )
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in trees.leaves_of(outputs) if isinstance(leaf, Tensor)]
+
+
+def first_pass_body(forward: Forward) -> Callable[[Any, Sequence[Tensor]], None]:
+    """Body of one chunk of the first of two passes: ``(chunk, places)``, the outputs written into ``places``.
+
+    Before the first chunk nothing is known of the outputs; the caller runs ``forward`` itself then.
+    """
+
+    def body(chunk: Any, places: Sequence[Tensor]) -> None:
+        announce(Phase.FORWARD)
+        for place, leaf in zip(places, tensors_in(forward(chunk))):
+            place.copy_(leaf)
+
+    return body
+
+
+def second_pass_body(
+    forward: Forward, mismatches: Tensor
+) -> Callable[[Any, Sequence[Tensor], Sequence[Tensor | None]], None]:
+    """Body of one chunk of the second pass: ``(chunk, first-pass rows, cotangents)``.
+
+    mismatches: () int64 on the device, grows by the number of entries that differ in any bit from the first pass.
+    """
+
+    def body(chunk: Any, first: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> None:
+        announce(Phase.FORWARD)
+        leaves = tensors_in(forward(chunk))
+        for again, before in zip(leaves, first):
+            # Two NaNs are equal here: they are the finiteness check's affair.
+            differs = (again.detach() != before) & ((again == again) | (before == before)).detach()
+            mismatches.add_(differs.sum())
+        announce(Phase.BACKWARD)
+        live = [(leaf, c) for leaf, c in zip(leaves, cotangents) if c is not None and leaf.requires_grad]
+        del leaves
+        if live:
+            backward_outside_autocast([leaf for leaf, _ in live], [c for _, c in live])
+
+    return body

@@ -1,0 +1,146 @@
+"""One whole backward: plain when it is not split, in chunks when it is, handed over in one go.
+
+``backward`` is a transaction up to the hand-over: if anything raises before, ``.grad``, buffers and generators are
+those before the call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep, plain_loss
+from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
+from samegrad.exact import passes, program
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.examine import Examination
+from samegrad.exact.handoff import hand_over
+from samegrad.exact.losses import Form
+from samegrad.exact.on_use import arriving
+from samegrad.exact.passes import StepTotals
+from samegrad.exact.phases import announce
+from samegrad.exact.undisturbed import Generators
+from samegrad.records import Phase
+from samegrad.trees import RowLayout
+
+# chunks(batch, layout, sizes, device): the chunks in order, on the device. The data floor streams; tests slice.
+Chunks = Callable[[Any, RowLayout, Sequence[int], torch.device], Iterable[Any]]
+
+
+def sliced_chunks(batch: Any, layout: RowLayout, sizes: Sequence[int], device: torch.device) -> Iterable[Any]:
+    """The chunks one after another, each moved when it is needed and not ahead of it."""
+    start = 0
+    for size in sizes:
+        yield trees.move(trees.slice_rows(batch, layout, start, start + size), device)
+        start += size
+
+
+def plain_backward(declared: DeclaredStep, batch: Any, layout: RowLayout, scaler: Any) -> Tensor:
+    """The unconstrained step itself: the user's call, on the whole batch. Returns the detached loss."""
+    whole = trees.slice_rows(batch, layout, 0, layout.rows) if _needs_reading(batch) else batch
+    whole = trees.move(whole, declared.device)
+    announce(Phase.FORWARD)
+    loss = plain_loss(declared, whole)
+    announce(Phase.BACKWARD)
+    scaled = loss if scaler is None else scaler.scale(loss)
+    program.backward_outside_autocast([scaled], [torch.ones_like(scaled)])
+    return loss.detach()
+
+
+def _needs_reading(batch: Any) -> bool:
+    return any(trees.is_row_source(leaf) for leaf in trees.leaves_of(batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitStep:
+    """A step that runs in chunks, as examined. ``chunks`` brings them to the device."""
+
+    declared: DeclaredStep
+    aliases: ParameterAliases
+    examination: Examination
+    chunks: Chunks = sliced_chunks
+
+    def totals(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> StepTotals:
+        """The step's gradients, not handed over. Raises GradientsDiffer when the second pass is not the first."""
+        device = self.declared.device
+        scale = torch.ones((), dtype=torch.float64, device=device)
+        if scaler is not None:
+            scale = scaler.scale(torch.ones((), device=device)).to(torch.float64)
+        generators = Generators(device)
+        versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
+        if self.examination.passes == 1:
+            shares = self._shares(batch, layout, sizes)
+            chunks = self.chunks(batch, layout, sizes, device)
+            form = self.examination.form
+            totals = passes.single_pass(self.declared, self.aliases, form, chunks, shares, scale)
+        else:
+            twice = [self.chunks(batch, layout, sizes, device) for _ in range(2)]
+            whole = arriving(batch, layout, device)
+            totals = passes.two_passes(self.declared, self.aliases, whole, twice, sizes, scale)
+        self._check_untouched(generators, versions)
+        if totals.mismatches is not None and (count := int(totals.mismatches)):
+            raise GradientsDiffer(
+                asked="a second pass that repeats the first bit for bit",
+                found=f"{count} output entries differ: the forward is not the same function twice",
+                do="look for randomness, state or nondeterministic kernels in the model "
+                "(torch.use_deterministic_algorithms(True, warn_only=True) names kernels), or run the step whole",
+            )
+        return totals
+
+    def backward(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> Tensor:
+        """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
+        totals = self.totals(batch, layout, sizes, scaler)
+        announce(Phase.HANDOFF)
+        hand_over(self.declared.model, totals.parameters, totals.totals)
+        return totals.loss
+
+    def _shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:
+        if not self.examination.declared:
+            if self.examination.form is Form.COUNTED:
+                expected = layout.rows * (self.examination.count_per_row or 1.0)
+                return [1 / expected] * len(sizes)
+            mean = self.examination.form is Form.ROW_MEAN
+            return [size / layout.rows if mean else 1.0 for size in sizes]
+        normalise = self.declared.normalise
+        if normalise == "sum":
+            return [1.0] * len(sizes)
+        if normalise == "mean" or normalise is None or isinstance(normalise, str):
+            return [size / layout.rows for size in sizes]
+        return _counted_shares(normalise, batch, layout, sizes)
+
+    def _check_untouched(self, generators: Generators, versions: list[tuple[str, Tensor, int]]) -> None:
+        drew = generators.advanced() if self.examination.passes == 1 else []
+        changed = [name for name, buffer, version in versions if buffer._version != version]
+        if not drew and not changed:
+            return
+        generators.restore()
+        found = f"the forward drew random numbers ({', '.join(drew)})" if drew else f"buffers changed: {changed[:3]}"
+        raise CannotSplit(
+            asked="a step whose chunks draw nothing and change nothing",
+            found=f"{found}, although it did not on its first rows; no gradient was handed over",
+            do="run the step whole, or take the drawing or the state out of the model",
+        )
+
+
+def _counted_shares(
+    normalise: Callable[[Any], Any], batch: Any, layout: RowLayout, sizes: Sequence[int]
+) -> list[float]:
+    counts, start = [], 0
+    for size in sizes:
+        counts.append(normalise(trees.slice_rows(batch, layout, start, start + size)))
+        start += size
+    # One transfer for all chunks when the counts are device tensors.
+    on_host = torch.stack([torch.as_tensor(c, dtype=torch.float64) for c in counts]).tolist()
+    total = sum(on_host)
+    if not total > 0:
+        raise BadInput(
+            asked="a batch with at least one row or target that counts",
+            found=f"normalise(batch) is {total} over {layout.rows} rows",
+            do="drop batches without valid targets",
+        )
+    return [count / total for count in on_host]

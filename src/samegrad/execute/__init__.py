@@ -1,0 +1,1 @@
+"""A plan applied, and the loop that runs it."""

@@ -1,0 +1,162 @@
+"""The loop, as a generator: iterate over it, and log, validate or stop in your own ``for``.
+
+    for result in sg.train(step, batches):
+        print(result.index, result.loss)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from samegrad.declared import DeclaredStep
+from samegrad.errors import NonFinite, UsageError
+from samegrad.exact.phases import announce, listening
+from samegrad.measure import counters
+from samegrad.measure.counting import ByteCounter
+from samegrad.measure.probe import claim_residents
+from samegrad.records import Phase, StepResult
+
+
+class Trainable(Protocol):
+    """A step that knows its model and optimizer: a ``Step``, for one."""
+
+    @property
+    def declared(self) -> DeclaredStep: ...
+
+    def backward(self, batch: Any, *, scaler: Any = None) -> Tensor: ...
+
+
+def train(
+    step: Trainable,
+    batches: Iterable[Any],
+    *,
+    scaler: Any = None,
+    first_index: int = 0,
+    counter: ByteCounter | None = None,
+) -> Iterator[StepResult]:
+    """One optimizer step a batch; yields after each, with gradients already cleared.
+
+    ``scaler``: a GradScaler, used as PyTorch's own recipe does. ``counter`` (from ``count_bytes``): counts the tensor
+    bytes of every step, which is what a peak means where there is no CUDA allocator. Raises NonFinite before the
+    optimizer steps, weights unchanged, and UsageError when the step was declared without an optimizer.
+    """
+    optimizer = step.declared.optimizer
+    if optimizer is None:
+        raise UsageError(
+            asked="train(step, batches)",
+            found="the step was declared without an optimizer",
+            do="Step(model, loss_fn, optimizer=optimizer)",
+        )
+    device = step.declared.device
+    for index, batch in enumerate(batches, start=first_index):
+        counters.reset_peaks(device)
+        start = time.perf_counter()
+        rows = step.declared.layout(batch).rows
+        if counter is None:
+            loss, norm = _one_step(step, optimizer, batch, scaler, index)
+        else:
+            claim_residents(counter, step.declared, batch)
+            counter.reset_peaks()
+            with counter, listening(counter.announce):
+                loss, norm = _one_step(step, optimizer, batch, scaler, index)
+        counters.synchronize(device)
+        reading = counters.read_allocator(device)
+        yield StepResult(
+            index=index,
+            loss=loss,
+            seconds=time.perf_counter() - start,
+            batch_rows=rows,
+            grad_norm=norm,
+            allocated_bytes=reading.allocated_bytes if reading else counter.live_bytes if counter else None,
+            reserved_bytes=reading.reserved_bytes if reading else None,
+            peak_allocated_bytes=reading.peak_allocated_bytes if reading else counter.peak_bytes if counter else None,
+            peak_reserved_bytes=reading.peak_reserved_bytes if reading else None,
+            allocator_retries=reading.retries if reading else None,
+        )
+
+
+def _one_step(
+    step: Trainable, optimizer: torch.optim.Optimizer, batch: Any, scaler: Any, index: int
+) -> tuple[float, float]:
+    loss = float(step.backward(batch, scaler=scaler))
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = gradient_norm(optimizer)
+    # With a scaler a gradient that is not finite is the scaler's affair: it skips the step and lowers the scale.
+    if not math.isfinite(loss) or (scaler is None and not math.isfinite(norm)):
+        optimizer.zero_grad()
+        raise NonFinite(
+            asked=f"step {index}",
+            found=f"loss {loss:g}, gradient norm {norm:g}; the optimizer did not step and the weights are unchanged",
+            do="look at that batch's rows, lower the learning rate, or clip the gradients",
+        )
+    announce(Phase.OPTIMIZER)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+    return loss, norm
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
+    """The 2-norm of all gradients the optimizer is about to use."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+class BestWeights:
+    """The weights of the best validation value so far, on the host, and when to stop waiting for a better one.
+
+    ``patience``: how many values in a row may fail to improve; None never stops. Smaller is better. A value that is
+    not finite never counts as best.
+    """
+
+    def __init__(self, model: nn.Module, *, patience: int | None) -> None:
+        self._model = model
+        self.patience = patience
+        self.best_value = math.inf
+        self.best_index: int | None = None
+        self.waited = 0
+        self._count = 0
+        self._weights: dict[str, Tensor] = {}
+
+    def update(self, value: float) -> bool:
+        """Takes the next validation value; True when it is time to stop."""
+        index, self._count = self._count, self._count + 1
+        if math.isfinite(value) and value < self.best_value:
+            self.best_value, self.best_index, self.waited = value, index, 0
+            self._weights = {k: v.detach().to("cpu", copy=True) for k, v in self._model.state_dict().items()}
+            return False
+        self.waited += 1
+        return self.patience is not None and self.waited >= self.patience
+
+    def restore(self) -> None:
+        """Puts the best weights into the model; without any finite value the model stays as it is."""
+        if self._weights:
+            self._model.load_state_dict(self._weights)
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs besides ``weights``, as plain numbers."""
+        return {
+            "best_value": self.best_value if math.isfinite(self.best_value) else None,
+            "best_index": self.best_index,
+            "waited": self.waited,
+            "count": self._count,
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self._weights)
+
+    def load_state(self, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        best = state["best_value"]
+        self.best_value = math.inf if best is None else best
+        self.best_index, self.waited, self._count = state["best_index"], state["waited"], state["count"]
+        self._weights = dict(weights)

@@ -1,0 +1,49 @@
+"""The levers found in this folder: every file that does not start with an underscore holds exactly one."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+from samegrad.errors import BadInput
+from samegrad.levers._lever import Execution, Lever, Slot
+from samegrad.records import Plan
+
+__all__ = ["Execution", "Lever", "Slot", "find_levers", "levers_of"]
+
+
+def find_levers() -> dict[str, type[Lever]]:
+    """Every lever by name, in slot order."""
+    found: list[type[Lever]] = []
+    for module in pkgutil.iter_modules(__path__):
+        if module.name.startswith("_"):
+            continue
+        content = importlib.import_module(f"{__name__}.{module.name}")
+        mine: list[type[Lever]] = [
+            value
+            for value in vars(content).values()
+            if inspect.isclass(value) and value.__module__ == content.__name__ and hasattr(value, "slot")
+        ]
+        if len(mine) != 1:
+            raise TypeError(f"{content.__name__} must define exactly one lever, found {[m.__name__ for m in mine]}")
+        found += mine
+    return {lever.name: lever for lever in sorted(found, key=lambda lever: (lever.slot, lever.name))}
+
+
+def levers_of(plan: Plan) -> list[Lever]:
+    """The levers of ``plan`` with their knobs set, in slot order. Raises BadInput for one that is not known."""
+    known = find_levers()
+    chosen = []
+    for name, knobs in plan.levers.items():
+        if name not in known:
+            raise BadInput(
+                asked="apply a plan",
+                found=f"the plan takes a lever {name!r}; this samegrad has {', '.join(known)}",
+                do="plan again with this version",
+            )
+        try:
+            chosen.append(known[name](**knobs))
+        except TypeError as error:
+            raise BadInput(asked="apply a plan", found=f"knobs of {name}: {error}", do="plan again") from None
+    return sorted(chosen, key=lambda lever: lever.slot)

@@ -1,0 +1,71 @@
+"""The contract of a lever: one way to need less memory, one file, one slot.
+
+A lever is a frozen dataclass whose fields are its knobs. A plan holds at most one lever a slot; slot order is nesting
+order, so what excludes what is data and not code. Levers never import each other or what executes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol, Self
+
+from samegrad.declared import DeclaredStep
+from samegrad.records import Exactness, Footprint
+
+
+class Slot(enum.IntEnum):
+    """Outermost first."""
+
+    DATA = 0
+    SPLIT = 1
+    PRECISION = 2
+    RECOMPUTE = 3
+    SAVED = 4
+    LOSS = 5
+    STATE = 6
+    LAYOUT = 7
+    COMPILE = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a declared step is being run. ``sizes`` are the rows of each chunk, None the plain call.
+
+    ``rows_on_host``: the batch stays where it is and only chunks travel.
+    """
+
+    declared: DeclaredStep
+    batch_rows: int
+    sizes: tuple[int, ...] | None = None
+    rows_on_host: bool = False
+
+
+class Lever(Protocol):
+    """What every lever file brings, as a frozen dataclass."""
+
+    name: ClassVar[str]
+    slot: ClassVar[Slot]
+    exactness: ClassVar[Exactness]
+
+    @classmethod
+    def refusal(cls, footprint: Footprint) -> str | None:
+        """Why this step cannot take the lever, with the place, or None."""
+        ...
+
+    @classmethod
+    def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
+        """Knob settings worth trying under a budget, fastest first."""
+        ...
+
+    def predict(self, footprint: Footprint) -> Footprint:
+        """The footprint with this lever taken."""
+        ...
+
+    def apply(self, execution: Execution) -> AbstractContextManager[Execution]:
+        """The execution with this lever in force; leaving the block undoes everything, on every way out."""
+        ...
+
+    def knobs(self) -> dict[str, Any]: ...

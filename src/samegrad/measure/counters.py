@@ -1,0 +1,192 @@
+"""The CUDA allocator's counters and what is free: the only file that reads or resets them.
+
+On the CPU there is no such allocator; what is free is the cgroup's or the host's limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from samegrad.errors import EnvironmentProblem, UsageError
+from samegrad.records import Budget, Counting
+from samegrad.units import format_bytes, parse_bytes, parse_share
+
+# Left free for what no counter sees: library handles, a kernel's own scratch, a neighbour's growth.
+_FREE_MARGIN = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocatorReading:
+    """Bytes by the CUDA allocator since its peaks were last reset; retries since the process began."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    retries: int
+
+
+def read_allocator(device: torch.device) -> AllocatorReading | None:
+    """The counters of ``device``, or None where there is no CUDA allocator."""
+    if device.type != "cuda":
+        return None
+    stats = torch.cuda.memory_stats(device)
+    return AllocatorReading(
+        allocated_bytes=stats.get("allocated_bytes.all.current", 0),
+        reserved_bytes=stats.get("reserved_bytes.all.current", 0),
+        peak_allocated_bytes=stats.get("allocated_bytes.all.peak", 0),
+        peak_reserved_bytes=stats.get("reserved_bytes.all.peak", 0),
+        retries=stats.get("num_alloc_retries", 0),
+    )
+
+
+def reset_peaks(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def release_cached(device: torch.device) -> int:
+    """Gives cached, unused memory back to the driver; returns the bytes given back."""
+    before = read_allocator(device)
+    if before is None:
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return before.reserved_bytes - torch.cuda.memory_reserved(device)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def total_bytes(device: torch.device) -> tuple[int, str]:
+    """All the memory ``device`` has, and how that was read."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1], "the driver's total"
+    return _host_limit()
+
+
+def free_now(device: torch.device) -> tuple[int, str]:
+    """Bytes a step could take on ``device`` now, a margin left, and how that was read."""
+    reading = read_allocator(device)
+    if reading is not None:
+        driver_free = torch.cuda.mem_get_info(device)[0]
+        # What the allocator holds already counts towards a budget, whether it is in use or cached.
+        free = driver_free + reading.reserved_bytes
+        return int(free * (1 - _FREE_MARGIN)), (
+            f"driver-free {format_bytes(driver_free)} and reserved {format_bytes(reading.reserved_bytes)}, "
+            f"less {_FREE_MARGIN:.0%}"
+        )
+    limit, source = _host_limit()
+    used = _cgroup_used()
+    if used is not None:
+        free, how = limit - used, f"{source} {format_bytes(limit)} less {format_bytes(used)} in use"
+    else:
+        free, how = _meminfo("MemAvailable"), "MemAvailable of the host"
+    return int(max(free, 0) * (1 - _FREE_MARGIN)), f"{how}, less {_FREE_MARGIN:.0%}"
+
+
+def read_budget(asked: str | int | None, device: torch.device, *, host: str | int | None = None) -> Budget:
+    """The budget that ``asked`` means on ``device``: bytes, "6GiB", "80%", or None for what is free now."""
+    counting = Counting.CUDA_ALLOCATOR if device.type == "cuda" else Counting.TENSOR_BYTES
+    if asked is None:
+        amount, how = free_now(device)
+        source = f"what is free now: {how}"
+    elif isinstance(asked, int) and not isinstance(asked, bool):
+        if asked <= 0:
+            raise UsageError(
+                asked=f"budget={asked}", found="not a positive number of bytes", do="give bytes, or text such as '6GiB'"
+            )
+        amount, source = asked, f"budget={asked}"
+    elif isinstance(asked, str):
+        share = parse_share(asked)
+        if share is None:
+            amount, source = parse_bytes(asked), f"budget {asked}"
+        else:
+            whole, how = total_bytes(device)
+            amount, source = int(whole * share), f"budget {asked} of {format_bytes(whole)} ({how})"
+    else:
+        raise UsageError(
+            asked=f"budget={asked!r}",
+            found=f"a {type(asked).__name__}",
+            do="give whole bytes, or text such as '6GiB' or '80%'",
+        )
+    host_bytes = parse_bytes(host, option="host_budget") if isinstance(host, str) else host
+    name = device_name(device)
+    return Budget(total_bytes=amount, device=name, counting=counting, source=source, host_bytes=host_bytes)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is CUDA where there is one. Raises UsageError or EnvironmentProblem."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(
+            asked=f"device {name!r}", found="not a device's name", do="use cpu, cuda, cuda:1 or auto", option="--device"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentProblem(
+            asked=f"device {name!r}",
+            found=f"{torch.cuda.device_count()} CUDA devices (torch {torch.__version__})",
+            do="try --device cpu, or see 'samegrad doctor'",
+            option="--device",
+        )
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def cap_allocator(device: torch.device, budget_bytes: int) -> float | None:
+    """Makes the allocator refuse to reserve more than ``budget_bytes``; returns the fraction that did it."""
+    if device.type != "cuda":
+        return None
+    fraction = min(1.0, budget_bytes / torch.cuda.mem_get_info(device)[1])
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    return fraction
+
+
+def uncap_allocator(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _host_limit() -> tuple[int, str]:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = _read(path)
+        # cgroup v2 says "max", v1 a number near 2**63, when there is no limit.
+        if text.isdigit() and int(text) < 2**60:
+            return min(int(text), _meminfo("MemTotal")), "the cgroup's limit"
+    return _meminfo("MemTotal"), "MemTotal of the host"
+
+
+def _cgroup_used() -> int | None:
+    if _host_limit()[1] != "the cgroup's limit":
+        return None
+    for path in ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"):
+        if (text := _read(path)).isdigit():
+            return int(text)
+    return None
+
+
+def _meminfo(field: str) -> int:
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise EnvironmentProblem(
+        asked="how much memory is free",
+        found=f"no {field} in /proc/meminfo",
+        do="give a budget in bytes, for example budget='6GiB'",
+    )
+
+
+def _read(path: str) -> str:
+    file = Path(path)
+    return file.read_text().strip() if file.is_file() else ""

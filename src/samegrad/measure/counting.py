@@ -1,0 +1,145 @@
+"""Live tensor bytes of whatever runs inside, by category and phase, on any device.
+
+Every operation's results are seen; a storage counts once, from its first appearance until it is freed. Memory that a
+kernel takes and gives back inside one operation is not seen, nor is anything that is not a tensor.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep
+from samegrad.records import Category, Phase, TimelinePoint
+
+_BORN_IN = {
+    Phase.FORWARD: Category.ACTIVATIONS,
+    Phase.LOSS: Category.ACTIVATIONS,
+    Phase.BACKWARD: Category.TEMPORARY,
+    Phase.HANDOFF: Category.TEMPORARY,
+    Phase.OPTIMIZER: Category.TEMPORARY,
+}
+_LONGEST_TIMELINE = 240
+
+
+class _Declares(Protocol):
+    @property
+    def declared(self) -> DeclaredStep: ...
+
+
+def count_bytes(step: _Declares) -> ByteCounter:
+    """A counter for ``train(step, batches, counter=...)``: live tensor bytes on the step's device."""
+    return ByteCounter(step.declared.device, gradients_of=[step.declared.network])
+
+
+class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Counts live bytes of tensors on ``device`` while it is entered. ``announce`` may be given to ``listening``.
+
+    ``gradients_of``: modules whose parameters' ``.grad`` are gradients. ``with_timeline`` keeps the course of the
+    step, one point an operation, which long runs should not.
+    """
+
+    def __init__(
+        self, device: torch.device, *, gradients_of: Iterable[nn.Module] = (), with_timeline: bool = False
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device_type = device.type
+        self._gradients_of = list(gradients_of)
+        self._known: dict[int, tuple[Any, int, Category]] = {}
+        self._moments: list[tuple[Phase, dict[Category, int]]] | None = [] if with_timeline else None
+        self._stretches: list[list[tuple[Phase, int]]] | None = [] if with_timeline else None
+        self.phase = Phase.FORWARD
+        self.live: dict[Category, int] = dict.fromkeys(Category, 0)
+        self.live_bytes = 0
+        self.reset_peaks()
+
+    def reset_peaks(self) -> None:
+        self.peak_bytes = self.live_bytes
+        self.peak_by_category = dict(self.live)
+        self.peak_by_phase: dict[Phase, int] = {}
+        self._note_peak()
+
+    def announce(self, phase: Phase) -> None:
+        self._claim_gradients()
+        self.phase = phase
+        if self._stretches is not None:
+            self._stretches.append([])
+        self._note_peak()
+
+    def claim(self, tensors: Iterable[Tensor], category: Category) -> None:
+        """Counts ``tensors`` under ``category``, whatever they counted as before."""
+        for tensor in tensors:
+            self._see(tensor, category, relabel=True)
+        self._note_peak()
+
+    def moments(self) -> list[list[tuple[Phase, int]]]:
+        """Live bytes after every operation, a list for each stretch between two announcements."""
+        return self._stretches or []
+
+    def timeline(self) -> tuple[TimelinePoint, ...]:
+        """The course of the step, thinned to a readable number of points; each keeps the largest of its stretch."""
+        moments = self._moments or []
+        stretch = max(1, -(-len(moments) // _LONGEST_TIMELINE))
+        points = []
+        for start in range(0, len(moments), stretch):
+            phase, live = max(moments[start : start + stretch], key=lambda moment: sum(moment[1].values()))
+            position = start / max(1, len(moments) - 1)
+            points.append(TimelinePoint(position_fraction=position, phase=phase, live_bytes=live))
+        return tuple(points)
+
+    def _claim_gradients(self) -> None:
+        for module in self._gradients_of:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    self._see(parameter.grad, Category.GRADIENTS, relabel=True)
+
+    def _see(self, tensor: Tensor, category: Category, *, relabel: bool = False) -> None:
+        if tensor.device.type != self._device_type:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            if relabel:
+                reference, size, before = self._known[key]
+                self.live[before] -= size
+                self.live[category] += size
+                self._known[key] = (reference, size, category)
+            return
+        size = storage.nbytes()
+        if size == 0:
+            return
+        self._known[key] = (weakref.ref(storage, lambda _: self._free(key)), size, category)
+        self.live[category] += size
+        self.live_bytes += size
+
+    def _free(self, key: int) -> None:
+        _, size, category = self._known.pop(key)
+        self.live[category] -= size
+        self.live_bytes -= size
+
+    def _note_peak(self) -> None:
+        if self.live_bytes > self.peak_by_phase.get(self.phase, -1):
+            self.peak_by_phase[self.phase] = self.live_bytes
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
+            self.peak_by_category = dict(self.live)
+        if self._moments is not None and self._stretches:
+            self._moments.append((self.phase, dict(self.live)))
+            self._stretches[-1].append((self.phase, self.live_bytes))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        category = _BORN_IN[self.phase]
+        for leaf in (result,) if isinstance(result, Tensor) else trees.leaves_of(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, category)
+        self._note_peak()
+        return result

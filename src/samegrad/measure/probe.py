@@ -1,0 +1,139 @@
+"""The real step at a few rows: what it holds at every moment and how long it takes, nothing of the user's changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep, checked_loss
+from samegrad.exact import losses
+from samegrad.exact.handoff import hooks_silenced
+from samegrad.exact.phases import announce, listening
+from samegrad.exact.split import SplitStep
+from samegrad.exact.undisturbed import undisturbed
+from samegrad.measure import census, counters
+from samegrad.measure.counting import ByteCounter
+from samegrad.records import Category, Phase, TimelinePoint
+from samegrad.trees import RowLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One measured run of ``batch_rows`` rows, ``rows`` at a time. ``reserved_bytes`` only on CUDA.
+
+    ``moments``: counted bytes after every operation, in stretches between announced phases.
+    ``beyond_counted_bytes``: what the allocator's peak holds on top of the counted one (workspaces, rounding).
+    """
+
+    rows: int
+    batch_rows: int
+    peak_bytes: int
+    by_phase: dict[Phase, int]
+    by_category: dict[Category, int]
+    timeline: tuple[TimelinePoint, ...]
+    seconds: float
+    moments: tuple[tuple[tuple[Phase, int], ...], ...]
+    reserved_bytes: int | None = None
+    beyond_counted_bytes: int = 0
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.batch_rows // self.rows)
+
+
+def probe_split(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int) -> Probe:
+    """The split step on the first ``batch_rows`` rows of ``batch``, up to but without the hand-over."""
+    few, few_layout = _first_rows(batch, layout, batch_rows)
+    sizes = trees.even_sizes(batch_rows, rows)
+
+    def run(chunks_seen: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
+        watched = dataclasses.replace(split, chunks=lambda *args: chunks_seen(split.chunks(*args)))
+        watched.totals(few, few_layout, sizes)
+
+    return _probed(split.declared, batch, run, rows, batch_rows)
+
+
+def probe_plain(declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int) -> Probe:
+    """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped."""
+    few, _ = _first_rows(batch, layout, batch_rows)
+
+    def run(chunks_seen: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
+        for chunk in chunks_seen([trees.move(few, declared.device)]):
+            announce(Phase.FORWARD)
+            outputs = declared.forward(declared.network, chunk)
+            announce(Phase.LOSS)
+            loss = checked_loss(declared.loss_fn(outputs, chunk))
+            del outputs
+            announce(Phase.BACKWARD)
+            leaves = losses.leaves_under(loss)
+            with hooks_silenced(leaves), torch.autocast(declared.device.type, enabled=False):
+                torch.autograd.grad(loss, leaves)
+
+    return _probed(declared, batch, run, batch_rows, batch_rows)
+
+
+def _first_rows(batch: Any, layout: RowLayout, rows: int) -> tuple[Any, RowLayout]:
+    return trees.slice_rows(batch, layout, 0, rows), dataclasses.replace(layout, rows=rows)
+
+
+def _probed(
+    declared: DeclaredStep, batch: Any, run: Callable[..., None], rows: int, batch_rows: int
+) -> Probe:
+    device = declared.device
+    modules = [declared.network] + ([declared.loss_module] if declared.loss_module is not None else [])
+    with undisturbed(modules, device):
+        # Twice: the first run creates library handles and workspaces that later ones share.
+        run(iter)
+        counters.synchronize(device)
+        start = time.perf_counter()
+        run(iter)
+        counters.synchronize(device)
+        seconds = time.perf_counter() - start
+        counter = ByteCounter(device, gradients_of=[declared.network], with_timeline=True)
+        claim_residents(counter, declared, batch)
+        with counter, listening(counter.announce):
+            run(lambda chunks: _claiming(counter, chunks))
+        peak, reserved = counter.peak_bytes, None
+        if device.type == "cuda":
+            counters.release_cached(device)
+            counters.reset_peaks(device)
+            run(iter)
+            reading = counters.read_allocator(device)
+            if reading is not None:
+                peak, reserved = reading.peak_allocated_bytes, reading.peak_reserved_bytes
+    return Probe(
+        rows=rows,
+        batch_rows=batch_rows,
+        peak_bytes=peak,
+        beyond_counted_bytes=max(0, peak - counter.peak_bytes),
+        moments=tuple(tuple(stretch) for stretch in counter.moments()),
+        by_phase=counter.peak_by_phase,
+        by_category=counter.peak_by_category,
+        timeline=counter.timeline(),
+        seconds=seconds,
+        reserved_bytes=reserved,
+    )
+
+
+def claim_residents(counter: ByteCounter, declared: DeclaredStep, batch: Any) -> None:
+    """Counts what lives between steps, and the batch where it is on the step's device as a whole."""
+    modules = [declared.network] + ([declared.loss_module] if declared.loss_module is not None else [])
+    for module in modules:
+        parameters = list(module.parameters())
+        counter.claim(parameters, Category.PARAMETERS)
+        counter.claim(module.buffers(), Category.BUFFERS)
+        counter.claim([p.grad for p in parameters if p.grad is not None], Category.GRADIENTS)
+    counter.claim(census.state_tensors(declared.optimizer), Category.OPTIMIZER_STATE)
+    counter.claim([leaf for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor)], Category.INPUTS)
+
+
+def _claiming(counter: ByteCounter, chunks: Iterable[Any]) -> Iterator[Any]:
+    for chunk in chunks:
+        counter.claim([leaf for leaf in trees.leaves_of(chunk) if isinstance(leaf, Tensor)], Category.INPUTS)
+        yield chunk

@@ -1,0 +1,1 @@
+"""Footprint and budget to a ladder of plans, and the words that explain it."""

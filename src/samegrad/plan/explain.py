@@ -1,0 +1,72 @@
+"""Plans in plain words: what was taken, what was not needed, what the floor is made of and how to get lower."""
+
+from __future__ import annotations
+
+from samegrad.levers.split_rows import SplitRows
+from samegrad.records import Budget, Category, Footprint, Plan
+from samegrad.units import format_bytes, format_seconds
+
+_FLOOR = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS)
+
+
+def floor_bytes(footprint: Footprint) -> int:
+    """Bytes of the smallest plan: everything resident and one row at a time."""
+    if SplitRows.refusal(footprint) is not None or not footprint.laws:
+        return footprint.predicted_peak_bytes(rows=footprint.batch_rows)
+    return footprint.predicted_peak_bytes(rows=1)
+
+
+def floor_sentence(footprint: Footprint) -> str:
+    """What the smallest plan needs and what that is made of."""
+    floor = floor_bytes(footprint)
+    resident = {category: footprint.resident_bytes.get(category, 0) for category in _FLOOR}
+    parts = [f"{category.value.replace('_', ' ')} {format_bytes(n)}" for category, n in resident.items() if n]
+    rest = floor - sum(resident.values())
+    parts.append(f"one row and what stays beside it {format_bytes(max(rest, 0))}")
+    return f"the smallest plan needs {format_bytes(floor)}: " + ", ".join(parts)
+
+
+def ways_down(footprint: Footprint, budget: Budget) -> list[str]:
+    """The three cheapest ways to fit, each with its bytes."""
+    floor = floor_bytes(footprint)
+    ways = [f"raise the budget to {format_bytes(floor * 1.1 + 2**20)}"]
+    state = footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
+    parameters = footprint.resident_bytes.get(Category.PARAMETERS, 0)
+    if state:
+        ways.append(f"an optimizer with less state (SGD without momentum holds none: {format_bytes(state)} less)")
+    per_batch_row = max((law.per_batch_row_bytes for law in footprint.laws), default=0.0)
+    if per_batch_row * footprint.batch_rows > 0.1 * budget.total_bytes:
+        kept = format_bytes(per_batch_row * footprint.batch_rows)
+        ways.append(f"a loss that is a mean over rows, or normalise=, so that {kept} of output rows need not be kept")
+    if SplitRows.refusal(footprint) is not None:
+        plain_row = max((law.per_chunk_row_bytes for law in footprint.plain_laws), default=0.0)
+        ways.append(f"a smaller batch ({format_bytes(plain_row)} a row; that is another step)")
+    ways.append(f"a smaller model (parameters and gradients take {format_bytes(2 * parameters)}; another model)")
+    return ways[:3]
+
+
+def explain_plan(plan: Plan, footprint: Footprint) -> str:
+    """The plan in lines a tired person understands."""
+    lines = []
+    if plan.budget is not None:
+        lines.append(f"Budget {format_bytes(plan.budget.total_bytes)} ({plan.budget.source}), "
+                     f"{plan.budget.counting.value} on {plan.budget.device}.")
+    plain = footprint.predicted_peak_bytes(rows=footprint.batch_rows)
+    lines.append(f"The plain step on {plan.batch_rows} rows is predicted to need {format_bytes(plain)}.")
+    split = plan.levers.get("split_rows")
+    if split is None:
+        lines.append("It runs whole: the plain call, bit for bit.")
+    else:
+        rows = split["rows"]
+        sizes = SplitRows(rows).sizes(plan.batch_rows)
+        shape = f"{rows} rows at a time" if isinstance(rows, int) else "chunks of the given sizes"
+        lines.append(f"It runs {shape}: {len(sizes)} chunks, {footprint.forwards_per_step} "
+                     f"{'pass' if footprint.forwards_per_step == 1 else 'passes'}; {plan.exactness.explained()}.")
+    peak = format_bytes(plan.predicted_peak_bytes) if plan.predicted_peak_bytes is not None else "unknown"
+    seconds = f", {format_seconds(plan.predicted_seconds)} a step" if plan.predicted_seconds else ""
+    lines.append(f"Predicted peak {peak}{seconds}, from {footprint.basis}.")
+    lines += [f"{name}: {reason}." for name, reason in plan.reasons.items()]
+    lines += [f"{knob}: {origin.value}." for knob, origin in plan.knob_origins.items()]
+    lines += [f"{topic}: {fact}." for topic, fact in footprint.facts.items()]
+    lines.append(floor_sentence(footprint) + ".")
+    return "\n".join(lines)

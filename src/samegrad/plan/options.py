@@ -1,0 +1,19 @@
+"""What the planner may do: knobs the user pinned, and how exact the plan must be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from samegrad.records import Exactness, KnobOrigin
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """``rows``: pinned rows at a time (a number or the size of every chunk), with who set them.
+
+    ``allow``: the weakest exactness a plan may have.
+    """
+
+    rows: int | tuple[int, ...] | None = None
+    rows_origin: KnobOrigin = KnobOrigin.PINNED
+    allow: Exactness = Exactness.SAME_SUM

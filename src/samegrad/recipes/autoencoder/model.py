@@ -1,0 +1,170 @@
+"""The autoencoder of the document, in plain PyTorch: nothing here knows that a budget exists.
+
+    D → h → h → L → h → h → D,   h = int((D + L) / 2),   ReLU after the hidden layers, none after L and the output
+
+Axes: B rows, D row width, L latent width, h hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+
+def hidden_width(width: int, latent_dim: int) -> int:
+    """The document's hidden width: halfway between the row and the latent, rounded down."""
+    return int((width + latent_dim) / 2)
+
+
+class Autoencoder(nn.Module):
+    """Rows reconstructed through a latent of ``latent_dim`` numbers.
+
+    ``offset`` (D,) is taken off the rows before the encoder and added to the decoder's output: zeros (the document's
+    model) unless ``centre`` stored the mean row there. It travels with the weights and is never trained.
+    All weights are drawn from ``generator``; torch's default generator is neither read nor moved.
+    """
+
+    offset: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        latent_dim: int,
+        *,
+        hidden: int | None = None,
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.width, self.latent_dim = width, latent_dim
+        self.hidden = hidden_width(width, latent_dim) if hidden is None else hidden
+        draws = Generator().manual_seed(0) if generator is None else generator
+        down = (width, self.hidden, self.hidden, latent_dim)
+        self.encoder = _stack(down, draws, dtype)
+        self.decoder = _stack(down[::-1], draws, dtype)
+        self.register_buffer("offset", torch.zeros(width, dtype=dtype))
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """Latents (B, L) of rows (B, D)."""
+        return self.encoder(rows - self.offset)  # type: ignore[no-any-return]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Rows (B, D) of latents (B, L)."""
+        return self.decoder(latents) + self.offset  # type: ignore[no-any-return]
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Reconstructions (B, D) of rows (B, D), on the rows' device, in the weights' dtype."""
+        return self.decode(self.encode(rows))
+
+    @torch.no_grad()
+    def centre(self, mean_row: Tensor) -> None:
+        """Stores the mean row (D,) as ``offset``."""
+        self.offset.copy_(mean_row)
+
+
+class TiedAutoencoder(nn.Module):
+    """The tied variant: the decoder uses the encoder's three matrices transposed, with biases of its own.
+
+    Kaiming-uniform matrices, zero biases. ``orthogonality_penalty`` of ``weights`` belongs to its loss.
+    """
+
+    offset: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        latent_dim: int,
+        *,
+        hidden: int | None = None,
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.width, self.latent_dim = width, latent_dim
+        self.hidden = hidden_width(width, latent_dim) if hidden is None else hidden
+        draws = Generator().manual_seed(0) if generator is None else generator
+        down = (width, self.hidden, self.hidden, latent_dim)
+        self.weights = nn.ParameterList(
+            nn.Parameter(_kaiming_uniform(wide_out, wide_in, draws, dtype, nonlinearity="relu"))
+            for wide_in, wide_out in zip(down[:-1], down[1:])
+        )
+        self.encoder_biases = nn.ParameterList(nn.Parameter(torch.zeros(n, dtype=dtype)) for n in down[1:])
+        self.decoder_biases = nn.ParameterList(nn.Parameter(torch.zeros(n, dtype=dtype)) for n in down[-2::-1])
+        self.register_buffer("offset", torch.zeros(width, dtype=dtype))
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """Latents (B, L) of rows (B, D)."""
+        first, second, last = self.weights
+        bias_first, bias_second, bias_last = self.encoder_biases
+        hidden = F.relu(F.linear(rows - self.offset, first, bias_first))
+        return F.linear(F.relu(F.linear(hidden, second, bias_second)), last, bias_last)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Rows (B, D) of latents (B, L)."""
+        first, second, last = self.weights
+        bias_first, bias_second, bias_last = self.decoder_biases
+        hidden = F.relu(F.linear(latents, last.t(), bias_first))
+        hidden = F.relu(F.linear(hidden, second.t(), bias_second))
+        return F.linear(hidden, first.t(), bias_last) + self.offset
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Reconstructions (B, D) of rows (B, D), on the rows' device, in the weights' dtype."""
+        return self.decode(self.encode(rows))
+
+    @torch.no_grad()
+    def centre(self, mean_row: Tensor) -> None:
+        """Stores the mean row (D,) as ``offset``."""
+        self.offset.copy_(mean_row)
+
+
+def orthogonality_penalty(weights: Sequence[Tensor]) -> Tensor:
+    """How far the matrices are from having orthonormal columns, ``Σ_l ‖W_lᵀ W_l − I‖_F``: a scalar, differentiable.
+
+    weights: (out, in) each. A matrix with fewer rows than columns cannot reach zero.
+    """
+    total = weights[0].new_zeros(())
+    for weight in weights:
+        gram = weight.t() @ weight
+        total = total + torch.linalg.norm(gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device))
+    return total
+
+
+def reconstruction_loss(reconstructed: Tensor, rows: Tensor) -> Tensor:
+    """Mean squared error over all elements of (B, D): the document's loss."""
+    return F.mse_loss(reconstructed, rows)
+
+
+def _stack(widths: Sequence[int], generator: Generator, dtype: torch.dtype) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for wide_in, wide_out in zip(widths[:-1], widths[1:]):
+        layers += [_linear(wide_in, wide_out, generator, dtype), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _linear(wide_in: int, wide_out: int, generator: Generator, dtype: torch.dtype) -> nn.Linear:
+    # skip_init: nn.Linear's own constructor would draw from the global generator.
+    linear = nn.utils.skip_init(nn.Linear, wide_in, wide_out, dtype=dtype)
+    bound = 1 / math.sqrt(wide_in)
+    with torch.no_grad():
+        linear.weight.copy_(_kaiming_uniform(wide_out, wide_in, generator, dtype, nonlinearity="linear"))
+        linear.bias.uniform_(-bound, bound, generator=generator)
+    return linear  # type: ignore[no-any-return]
+
+
+def _kaiming_uniform(
+    wide_out: int,
+    wide_in: int,
+    generator: Generator,
+    dtype: torch.dtype,
+    *,
+    nonlinearity: Literal["relu", "linear"],
+) -> Tensor:
+    """A (out, in) matrix; "linear" is what nn.Linear draws by itself (slope √5), "relu" the wider one."""
+    weight = torch.empty(wide_out, wide_in, dtype=dtype)
+    slope = 0.0 if nonlinearity == "relu" else math.sqrt(5)
+    return nn.init.kaiming_uniform_(weight, a=slope, nonlinearity="leaky_relu", generator=generator)

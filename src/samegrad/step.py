@@ -1,0 +1,238 @@
+"""``Step``, the front door: one line of an ordinary loop changes.
+
+    step = sg.Step(model, loss_fn, budget="6GiB", optimizer=optimizer)
+    for batch in loader:
+        loss = step.backward(batch)
+        optimizer.step(); optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from samegrad.data.prefetch import stream_chunks
+from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
+from samegrad.errors import CannotSplit, UsageError
+from samegrad.exact.examine import Examination, examine
+from samegrad.exact.split import SplitStep, plain_backward
+from samegrad.execute.apply import applied
+from samegrad.levers import levers_of
+from samegrad.measure import counters
+from samegrad.plan.explain import explain_plan
+from samegrad.plan.options import Options
+from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan, Verdict
+from samegrad.settle import Measurement, aliases_for, check_one_of, measure, settle
+from samegrad.trees import RowLayout
+
+
+class Step:
+    """A training step that runs inside a budget and leaves the gradients of the plain step.
+
+    ``loss_fn(outputs, batch)`` is the ordinary full-batch loss. At most one of ``budget`` (bytes, "6GiB", "80%"),
+    ``rows`` (an int, or a list that adds up to the batch) and ``plan``; none means what is free now. ``forward``
+    defaults to ``model(batch[0])`` for tuples and lists, matching keywords for mappings, ``model(batch)`` for a
+    tensor. ``normalise`` declares the loss a sum over rows over a count (single pass; audited).  ``batch_axes`` says
+    where rows are. ``enforce`` caps the CUDA allocator at the budget until ``close``. ``allow`` is the weakest
+    exactness a plan may have.
+
+    ``groups``, ``segments`` and ``head`` are refused until the levers behind them exist; ``expected_steps`` and
+    ``host_budget`` are recorded for the levers that will use them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Loss,
+        *,
+        budget: str | int | None = None,
+        rows: int | Sequence[int] | None = None,
+        plan: Plan | None = None,
+        host_budget: str | int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        forward: Forward | None = None,
+        normalise: Normalise | None = None,
+        groups: Any = None,
+        segments: Sequence[str] | None = None,
+        batch_axes: Any = None,
+        head: str | None = None,
+        expected_steps: int | None = None,
+        device: torch.device | str | None = None,
+        enforce: bool = False,
+        allow: Exactness = Exactness.SAME_SUM,
+    ) -> None:
+        check_one_of(budget=budget, rows=rows, plan=plan)
+        _refuse_not_there(groups=groups, segments=segments, head=head)
+        self.declared: DeclaredStep = declare(
+            model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
+            device=device,
+        )  # fmt: skip
+        self.budget: Budget | None = None
+        self.plan: Plan | None = plan
+        self.footprint: Footprint | None = None
+        self.verdict: Verdict | None = None
+        self.expected_steps = expected_steps
+        self.allow = allow
+        self._asked_budget, self._host_budget = budget, host_budget
+        self._rows = _checked_rows(rows)
+        self._enforce, self._capped = enforce, False
+        self._aliases = aliases_for(self.declared)
+        self._examined: dict[tuple[str, str], Examination] = {}
+        self._planned_for: tuple[str, int] | None = None
+        self._closed = False
+
+    def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
+        """The step's loss, () detached and unscaled; ``.grad`` grows by the plain step's gradients.
+
+        ``scaler``: a GradScaler; it scales the loss only, unscale, step and update stay yours. If anything raises
+        before the gradients are handed over, ``.grad`` is as it was.
+        """
+        self._check_open()
+        layout = self.declared.layout(batch)
+        sizes = self._sizes(batch, layout)
+        if sizes is None:
+            return plain_backward(self.declared, batch, layout, scaler)
+        return self.split_for(batch, layout).backward(batch, layout, sizes, scaler)
+
+    def prepare(self, worst_batch: Any) -> Plan:
+        """The plan for batches up to ``worst_batch``'s rows, made now instead of at the first backward."""
+        self._check_open()
+        layout = self.declared.layout(worst_batch)
+        self._sizes(worst_batch, layout)
+        if self.plan is None:
+            self.plan = self._pinned_plan(layout)
+        return self.plan
+
+    def explain(self) -> str:
+        """Why the step runs as it does, in words. Before the first batch there is nothing to explain."""
+        if self.plan is None:
+            return "No plan yet: it is made at the first backward, or by prepare(batch)."
+        if self.footprint is None:
+            sizes = ", ".join(f"{name} {knobs}" for name, knobs in self.plan.levers.items()) or "no levers"
+            facts = [f"loss: {e.reason}, {e.passes} pass(es)" for e in self._examined.values()]
+            return "\n".join([f"The plan was given, not chosen: {sizes}.", *facts])
+        return explain_plan(self.plan, self.footprint)
+
+    def close(self) -> None:
+        """Gives back what the step holds beyond the model: the allocator's cap."""
+        if self._capped:
+            counters.uncap_allocator(self.declared.device)
+            self._capped = False
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def sizes_for(self, batch: Any) -> tuple[int, ...]:
+        """The rows of each chunk of ``batch`` under the plan; one entry when it runs whole."""
+        layout = self.declared.layout(batch)
+        return self._sizes(batch, layout) or (layout.rows,)
+
+    def split_for(self, batch: Any, layout: RowLayout) -> SplitStep:
+        """The engine for batches like this one, examined on its first rows. Raises CannotSplit."""
+        fresh = self._aliases.refreshed()
+        if fresh is not self._aliases:
+            self._aliases = fresh
+            self._examined.clear()
+        key = (layout.signature(batch), self.declared.mode())
+        if key not in self._examined:
+            self._examined[key] = examine(self.declared, self._aliases, batch, layout)
+        return SplitStep(self.declared, self._aliases, self._examined[key], stream_chunks)
+
+    def _sizes(self, batch: Any, layout: RowLayout) -> tuple[int, ...] | None:
+        """The rows of each chunk, or None for the plain call. Plans first where that is still to be done."""
+        if self._rows is not None:
+            self.plan = self._pinned_plan(layout)
+        else:
+            signature = layout.signature(batch)
+            known = self._planned_for
+            if known is None and self.plan is not None:
+                self._check_given(self.plan, signature, layout)
+            elif known is None or known[0] != signature or layout.rows > known[1]:
+                self._plan(batch, layout)
+            self._planned_for = (signature, max(layout.rows, known[1] if known else 0))
+        plan = self.plan or self._pinned_plan(layout)
+        with applied(plan, self.declared, layout.rows) as execution:
+            sizes = execution.sizes
+        return None if sizes is None or len(sizes) < 2 else sizes
+
+    def _plan(self, batch: Any, layout: RowLayout) -> None:
+        device = self.declared.device
+        self.budget = counters.read_budget(self._asked_budget, device, host=self._host_budget)
+        if self._enforce and not self._capped:
+            counters.release_cached(device)
+            self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
+        measurement: Measurement = measure(self.declared, batch, self._aliases)
+        options = Options(allow=self.allow)
+        plan, self.footprint, _ = settle(self.declared, measurement, batch, budget=self.budget, options=options)
+        if measurement.split is not None:
+            key = (layout.signature(batch), self.declared.mode())
+            self._examined[key] = measurement.split.examination
+        self.plan = dataclasses.replace(plan, signature=layout.signature(batch))
+
+    def _pinned_plan(self, layout: RowLayout) -> Plan:
+        if (isinstance(self._rows, int) and self._rows >= layout.rows) or self._rows is None:
+            return Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=layout.rows)
+        rows = self._rows if isinstance(self._rows, int) else list(self._rows)
+        return Plan(
+            levers={"host_rows": {}, "split_rows": {"rows": rows}},
+            exactness=Exactness.SAME_SUM,
+            batch_rows=layout.rows,
+            knob_origins={"split_rows.rows": KnobOrigin.PINNED},
+        )
+
+    def _check_given(self, plan: Plan, signature: str, layout: RowLayout) -> None:
+        levers_of(plan)
+        if plan.exactness > self.allow:
+            raise UsageError(
+                asked=f"a plan that is {plan.exactness.name}",
+                found=f"the step allows {self.allow.name} at most",
+                do=f"pass allow=Exactness.{plan.exactness.name} if that is meant",
+            )
+        if plan.signature and plan.signature != signature:
+            raise CannotSplit(
+                asked="apply a plan made for another batch",
+                found=f"planned for {plan.signature}; this batch is {signature}",
+                do="plan again for this batch (leave out plan=)",
+            )
+        if layout.rows > plan.batch_rows:
+            raise CannotSplit(
+                asked=f"apply a plan made for {plan.batch_rows} rows",
+                found=f"this batch has {layout.rows} rows",
+                do="plan again with the largest batch: step.prepare(worst_batch)",
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError(asked="a step", found="it was closed", do="make a new Step")
+
+
+def _checked_rows(rows: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
+    if rows is None:
+        return None
+    listed = (rows,) if isinstance(rows, int) else tuple(rows)
+    if not listed or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in listed):
+        raise UsageError(
+            asked=f"rows={rows!r}",
+            found="rows at a time must be positive whole numbers",
+            do="rows=32, or a list that adds up to the batch such as rows=[32, 32, 5]",
+        )
+    return rows if isinstance(rows, int) else listed
+
+
+def _refuse_not_there(**options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(
+                asked=f"{name}={value!r}",
+                found=f"samegrad cannot take {name}= yet, and ignoring it would run another step than declared",
+                do=f"leave {name} out",
+            )
