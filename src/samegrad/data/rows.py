@@ -28,7 +28,7 @@ from samegrad.errors import BadInput, UsageError
 from samegrad.units import format_bytes
 
 # Rows whose reading order differs from their order in memory pass through this much scratch at a time.
-_SCRATCH_BYTES = 4 * 2**20
+_SCRATCH_BYTES = 1 * 2**20
 _RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -289,12 +289,12 @@ class Rows:
         ascending, places = positions.sort()
         cuts = torch.searchsorted(ascending, self._starts).tolist()
         block = max(1, _SCRATCH_BYTES // max(1, self.row_bytes))
+        scratch = torch.empty((min(block, len(places)), *self.shape[1:]), dtype=first.values.dtype, device="cpu")
         for piece, start, (low, high) in zip(self._pieces, self._starts.tolist(), itertools.pairwise(cuts)):
-            values = _raw(piece.values)
             for a, b in _blocks(low, high, block):
-                rows = torch.index_select(values, 0, ascending[a:b] - start)
-                as_wanted = rows.view(piece.values.dtype).to(self._dtype)
-                _raw(target).index_copy_(0, places[a:b], _raw(as_wanted))
+                rows = scratch[: b - a]
+                torch.index_select(_raw(piece.values), 0, ascending[a:b] - start, out=_raw(rows))
+                _raw(target).index_copy_(0, places[a:b], _raw(rows.to(self._dtype)))
 
 
 def _blocks(low: int, high: int, block: int) -> Iterator[tuple[int, int]]:

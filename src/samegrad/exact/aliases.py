@@ -91,6 +91,10 @@ class GradientTotals:
                 self._wide[index] = alias.grad.float()
             alias.grad = None
 
+    def magnitudes(self) -> list[Tensor | None] | None:
+        """Sums of the chunks' absolute gradients, where they were kept (``GradientMagnitudes``)."""
+        return None
+
     def taken(self) -> list[Tensor | None]:
         """The totals, in the parameters' dtypes, None where no chunk gave a gradient. The sums are given up."""
         totals: list[Tensor | None] = []
@@ -99,3 +103,28 @@ class GradientTotals:
             totals.append(alias.grad if wide is None else wide.to(alias.dtype))
             alias.grad = None
         return totals
+
+
+class GradientMagnitudes(GradientTotals):
+    """Totals that keep Σ_k |g_k| as well: the scale on which a verification judges rounding."""
+
+    def __init__(self, aliases: Sequence[nn.Parameter]) -> None:
+        super().__init__(aliases)
+        self._sums: list[Tensor | None] = [None] * len(self._aliases)
+        self._magnitudes: list[Tensor | None] = [None] * len(self._aliases)
+
+    def fold(self) -> None:
+        for index, alias in enumerate(self._aliases):
+            if alias.grad is None:
+                continue
+            wide = alias.grad.float() if alias.dtype in NARROW else alias.grad
+            total, magnitude = self._sums[index], self._magnitudes[index]
+            self._sums[index] = wide if total is None else total + wide
+            self._magnitudes[index] = wide.abs() if magnitude is None else magnitude + wide.abs()
+            alias.grad = None
+
+    def magnitudes(self) -> list[Tensor | None]:
+        return self._magnitudes
+
+    def taken(self) -> list[Tensor | None]:
+        return [None if s is None else s.to(a.dtype) for s, a in zip(self._sums, self._aliases)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
-from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.aliases import GradientTotals, ParameterAliases
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.losses import Form
 from samegrad.exact.phases import announce
 from samegrad.records import Phase
+
+GradientSums = Callable[[Sequence[nn.Parameter]], GradientTotals]
 
 
 @dataclasses.dataclass
@@ -33,12 +35,14 @@ class StepTotals:
 
     loss: () on the device, detached, not scaled. parameters: the model's, then those the loss owns.
     mismatches: () int64 on the device, entries whose second-pass bits differ; None after a single pass.
+    magnitudes: sums of the chunks' absolute gradients, where the sums kept them.
     """
 
     loss: Tensor
     parameters: list[nn.Parameter]
     totals: list[Tensor | None]
     mismatches: Tensor | None = None
+    magnitudes: list[Tensor | None] | None = None
 
 
 def single_pass(
@@ -48,6 +52,7 @@ def single_pass(
     chunks: Iterable[Any],
     shares: Sequence[float],
     scale: Tensor,
+    sums_of: GradientSums = GradientTotals,
 ) -> StepTotals:
     """Totals of a step whose loss is a sum over rows.
 
@@ -68,23 +73,24 @@ def single_pass(
 
     with aliases.swapped() as swapped:
         body = program.single_pass_body(_forward(declared), loss_of_chunk, form, sums)
-        chunk_program = program.ChunkProgram(body, swapped)
+        gradients = sums_of(swapped)
+        chunk_program = program.ChunkProgram(body, gradients)
         for index, chunk in enumerate(chunks):
             if shares[index] == 0:
                 continue
             chunk_program.bind(chunk, weights[index], cotangents[index])
             chunk_program.run()
-        totals = chunk_program.totals()
+        totals, magnitudes = chunk_program.totals(), gradients.magnitudes()
     loss = sums.loss
     if form is Form.COUNTED:
         loss = sums.loss / sums.count
         # Chunks ran with cotangents for the count they were expected to have; the true count is known now.
         expected = 1 / weights[0]
         rest = torch.where(sums.count == 0, torch.zeros_like(sums.count), expected / sums.count)
-        for total in totals:
+        for total in (*totals, *(magnitudes or ())):
             if total is not None:
                 total.mul_(rest.to(total.dtype))
-    return StepTotals(loss.to(loss_dtype), list(aliases.parameters), totals)
+    return StepTotals(loss.to(loss_dtype), list(aliases.parameters), totals, magnitudes=magnitudes)
 
 
 def two_passes(
@@ -94,6 +100,7 @@ def two_passes(
     chunks_twice: Sequence[Iterable[Any]],
     sizes: Sequence[int],
     scale: Tensor,
+    sums_of: GradientSums = GradientTotals,
 ) -> StepTotals:
     """Totals of a step with any loss of the outputs.
 
@@ -107,7 +114,8 @@ def two_passes(
         loss, cotangents, owned, owned_totals = _loss_gradients(
             declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters))
         )
-        second = program.ChunkProgram(program.second_pass_body(forward, mismatches), swapped)
+        gradients = sums_of(swapped)
+        second = program.ChunkProgram(program.second_pass_body(forward, mismatches), gradients)
         start = 0
         rows = [leaf.detach() for leaf in outputs.leaves()]
         for size, chunk in zip(sizes, chunks_twice[1]):
@@ -117,7 +125,7 @@ def two_passes(
             )
             second.run()
             start += size
-        totals = second.totals()
+        totals, magnitudes = second.totals(), gradients.magnitudes()
     parameters = list(aliases.parameters)
     place = {id(p): i for i, p in enumerate(parameters)}
     for parameter, total in zip(owned, owned_totals):
@@ -129,7 +137,7 @@ def two_passes(
             # A parameter of the model that the loss uses as well: its gradient is the sum of both ways.
             before = totals[index]
             totals[index] = total if before is None else before.add_(total) if total is not None else before
-    return StepTotals(loss, parameters, totals, mismatches)
+    return StepTotals(loss, parameters, totals, mismatches, magnitudes)
 
 
 def _first_pass(

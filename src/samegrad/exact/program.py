@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samegrad import trees
 from samegrad.errors import CannotSplit
@@ -49,9 +49,9 @@ class ChunkProgram:
     tensors instead. ``totals`` ends the step: gradients in the order of the aliases.
     """
 
-    def __init__(self, body: Callable[..., None], aliases: Sequence[nn.Parameter]) -> None:
+    def __init__(self, body: Callable[..., None], gradients: GradientTotals) -> None:
         self._body = body
-        self._gradients = GradientTotals(aliases)
+        self._gradients = gradients
         self._inputs: tuple[Any, ...] = ()
 
     def preallocate(self) -> None:

@@ -17,12 +17,12 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep, plain_loss
 from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
 from samegrad.exact import passes, program
-from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.aliases import GradientTotals, ParameterAliases
 from samegrad.exact.examine import Examination
 from samegrad.exact.handoff import hand_over
 from samegrad.exact.losses import Form
 from samegrad.exact.on_use import arriving
-from samegrad.exact.passes import StepTotals
+from samegrad.exact.passes import GradientSums, StepTotals
 from samegrad.exact.phases import announce
 from samegrad.exact.undisturbed import Generators
 from samegrad.records import Phase
@@ -58,12 +58,13 @@ def _needs_reading(batch: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SplitStep:
-    """A step that runs in chunks, as examined. ``chunks`` brings them to the device."""
+    """A step that runs in chunks, as examined. ``chunks`` brings them to the device, ``sums_of`` adds them up."""
 
     declared: DeclaredStep
     aliases: ParameterAliases
     examination: Examination
     chunks: Chunks = sliced_chunks
+    sums_of: GradientSums = GradientTotals
 
     def totals(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> StepTotals:
         """The step's gradients, not handed over. Raises GradientsDiffer when the second pass is not the first."""
@@ -77,11 +78,11 @@ class SplitStep:
             shares = self._shares(batch, layout, sizes)
             chunks = self.chunks(batch, layout, sizes, device)
             form = self.examination.form
-            totals = passes.single_pass(self.declared, self.aliases, form, chunks, shares, scale)
+            totals = passes.single_pass(self.declared, self.aliases, form, chunks, shares, scale, self.sums_of)
         else:
             twice = [self.chunks(batch, layout, sizes, device) for _ in range(2)]
             whole = arriving(batch, layout, device)
-            totals = passes.two_passes(self.declared, self.aliases, whole, twice, sizes, scale)
+            totals = passes.two_passes(self.declared, self.aliases, whole, twice, sizes, scale, self.sums_of)
         self._check_untouched(generators, versions)
         if totals.mismatches is not None and (count := int(totals.mismatches)):
             raise GradientsDiffer(

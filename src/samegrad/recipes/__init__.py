@@ -1,0 +1,54 @@
+"""The complete training programs that come along: a folder each, found by its ``options.py``.
+
+Listing recipes and reading their options imports no torch; ``find_recipe`` does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+
+import samegrad as sg
+from samegrad.recipes._recipe import CommonOptions, EpochResult, Program, Recipe, run_epochs
+
+__all__ = [
+    "CommonOptions",
+    "EpochResult",
+    "Program",
+    "Recipe",
+    "find_options",
+    "find_recipe",
+    "recipe_names",
+    "run_epochs",
+]
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come along, sorted."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/options.py"))
+
+
+def find_options(name: str) -> type[CommonOptions]:
+    """The options class of the recipe ``name``; imports no torch. Raises UsageError with the nearest name."""
+    _check_name(name)
+    options: type[CommonOptions] = importlib.import_module(f"{__name__}.{name}.options").Options
+    return options
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe ``name``, ready to build. Raises UsageError with the nearest name."""
+    _check_name(name)
+    recipe: Recipe = importlib.import_module(f"{__name__}.{name}.recipe").RECIPE
+    return recipe
+
+
+def _check_name(name: str) -> None:
+    known = recipe_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise sg.UsageError(
+            asked=f"the recipe {name!r}",
+            found="there is none of that name" + (f"; did you mean {near[0]!r}?" if near else ""),
+            do=f"use one of {', '.join(known)}",
+        )

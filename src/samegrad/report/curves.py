@@ -42,7 +42,7 @@ class Series:
 
 
 def curve_svg(
-    series: Sequence[Series], log_y: bool, *, title: str, x_name: str = "step", width_px: int = WIDE_PX
+    series: Sequence[Series], *, log_y: bool, title: str, x_name: str = "step", width_px: int = WIDE_PX
 ) -> str:
     """One ``<svg>`` with a line for each of ``series``; empty where no point can be drawn.
 
@@ -58,7 +58,8 @@ def curve_svg(
     y_range = padded_log_range(ys) if log_y else padded_range(ys)
     y_ticks = log_ticks(*y_range) if log_y else even_ticks(*y_range, about=5)
     y_labels = tick_labels(y_ticks)
-    x_range = (min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1)
+    reach = max(1.0, 0.1 * abs(xs[0])) if min(xs) == max(xs) else 0.0
+    x_range = (min(xs) - reach, max(xs) + reach)
     plot = lay_out(x_range=x_range, y_range=y_range, y_labels=y_labels, width_px=width_px, logarithmic=log_y)
     x_ticks = even_ticks(*x_range, about=width_px // 90, whole=True)
     shapes = [

@@ -175,7 +175,7 @@ def _loss_section(story: Story) -> str:
         return ""
     log_y = suits_log_scale(series)
     scale = "Logarithmic scale." if log_y else "Linear scale; it need not start at zero."
-    figure = _figure(lambda px: curve_svg(series, log_y, title="Loss over steps", width_px=px), caption=scale)
+    figure = _figure(lambda px: curve_svg(series, log_y=log_y, title="Loss over steps", width_px=px), caption=scale)
     nothing = '<p class="bad-text">No loss was finite, so there is no curve.</p>\n'
     facts = describe_training(story)
     return _section("Loss", (f"<p>{_sentence(facts)}</p>\n" if facts else "") + (figure or nothing))

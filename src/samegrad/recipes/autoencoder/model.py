@@ -7,6 +7,7 @@ Axes: B rows, D row width, L latent width, h hidden width.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -66,6 +67,20 @@ class Autoencoder(nn.Module):
         """Stores the mean row (D,) as ``offset``."""
         self.offset.copy_(mean_row)
 
+    @torch.no_grad()
+    def begin_at_components(self, mean_row: Tensor, components: Tensor) -> None:
+        """Sets the weights so that the model *is* the projection on ``components`` (L, D) around ``mean_row`` (D,).
+
+        Each coordinate takes two hidden units, since x = relu(x) − relu(−x). The other units keep their random
+        weights towards the input and start with none towards the output. Raises ValueError when h < 2 L.
+        """
+        pairs = _pairs(self.latent_dim, self.hidden).to(components)
+        encoder = [layer for layer in self.encoder if isinstance(layer, nn.Linear)]
+        decoder = [layer for layer in self.decoder if isinstance(layer, nn.Linear)]
+        _pass_through(encoder, enter=pairs @ components, leave=pairs.t())
+        _pass_through(decoder, enter=pairs, leave=(pairs @ components).t())
+        self.centre(mean_row)
+
 
 class TiedAutoencoder(nn.Module):
     """The tied variant: the decoder uses the encoder's three matrices transposed, with biases of its own.
@@ -91,7 +106,7 @@ class TiedAutoencoder(nn.Module):
         down = (width, self.hidden, self.hidden, latent_dim)
         self.weights = nn.ParameterList(
             nn.Parameter(_kaiming_uniform(wide_out, wide_in, draws, dtype, nonlinearity="relu"))
-            for wide_in, wide_out in zip(down[:-1], down[1:])
+            for wide_in, wide_out in itertools.pairwise(down)
         )
         self.encoder_biases = nn.ParameterList(nn.Parameter(torch.zeros(n, dtype=dtype)) for n in down[1:])
         self.decoder_biases = nn.ParameterList(nn.Parameter(torch.zeros(n, dtype=dtype)) for n in down[-2::-1])
@@ -121,6 +136,22 @@ class TiedAutoencoder(nn.Module):
         """Stores the mean row (D,) as ``offset``."""
         self.offset.copy_(mean_row)
 
+    @torch.no_grad()
+    def begin_at_components(self, mean_row: Tensor, components: Tensor) -> None:
+        """As ``Autoencoder.begin_at_components``: one set of matrices serves both ways here as well."""
+        pairs = _pairs(self.latent_dim, self.hidden).to(components)
+        used = len(pairs)
+        first, second, last = self.weights
+        first[:used] = pairs @ components
+        second[:used].zero_()
+        second[:, :used].zero_()
+        second[:used, :used].fill_diagonal_(1)
+        last.zero_()
+        last[:, :used] = pairs.t()
+        for bias in (*self.encoder_biases, *self.decoder_biases):
+            bias.zero_()
+        self.centre(mean_row)
+
 
 def orthogonality_penalty(weights: Sequence[Tensor]) -> Tensor:
     """How far the matrices are from having orthonormal columns, ``Σ_l ‖W_lᵀ W_l − I‖_F``: a scalar, differentiable.
@@ -139,21 +170,43 @@ def reconstruction_loss(reconstructed: Tensor, rows: Tensor) -> Tensor:
     return F.mse_loss(reconstructed, rows)
 
 
+def _pairs(latent_dim: int, hidden: int) -> Tensor:
+    """(2 L, L): every coordinate once and once negated."""
+    if hidden < 2 * latent_dim:
+        raise ValueError(f"{latent_dim} components take {2 * latent_dim} hidden units, the model has {hidden}")
+    identity = torch.eye(latent_dim)
+    return torch.cat([identity, -identity])
+
+
+def _pass_through(layers: Sequence[nn.Linear], *, enter: Tensor, leave: Tensor) -> None:
+    """Three layers that together are ``leave @ relu(enter @ x)`` on their first hidden units, for enter (2 L, in)."""
+    used = len(enter)
+    first, second, last = layers
+    first.weight[:used] = enter
+    second.weight[:used].zero_()
+    second.weight[:used, :used].fill_diagonal_(1)
+    last.weight.zero_()
+    last.weight[:, :used] = leave
+    first.bias[:used].zero_()
+    second.bias[:used].zero_()
+    last.bias.zero_()
+
+
 def _stack(widths: Sequence[int], generator: Generator, dtype: torch.dtype) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for wide_in, wide_out in zip(widths[:-1], widths[1:]):
+    for wide_in, wide_out in itertools.pairwise(widths):
         layers += [_linear(wide_in, wide_out, generator, dtype), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 def _linear(wide_in: int, wide_out: int, generator: Generator, dtype: torch.dtype) -> nn.Linear:
-    # skip_init: nn.Linear's own constructor would draw from the global generator.
-    linear = nn.utils.skip_init(nn.Linear, wide_in, wide_out, dtype=dtype)
+    # By way of the meta device: on any other, nn.Linear's constructor draws from the default generator.
+    linear = nn.Linear(wide_in, wide_out, device="meta", dtype=dtype).to_empty(device="cpu")
     bound = 1 / math.sqrt(wide_in)
     with torch.no_grad():
         linear.weight.copy_(_kaiming_uniform(wide_out, wide_in, generator, dtype, nonlinearity="linear"))
         linear.bias.uniform_(-bound, bound, generator=generator)
-    return linear  # type: ignore[no-any-return]
+    return linear
 
 
 def _kaiming_uniform(

@@ -1,0 +1,224 @@
+"""What every recipe brings: options, a program built from them, and facts for people. No torch at import.
+
+    options --build--> Program --run_epochs--> EpochResult, EpochResult, ...
+
+A recipe is a folder with ``options.py`` (a class ``Options``, no torch), ``data.py`` and ``model.py`` (plain PyTorch,
+nothing of ours) and ``recipe.py`` (a ``RECIPE``). Whoever runs a program logs and saves between two results:
+nothing is called back.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import samegrad as sg
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+EmptyCache = Literal["never", "validation", "step"]
+Cell = int | float | str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """What every recipe can be asked."""
+
+    budget: str | None = None
+    """Bytes the training step may hold: 6GiB, 512MiB, 80%. Without it, what is free now."""
+    device: str = "auto"
+    """Device to train on: auto (CUDA where there is one), cpu, cuda, cuda:1."""
+    dtype: str = "float32"
+    """Number format: float32, float64, or bfloat16 / float16, which mean autocast over float32 weights."""
+    random_seed: int = 42
+    """Seed of the weights, the split and the order of the rows."""
+    empty_cache: EmptyCache = "never"
+    """When to hand cached device memory back to the driver; it costs time and lowers no peak of the step."""
+
+    def __post_init__(self) -> None:
+        if self.random_seed < 0:
+            raise sg.UsageError(
+                asked=f"--random_seed {self.random_seed}", found="a negative seed",
+                do="give 0 or more", option="random_seed",
+            )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpochResult:
+    """One epoch: its optimizer steps, the validation value after them, and whether training ends here.
+
+    ``improved``: the validation value is the best so far. ``empty_cache_seconds`` and ``given_back_bytes`` are what
+    ``--empty_cache`` cost and gave back to the driver.
+    """
+
+    epoch: int
+    steps: tuple[sg.StepResult, ...]
+    validation: float | None
+    improved: bool
+    stopped: bool
+    seconds: float
+    empty_cache_seconds: float = 0.0
+    given_back_bytes: int = 0
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the epoch's steps, each weighted by its rows."""
+        rows = sum(step.batch_rows for step in self.steps)
+        return sum(step.loss * step.batch_rows for step in self.steps) / rows
+
+
+@dataclasses.dataclass(kw_only=True)
+class Program(abc.ABC):
+    """A training program, live: the step, what feeds it, and what is judged and written at the end.
+
+    ``pins`` maps a knob of the plan to the option that set it. ``next_epoch``, ``steps_done`` and ``stopped`` are
+    where it stands; ``state`` and ``load_state`` carry them over a restart, weights apart.
+    """
+
+    step: sg.Step
+    model: nn.Module
+    optimizer: Optimizer
+    best: sg.BestWeights
+    epochs: int
+    scaler: Any = None
+    empty_cache: EmptyCache = "never"
+    pins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    next_epoch: int = 0
+    steps_done: int = 0
+    stopped: bool = False
+
+    @abc.abstractmethod
+    def batches(self, epoch: int) -> Iterable[Any]:
+        """The epoch's batches, one optimizer step each: a pure function of (options, epoch)."""
+
+    def start(self) -> None:  # noqa: B027 - most programs have nothing to do
+        """What happens once before the first epoch, and not when a run is resumed."""
+
+    def validate(self) -> float | None:
+        """The value that early stopping watches (smaller is better), or None."""
+        return None
+
+    @abc.abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """The field's metrics on the test rows, with the weights the model has now."""
+
+    @abc.abstractmethod
+    def write(self, folder: Path) -> list[Path]:
+        """Writes weights and pictures into ``folder``, which exists; returns the files."""
+
+    @abc.abstractmethod
+    def describe(self) -> list[str]:
+        """The program in a few lines for people: data, model, objective, optimizer."""
+
+    def state(self) -> dict[str, Any]:
+        """All that resuming needs beside the tensors of model, optimizer and ``best.weights()``; goes to JSON."""
+        return {
+            "next_epoch": self.next_epoch,
+            "steps_done": self.steps_done,
+            "stopped": self.stopped,
+            "best": self.best.state(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any], best_weights: dict[str, Tensor]) -> None:
+        """Continues where ``state`` was taken; model and optimizer are loaded by the caller."""
+        self.next_epoch, self.steps_done = state["next_epoch"], state["steps_done"]
+        self.stopped = state["stopped"]
+        self.best.load_state(state["best"], best_weights)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training program by name.
+
+    ``document`` is the number of the document it builds right. ``build`` makes the program, ``table`` the rows of
+    ``plan --table``: the document's own figures beside ours. ``pins`` maps an option to the knob of the plan that it
+    pins. ``troubleshooting`` is the document's advice in its order, made true.
+    """
+
+    name: str
+    summary: str
+    document: str
+    options: type[CommonOptions]
+    build: Callable[[Any], Program]
+    table: Callable[[Any], Sequence[Mapping[str, Cell]]]
+    pins: Mapping[str, str]
+    troubleshooting: tuple[str, ...]
+
+
+def run_epochs(
+    program: Program, *, first_epoch: int | None = None, counter: Any = None
+) -> Iterator[EpochResult]:
+    """Trains ``program`` and yields after each epoch; afterwards the best weights are in the model.
+
+    They are restored whether training stopped early or the epochs ran out, but not when the caller leaves the loop:
+    what is saved then is where training stands. ``first_epoch`` overrides ``program.next_epoch``. ``counter`` (from
+    ``sg.count_bytes``) counts tensor bytes where there is no CUDA allocator. Raises NonFinite, weights unchanged.
+    """
+    if first_epoch is not None:
+        program.next_epoch = first_epoch
+    if program.next_epoch == 0:
+        program.start()
+    while program.next_epoch < program.epochs and not program.stopped:
+        yield _run_epoch(program, counter)
+    program.best.restore()
+
+
+def _run_epoch(program: Program, counter: Any) -> EpochResult:
+    start = time.perf_counter()
+    emptying = CacheEmptying()
+    steps = []
+    for result in sg.train(
+        program.step,
+        program.batches(program.next_epoch),
+        scaler=program.scaler,
+        first_index=program.steps_done,
+        counter=counter,
+    ):
+        steps.append(result)
+        program.steps_done += 1
+        if program.empty_cache == "step":
+            emptying.empty()
+    value = program.validate()
+    if value is not None:
+        program.stopped = program.best.update(value)
+        if program.empty_cache == "validation":
+            emptying.empty()
+    program.next_epoch += 1
+    return EpochResult(
+        epoch=program.next_epoch - 1,
+        steps=tuple(steps),
+        validation=value,
+        improved=value is not None and program.best.waited == 0,
+        stopped=program.stopped,
+        seconds=time.perf_counter() - start,
+        empty_cache_seconds=emptying.seconds,
+        given_back_bytes=emptying.given_back_bytes,
+    )
+
+
+class CacheEmptying:
+    """``torch.cuda.empty_cache()`` with what it costs (``seconds``) and returns (``given_back_bytes``)."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.given_back_bytes = 0
+
+    def empty(self) -> None:
+        """Hands cached memory back to the driver; does nothing without CUDA."""
+        import torch
+
+        if not torch.cuda.is_initialized():
+            return
+        start, reserved_bytes = time.perf_counter(), torch.cuda.memory_reserved()
+        torch.cuda.empty_cache()
+        self.given_back_bytes += reserved_bytes - torch.cuda.memory_reserved()
+        self.seconds += time.perf_counter() - start
