@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 ROWS, WIDTH = 22_000, 2304
-PARTITION_ROWS = 1800
-# Gather scratch, indices, allocator rounding; a tenth of the data, and less than one partition.
-SLACK_BYTES = 14 * 2**20
+# 40 MB a partition: below 32 MiB glibc's allocator keeps holes of the freed ones, which are not ours to promise.
+PARTITION_ROWS = 4400
+# For gather scratch and indices; a fifth of a partition.
+SLACK_BYTES = 8 * 2**20
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 
@@ -98,15 +99,23 @@ def test_the_limit_catches_a_planted_copy(data: Path, fault: str) -> None:
     assert run(STREAM, data, "mapped", fault, PARTITION_ROWS, SLACK_BYTES)["failed"]
 
 
-@pytest.mark.parametrize("row_group_size", [ROWS, 4000], ids=["one row group", "six row groups"])
-def test_decoding_parquet_peaks_below_1_3_times_the_array(data: Path, row_group_size: int, tmp_path: Path) -> None:
-    values = np.random.default_rng(0).standard_normal(ROWS // 2 * WIDTH, dtype=np.float32)
-    lists = pa.ListArray.from_arrays(np.arange(ROWS // 2 + 1, dtype=np.int32) * WIDTH, pa.array(values))
-    for name, rows in (("small", 2), ("large", ROWS // 2)):
-        pq.write_table(pa.table({"act": lists.slice(0, rows)}), tmp_path / name, row_group_size=row_group_size)
-        (tmp_path / name).rename(tmp_path / f"{name}.parquet")
+def test_decoding_parquet_peaks_below_1_3_times_the_array(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal(9000 * WIDTH, dtype=np.float32)
+    lists = pa.ListArray.from_arrays(np.arange(9001, dtype=np.int32) * WIDTH, pa.array(values))
+    # One row group: the worst case for readers that decode a group at a time.
+    pq.write_table(pa.table({"act": lists}), tmp_path / "large.parquet", use_dictionary=False)
+    pq.write_table(pa.table({"act": lists[:2]}), tmp_path / "small.parquet")
     result = run(DECODE, tmp_path / "large.parquet", tmp_path / "small.parquet")
     ratio = result["peak_bytes"] / result["array_bytes"]
-    print(f"parquet, row groups of {row_group_size}: peak {ratio:.2f} x the array")
+    print(f"peak of decoding parquet: {ratio:.2f} x the array")
     assert result["array_bytes"] == values.nbytes
     assert ratio <= 1.3
+
+
+def test_the_decoding_peak_catches_a_whole_row_group(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal(3000 * WIDTH, dtype=np.float32)
+    lists = pa.ListArray.from_arrays(np.arange(3001, dtype=np.int32) * WIDTH, pa.array(values))
+    pq.write_table(pa.table({"act": lists}), tmp_path / "x.parquet", use_dictionary=False)
+    planted = DECODE.replace("\npeak_bytes", "\nimport pyarrow.parquet as pq; whole = pq.read_table(path)\npeak_bytes")
+    result = run(planted, tmp_path / "x.parquet", tmp_path / "x.parquet")
+    assert result["peak_bytes"] > 1.3 * result["array_bytes"]

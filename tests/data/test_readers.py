@@ -255,9 +255,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), kind=st.sampled_from(["x.npy", "x.safetensors", "x.parquet"]))
-def test_files_with_changed_bytes_are_read_or_refused_by_path(
-    tmp_path: Path, data: st.DataObject, kind: str
-) -> None:
+def test_files_with_changed_bytes_are_read_or_refused_by_path(tmp_path: Path, data: st.DataObject, kind: str) -> None:
     path = tmp_path / kind
     np.save(tmp_path / "x.npy", numbers(4, 3))
     save_file({"x": torch.ones(4, 3)}, tmp_path / "x.safetensors")

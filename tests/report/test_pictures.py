@@ -16,7 +16,7 @@ from samegrad.records import Category, Counting, Footprint, Origin, Phase, Timel
 from samegrad.report import Bar, Series, bars_svg, curve_svg, timeline_svg
 from samegrad.report.axes import Scale, byte_ticks, even_ticks, log_ticks, tick_labels
 from samegrad.report.palette import CATEGORY_COLOUR, PHASE_OPACITY
-from samegrad.report.shapes import FONT_PX, NARROW_PX, WIDE_PX, text_width, wrap_text
+from samegrad.report.shapes import BOLD_PX, FONT_PX, NARROW_PX, WIDE_PX, text_width, wrap_text
 from samegrad.units import format_bytes
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -48,7 +48,7 @@ def boxes(svg: str) -> list[tuple[str, float, float, float, float]]:
     found = []
     for element in elements(svg, "text"):
         text, x, y = element.text or "", float(element.get("x", "")), float(element.get("y", ""))
-        width = text_width(text)
+        width = text_width(text, size=BOLD_PX if element.get("font-weight") else FONT_PX)
         left = x - {"start": 0.0, "middle": width / 2, "end": width}[element.get("text-anchor", "start")]
         found.append((text, left, y - 0.8 * FONT_PX, left + width, y + 0.2 * FONT_PX))
     return found
@@ -144,7 +144,7 @@ def test_bars_of_any_amounts_and_names_have_finite_coordinates(bars: list[Bar], 
 
 def test_the_checks_of_a_picture_catch_planted_faults() -> None:
     svg = curve_svg([Series(name="loss", points=((0.0, 1.0), (1.0, 2.0)))], log_y=False, title="t")
-    assert bad_coordinates(svg.replace('y="', 'y="nan', 1)) != []
+    assert bad_coordinates(svg.replace(' y="', ' y="nan', 1)) != []
     first = elements(svg, "text")[0]
     twin = f'<text x="{first.get("x")}" y="{first.get("y")}" text-anchor="end">{first.text}</text>'
     assert clashes(svg.replace("</svg>", twin + "</svg>")) != []
@@ -178,14 +178,15 @@ def test_a_constant_series_lies_inside_its_plot(value: float, count: int) -> Non
     assert 0 < heights.pop() < float(axis.get("y1", ""))
 
 
-def test_a_thinned_curve_keeps_a_single_spike() -> None:
-    flat = [(float(x), 1.0) for x in range(50_000)]
-    flat[31_234] = (31_234.0, 9.0)
-    with_spike = curve_svg([Series(name="s", points=tuple(flat))], log_y=False, title="t")
-    path = elements(with_spike, "path")[0].get("d", "")
-    heights = [float(place.split(",")[1]) for place in path.removeprefix("M").split()]
+@pytest.mark.parametrize("outlier", [9.0, -7.0])
+def test_a_thinned_curve_keeps_a_single_spike_or_dip(outlier: float) -> None:
+    values = [(float(x), 1.0) for x in range(50_000)]
+    values[31_234] = (31_234.0, outlier)
+    svg = curve_svg([Series(name="s", points=tuple(values))], log_y=False, title="t")
+    path = elements(svg, "path")[0].get("d", "")
+    heights = [place.split(",")[1] for place in path.removeprefix("M").split()]
     assert len(heights) < 4 * WIDE_PX
-    assert sum(height < min(heights) + 1 for height in heights) == 1
+    assert sorted(heights.count(height) == 1 for height in set(heights)) == [False, True]
 
 
 def test_the_axis_reaches_the_steps_whose_loss_was_not_finite() -> None:
@@ -199,8 +200,23 @@ def test_a_timeline_stacks_to_the_total_of_its_highest_moment() -> None:
     total = sum(highest.live_bytes.values())
     shown = words(svg)
     assert f"highest {format_bytes(total)}, of it" in shown
-    for category, amount in highest.live_bytes.items():
+    for category, amount in ((c, n) for c, n in highest.live_bytes.items() if n):
         assert f"{category.value} {format_bytes(amount)}" in shown
+
+
+def test_each_band_of_a_timeline_is_as_thick_as_its_category() -> None:
+    bands = elements(timeline_svg(FOOTPRINT, None), "path")
+    count = len(FOOTPRINT.timeline)
+    drawn = []
+    for band in bands:
+        heights = [float(place.split(",")[1]) for place in band.get("d", "").removeprefix("M").split()]
+        drawn.append([low - high for high, low in zip(heights[:count], reversed(heights[count:]), strict=True)])
+    per_pixel = FOOTPRINT.timeline[0].live_bytes[Category.PARAMETERS] / drawn[0][0]
+    for thicknesses, category in zip(drawn, (Category.PARAMETERS, Category.ACTIVATIONS), strict=True):
+        wanted = [point.live_bytes[category] / per_pixel for point in FOOTPRINT.timeline]
+        assert thicknesses == pytest.approx(wanted, abs=0.5)
+    lower_top, upper_foot = (bands[0].get("d", "").split()[0], bands[1].get("d", "").split()[-1])
+    assert lower_top.removeprefix("M") == upper_foot
 
 
 def test_categories_that_hold_nothing_are_not_drawn() -> None:
@@ -226,6 +242,18 @@ def test_a_timeline_of_many_moments_keeps_its_peak() -> None:
     assert len(svg) < 60_000
 
 
+def test_a_timeline_of_many_moments_keeps_its_valley() -> None:
+    many = [
+        TimelinePoint(position_fraction=i / 9999, phase=Phase.FORWARD, live_bytes={Category.ACTIVATIONS: 1000})
+        for i in range(10_000)
+    ]
+    many[7777] = dataclasses.replace(many[7777], live_bytes={Category.ACTIVATIONS: 10})
+    path = elements(timeline_svg(dataclasses.replace(FOOTPRINT, timeline=tuple(many)), None), "path")[0].get("d", "")
+    top_edge = path.removeprefix("M").split()
+    top_edge = top_edge[: len(top_edge) // 2]
+    assert len({place.split(",")[1] for place in top_edge}) == 2
+
+
 def test_a_budget_far_above_the_peak_is_named_but_does_not_flatten_the_picture() -> None:
     near, far = (timeline_svg(FOOTPRINT, budget) for budget in (2 * 2**20, 2**40))
     assert "budget 2.00 MiB" in words(near)
@@ -244,6 +272,13 @@ def test_bar_lengths_are_in_the_ratio_of_their_amounts() -> None:
     svg = bars_svg([Bar(name="a", amount_bytes=3000), Bar(name="b", amount_bytes=1500)], title="t")
     lengths = [float(box.get("width", "")) for box in elements(svg, "rect") if box.get("fill") != "currentColor"]
     assert lengths[0] / lengths[1] == pytest.approx(3000 / 1500, abs=0.001)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_long_name_of_a_bar_never_reaches_its_amount(width: int) -> None:
+    for length in range(1, 40):
+        bar = Bar(name="rows at a time " * length, amount_bytes=1023 * 2**20, detail="counted tensor bytes " * length)
+        assert clashes(bars_svg([bar], title="t", width_px=width)) == []
 
 
 def test_what_exceeds_the_limit_is_set_off_and_what_does_not_is_not() -> None:
@@ -351,3 +386,19 @@ def test_the_colour_check_catches_red_beside_green() -> None:
 def test_every_category_and_phase_has_a_look_of_its_own() -> None:
     assert set(CATEGORY_COLOUR) == set(Category) and len(set(CATEGORY_COLOUR.values())) == len(Category)
     assert set(PHASE_OPACITY) == set(Phase) and len(set(PHASE_OPACITY.values())) == len(Phase)
+
+
+def test_text_is_never_wider_than_the_layout_believes() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    fonts = pytest.importorskip("PIL.ImageFont")
+    # DejaVu Sans is among the widest of the fonts that a page may fall back to.
+    font = fonts.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 100)
+    bold = fonts.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", 100)
+    for text in (
+        "activations 1023 MiB",
+        "optimizer state 2.40 GiB",
+        "validation (89 of 300 values not drawn)",
+        "0.0001",
+    ):
+        assert font.getlength(text) / 100 * FONT_PX <= text_width(text) * 1.02
+        assert bold.getlength(text) / 100 * FONT_PX <= text_width(text, size=BOLD_PX) * 1.02

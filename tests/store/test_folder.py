@@ -231,7 +231,9 @@ def test_a_text_is_replaced_whole_or_not_at_all(path: Path) -> None:
             run.write_text("plan.json", "new")
         assert (path / "plan.json").read_text() == "old"
         assert sorted(entry.name for entry in path.iterdir()) == ["plan.json", "run.lock"]
-        run.write_text("plan.json", "new")
+        with open(path / "plan.json") as reader:
+            run.write_text("plan.json", "new")
+            assert reader.read() == "old"
         assert (path / "plan.json").read_text() == "new"
 
 

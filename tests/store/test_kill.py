@@ -115,6 +115,18 @@ def test_a_kill_in_any_of_the_files_loses_nothing(
     assert check(run_of_two / "checkpoints", acknowledged=2) == 2
 
 
+def test_a_checkpoint_on_its_way_out_has_no_real_name_while_it_is_taken_apart(
+    run_of_two: Path, fork: Callable[..., int], wait: Callable[..., int]
+) -> None:
+    def killed() -> None:
+        with planned("save.old_hidden", Action.KILL):
+            save(run_of_two / "checkpoints", 3)
+
+    assert wait(fork(killed)) == -signal.SIGKILL
+    steps = {path.name for path in (run_of_two / "checkpoints").glob("step-*")}
+    assert steps == {"step-00000002", "step-00000003"}
+
+
 def save_in_place(folder: Path, step: int) -> None:
     """A planted fault: the new checkpoint grows under its real name."""
     save(folder / "made", step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,26 @@ def test_draws_after_a_restore_are_those_that_would_have_come(folder: Path) -> N
 
 def flipped(tensor: Tensor) -> Tensor:
     return torch.cat([tensor[:3], torch.tensor([255], dtype=torch.uint8), tensor[4:]])
+
+
+def fewer_words(tensor: Tensor) -> Tensor:
+    """JSON as it should be, with too few words in it: found only when the generator is set."""
+    document = json.loads(bytes(tensor.numpy()))
+    words = document["words"] if "words" in document else document["state"]["key"]
+    words.pop()
+    return torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", ["python", "numpy"])
+def test_a_refusal_half_way_takes_back_what_was_set(name: str) -> None:
+    tensors = rng_to_tensors()
+    tensors[name] = fewer_words(tensors[name])
+    draws()
+    before = rng_to_tensors()
+    with pytest.raises(BadInput):
+        rng_from_tensors(tensors)
+    after = rng_to_tensors()
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("name", ["torch_cpu", "python", "numpy"])

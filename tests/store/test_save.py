@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import resource
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -108,7 +109,16 @@ def test_equal_but_separate_tensors_do_not_come_back_tied(folder: Path) -> None:
 
 def test_overlapping_windows_and_reinterpreted_bits_keep_their_values(folder: Path) -> None:
     base = values(torch.float32, (10,))
-    saved = {"left": base[:7], "right": base[3:], "bits": base.view(torch.int32)}
+    late, pairs = values(torch.float32, (10,)), values(torch.complex64, (4,))
+    saved = {
+        "left": base[:7],
+        "right": base[3:],
+        "bits": base.view(torch.int32),
+        "long_after": late[3:],
+        "short_before": late[:2],
+        "pairs": pairs,
+        "conjugate": pairs.conj(),
+    }
     loaded = round_trip(folder, saved)
     for name, tensor in saved.items():
         assert same_bits(loaded[name], tensor), name
@@ -119,6 +129,16 @@ def test_the_files_are_ordinary_safetensors(folder: Path) -> None:
     path = save_checkpoint(folder, step=1, tensors={"model": saved}, state={})
     for name, tensor in safetensors.torch.load_file(path / "model.safetensors").items():
         assert same_bits(tensor, saved[name])
+
+
+def test_every_tensor_starts_where_its_dtype_is_aligned(folder: Path) -> None:
+    saved = {str(i): values(dtype, (3,)) for i, dtype in enumerate([torch.bool, *DTYPES])}
+    data = (save_checkpoint(folder, step=1, tensors={"m": saved}, state={}) / "m.safetensors").read_bytes()
+    header_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + header_bytes])
+    for name, tensor in saved.items():
+        real_bytes = tensor.element_size() // (2 if tensor.is_complex() else 1)
+        assert (8 + header_bytes + header[name]["data_offsets"][0]) % real_bytes == 0, name
 
 
 def test_only_safetensors_and_json_are_written_and_no_code_here_pickles(folder: Path) -> None:
@@ -289,6 +309,12 @@ def test_values_that_are_not_finite_never_rotate_a_healthy_checkpoint_out(
     assert "step-00000003" in warning
 
 
+def test_the_next_good_save_clears_what_was_not_finite(folder: Path) -> None:
+    for step, value in [(1, 0.0), (2, 0.0), (3, math.nan), (4, 0.0)]:
+        save_value(folder, step, value)
+    assert names(folder) == ["step-00000002", "step-00000004"]
+
+
 def test_the_same_saves_with_finite_values_do_rotate(folder: Path) -> None:
     for step in range(1, 9):
         save_value(folder, step, 0.0)
@@ -325,6 +351,16 @@ def test_going_back_to_an_earlier_step_sets_later_checkpoints_aside(folder: Path
     assert load_checkpoint(folder).step == 15
     (aside,) = [name for name in names(folder) if name.startswith("abandoned-")]
     assert aside.endswith("step-00000020")
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_sound_one_of_its_step(folder: Path) -> None:
+    save_value(folder, 1, 5.0)
+    shutil.copytree(folder / "step-00000001", folder / "step-00000001.replaced")
+    weights = folder / "step-00000001" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with planned("save.old_aside", Action.NO_SPACE), pytest.raises(EnvironmentProblem):
+        save_value(folder, 1, 6.0)
+    assert load_checkpoint(folder).tensors["model"]["w"][1] == 5.0
 
 
 def test_saving_a_step_again_gives_the_new_values(folder: Path) -> None:

@@ -13,7 +13,7 @@ import tyro
 
 from samegrad.cli.console import Console
 from samegrad.cli.options import ConfigOptions, StreamOptions, parse_line
-from samegrad.cli.target import RecipeTarget, recipe_names
+from samegrad.recipes import find_options, recipe_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def _command(name: str) -> type:
     if name not in ("run", "measure", "plan", "verify"):
         return _flat(name, own)
     targets = tuple(
-        Annotated[_flat(recipe, own, RecipeTarget(name=recipe).options_class), tyro.conf.subcommand(recipe)]
+        Annotated[_flat(recipe, own, find_options(recipe)), tyro.conf.subcommand(recipe)]
         for recipe in recipe_names()
     )
     return dataclasses.make_dataclass(name, [("target", tyro.conf.OmitSubcommandPrefixes[Union[targets]])])  # noqa: UP007

@@ -70,7 +70,7 @@ class Console:
     def progress(self, title: str, total: int | None) -> Iterator[Bar]:
         """A bar with rate and remaining time on stderr where that is a terminal, else a bar nobody sees."""
         if self.quiet or self.json or not sys.stderr.isatty():
-            yield Bar(None, title, total)
+            yield Bar(self, None, title, total)
             return
         from rich import progress
 
@@ -83,7 +83,7 @@ class Console:
             progress.TextColumn("{task.fields[state]}", markup=False),
         )
         with progress.Progress(*columns, console=self._rich(sys.stderr), transient=False) as drawn:
-            yield Bar(drawn, title, total)
+            yield Bar(self, drawn, title, total)
 
     def _rich(self, stream: TextIO) -> RichConsole:
         from rich.console import Console as RichConsole
@@ -92,10 +92,10 @@ class Console:
 
 
 class Bar:
-    """One line of progress."""
+    """One line of progress, and what is said above it."""
 
-    def __init__(self, drawn: Progress | None, title: str, total: int | None) -> None:
-        self._drawn = drawn
+    def __init__(self, console: Console, drawn: Progress | None, title: str, total: int | None) -> None:
+        self._console, self._drawn = console, drawn
         self._task = drawn.add_task(clean_block(title), total=total, rate="", state="") if drawn else None
 
     def advance(self, state: str, *, done: int | None = None) -> None:
@@ -106,6 +106,13 @@ class Bar:
         speed = self._drawn.tasks[0].speed
         rate = "" if not speed else f"{speed:.3g}/s" if speed >= 1 else f"{1 / speed:.3g} s each"
         self._drawn.update(self._task, rate=rate, state=clean_block(state), **step)  # type: ignore[arg-type]
+
+    def say(self, text: str) -> None:
+        """A note that does not tear the bar apart."""
+        if self._drawn is None:
+            self._console.note(text)
+        else:
+            self._drawn.console.print(clean_block(text), markup=False, highlight=False)
 
 
 def _write(stream: TextIO, text: str) -> None:

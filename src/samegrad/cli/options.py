@@ -54,10 +54,6 @@ class StreamOptions:
     """Show Python tracebacks."""
 
 
-# These belong to one line typed by one person: never read from files or the environment.
-_LINE_ONLY = frozenset(f.name for kind in (ConfigOptions, StreamOptions) for f in dataclasses.fields(kind))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
     """What a command was asked: its option dataclasses filled in, and for each option where its value came from."""
@@ -88,16 +84,27 @@ def parse_call(prog: str, kinds: Sequence[type], argv: Sequence[str], *, target:
     words, problems = _words_on_line(argv, hints)
     values: dict[str, Any] = {}
     origins = {f.name: _first_origin(kind, f.name) for kind in kinds for f in dataclasses.fields(kind)}
-    settable = {n: h for n, h in hints.items() if n not in _LINE_ONLY}
+    switches = {name for kind in kinds for name in _switches(kind)}
+    settable = {name: hint for name, hint in hints.items() if name not in switches and name != "config"}
     files = [Path(word.text) for word in words.get("config", [])]
     for layer in (*(_file_layer(path, target) for path in files), _environment_layer(settable)):
         problems += _lay_over(layer, settable, values, origins)
     for name, found in words.items():
-        problems += _lay_over({name: _as_one(found, hints[name])}, hints, values, origins)
+        # What lies below a flag must be whole with it, or `--tied` could not rescue a file's `weight_penalty`; but
+        # a switch that is on already would leave tyro nothing but to turn it off.
+        below = {} if name in switches else values
+        problems += _lay_over({name: _as_one(found, hints[name])}, hints, below, origins)
     if problems:
         _refuse(prog, problems)
     lower = {kind: _filled(kind, values, origins) for kind in kinds}
-    return Call(parts=_read_line(prog, lower, argv), origins=origins)
+    with _placing(origins):
+        return Call(parts=_read_line(prog, lower, argv), origins=origins)
+
+
+def _switches(kind: type) -> list[str]:
+    """The fields that only a line can turn on: never read from files or the environment."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return [name for name, hint in hints.items() if tyro.conf.FlagCreatePairsOff in getattr(hint, "__metadata__", ())]
 
 
 def _first_origin(kind: type, name: str) -> str:

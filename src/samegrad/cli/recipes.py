@@ -13,9 +13,9 @@ import tyro
 
 from samegrad.cli.console import Console
 from samegrad.cli.options import parse_line
-from samegrad.cli.target import recipe_names
 from samegrad.cli.values import nearest
 from samegrad.errors import UsageError
+from samegrad.recipes import recipe_names
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from samegrad.errors import BadInput
 from samegrad.records import Footprint, Origin, Plan, Record, StepResult, Verdict
 from samegrad.report import Picture, Story
+from samegrad.report.terminal import verdict_lines
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 LARGEST_RECORD_BYTES = 64 * 2**20
@@ -94,6 +95,34 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
     return kind.from_json(read_text(path), file=str(path))
 
 
+def read_plan(path: Path) -> Plan:
+    """The plan in ``path``. Raises BadInput when there is none."""
+    plan = read_record(path, Plan)
+    if plan is None:
+        raise BadInput(
+            asked=f"--plan {path}", found="no such file", do="give a plan.json that samegrad wrote",
+            file=str(path), option="plan",
+        )  # fmt: skip
+    return plan
+
+
+def write_records(folder: Path | None, records: Mapping[str, Record]) -> None:
+    """Each record under its name in ``folder``, made if need be; nothing without a folder."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, record in records.items():
+        (folder / name).write_text(record.to_json(), encoding="utf-8")
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """The verdict in lines as wide as the terminal."""
+    from rich.text import Text
+
+    # The lines come escaped for rich; a plain stream wants the names as they are.
+    return Text.from_markup("\n".join(verdict_lines(verdict))).plain
+
+
 def read_text(path: Path) -> str:
     """The text of ``path``. Raises BadInput for what is not a readable, reasonably small UTF-8 file."""
     try:
@@ -118,8 +147,8 @@ def read_metrics(path: Path) -> MetricLines:
             line = json.loads(text)
             kind = line.pop("kind")
             if kind == "step":
-                result = StepResult.from_dict(line, file=str(path))
-                results[result.index] = result
+                step = line.pop("step")
+                results[step] = StepResult.from_dict(line, file=str(path))
             elif kind == "validation":
                 validation[int(line["step"])] = float(line["loss"])
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):

@@ -6,7 +6,6 @@ Names are found and options are read without importing torch; only ``load`` does
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 import inspect
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from samegrad.cli.values import nearest
 from samegrad.errors import BadInput, SamegradError, UsageError
+from samegrad.recipes import find_options, recipe_names
 
 if TYPE_CHECKING:
     from samegrad import Step
@@ -28,7 +28,7 @@ _FILE_TARGET = re.compile(r"(?P<path>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FunctionOptions:
-    """Passed to the function as keywords of the same names, where it has them."""
+    """Passed to the function as keywords of the same names, where it has such parameters."""
 
     budget: str | None = None
     """Bytes the step may hold: 6GiB, 512MiB, 80%."""
@@ -39,14 +39,22 @@ class FunctionOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a function returned; ``budget`` is the one given that the function has no parameter for."""
+
+    step: Step
+    batches: Iterable[Any]
+    budget: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeTarget:
     name: str
 
     @property
     def options_class(self) -> type:
         """The recipe's options, from its own file; imports no torch."""
-        options: type = importlib.import_module(f"samegrad.recipes.{self.name}.options").Options
-        return options
+        return find_options(self.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,7 @@ class FunctionTarget:
     def name(self) -> str:
         return f"{self.path}:{self.function}"
 
-    def load(self, options: FunctionOptions, given: Iterable[str]) -> tuple[Step, Iterable[Any]]:
+    def load(self, options: FunctionOptions, given: Iterable[str]) -> Loaded:
         """What the function returns, called with the options it takes; ``given`` are those somebody set.
 
         Raises UsageError for an option it does not take, BadInput for a file or function that is not there or
@@ -83,7 +91,8 @@ class FunctionTarget:
             returned = function(**keywords)
         match returned:
             case (Step() as step, batches) if hasattr(batches, "__iter__"):
-                return step, batches
+                budget = None if "budget" in keywords else options.budget
+                return Loaded(step=step, batches=batches, budget=budget)
         raise BadInput(
             asked=self.name,
             found=f"the function returned {_shape_of(returned)}",
@@ -118,12 +127,6 @@ class UserCode:
             do="correct the file; --debug shows the traceback",
             file=str(self.target.path),
         ) from error
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come along, by name."""
-    folder = Path(__file__).parent.parent / "recipes"
-    return sorted(path.parent.name for path in folder.glob("*/options.py"))
 
 
 def take_target(command: str, argv: Sequence[str]) -> tuple[Target | None, list[str]]:
@@ -182,13 +185,12 @@ def _load_module(path: Path) -> Any:
 def _keywords(name: str, function: Any, options: FunctionOptions, given: Iterable[str]) -> dict[str, Any]:
     taken = inspect.signature(function).parameters
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    refused = [option for option in given if option in values and option not in taken and option != "random_seed"]
-    if refused:
+    if "device" in given and "device" not in taken:
         raise UsageError(
-            asked=f"--{refused[0]} for {name}",
-            found=f"{name.rpartition(':')[2]}() has no parameter {refused[0]!r}",
-            do=f"add the parameter {refused[0]!r} to the function and pass it to samegrad.Step, or leave it out",
-            option=refused[0],
+            asked=f"--device for {name}",
+            found=f"{name.rpartition(':')[2]}() has no parameter 'device'",
+            do="add the parameter device to the function and put the model there, or leave the option out",
+            option="device",
         )
     return {option: value for option, value in values.items() if option in taken and value is not None}
 

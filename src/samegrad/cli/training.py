@@ -30,15 +30,19 @@ from samegrad.store import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tick:
-    """One unit of training done: the step's result, and the validation loss where there was one."""
+    """One unit of training done: its optimizer steps, the validation loss where there was one, and whether it is last.
 
-    result: StepResult
+    After the last tick a program may put its best weights in place, so what resumes is saved at that tick.
+    """
+
+    results: tuple[StepResult, ...]
     validation_loss: float | None = None
+    last: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a finished program has to show: its field's metrics, pictures, notes, and the files it wrote."""
+    """What a finished program has to show: its field's metrics, pictures, and sentences for people."""
 
     metrics: Mapping[str, float | int | str | None] = dataclasses.field(default_factory=dict)
     pictures: tuple[Picture, ...] = ()
@@ -47,21 +51,34 @@ class Outcome:
 
 
 class Training(Protocol):
-    """A program that ``run`` can drive, one tick after the other."""
+    """A program that ``run`` can drive, one tick after the other.
+
+    ``unit`` is what a tick is called, ``total`` how many there are where that is known, ``done`` how many are done
+    and ``steps_done`` how many optimizer steps that was. ``batch`` is the one the plan is made for; ``budget`` is
+    set where the command line gave one that the step does not know.
+    """
 
     title: str
     unit: str
-    """What a tick is called: "epoch" or "step"."""
-    total: int | None
-    """How many ticks there are in all, where that is known."""
-    done: int
+    budget: str | None
 
     @property
     def step(self) -> sg.Step: ...
 
     @property
-    def batch(self) -> Any:
-        """The batch that the plan is made for."""
+    def batch(self) -> Any: ...
+
+    @property
+    def total(self) -> int | None: ...
+
+    @property
+    def done(self) -> int: ...
+
+    @property
+    def steps_done(self) -> int: ...
+
+    def limit(self, ticks: int) -> None:
+        """Makes the tick number ``ticks`` the last one."""
 
     def ticks(self) -> Iterator[Tick]:
         """The ticks that are not done yet."""
@@ -73,7 +90,7 @@ class Training(Protocol):
     def restore(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Continues where ``checkpoint`` was taken; returns sentences on what may differ."""
 
-    def finish(self, folder: Path | None) -> Outcome:
+    def finish(self, folder: Path) -> Outcome:
         """Evaluates, and writes the program's own files into ``folder``."""
 
 
@@ -82,18 +99,21 @@ class FunctionTraining:
 
     unit = "step"
 
-    def __init__(self, title: str, step: sg.Step, batches: Iterable[Any]) -> None:
-        self.title, self._step, self.done = title, step, 0
+    def __init__(self, title: str, step: sg.Step, batches: Iterable[Any], *, budget: str | None = None) -> None:
+        self.title, self._step, self.budget, self._done = title, step, budget, 0
         if step.declared.optimizer is None:
             raise UsageError(
                 asked=f"train {title}",
                 found="the step was declared without an optimizer",
                 do="samegrad.Step(model, loss_fn, optimizer=optimizer, ...)",
             )
-        self.total = len(batches) if isinstance(batches, Sized) else None
+        self._total = len(batches) if isinstance(batches, Sized) else None
         # One iterator for planning and training: a second one would draw another order from the generators.
-        self._rest = iter(batches)
-        self._first = self._next(0)
+        rest = iter(batches)
+        found = list(itertools.islice(rest, 1))
+        if not found:
+            raise BadInput(asked=title, found="no batches", do="return an iterable with at least one batch")
+        self._first, self._upcoming = found[0], itertools.chain(found, rest)
 
     @property
     def step(self) -> sg.Step:
@@ -103,29 +123,50 @@ class FunctionTraining:
     def batch(self) -> Any:
         return self._first
 
+    @property
+    def total(self) -> int | None:
+        return self._total
+
+    @property
+    def done(self) -> int:
+        return self._done
+
+    @property
+    def steps_done(self) -> int:
+        return self._done
+
+    def limit(self, ticks: int) -> None:
+        self._total = ticks if self._total is None else min(ticks, self._total)
+
     def ticks(self) -> Iterator[Tick]:
-        batches = itertools.chain([self._first], self._rest)
+        left = None if self._total is None else max(0, self._total - self._done)
+        batches = itertools.islice(self._upcoming, left)
         counter = sg.count_bytes(self._step) if counting_of(self._step) is Counting.TENSOR_BYTES else None
-        for result in sg.train(self._step, batches, first_index=self.done, counter=counter):
-            self.done = result.index + 1
-            yield Tick(result=result)
+        for result in sg.train(self._step, batches, first_index=self._done, counter=counter):
+            self._done = result.index + 1
+            yield Tick(results=(result,), last=self._done == self._total)
 
     def tensors(self) -> Mapping[str, Mapping[str, Any]]:
         optimizer, _ = optimizer_to_tensors(self._optimizer)
         return {"model": self._model.state_dict(), "optimizer": optimizer, "rng": rng_to_tensors()}
 
     def state(self) -> Mapping[str, Any]:
-        return {"done": self.done, "optimizer": optimizer_to_tensors(self._optimizer)[1]}
+        return {"done": self._done, "optimizer": optimizer_to_tensors(self._optimizer)[1]}
 
     def restore(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        self.done = checkpoint.state["done"]
-        for index in range(1, self.done + 1):
-            self._first = self._next(index)
+        self._done = checkpoint.state["done"]
+        skipped = sum(1 for _ in itertools.islice(self._upcoming, self._done))
+        if skipped < self._done:
+            raise BadInput(
+                asked=f"continue {self.title} after {self._done} batches",
+                found=f"there are only {skipped} batches now",
+                do="return the batches of the earlier run, in the same order",
+            )
         model_into(self._model, checkpoint.tensors["model"])
         tensors_into_optimizer(self._optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
         return rng_from_tensors(checkpoint.tensors["rng"])
 
-    def finish(self, folder: Path | None) -> Outcome:
+    def finish(self, folder: Path) -> Outcome:
         return Outcome()
 
     @property
@@ -135,16 +176,6 @@ class FunctionTraining:
     @property
     def _optimizer(self) -> Any:
         return self._step.declared.optimizer
-
-    def _next(self, index: int) -> Any:
-        for batch in self._rest:
-            return batch
-        raise BadInput(
-            asked=f"batch {index} of {self.title}",
-            found="no batches" if index == 0 else f"the batches end after {index}",
-            do="return an iterable with at least one batch" if index == 0 else
-            "nothing is left to train: leave out --resume, or return more batches",
-        )  # fmt: skip
 
 
 def counting_of(step: sg.Step) -> Counting:

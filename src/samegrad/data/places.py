@@ -128,7 +128,8 @@ class TwoPlaces:
         if len(trip.fills) == k + 1 < count:
             self._fill(trip)
         # Where it costs no waiting, one step further: this keeps a consumer that waits for the device fed.
-        if trip.copies == k + 1 < count and trip.fills[k + 1].done():
+        # A failed gather waits for its turn: the chunk before it is still good.
+        if trip.copies == k + 1 < count and _gathered(trip.fills[k + 1]):
             self._copy(trip)
         if len(trip.fills) == k + 2 < count and place.copied.query():
             self._fill(trip)
@@ -224,6 +225,10 @@ class TwoPlaces:
 
 def _shaped(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
     return buffer[: math.prod(shape)].view(shape)
+
+
+def _gathered(fill: Future[None]) -> bool:
+    return fill.done() and fill.exception() is None
 
 
 def _is_pinned(leaf: RowLeaf) -> bool:

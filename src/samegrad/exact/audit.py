@@ -7,6 +7,7 @@ sizes, each part weighted as the claim says. The audit may reject a claim; it ne
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +24,15 @@ from samegrad.trees import RowLayout
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """The largest difference the audit found, relative to the largest gradient, and what rounding explains."""
+    """The largest difference the audit found, relative to the largest gradient, and what rounding explains.
+
+    ``silent_parts``: some part had no gradient at all, so nothing could be learnt of how it is weighted.
+    """
 
     gradient: float
     loss: float
     allowed: float
+    silent_parts: bool = False
 
     @property
     def passed(self) -> bool:
@@ -78,6 +83,7 @@ def _residual(
     if scale == 0 or not layout.rows > 1:
         return None
     gradient = loss = 0.0
+    silent = False
     for sizes in splits_of(layout.rows):
         start, total_loss = 0, 0.0
         for size in sizes:
@@ -90,14 +96,19 @@ def _residual(
             for g, total in zip(mine, whole):
                 reference = total[part] if total is not None else 0.0
                 ours = g * share if g is not None and share != 0 else 0.0
-                difference = torch.as_tensor(ours - reference)
-                gradient = max(gradient, difference.abs().max().item() / scale)
+                gradient = _worse(gradient, torch.as_tensor(ours - reference).abs().max().item() / scale)
+            silent = silent or not any(g is not None and bool(g.any()) for g in mine)
             total_loss += my_loss * share if share != 0 else 0.0
-        loss = max(loss, abs(total_loss - whole_loss) / max(abs(whole_loss), scale))
+        loss = _worse(loss, abs(total_loss - whole_loss) / max(abs(whole_loss), scale))
     unit = max(torch.finfo(leaf.dtype).eps for leaf in _float_leaves(outputs)) / 2
     if torch.is_autocast_enabled(declared.device.type):
         unit = max(unit, torch.finfo(torch.get_autocast_dtype(declared.device.type)).eps / 2)
-    return Residual(gradient=gradient, loss=loss, allowed=128 * unit)
+    return Residual(gradient=gradient, loss=loss, allowed=128 * unit, silent_parts=silent)
+
+
+def _worse(worst: float, error: float) -> float:
+    """The larger of the two; what is not a number is infinitely wrong."""
+    return math.inf if math.isnan(error) else max(worst, error)
 
 
 def _rows_of(outputs: Any, part: slice) -> Any:

@@ -14,6 +14,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -166,8 +167,23 @@ def _terms(node: Any) -> list[tuple[Form, list[Any]]]:
         # A quotient whose numerator is constant has a gradient only below the line: not linear in its terms.
         if len(below) != 1 or (node.next_functions[0][0] is None and name.startswith("Div")):
             raise _Coupled(f"{name[:3]} joins two results that both depend on the outputs")
+        if name.startswith(("Mul", "Div")) and not _scaled_by_python_number(node):
+            raise _Coupled("it is scaled by a number that is computed, perhaps from the whole batch")
         return _terms(below[0])
     raise _Coupled(f"{name} is not a mean or sum over rows that samegrad recognises")
+
+
+def _scaled_by_python_number(node: Any) -> bool:
+    """Whether the constant factor was written as a number; a computed one, such as a mask's sum, may know all rows."""
+    if not hasattr(node, "_saved_other"):
+        # Multiplication by a scalar argument: only a number can stand there.
+        return True
+    factor = node._saved_other if node.next_functions[0][0] is not None else node._saved_self
+    if not isinstance(factor, Tensor):
+        return True
+    # Type promotion tells them apart: a Python number yields to any tensor of its kind, a tensor does not.
+    narrow = torch.float16 if factor.is_floating_point() else torch.int8
+    return factor.dim() == 0 and torch.result_type(factor, torch.zeros((), dtype=narrow)) is narrow
 
 
 def _check_rows_apart(starts: list[Any], outputs: set[int], rows: int) -> None:

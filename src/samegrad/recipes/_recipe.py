@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import samegrad as sg
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -70,15 +71,15 @@ class EpochResult:
     def loss(self) -> float:
         """The mean loss of the epoch's steps, each weighted by its rows."""
         rows = sum(step.batch_rows for step in self.steps)
-        return sum(step.loss * step.batch_rows for step in self.steps) / rows
+        return float(sum(step.loss * step.batch_rows for step in self.steps) / rows)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Program(abc.ABC):
     """A training program, live: the step, what feeds it, and what is judged and written at the end.
 
-    ``pins`` maps a knob of the plan to the option that set it. ``next_epoch``, ``steps_done`` and ``stopped`` are
-    where it stands; ``state`` and ``load_state`` carry them over a restart, weights apart.
+    ``next_epoch``, ``steps_done`` and ``stopped`` are where it stands; ``state`` and ``load_state`` carry them over a
+    restart, tensors apart.
     """
 
     step: sg.Step
@@ -88,7 +89,6 @@ class Program(abc.ABC):
     epochs: int
     scaler: Any = None
     empty_cache: EmptyCache = "never"
-    pins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     next_epoch: int = 0
     steps_done: int = 0
     stopped: bool = False
@@ -154,6 +154,31 @@ class Recipe:
     troubleshooting: tuple[str, ...]
 
 
+def find_device(name: str) -> torch.device:
+    """The device that ``--device`` names; auto is CUDA where there is one.
+
+    Raises UsageError for what is no device name, EnvironmentProblem for a device that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise sg.UsageError(
+            asked=f"--device {name}", found="not the name of a device", do="use auto, cpu, cuda or cuda:1",
+            option="device",
+        ) from None  # fmt: skip
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= there:
+        raise sg.EnvironmentProblem(
+            asked=f"--device {name}", found=f"this machine has {there} CUDA devices",
+            do="name one that is there, or --device cpu", option="device",
+        )  # fmt: skip
+    return device
+
+
 def run_epochs(
     program: Program, *, first_epoch: int | None = None, counter: Any = None
 ) -> Iterator[EpochResult]:
@@ -216,7 +241,7 @@ class CacheEmptying:
         """Hands cached memory back to the driver; does nothing without CUDA."""
         import torch
 
-        if not torch.cuda.is_initialized():
+        if not torch.cuda.is_available():
             return
         start, reserved_bytes = time.perf_counter(), torch.cuda.memory_reserved()
         torch.cuda.empty_cache()

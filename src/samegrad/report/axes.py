@@ -53,7 +53,7 @@ def padded_range(values: Sequence[float]) -> tuple[float, float]:
 def padded_log_range(values: Sequence[float]) -> tuple[float, float]:
     """As ``padded_range``, for positive values on a logarithmic axis."""
     low, high = math.log10(min(values)), math.log10(max(values))
-    margin = max(0.05 * (high - low), 0.1)
+    margin = min(max(0.05 * (high - low), 0.1), 1.0)
     return 10 ** (low - margin), 10 ** (high + margin)
 
 
@@ -61,12 +61,14 @@ def even_ticks(low: float, high: float, *, about: int, whole: bool = False) -> l
     """Round numbers between ``low`` and ``high``, ``about`` as many as asked; only integers if ``whole``."""
     rough = max((high - low) / max(about, 1), 1 / LARGEST_DRAWN)
     size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= 0.999 * rough)
+    # The nearest by ratio: never so large that no tick is left in the range, never so small that they crowd.
+    step = min((size * factor for factor in (1, 2, 5, 10)), key=lambda candidate: abs(math.log(candidate / rough)))
     if whole:
         step = max(step, 1.0)
     first, last = math.ceil(low / step), math.floor(high / step)
-    # i * step carries the rounding of step; twelve digits take it off again
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+    # i * step carries the rounding of step; cutting it below the step's own digit takes that off again.
+    decimals = 1 - math.floor(math.log10(step))
+    return [round(i * step, decimals) for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

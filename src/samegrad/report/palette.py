@@ -11,13 +11,15 @@ from samegrad.records import Category, Phase
 
 BLUE, SKY, GREEN, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
 ORANGE, VERMILION, PINK, GREY = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C"
+# Darker than GREY, which a green-blind eye takes for GREEN.
+SLATE = "#565D66"
 
 # From the bottom of a stack to its top: what stays for the whole step lies below what comes and goes.
 CATEGORY_COLOUR = {
     Category.PARAMETERS: BLUE,
     Category.GRADIENTS: SKY,
     Category.OPTIMIZER_STATE: GREEN,
-    Category.BUFFERS: GREY,
+    Category.BUFFERS: SLATE,
     Category.INPUTS: YELLOW,
     Category.ACTIVATIONS: ORANGE,
     Category.TEMPORARY: PINK,

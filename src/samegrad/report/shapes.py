@@ -60,11 +60,11 @@ def text_width(text: str, *, size: float = FONT_PX) -> float:
         if unicodedata.east_asian_width(character) in "WF":
             ems += 1.05
         elif character in "mwMW@%—…":
-            ems += 0.95
+            ems += 0.98
         elif character in " .,:;|'!()[]ijlIft/-":
             ems += 0.40
         else:
-            ems += 0.70 if character.isupper() else 0.60
+            ems += 0.70 if character.isupper() else 0.64
     return ems * size
 
 

@@ -82,7 +82,7 @@ li { margin-bottom: 6px; overflow-wrap: anywhere; }
   .wide { display: none; }
   .narrow { display: block; }
   .narrow svg { width: 100%; max-width: 440px; }
-  .pairs th { width: 8rem; }
+  .pairs th { width: 9.2rem; }
   .checks thead { display: none; }
   .checks, .checks tbody, .checks tr, .checks th, .checks td { display: block; }
   .checks tr { border-bottom: 1px solid var(--rule); padding: 8px 0; }

@@ -258,12 +258,14 @@ def _largest(
 ) -> tuple[float, str]:
     """The largest entry difference relative to its tensor's largest scale, and the parameter it is in."""
     worst, name = 0.0, ""
+    sizes = {key: float(s.double().abs().max()) for key, s in scales.items() if s is not None and s.numel()}
+    anywhere = max(sizes.values(), default=0.0)
     for key, reference in plain.items():
-        gradient, scale = ours.get(key), scales.get(key)
-        if reference is None or gradient is None or scale is None or not reference.numel():
+        gradient = ours.get(key)
+        if reference is None or gradient is None or not reference.numel():
             continue
         difference = float((gradient.double() - reference.double()).abs().max())
-        size = float(scale.double().abs().max())
+        size = tolerance.entry_scale(sizes.get(key, 0.0), anywhere)
         relative = difference / size if size else difference
         if not relative <= worst:
             worst, name = relative, key

@@ -8,7 +8,9 @@ noise   ‖g_split − g*‖ ≤ 2 ‖g_plain − g*‖ + N u_a κ ‖g*‖, g* 
 loss    |L_split − L_plain| ≤ 16 u Σ|ℓ_i| / N; Σ|ℓ_i| / N is |L| for losses that are not negative
 
 The scale is G and not |g|, because gradients that are zero by structure (a bias before a translation-invariant loss)
-are pure rounding on their own scale. Low precision alone proves nothing: a half-percent weighting error hides in
+are pure rounding on their own scale. Where even each chunk's gradient is zero by structure (a convolution's bias
+before an instance norm), G is rounding too: what is left there was up to 0.7 u of the largest Ĝ of all tensors, so a
+tensor's scale is at least a tenth of that. Low precision alone proves nothing: a half-percent weighting error hides in
 bfloat16, so the same program must pass the logic test in float64 or float32 first.
 """
 
@@ -23,6 +25,14 @@ LOSS_CONSTANT = 16.0
 NOISE_RATIO = 2.0
 # Gradients are accumulated in float32 at least.
 _ACCUMULATOR = {torch.float64: torch.float64}
+
+
+STRUCTURAL_SCALE_FRACTION = 0.1
+
+
+def entry_scale(largest_here: float, largest_anywhere: float) -> float:
+    """What a tensor's entry differences are measured on: its own Ĝ, or a tenth of the largest of all tensors."""
+    return max(largest_here, STRUCTURAL_SCALE_FRACTION * largest_anywhere)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

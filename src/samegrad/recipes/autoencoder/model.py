@@ -165,6 +165,22 @@ def orthogonality_penalty(weights: Sequence[Tensor]) -> Tensor:
     return total
 
 
+class PenalisedReconstruction(nn.Module):
+    """The tied model's loss: ``reconstruction_loss`` plus ``penalty`` times ``orthogonality_penalty``.
+
+    A module, because it owns parameters (the model's own matrices): they are found where modules are looked through.
+    """
+
+    def __init__(self, weights: nn.ParameterList, penalty: float) -> None:
+        super().__init__()
+        self.weights = weights
+        self.penalty = penalty
+
+    def forward(self, reconstructed: Tensor, rows: Tensor) -> Tensor:
+        """The loss of (B, D) rows: a scalar."""
+        return reconstruction_loss(reconstructed, rows) + self.penalty * orthogonality_penalty(list(self.weights))
+
+
 def reconstruction_loss(reconstructed: Tensor, rows: Tensor) -> Tensor:
     """Mean squared error over all elements of (B, D): the document's loss."""
     return F.mse_loss(reconstructed, rows)

@@ -1,0 +1,119 @@
+"""A program's step, planned: the plan in force, and its footprints as predicted and as measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import samegrad as sg
+from samegrad.cli.training import Training
+from samegrad.errors import BudgetTooSmall, UsageError
+from samegrad.levers import levers_of
+from samegrad.measure.counters import read_budget
+from samegrad.measure.probe import probe_plain, probe_split
+from samegrad.plan.explain import explain_plan
+from samegrad.records import Footprint, Origin, Plan
+from samegrad.units import format_bytes
+
+# Enough chunks for the steady state of a long step, few enough to cost less than an epoch.
+_MOST_CHUNKS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The plan that will run, complete with budget and predicted peak; what it came from; and in words."""
+
+    plan: Plan
+    footprint: Footprint
+    predicted: Footprint
+    explanation: str
+
+
+def plan_step(training: Training, given: Plan | None = None) -> Planned:
+    """The step of ``training`` planned: by ``given``, by the budget on the command line, or as it was declared.
+
+    Raises BudgetTooSmall or CannotSplit when nothing exact fits, UsageError when the step's own pins contradict.
+    """
+    step, batch = training.step, training.batch
+    if given is not None:
+        step.plan = given
+    elif training.budget is not None:
+        step.budget = read_budget(training.budget, step.declared.device)
+        step.plan, step.footprint = sg.settle_plan(step, batch, budget=step.budget)
+    wanted, plan = step.plan, step.prepare(batch)
+    if wanted is not None and plan.levers != wanted.levers:
+        raise UsageError(
+            asked=f"run {training.title} as {'--plan' if given is not None else '--budget'} says",
+            found=f"the step itself was declared with rows={plan.levers.get('split_rows', {}).get('rows', 'all')}",
+            do="leave rows= out of samegrad.Step, or leave the option out",
+        )
+    footprint = step.footprint or sg.measure_step(step, batch)
+    predicted = predicted_footprint(footprint, plan)
+    plan = dataclasses.replace(
+        plan,
+        budget=plan.budget or step.budget or read_budget(None, step.declared.device),
+        predicted_peak_bytes=predicted.peak_allocated_bytes,
+        predicted_seconds=predicted.seconds,
+    )
+    _check_fits(training, plan)
+    return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explain_plan(plan, footprint))
+
+
+def _check_fits(training: Training, plan: Plan) -> None:
+    """A pinned or given plan is not believed to fit because somebody asked for it."""
+    if plan.budget is None or plan.predicted_peak_bytes is None or plan.predicted_peak_bytes <= plan.budget.total_bytes:
+        return
+    raise BudgetTooSmall(
+        asked=f"run {training.title} within {format_bytes(plan.budget.total_bytes)} ({plan.budget.source})",
+        found=f"as pinned, {plan.levers.get('split_rows', {'rows': 'all'})['rows']} rows at a time, it is predicted to "
+        f"need {format_bytes(plan.predicted_peak_bytes)}",
+        do="take fewer rows at a time, drop the pin and let the plan choose, or raise the budget",
+    )
+
+
+def predicted_footprint(footprint: Footprint, plan: Plan) -> Footprint:
+    """What the plan's levers make of the probes' ``footprint``."""
+    predicted = footprint
+    for lever in levers_of(plan):
+        predicted = lever.predict(predicted)
+    if predicted.origin is Origin.PREDICTED:
+        return predicted
+    rows = footprint.batch_rows
+    return dataclasses.replace(
+        footprint,
+        origin=Origin.PREDICTED,
+        rows=rows,
+        peak_allocated_bytes=footprint.predicted_peak_bytes(rows=rows),
+        peak_reserved_bytes=None,
+        seconds=footprint.predicted_seconds(rows=rows),
+        by_category={},
+        by_phase={law.phase: law.peak_bytes(rows=rows, batch_rows=rows) for law in footprint.plain_laws},
+        timeline=(),
+    )
+
+
+def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footprint:
+    """The planned step measured on ``batch`` (at most its first chunks); nothing of the user's changes."""
+    layout = step.declared.layout(batch)
+    sizes = step.sizes_for(batch)
+    if len(sizes) == 1:
+        measured_rows = layout.rows
+        probe = probe_plain(step.declared, batch, layout, batch_rows=layout.rows)
+    else:
+        measured_rows = min(layout.rows, _MOST_CHUNKS * max(sizes))
+        split = step.split_for(batch, layout)
+        probe = probe_split(split, batch, layout, rows=max(sizes), batch_rows=measured_rows)
+    return dataclasses.replace(
+        footprint,
+        origin=Origin.MEASURED,
+        basis=f"the planned step on its first {measured_rows} rows" if measured_rows < layout.rows else
+        "the planned step on the whole batch",
+        rows=max(sizes),
+        batch_rows=measured_rows,
+        peak_allocated_bytes=probe.peak_bytes,
+        peak_reserved_bytes=probe.reserved_bytes,
+        seconds=probe.seconds,
+        by_category=probe.by_category,
+        by_phase=probe.by_phase,
+        timeline=probe.timeline,
+    )  # fmt: skip

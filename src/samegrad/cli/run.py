@@ -1,0 +1,117 @@
+"""``samegrad run TARGET``: plan, verify, train, save, stop, resume and report, inside a budget.
+
+1. The folder is held, and its status.json true, from before anything is loaded until the end, whatever the end is.
+2. A resumed run continues with the options, the plan and the bits of the run it continues.
+3. A signal stops the loop between two ticks; what has been done is saved first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samegrad import __version__
+from samegrad.cli.config import values_of
+from samegrad.cli.console import Console
+from samegrad.cli.options import Call, Switch, parse_call
+from samegrad.cli.target import Target, need_target
+from samegrad.errors import UsageError
+
+if TYPE_CHECKING:
+    from samegrad.store import RunFolder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run goes, and how it is saved."""
+
+    output: Path | None = None
+    """Run folder; default: runs/<name>-<date>-<time>."""
+    resume: Switch = False
+    """Continue the run in --output where its newest checkpoint left off, bit for bit."""
+    plan: Path | None = None
+    """A plan.json to run, instead of making a plan."""
+    steps: int | None = None
+    """Stop after so many epochs (a recipe's) or steps (of file.py:function) in all."""
+    save_every: int = 10
+    """Save a checkpoint every so many epochs or steps; one is saved at the end and on a stop in any case."""
+    log_every: int = 10
+    """Log loss and memory every so many epochs or steps."""
+    verify_rows: int | None = None
+    """Rows on which the gradients are verified before training; default: as many as fit."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "log_every", "verify_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(asked=f"{name} {value}", found="less than 1", do="give 1 or more", option=name)
+        if self.resume and self.output is None:
+            raise UsageError(
+                asked="--resume",
+                found="no folder to resume",
+                do="name the run's folder with --output DIR",
+                option="resume",
+            )
+
+
+# Options of one invocation that a config file, fed back, must not carry on to another.
+_NOT_IN_CONFIG = ("output", "resume", "plan")
+
+
+def main(argv: Sequence[str], console: Console) -> int:
+    target, rest = need_target("run", argv)
+    call = parse_run(target, rest)
+    from samegrad.cli.run_session import run_session, tell
+
+    with open_folder(target, call.part(RunOptions)) as folder:
+        finished = run_session(target, call, folder, console)
+    tell(finished, finished.folder / "report.html", console)
+    return finished.exit_code
+
+
+def parse_run(target: Target, rest: Sequence[str]) -> Call:
+    """The options of a run; those of the run being resumed lie under all others (rule 2)."""
+    prog, kinds = f"samegrad run {target.name}", (target.options_class, RunOptions)
+    call = parse_call(prog, kinds, rest, target=target.name)
+    options = call.part(RunOptions)
+    if not options.resume or options.output is None:
+        return call
+    config = options.output / "config.json"
+    return parse_call(prog, kinds, ["--config", str(config), *rest], target=target.name) if config.is_file() else call
+
+
+def open_folder(target: Target, options: RunOptions) -> RunFolder:
+    """The run's folder, held: the one asked for, or a new one that no other process got."""
+    from samegrad.store import RunFolder
+
+    if options.output is not None:
+        return RunFolder.resume(options.output) if options.resume else RunFolder.create(options.output)
+    return RunFolder.create(_new_folder(Path("runs"), target.name))
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).name.replace(".py:", "-"))
+    started = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    parent.mkdir(parents=True, exist_ok=True)
+    # Two runs may start in the same second: mkdir tells who came first.
+    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+        try:
+            (parent / (started + suffix)).mkdir()
+        except FileExistsError:
+            continue
+        return parent / (started + suffix)
+    raise FileExistsError(f"{parent / started}-2 to -99")
+
+
+def config_text(target: Target, call: Call) -> str:
+    """config.json: every resolved option, to be fed back with ``--config``."""
+    values: dict[str, Any] = {}
+    for kind in (target.options_class, RunOptions):
+        values |= values_of(call.part(kind))
+    kept = {name: value for name, value in values.items() if name not in _NOT_IN_CONFIG}
+    notes: Mapping[str, Any] = {"schema_version": 1, "samegrad_version": __version__, "target": target.name}
+    return json.dumps({**notes, **kept}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

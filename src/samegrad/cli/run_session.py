@@ -1,0 +1,264 @@
+"""One run in its folder: from the loaded program to its report. The rules stand in ``run.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import shlex
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import samegrad as sg
+from samegrad.cli.console import Bar, Console
+from samegrad.cli.options import Call
+from samegrad.cli.planned import Planned, measured_footprint, plan_step
+from samegrad.cli.programs import load_training
+from samegrad.cli.run import RunOptions, config_text
+from samegrad.cli.run_health import peaks_of
+from samegrad.cli.run_story import PictureFile, Summary, read_metrics, read_plan, read_record, read_story, verdict_text
+from samegrad.cli.stopping import StopFlag, Stopped, listening
+from samegrad.cli.target import Target
+from samegrad.cli.training import Outcome, Tick, Training, counting_of
+from samegrad.errors import GradientsDiffer, SamegradError
+from samegrad.measure import counters
+from samegrad.records import Budget, Plan, Same, Verdict
+from samegrad.report import render_markdown, render_report
+from samegrad.report.facts import judge
+from samegrad.report.terminal import memory_line
+from samegrad.store import RunFolder, load_checkpoint, save_checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A run that came to its end: what it reached, and the records that say so."""
+
+    folder: Path
+    unit: str
+    done: int
+    final_loss: float | None
+    plan: Plan
+    verdict: Verdict
+    outcome: Outcome
+    measured_peak_bytes: int | None
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.verdict.same else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of ``--json``; numbers that are not finite are null."""
+        finite = {k: v for k, v in self.outcome.metrics.items() if not isinstance(v, float) or math.isfinite(v)}
+        return {
+            "final_loss": self.final_loss,
+            "predicted_peak_bytes": self.plan.predicted_peak_bytes,
+            "measured_peak_bytes": self.measured_peak_bytes,
+            "plan": self.plan.to_dict(),
+            "verdict": self.verdict.to_dict(),
+            "run_folder": str(self.folder),
+            f"{self.unit}s": self.done,
+            **dict.fromkeys(self.outcome.metrics),
+            **finite,
+        }
+
+
+def run_session(target: Target, call: Call, folder: RunFolder, console: Console) -> Finished:
+    """Trains ``target`` in ``folder``, from the start or from its newest checkpoint."""
+    options = call.part(RunOptions)
+    with Status(folder, target.name), listening() as stop:
+        if not options.resume:
+            folder.write_text("config.json", config_text(target, call))
+        given = _given_plan(folder, options)
+        training = load_training(target, call, given)
+        if options.resume:
+            _resume(training, folder, console)
+        planned = _plan(training, folder, given, console)
+        try:
+            verdict = _verify(training, folder, options, console)
+            _train(training, folder, planned.plan, options, stop, console)
+            outcome = training.finish(folder.path)
+        finally:
+            counters.uncap_allocator(training.step.declared.device)
+            training.step.close()
+        _write_report(training, folder, planned, outcome)
+    results = read_metrics(folder.path / "metrics.jsonl").results
+    return Finished(
+        folder=folder.path,
+        unit=training.unit,
+        done=training.done,
+        final_loss=results[-1].loss if results else None,
+        plan=planned.plan,
+        verdict=verdict,
+        outcome=outcome,
+        measured_peak_bytes=max(peaks_of(results), default=None),
+    )
+
+
+class Status:
+    """status.json: "running" on the way in, and on the way out how it ended (rule 1)."""
+
+    def __init__(self, folder: RunFolder, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def __enter__(self) -> None:
+        self._write("running", {})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        match error:
+            case None:
+                self._write("done", {"exit_code": 0})
+            case Stopped():
+                self._write("stopped", {"exit_code": error.exit_code, "message": str(error), "saved": error.saved})
+            case SamegradError():
+                told = {"exit_code": error.exit_code, "error_code": error.code, "message": str(error)}
+                self._write("failed", told)
+            case _:
+                self._write("failed", {"exit_code": 70, "message": f"{type(error).__name__}: {error}"})
+
+    def _write(self, state: str, rest: dict[str, Any]) -> None:
+        self.folder.write_status({"schema_version": 1, "name": self.name, "state": state, **rest})
+
+
+def _given_plan(folder: RunFolder, options: RunOptions) -> Plan | None:
+    """The plan asked for, or that of the run being resumed (rule 2)."""
+    if options.plan is not None:
+        return read_plan(options.plan)
+    return read_record(folder.path / "plan.json", Plan) if options.resume else None
+
+
+def _resume(training: Training, folder: RunFolder, console: Console) -> None:
+    checkpoint = load_checkpoint(folder.checkpoints)
+    for sentence in (*checkpoint.warnings, *training.restore(checkpoint)):
+        console.note(f"warning: {sentence}")
+    dropped = folder.rewind_metrics(step=training.steps_done - 1)
+    redo = f"; {dropped} later lines of metrics.jsonl will be written again" if dropped else ""
+    console.note(f"resuming after {training.unit} {training.done}, from {checkpoint.path}{redo}")
+
+
+def _plan(training: Training, folder: RunFolder, given: Plan | None, console: Console) -> Planned:
+    planned = plan_step(training, given)
+    budget = planned.plan.budget
+    if budget is not None:
+        # The library leaves the allocator alone; the command line holds itself to the budget.
+        counters.cap_allocator(training.step.declared.device, budget.total_bytes)
+    if not (folder.path / "measured.json").is_file():
+        measured = measured_footprint(training.step, training.batch, planned.footprint)
+        folder.write_text("measured.json", measured.to_json())
+    folder.write_text("footprint.json", planned.predicted.to_json())
+    folder.write_text("plan.json", planned.plan.to_json())
+    console.note(planned.explanation)
+    return planned
+
+
+def _verify(training: Training, folder: RunFolder, options: RunOptions, console: Console) -> Verdict:
+    """The verdict on the step before it trains; a resumed run's was given when it began."""
+    verdict = read_record(folder.path / "verdict.json", Verdict) if options.resume else None
+    if verdict is None:
+        verdict = sg.verify_step(training.step, training.batch, rows=options.verify_rows)
+        folder.write_text("verdict.json", verdict.to_json())
+    console.note(judge(verdict).text)
+    if verdict.answer is Same.DIFFERS:
+        raise GradientsDiffer(
+            asked=f"train {training.title} with the gradients of the plain step",
+            found=judge(verdict).text,
+            do="report it, with verdict.json of the run folder; --plan or --rows with other chunks may go round it",
+            file=str(folder.path / "verdict.json"),
+        )
+    return verdict
+
+
+def _train(
+    training: Training, folder: RunFolder, plan: Plan, options: RunOptions, stop: StopFlag, console: Console
+) -> None:
+    if options.steps is not None:
+        training.limit(options.steps)
+    saved_at = training.done if options.resume else None
+    with stop.hold(), console.progress(training.title, training.total) as bar:
+        for tick in training.ticks():
+            told = _record(tick, training, folder)
+            bar.advance(told, done=training.done)
+            if training.done % options.log_every == 0 or training.done == 1 or tick.last:
+                _log_memory(tick, told, training, folder, plan.budget, bar)
+            if stop or tick.last or training.done % options.save_every == 0:
+                _save(training, folder)
+                saved_at = training.done
+            if stop and not tick.last:
+                raise stop.stop(saved=str(folder.path))
+        if saved_at != training.done:
+            _save(training, folder)
+
+
+def _save(training: Training, folder: RunFolder) -> None:
+    save_checkpoint(folder.checkpoints, step=training.steps_done, tensors=training.tensors(), state=training.state())
+
+
+def _record(tick: Tick, training: Training, folder: RunFolder) -> str:
+    """Writes the tick's lines of metrics.jsonl; returns its losses in words."""
+    for result in tick.results:
+        record = {k: v for k, v in result.to_dict().items() if k not in ("schema_version", "record")}
+        folder.append_metrics({"kind": "step", "step": result.index, **record})
+    last = tick.results[-1]
+    if tick.validation_loss is None:
+        return f"loss {last.loss:.6g}"
+    folder.append_metrics({"kind": "validation", "step": last.index, "loss": tick.validation_loss})
+    return f"loss {last.loss:.6g}, validation {tick.validation_loss:.6g}"
+
+
+def _log_memory(
+    tick: Tick, told: str, training: Training, folder: RunFolder, budget: Budget | None, bar: Bar
+) -> None:
+    memory = memory_line(tick.results[-1], budget, counting_of(training.step))
+    folder.append_metrics({"kind": "memory", "step": tick.results[-1].index, "text": memory})
+    bar.say(f"{training.unit} {training.done}: {told}. {memory}")
+
+
+def _write_report(training: Training, folder: RunFolder, planned: Planned, outcome: Outcome) -> None:
+    pictures = []
+    for number, picture in enumerate(outcome.pictures, 1):
+        name = f"picture-{number}.{'png' if isinstance(picture.image, bytes) else 'svg'}"
+        data = picture.image if isinstance(picture.image, bytes) else picture.image.encode()
+        (folder.path / name).write_bytes(data)
+        pictures.append(PictureFile(file=name, caption=picture.caption))
+    summary = Summary(
+        title=training.title,
+        command=shlex.join(["samegrad", *sys.argv[1:]]),
+        machine=machine_of(training.step),
+        metrics=dict(outcome.metrics),
+        explanation=planned.explanation,
+        troubleshooting=outcome.troubleshooting,
+        notes=outcome.notes,
+        pictures=tuple(pictures),
+    )
+    folder.write_text("summary.json", summary.to_json())
+    story = read_story(folder.path)
+    folder.write_text("report.html", render_report(story))
+    folder.write_text("report.md", render_markdown(story))
+
+
+def machine_of(step: sg.Step) -> dict[str, str]:
+    """The machine and versions a result came from."""
+    return {
+        "device": counters.device_name(step.declared.device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "samegrad": sg.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+
+
+def tell(finished: Finished, report: Path, console: Console) -> None:
+    """The result of a run, for a person and as a document."""
+    console.document(finished.to_dict())
+    loss = "nothing trained" if finished.final_loss is None else f"loss {finished.final_loss:.6g}"
+    console.result(f"{loss} after {finished.done} {finished.unit}s")
+    for name, value in finished.outcome.metrics.items():
+        console.result(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
+    console.result(verdict_text(finished.verdict))
+    console.result(f"report: {report}")

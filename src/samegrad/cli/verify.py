@@ -1,0 +1,55 @@
+"""``samegrad verify TARGET``: the planned step against the plain one. Exit code 0 only when they are proven the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from samegrad.cli.console import Console
+from samegrad.cli.options import parse_call
+from samegrad.cli.target import need_target
+from samegrad.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """What is compared."""
+
+    rows: int | None = None
+    """Compare on the first so many rows; default: as many as fit."""
+    plan: Path | None = None
+    """A plan.json to verify, instead of making a plan."""
+    output: Path | None = None
+    """Folder for verdict.json."""
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.rows < 1:
+            raise UsageError(asked=f"--rows {self.rows}", found="less than 1", do="give 1 or more", option="rows")
+
+
+def main(argv: Sequence[str], console: Console) -> int:
+    target, rest = need_target("verify", argv)
+    call = parse_call(f"samegrad verify {target.name}", (target.options_class, VerifyOptions), rest, target=target.name)
+    options = call.part(VerifyOptions)
+    import samegrad as sg
+    from samegrad.cli.planned import plan_step
+    from samegrad.cli.programs import load_training
+    from samegrad.cli.run_story import read_plan, verdict_text, write_records
+    from samegrad.cli.stopping import listening
+    from samegrad.records import Same
+
+    with listening():
+        given = read_plan(options.plan) if options.plan is not None else None
+        training = load_training(target, call, given)
+        planned = plan_step(training, given)
+        console.note(planned.explanation)
+        if not planned.plan.levers:
+            console.note("The plan runs the step whole; a smaller --budget makes it split, and that would be verified.")
+        verdict = sg.verify_step(training.step, training.batch, rows=options.rows)
+    console.result(verdict_text(verdict))
+    if verdict.answer is Same.UNPROVEN:
+        console.result("unproven is not the same: exit code 1")
+    console.document({"same": verdict.same, "verdict": verdict.to_dict(), "plan": planned.plan.to_dict()})
+    write_records(options.output, {"verdict.json": verdict})
+    return 0 if verdict.same else 1

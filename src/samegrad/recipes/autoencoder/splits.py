@@ -1,0 +1,93 @@
+"""Where the rows come from: real ones under ``--data_root``, or patches of bundled pictures; opened, not read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import samegrad as sg
+
+from . import data
+from .options import AutoencoderOptions
+
+INSTALL = "pip install 'samegrad[recipes]'"
+
+
+class EpochRows(data.ReadRows, Protocol):
+    """Rows in an order of their own each epoch: ``sg.Rows`` and ``data.Patches``."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def shuffled(self, *, seed: int, epoch: int) -> EpochRows: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Disjoint rows to train on, to stop by and to judge by, and what they are, in words."""
+
+    train: EpochRows
+    validation: EpochRows
+    test: EpochRows
+    described: str
+
+
+def open_splits(options: AutoencoderOptions) -> Splits:
+    """The rows of ``--data_root``, or patches of the bundled pictures; read when they are needed.
+
+    Raises BadInput for rows that cannot be read, UsageError for more patches than there are, EnvironmentProblem
+    when scikit-image is not installed.
+    """
+    dtype = torch.float64 if options.dtype == "float64" else torch.float32
+    if options.data_root is not None:
+        rows = as_rows(_opened(options.data_root, options.layer_for_activation), dtype=dtype)
+        return _split(rows, options)
+    try:
+        train, validation, test = data.patch_splits(
+            options.patch_rows, options.fractions, seed=options.random_seed, dtype=dtype
+        )
+    except ValueError as error:
+        raise sg.UsageError(
+            asked=f"--patch_rows {options.patch_rows}", found=str(error), do="ask for another number of rows",
+            option="patch_rows",
+        ) from None  # fmt: skip
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise sg.EnvironmentProblem(asked="patches of scikit-image's pictures", found=str(error), do=INSTALL) from None
+    described = f"{options.patch_rows} patches of {data.PATCH_SIDE} x {data.PATCH_SIDE} grey pixels, scikit-image"
+    return Splits(train=train, validation=validation, test=test, described=described)
+
+
+def _opened(root: Path, layer: int) -> sg.Rows:
+    """The rows under ``root``: of parquet files the column of ``layer``; other formats hold one array."""
+    parquet = any(root.glob("*.parquet")) if root.is_dir() else root.suffix in (".parquet", ".pq")
+    return sg.open_rows(root, column=f"activation_layer_{layer}" if parquet else None)
+
+
+def _split(rows: sg.Rows, options: AutoencoderOptions) -> Splits:
+    parts = rows.split(options.fractions, seed=options.random_seed)
+    if rows.shape[1:] == () or min(map(len, parts)) == 0:
+        raise sg.BadInput(
+            asked=f"rows to train, validate and test on in {options.data_root}",
+            found=f"an array of shape {rows.shape}",
+            do="give (rows, numbers), with enough rows that each of the three parts gets one",
+            file=str(options.data_root),
+        )
+    return Splits(train=parts[0], validation=parts[1], test=parts[2], described=rows.described)
+
+
+def as_rows(rows: Any, *, dtype: torch.dtype | None = None) -> Any:
+    """``rows`` as rows that are read in parts: a path is opened, an array or host tensor wrapped; never copied.
+
+    ``dtype``: what reading them returns. Raises BadInput for what cannot be rows.
+    """
+    if isinstance(rows, (str, os.PathLike)):
+        rows = sg.open_rows(rows)
+    elif isinstance(rows, (Tensor, np.ndarray)):
+        rows = sg.Rows(rows)
+    return rows if dtype in (None, rows.dtype) else rows.converted(dtype)
