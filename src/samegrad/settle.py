@@ -19,12 +19,12 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import Examination, examine
-from samegrad.exact.split import SplitStep
+from samegrad.exact.split import Chunks, SplitStep
 from samegrad.execute.apply import applied
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.laws import fit_laws
-from samegrad.measure.probe import Probe, probe_plain, probe_split
+from samegrad.measure.probe import Probe, probe_plain, probe_split, standing_batch_bytes
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Footprint, Origin, Phase, PhaseLaw, Plan
@@ -79,8 +79,10 @@ def _version() -> str:
     return version("samegrad")
 
 
-def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Measurement:
-    """The footprint, and the split step its probes ran."""
+def measure(
+    declared: DeclaredStep, batch: Any, aliases: ParameterAliases, chunks: Chunks = stream_chunks
+) -> Measurement:
+    """The footprint, and the split step its probes ran. ``chunks`` brings rows to the device."""
     layout = declared.layout(batch)
     residents = count_residents(declared)
     refusals: dict[str, str] = {}
@@ -88,7 +90,7 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
     if layout.rows > 1:
         try:
             examination = examine(declared, aliases, batch, layout)
-            split = SplitStep(declared, aliases, examination, stream_chunks)
+            split = SplitStep(declared, aliases, examination, chunks)
         except CannotSplit as refusal:
             refusals["split_rows"] = refusal.found
     else:
@@ -100,7 +102,7 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
     shown = parts[-1] if parts else plain[-1]
     seconds_per_row, seconds_per_chunk = _times(parts)
     missing = residents.missing_state_bytes
-    standing = trees.storage_bytes([t for t in trees.leaves_of(batch) if _is_on(t, declared.device)])
+    standing = standing_batch_bytes(batch, declared.device)
     optimizer_law = _optimizer_law(residents, standing)
     footprint = Footprint(
         device=counters.device_name(declared.device),
@@ -160,12 +162,8 @@ def _times(probes: Sequence[Probe]) -> tuple[float | None, float | None]:
     return per_row, max(0.0, (large.seconds - per_row * large.batch_rows) / chunks)
 
 
-def _is_on(leaf: Any, device: torch.device) -> bool:
-    return isinstance(leaf, Tensor) and leaf.device == device
-
-
-def _optimizer_law(residents: Residents, standing_batch_bytes: int) -> PhaseLaw:
-    fixed = sum(residents.by_category.values()) + residents.optimizer_temporary_bytes + standing_batch_bytes
+def _optimizer_law(residents: Residents, standing_bytes: int) -> PhaseLaw:
+    fixed = sum(residents.by_category.values()) + residents.optimizer_temporary_bytes + standing_bytes
     return PhaseLaw(phase=Phase.OPTIMIZER, fixed_bytes=float(fixed), per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0)
 
 

@@ -9,14 +9,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from samegrad.data.prefetch import stream_chunks
+from samegrad.data.prefetch import Prefetcher
 from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.examine import Examination, examine
@@ -81,6 +81,7 @@ class Step:
         self._asked_budget, self._host_budget = budget, host_budget
         self._rows = _checked_rows(rows)
         self._enforce, self._capped = enforce, False
+        self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
         self._examined: dict[tuple[str, str], Examination] = {}
         self._planned_for: tuple[str, int] | None = None
@@ -119,7 +120,8 @@ class Step:
         return explain_plan(self.plan, self.footprint)
 
     def close(self) -> None:
-        """Gives back what the step holds beyond the model: the allocator's cap."""
+        """Gives back what the step holds beyond the model: pinned buffers, the reader thread, the allocator's cap."""
+        self._prefetcher.close()
         if self._capped:
             counters.uncap_allocator(self.declared.device)
             self._capped = False
@@ -145,7 +147,12 @@ class Step:
         key = (layout.signature(batch), self.declared.mode())
         if key not in self._examined:
             self._examined[key] = examine(self.declared, self._aliases, batch, layout)
-        return SplitStep(self.declared, self._aliases, self._examined[key], stream_chunks)
+        return SplitStep(self.declared, self._aliases, self._examined[key], self._chunks)
+
+    def _chunks(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], device: torch.device
+    ) -> Iterable[Any]:
+        return self._prefetcher.stream(batch, layout, sizes)
 
     def _sizes(self, batch: Any, layout: RowLayout) -> tuple[int, ...] | None:
         """The rows of each chunk, or None for the plain call. Plans first where that is still to be done."""
@@ -170,7 +177,7 @@ class Step:
         if self._enforce and not self._capped:
             counters.release_cached(device)
             self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
-        measurement: Measurement = measure(self.declared, batch, self._aliases)
+        measurement: Measurement = measure(self.declared, batch, self._aliases, self._chunks)
         options = Options(allow=self.allow)
         plan, self.footprint, _ = settle(self.declared, measurement, batch, budget=self.budget, options=options)
         if measurement.split is not None:

@@ -23,7 +23,7 @@ class MeasureOptions:
 def main(argv: Sequence[str], console: Console) -> int:
     target, rest = need_target("measure", argv)
     call = parse_call(f"samegrad measure {target.name}", (target.options_class, MeasureOptions), rest, target=target.name)
-    from samegrad.cli.planned import measured_footprint, plan_step
+    from samegrad.cli.planned import measured_after_a_step, plan_step
     from samegrad.cli.programs import load_training
     from samegrad.cli.run_story import write_records
     from samegrad.cli.stopping import listening
@@ -32,9 +32,9 @@ def main(argv: Sequence[str], console: Console) -> int:
     with listening():
         training = load_training(target, call)
         planned = plan_step(training)
-        measured = measured_footprint(training.step, training.batch, planned.footprint)
+        measured = measured_after_a_step(training.step, training.batch, planned.footprint)
     predicted = planned.predicted
-    console.note(planned.explanation)
+    console.detail(planned.explanation)
     console.show(footprint_table(predicted, measured))
     if measured.batch_rows < predicted.batch_rows:
         console.result(f"measured: {measured.basis}, of {predicted.batch_rows}")

@@ -33,10 +33,11 @@ def main(argv: Sequence[str], console: Console) -> int:
     target, rest = need_target("plan", argv)
     call = parse_call(f"samegrad plan {target.name}", (target.options_class, PlanOptions), rest, target=target.name)
     options = call.part(PlanOptions)
-    from samegrad.cli.planned import measured_footprint, plan_step
+    from samegrad.cli.planned import measured_after_a_step, plan_step
     from samegrad.cli.programs import load_training
     from samegrad.cli.run_story import read_plan, write_records
     from samegrad.cli.stopping import listening
+    from samegrad.report.facts import describe_budget
     from samegrad.report.terminal import plan_table
 
     with listening():
@@ -45,11 +46,13 @@ def main(argv: Sequence[str], console: Console) -> int:
         given = read_plan(options.plan) if options.plan is not None else None
         training = load_training(target, call, given)
         planned = plan_step(training, given)
-        measured = measured_footprint(training.step, training.batch, planned.footprint) if given else None
+        measured = measured_after_a_step(training.step, training.batch, planned.footprint) if given else None
     fits = True
     records = {"plan.json": planned.plan, "footprint.json": planned.predicted}
+    if planned.plan.budget is not None:
+        console.result(f"Budget: {describe_budget(planned.plan.budget)}.")
     console.show(plan_table(planned.plan, planned.predicted))
-    console.note(planned.explanation)
+    console.detail(planned.explanation)
     document: dict[str, Any] = {"plan": planned.plan.to_dict(), "footprint": planned.predicted.to_dict()}
     if measured is not None and planned.plan.budget is not None:
         budget_bytes = planned.plan.budget.total_bytes

@@ -12,7 +12,7 @@ from samegrad.levers import levers_of
 from samegrad.measure.counters import read_budget
 from samegrad.measure.probe import probe_plain, probe_split
 from samegrad.plan.explain import explain_plan
-from samegrad.records import Footprint, Origin, Plan
+from samegrad.records import Footprint, Origin, Phase, Plan
 from samegrad.units import format_bytes
 
 # Enough chunks for the steady state of a long step, few enough to cost less than an epoch.
@@ -93,21 +93,23 @@ def predicted_footprint(footprint: Footprint, plan: Plan) -> Footprint:
 
 
 def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footprint:
-    """The planned step measured on ``batch`` (at most its first chunks); nothing of the user's changes."""
+    """The planned step measured on ``batch`` (at most its first chunks), up to the optimizer's turn.
+
+    Nothing of the user's changes, so optimizer state that does not exist yet is not in it: measure after a step.
+    """
     layout = step.declared.layout(batch)
     sizes = step.sizes_for(batch)
+    measured_rows = min(layout.rows, _MOST_CHUNKS * max(sizes))
     if len(sizes) == 1:
-        measured_rows = layout.rows
         probe = probe_plain(step.declared, batch, layout, batch_rows=layout.rows)
     else:
-        measured_rows = min(layout.rows, _MOST_CHUNKS * max(sizes))
         split = step.split_for(batch, layout)
         probe = probe_split(split, batch, layout, rows=max(sizes), batch_rows=measured_rows)
+    whole = measured_rows == layout.rows
     return dataclasses.replace(
         footprint,
         origin=Origin.MEASURED,
-        basis=f"the planned step on its first {measured_rows} rows" if measured_rows < layout.rows else
-        "the planned step on the whole batch",
+        basis="the planned step on the whole batch" if whole else f"the planned step on {measured_rows} rows",
         rows=max(sizes),
         batch_rows=measured_rows,
         peak_allocated_bytes=probe.peak_bytes,
@@ -116,4 +118,20 @@ def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footp
         by_category=probe.by_category,
         by_phase=probe.by_phase,
         timeline=probe.timeline,
-    )  # fmt: skip
+    )
+
+
+def measured_after_a_step(step: sg.Step, batch: Any, footprint: Footprint) -> Footprint:
+    """The planned step measured with the optimizer's state in place and its turn counted: takes one real step."""
+    if step.declared.optimizer is None:
+        return measured_footprint(step, batch, footprint)
+    counter = sg.count_bytes(step)
+    result = next(iter(sg.train(step, [batch], counter=counter)))
+    measured = measured_footprint(step, batch, footprint)
+    reserved = [n for n in (measured.peak_reserved_bytes, result.peak_reserved_bytes) if n is not None]
+    return dataclasses.replace(
+        measured,
+        peak_allocated_bytes=max(measured.peak_allocated_bytes, result.peak_allocated_bytes or 0),
+        peak_reserved_bytes=max(reserved, default=None),
+        by_phase=measured.by_phase | {Phase.OPTIMIZER: counter.peak_by_phase.get(Phase.OPTIMIZER, 0)},
+    )

@@ -80,6 +80,9 @@ def run_session(target: Target, call: Call, folder: RunFolder, console: Console)
         try:
             verdict = _verify(training, folder, options, console)
             _train(training, folder, planned.plan, options, stop, console)
+            # After training, because only now the optimizer's state is there to be counted.
+            measured = measured_footprint(training.step, training.batch, planned.footprint)
+            folder.write_text("measured.json", measured.to_json())
             outcome = training.finish(folder.path)
         finally:
             counters.uncap_allocator(training.step.declared.device)
@@ -147,9 +150,6 @@ def _plan(training: Training, folder: RunFolder, given: Plan | None, console: Co
     if budget is not None:
         # The library leaves the allocator alone; the command line holds itself to the budget.
         counters.cap_allocator(training.step.declared.device, budget.total_bytes)
-    if not (folder.path / "measured.json").is_file():
-        measured = measured_footprint(training.step, training.batch, planned.footprint)
-        folder.write_text("measured.json", measured.to_json())
     folder.write_text("footprint.json", planned.predicted.to_json())
     folder.write_text("plan.json", planned.plan.to_json())
     console.note(planned.explanation)

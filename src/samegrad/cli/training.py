@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import samegrad as sg
-from samegrad.errors import BadInput, UsageError
+from samegrad.errors import BadInput
 from samegrad.records import Counting, StepResult
 from samegrad.report import Picture
 from samegrad.store import (
@@ -101,12 +101,6 @@ class FunctionTraining:
 
     def __init__(self, title: str, step: sg.Step, batches: Iterable[Any], *, budget: str | None = None) -> None:
         self.title, self._step, self.budget, self._done = title, step, budget, 0
-        if step.declared.optimizer is None:
-            raise UsageError(
-                asked=f"train {title}",
-                found="the step was declared without an optimizer",
-                do="samegrad.Step(model, loss_fn, optimizer=optimizer, ...)",
-            )
         self._total = len(batches) if isinstance(batches, Sized) else None
         # One iterator for planning and training: a second one would draw another order from the generators.
         rest = iter(batches)

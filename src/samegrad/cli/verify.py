@@ -43,7 +43,7 @@ def main(argv: Sequence[str], console: Console) -> int:
         given = read_plan(options.plan) if options.plan is not None else None
         training = load_training(target, call, given)
         planned = plan_step(training, given)
-        console.note(planned.explanation)
+        console.detail(planned.explanation)
         if not planned.plan.levers:
             console.note("The plan runs the step whole; a smaller --budget makes it split, and that would be verified.")
         verdict = sg.verify_step(training.step, training.batch, rows=options.rows)

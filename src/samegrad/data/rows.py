@@ -282,10 +282,12 @@ class Rows:
     def _gather(self, positions: Tensor, target: Tensor) -> None:
         first = self._pieces[0]
         alone = len(self._pieces) == 1 and self._dtype == first.values.dtype
-        if alone and (not first.mapped or _ascending(positions)):
+        if alone:
+            if first.mapped:
+                _page_in(_raw(first.values), positions)
             torch.index_select(_raw(first.values), 0, positions, out=_raw(target))
             return
-        # Forward through memory and files whatever the order asked for: pages are faulted in once and in sequence.
+        # Forward through memory and files, whatever the order asked for.
         ascending, places = positions.sort()
         cuts = torch.searchsorted(ascending, self._starts).tolist()
         block = max(1, _SCRATCH_BYTES // max(1, self.row_bytes))
@@ -305,8 +307,12 @@ def _counted(steps: range) -> Tensor:
     return torch.arange(len(steps), device="cpu").mul_(steps.step).add_(steps.start)
 
 
-def _ascending(positions: Tensor) -> bool:
-    return bool((positions[1:] >= positions[:-1]).all())
+def _page_in(values: Tensor, positions: Tensor) -> None:
+    """Touch every page of these rows, forward through the file; gathered in any order then, they are in memory."""
+    if values.numel() and values.is_contiguous() and bool((positions[1:] < positions[:-1]).any()):
+        forward, rows = positions.sort().values, values.view(len(values), -1)
+        for part in (rows[:, :: max(1, mmap.PAGESIZE // values.dtype.itemsize)], rows[:, -1:]):
+            part.index_select(0, forward)
 
 
 def _raw(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.audit import audit
 from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach
-from samegrad.exact.undisturbed import Generators, undisturbed
+from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
 from samegrad.trees import RowLayout
 
 
@@ -59,9 +59,10 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
         with aliases.swapped() as standing, torch.enable_grad():
             check_reach(aliases, declared.forward(declared.network, few), standing)
         if declared.normalise is not None:
-            _check_declared(declared, outputs, few, few_layout)
+            _check_declared(declared, outputs, few, few_layout, state)
+            _check_loss_reach(declared, aliases, outputs, few)
             return Examination(Form.ROW_SUM, "declared by normalise=", declared=True, module_hooks=hooks)
-        form, count = _recognised(declared, outputs, few, few_layout)
+        form, count = _recognised(declared, outputs, few, few_layout, state)
     return Examination(form.form, form.reason, count_per_row=count / rows, module_hooks=hooks)
 
 
@@ -84,13 +85,21 @@ def _refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
             )
 
 
-def _check_declared(declared: DeclaredStep, outputs: Any, few: Any, layout: RowLayout) -> None:
+def _check_declared(
+    declared: DeclaredStep, outputs: Any, few: Any, layout: RowLayout, state: ModuleState
+) -> None:
     generators = Generators(declared.device)
     residual = audit(declared, outputs, few, layout, None)
     if generators.advanced():
         raise FalseNormalise(
             asked=f"normalise={_named(declared.normalise)}",
             found="the loss draws random numbers, so the loss of a chunk is another draw than the batch's",
+            do="remove normalise=: with two passes the loss is computed once, on all rows",
+        )
+    if changed := state.changed():
+        raise FalseNormalise(
+            asked=f"normalise={_named(declared.normalise)}",
+            found=f"the loss changes {', '.join(changed[:3])}, which would happen once a chunk and not once a step",
             do="remove normalise=: with two passes the loss is computed once, on all rows",
         )
     if residual is not None and not residual.passed:
@@ -103,25 +112,51 @@ def _check_declared(declared: DeclaredStep, outputs: Any, few: Any, layout: RowL
         )
 
 
-def _named(normalise: Any) -> str:
-    return getattr(normalise, "__qualname__", repr(normalise))
+def _check_loss_reach(declared: DeclaredStep, aliases: ParameterAliases, outputs: Any, few: Any) -> None:
+    """Raises CannotSplit when the loss uses a parameter without an alias: a chunk would write to its ``.grad``."""
+    leaves, rows = _with_grad(outputs)
+    with aliases.swapped() as standing, torch.enable_grad():
+        loss = checked_loss(declared.loss_fn(rows, few))
+    known = {id(leaf) for leaf in (*leaves, *standing)}
+    for leaf in losses.leaves_under(loss):
+        if id(leaf) not in known:
+            raise CannotSplit(
+                asked=f"normalise={_named(declared.normalise)}, one pass over the chunks",
+                found=f"the loss uses a tensor of shape {tuple(leaf.shape)} that requires grad and is in no module "
+                "that samegrad was given",
+                do="make the loss an nn.Module that holds it as a parameter, or remove normalise=",
+            )
 
 
-def _recognised(declared: DeclaredStep, outputs: Any, few: Any, layout: RowLayout) -> tuple[LossForm, float]:
-    """The form the loss graph shows and the audit does not reject, and the count of a COUNTED loss on these rows."""
+def _with_grad(outputs: Any) -> tuple[list[Tensor], Any]:
+    """The outputs as leaves of a new graph, and nested as before."""
     leaves, spec = trees.flatten(outputs)
     leaves = [
         leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
         for leaf in leaves
     ]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], trees.unflatten(leaves, spec)
+
+
+def _named(normalise: Any) -> str:
+    return getattr(normalise, "__qualname__", repr(normalise))
+
+
+def _recognised(
+    declared: DeclaredStep, outputs: Any, few: Any, layout: RowLayout, state: ModuleState
+) -> tuple[LossForm, float]:
+    """The form the loss graph shows and the audit does not reject, and the count of a COUNTED loss on these rows."""
+    leaves, rows = _with_grad(outputs)
     generators = Generators(declared.device)
     with torch.enable_grad():
-        loss = checked_loss(declared.loss_fn(trees.unflatten(leaves, spec), few))
-    form = losses.recognise(loss, [leaf for leaf in leaves if isinstance(leaf, Tensor)], layout.rows)
+        loss = checked_loss(declared.loss_fn(rows, few))
+    form = losses.recognise(loss, leaves, layout.rows)
     if form.form is Form.COUPLED:
         return form, 0.0
     if generators.advanced():
         return LossForm(Form.COUPLED, "the loss draws random numbers"), 0.0
+    if changed := state.changed():
+        return LossForm(Form.COUPLED, f"the loss changes {', '.join(changed[:3])}"), 0.0
     residual = audit(declared, outputs, few, layout, form.form)
     # Parts without a gradient show nothing of their weight: a mask's hidden denominator could pass. A likelihood
     # brings its own count, so ignored targets may be silent there.

@@ -9,6 +9,7 @@ reach    every leaf the outputs depend on must be a parameter in its slot, else 
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.trees import RowLayout
 
 PROBE_ROWS = 8
+# What a model may return beside tensors: values that are compared as they are.
+_PLAIN_OUTPUTS = (int, float, str, type(None), enum.Enum, torch.Size, torch.dtype, torch.device)
 _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
 
@@ -70,6 +73,8 @@ class RowProbes:
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
+                elif not isinstance(leaf, _PLAIN_OUTPUTS):
+                    raise _unseen_output(path, leaf)
             if self._rows > 1:
                 self._check_replace(outputs, others, others_layout)
                 self._check_subset(outputs)
@@ -116,12 +121,17 @@ class RowProbes:
     def _check_subset(self, outputs: Any) -> None:
         alone = self._forward(trees.take_rows(self._batch, self._layout, self.kept))
         self._restored()
-        for path, among, apart in _row_pairs(outputs, alone):
-            if not among.is_floating_point():
+        for path, among, apart in _leaf_pairs(outputs, alone):
+            if not isinstance(among, Tensor):
+                # Such as len(x): the loss would be given the length of a chunk.
+                if among == apart:
+                    continue
+            elif not among.is_floating_point():
                 continue
-            chosen = among[torch.tensor(self.kept, device=among.device)]
-            if chosen.shape == apart.shape and _close(chosen, apart):
-                continue
+            else:
+                chosen = among[torch.tensor(self.kept, device=among.device)]
+                if chosen.shape == apart.shape and _close(chosen, apart):
+                    continue
             raise CannotSplit(
                 asked="split the rows of a step",
                 found=f"{path} of a row depends on how many rows run with it, or on its position",
@@ -233,9 +243,22 @@ def check_reach(aliases: ParameterAliases, outputs: Any, standing: Sequence[nn.P
             )
 
 
-def _row_pairs(a: Any, b: Any) -> list[tuple[str, Tensor, Tensor]]:
+def _unseen_output(path: str, leaf: Any) -> CannotSplit:
+    return CannotSplit(
+        asked="split the rows of a step",
+        found=f"{path} is a {type(leaf).__name__}, and the tensors inside it cannot be seen",
+        do="return a dict, tuple, list or NamedTuple, register that class with torch.utils._pytree."
+        f"register_pytree_node, or {_WAYS_OUT}",
+    )
+
+
+def _leaf_pairs(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     pairs = zip(trees.flatten_with_paths(a, "outputs"), trees.leaves_of(b))
-    return [(path, x, y) for (path, x), y in pairs if isinstance(x, Tensor)]
+    return [(path, x, y) for (path, x), y in pairs]
+
+
+def _row_pairs(a: Any, b: Any) -> list[tuple[str, Tensor, Tensor]]:
+    return [(path, x, y) for path, x, y in _leaf_pairs(a, b) if isinstance(x, Tensor)]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -54,6 +54,7 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         self._known: dict[int, tuple[Any, int, Category]] = {}
         self._moments: list[tuple[Phase, dict[Category, int]]] | None = [] if with_timeline else None
         self._stretches: list[list[tuple[Phase, int]]] | None = [] if with_timeline else None
+        self._standing: dict[Category, int] = {}
         self.phase = Phase.FORWARD
         self.live: dict[Category, int] = dict.fromkeys(Category, 0)
         self.live_bytes = 0
@@ -76,6 +77,14 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         """Counts ``tensors`` under ``category``, whatever they counted as before."""
         for tensor in tensors:
             self._see(tensor, category, relabel=True)
+        self._note_peak()
+
+    def stand(self, amount_bytes: int, category: Category) -> None:
+        """Counts ``amount_bytes`` that no tensor shows, in place of what stood there before."""
+        change = amount_bytes - self._standing.get(category, 0)
+        self._standing[category] = amount_bytes
+        self.live[category] += change
+        self.live_bytes += change
         self._note_peak()
 
     def moments(self) -> list[list[tuple[Phase, int]]]:

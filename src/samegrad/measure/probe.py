@@ -130,7 +130,24 @@ def claim_residents(counter: ByteCounter, declared: DeclaredStep, batch: Any) ->
         counter.claim(module.buffers(), Category.BUFFERS)
         counter.claim([p.grad for p in parameters if p.grad is not None], Category.GRADIENTS)
     counter.claim(census.state_tensors(declared.optimizer), Category.OPTIMIZER_STATE)
-    counter.claim([leaf for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor)], Category.INPUTS)
+    leaves = trees.leaves_of(batch)
+    counter.claim([leaf for leaf in leaves if isinstance(leaf, Tensor)], Category.INPUTS)
+    counter.stand(sum(_resident_bytes(leaf, declared.device) for leaf in leaves), Category.INPUTS)
+
+
+def standing_batch_bytes(batch: Any, device: torch.device) -> int:
+    """Bytes of the batch that are on ``device`` as a whole; on the CPU also what a row source holds in memory."""
+    leaves = trees.leaves_of(batch)
+    return trees.storage_bytes([t for t in leaves if isinstance(t, Tensor) and t.device == device]) + sum(
+        _resident_bytes(leaf, device) for leaf in leaves
+    )
+
+
+def _resident_bytes(leaf: Any, device: torch.device) -> int:
+    if device.type != "cpu" or not trees.is_row_source(leaf):
+        return 0
+    # Sources that say nothing of it read from disk.
+    return int(getattr(leaf, "resident_bytes", 0))
 
 
 def _claiming(counter: ByteCounter, chunks: Iterable[Any]) -> Iterator[Any]:

@@ -73,12 +73,11 @@ def load_checkpoint(folder: Path, *, step: int | None = None, strict: bool = Fal
         tensors, state = _read(chosen, manifest)
     except Damaged as damage:
         raise BadInput(
-            asked=f"load the checkpoint of step {pool[0].step} in {folder}" if step is None else
-            f"load the checkpoint of step {step} in {folder}",
+            asked=f"load the checkpoint of step {pool[0].step} in {folder}",
             found=f"{damage.file}: {damage.found}",
             do=_way_out(found, before=damage.file),
             file=str(damage.file),
-        ) from None  # fmt: skip
+        ) from None
     return Checkpoint(step=chosen.step, tensors=tensors, state=state, path=chosen.path, warnings=tuple(warnings))
 
 

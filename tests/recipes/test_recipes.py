@@ -1,0 +1,39 @@
+"""The recipes as a folder of programs: found by name, told apart from typos, listed without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import samegrad as sg
+from samegrad.recipes import find_options, find_recipe, recipe_names
+
+
+def test_every_recipe_is_found_under_its_own_name() -> None:
+    assert "autoencoder" in recipe_names()
+    for name in recipe_names():
+        recipe = find_recipe(name)
+        assert recipe.name == name
+        assert recipe.options is find_options(name)
+        assert recipe.troubleshooting
+        assert set(recipe.pins) <= {option for option in recipe.options.__dataclass_fields__}
+
+
+def test_a_mistyped_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(sg.UsageError, match="did you mean 'autoencoder'"):
+        find_recipe("autoencodr")
+
+
+def test_listing_and_options_import_no_torch() -> None:
+    program = (
+        "import sys; from samegrad.recipes import find_options, recipe_names; "
+        "[find_options(name)() for name in recipe_names()]; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_listed_summary_is_the_recipe_files_first_line() -> None:
+    for name in recipe_names():
+        module = sys.modules[find_recipe(name).build.__module__]
+        assert find_recipe(name).summary == (module.__doc__ or "").splitlines()[0]
