@@ -55,14 +55,17 @@ class DeclaredStep:
     def loss_module(self) -> nn.Module | None:
         return self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules whose weights and state the step holds: the network, and the loss where it is one."""
+        return [self.network] if self.loss_module is None else [self.network, self.loss_module]
+
     def layout(self, batch: Any) -> RowLayout:
         return trees.find_rows(batch, self.batch_axes)
 
     def mode(self) -> str:
         """Which parts of the model are in training mode; checks made in one mode do not hold in another."""
-        flags = [module.training for module in self.network.modules()]
-        if self.loss_module is not None:
-            flags += [module.training for module in self.loss_module.modules()]
+        flags = [part.training for module in self.modules for part in module.modules()]
         return "".join("t" if flag else "e" for flag in flags)
 
 

@@ -24,7 +24,7 @@ from samegrad.execute.apply import applied
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.laws import fit_laws
-from samegrad.measure.probe import Probe, probe_plain, probe_split, standing_batch_bytes
+from samegrad.measure.probe import Probe, peak_of_split, probe_plain, probe_split, standing_batch_bytes
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Footprint, Origin, Phase, PhaseLaw, Plan
@@ -48,6 +48,7 @@ class Measurement:
 
     footprint: Footprint
     split: SplitStep | None
+    missing_state_bytes: int = 0
 
 
 def aliases_for(declared: DeclaredStep) -> ParameterAliases:
@@ -127,7 +128,7 @@ def measure(
         facts=_facts(split.examination if split is not None else None, residents),
         timeline=shown.timeline,
     )
-    return Measurement(footprint=footprint, split=split)
+    return Measurement(footprint=footprint, split=split, missing_state_bytes=missing)
 
 
 def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> bool:
@@ -206,12 +207,14 @@ def settle(
             sizes = execution.sizes
         if sizes is None or len(sizes) < 2 or measurement.split is None:
             return plan, footprint, None
-        measured = _measured_peak(measurement.split, batch, layout, sizes)
-        missing = footprint.predicted_peak_bytes(rows=max(sizes)) - _law_peak(footprint, sizes)
-        if measured + missing <= budget.total_bytes:
+        rows = max(sizes)
+        shown = min(2 * rows, layout.rows)
+        measured = peak_of_split(measurement.split, batch, layout, rows=rows, batch_rows=shown)
+        # Optimizer state that the first step will create was not there to be measured.
+        if measured is not None and measured + measurement.missing_state_bytes <= budget.total_bytes:
             return plan, footprint, measured
-        tried.append(f"{max(sizes)} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, "
-                     f"measured {format_bytes(measured)}")
+        found = "out of memory" if measured is None else f"measured {format_bytes(measured)}"
+        tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
         if options.rows is not None:
             break
     raise BudgetTooSmall(
@@ -219,17 +222,6 @@ def settle(
         found="every rung measured more than that: " + "; ".join(tried[:4]),
         do="raise the budget; please report the step, since its prediction was wrong",
     )
-
-
-def _law_peak(footprint: Footprint, sizes: Sequence[int]) -> int:
-    return max(law.peak_bytes(rows=max(sizes), batch_rows=footprint.batch_rows) for law in footprint.laws)
-
-
-def _measured_peak(split: SplitStep, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> int:
-    """The peak of the rung on its two largest chunks' rows: reserved on CUDA, counted elsewhere."""
-    rows = max(sizes)
-    probe = probe_split(split, batch, layout, rows=rows, batch_rows=min(2 * rows, layout.rows))
-    return probe.reserved_bytes if probe.reserved_bytes is not None else probe.peak_bytes
 
 
 def check_one_of(*, budget: Any, rows: Any, plan: Any) -> None:

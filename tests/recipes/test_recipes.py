@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 import samegrad as sg
 from samegrad.recipes import find_options, find_recipe, recipe_names
 
@@ -17,7 +18,7 @@ def test_every_recipe_is_found_under_its_own_name() -> None:
         assert recipe.name == name
         assert recipe.options is find_options(name)
         assert recipe.troubleshooting
-        assert set(recipe.pins) <= {option for option in recipe.options.__dataclass_fields__}
+        assert set(recipe.pins) <= set(recipe.options.__dataclass_fields__)
 
 
 def test_a_mistyped_name_is_answered_with_the_nearest() -> None:

@@ -18,7 +18,7 @@ from samegrad.cli.target import RecipeTarget
 
 # Small enough for two cores and half a minute, large enough that the plain step needs several times the budget.
 DEMO_FLAGS = (
-    *("--patch_rows", "4000", "--num_epochs", "40", "--budget", "48MiB", "--latent_dim", "16", "--hidden", "256"),
+    *("--patch_rows", "6000", "--num_epochs", "50", "--budget", "24MiB", "--latent_dim", "4", "--hidden", "128"),
     *("--save_every", "1000", "--log_every", "10", "--device", "cpu"),
 )
 

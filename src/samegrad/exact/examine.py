@@ -51,9 +51,8 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
         trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in _chosen(layout.rows, rows)
     )
     few_layout = dataclasses.replace(layout, rows=rows)
-    modules = [declared.network] + ([declared.loss_module] if declared.loss_module is not None else [])
     hooks = _module_hooks(declared.network)
-    with undisturbed(modules, declared.device) as (generators, state):
+    with undisturbed(declared.modules, declared.device) as (generators, state):
         probes = RowProbes(declared, few, few_layout, generators, state)
         outputs = probes.run(others, few_layout)
         with aliases.swapped() as standing, torch.enable_grad():

@@ -42,7 +42,7 @@ class _Stub(nn.Module):
         apply: Callable[..., Tensor] = cast(Any, _Deliver).apply
         self._call: Callable[[], Tensor] = lambda: apply(totals, *parameters)
 
-    def forward(self) -> Tensor:
+    def forward(self, _: None = None) -> Tensor:
         return self._call()
 
 
@@ -69,7 +69,8 @@ def _through_reducer(ddp: DistributedDataParallel, stub: _Stub) -> Tensor:
     network = ddp._modules["module"]
     ddp._modules["module"] = stub
     try:
-        return cast(Tensor, ddp())
+        # With device_ids, ddp.forward moves its first input and fails when there is none.
+        return cast(Tensor, ddp(None))
     finally:
         ddp._modules["module"] = network
 

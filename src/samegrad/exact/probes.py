@@ -69,7 +69,7 @@ class RowProbes:
         with torch.no_grad():
             outputs = self._forward(self._batch)
             self._check_draws()
-            self._check_state()
+            self._check_state(others)
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
@@ -95,15 +95,31 @@ class RowProbes:
             do=f"{_WAYS_OUT}, put that module in eval mode, or draw outside the model and pass the draw in the batch",
         )
 
-    def _check_state(self) -> None:
+    def _check_state(self, others: Any) -> None:
         changed = self._state.changed()
         if not changed:
+            return
+        built_once = self._built_once(others)
+        self._restored()
+        if built_once:
             return
         raise CannotSplit(
             asked="split the rows of a step",
             found=f"the forward changes {', '.join(changed[:3])}: it would be updated once a chunk, not once a step",
             do=f"{_WAYS_OUT}, or update that state outside the forward",
         )
+
+    def _built_once(self, others: Any) -> bool:
+        """Whether all that the forward changed is a table that it builds at first and that no row enters."""
+        if self._state.switched():
+            return False
+        built = ModuleState([self._declared.network])
+        self._forward(others)
+        if built.changed():
+            return False
+        self._restored()
+        self._forward(others)
+        return not built.changed()
 
     def _check_replace(self, outputs: Any, others: Any, others_layout: RowLayout) -> None:
         replaced = self._mixed_in(others, others_layout)

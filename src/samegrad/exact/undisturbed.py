@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -53,7 +55,11 @@ def _same_state(a: Any, b: Any) -> bool:
 
 
 class ModuleState:
-    """Buffers and plain Python attributes of modules, to compare with and to return to."""
+    """Buffers and Python attributes of modules, to compare with and to return to.
+
+    Attributes are plain values, tensors that are no buffers, and lists, tuples and dicts, of which only the length is
+    compared: growth is what matters there.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._parts = [(name, part) for module in modules for name, part in module.named_modules()]
@@ -63,45 +69,93 @@ class ModuleState:
             for key, buffer in part._buffers.items()
             if buffer is not None
         ]
-        self._attributes = [(part, name, _plain_attributes(part)) for name, part in self._parts]
+        self._attributes = [(part, name, _attributes(part)) for name, part in self._parts]
 
     def changed(self) -> list[str]:
         """What changed since this snapshot, as ``module.buffer`` or ``module.attribute``."""
         found = []
-        for part, name, key, buffer, before in self._buffers:
+        for part, name, key, _, before in self._buffers:
             now = part._buffers.get(key)
-            if now is not buffer or not torch.equal(now.detach(), before):
+            if now is None or not _same_tensor(now, before):
                 found.append(f"{name}.{key}" if name else key)
-        for part, name, before in self._attributes:
-            now = _plain_attributes(part)
-            found += [f"{name}.{k}" if name else k for k in now if k not in before or now[k] != before[k]]
+        for part, name, attributes in self._attributes:
+            mine = vars(part)
+            keys = [key for key, kept in attributes.items() if key not in mine or not kept.same(mine[key])]
+            keys += [key for key in mine if key not in attributes and key not in _MODULES_OWN and _kept(mine[key])]
+            found += [f"{name}.{key}" if name else key for key in keys]
         return found
+
+    def switched(self) -> bool:
+        """Whether a plain value (a counter, a switch) changed since this snapshot."""
+        return any(
+            isinstance(vars(part).get(key), _PLAIN) and not kept.same(vars(part).get(key))
+            for part, _, attributes in self._attributes
+            for key, kept in attributes.items()
+        )
 
     @torch.no_grad()
     def restore(self) -> None:
         for part, _, key, buffer, before in self._buffers:
             part._buffers[key] = buffer
-            if not torch.equal(buffer.detach(), before):
+            if not _same_tensor(buffer, before):
                 buffer.copy_(before)
-        for part, _, before in self._attributes:
-            for key, value in _plain_attributes(part).items():
-                if key not in before:
-                    del vars(part)[key]
-                elif before[key] != value and isinstance(before[key], _PLAIN):
-                    vars(part)[key] = before[key]
+        for part, _, attributes in self._attributes:
+            mine = vars(part)
+            for key in [k for k in mine if k not in attributes and k not in _MODULES_OWN and _kept(mine[k])]:
+                del mine[key]
+            for key, kept in attributes.items():
+                mine[key] = kept.restored()
 
 
-def _plain_attributes(part: nn.Module) -> dict[str, Any]:
-    """Counters and switches by value; lists, tuples and dicts by length, since their growth is what matters."""
-    found: dict[str, Any] = {}
+# What nn.Module keeps for itself.
+_MODULES_OWN = frozenset(vars(nn.Module()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attribute:
+    """One attribute: the object, and a copy of its content where that can change."""
+
+    value: Any
+    content: Any
+
+    def same(self, now: Any) -> bool:
+        if isinstance(self.value, Tensor):
+            return isinstance(now, Tensor) and _same_tensor(now, self.content)
+        if isinstance(self.value, (list, tuple, dict)):
+            return isinstance(now, (list, tuple, dict)) and len(now) == len(self.content)
+        return now is self.value or (isinstance(now, _PLAIN) and bool(now == self.value))
+
+    def restored(self) -> Any:
+        if isinstance(self.value, Tensor) and not _same_tensor(self.value, self.content):
+            self.value.detach().copy_(self.content)
+        elif isinstance(self.value, list) and len(self.value) != len(self.content):
+            self.value[:] = self.content
+        elif isinstance(self.value, dict) and len(self.value) != len(self.content):
+            self.value.clear()
+            self.value.update(self.content)
+        return self.value
+
+
+def _attributes(part: nn.Module) -> dict[str, _Attribute]:
+    found = {}
     for key, value in vars(part).items():
-        if key.startswith("_") or key == "training":
+        if key in _MODULES_OWN or not _kept(value):
             continue
-        if isinstance(value, _PLAIN):
-            found[key] = value
+        content = value
+        if isinstance(value, Tensor):
+            content = value.detach().clone()
         elif isinstance(value, (list, tuple, dict)):
-            found[key] = ("length", len(value))
+            content = copy.copy(value)
+        found[key] = _Attribute(value, content)
     return found
+
+
+def _kept(value: Any) -> bool:
+    return isinstance(value, (*_PLAIN, Tensor, list, tuple, dict))
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach(), b)
 
 
 @contextlib.contextmanager

@@ -36,14 +36,14 @@ class SplitRows:
 
     @classmethod
     def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
-        """The most rows predicted to fit, chunks evened out, then rungs of three quarters down to one row."""
+        """The most rows predicted to fit, chunks evened out, then rungs of nine tenths down to one row."""
         rows = cls._most_rows(footprint, budget_bytes)
         while rows >= 1:
             chunks = -(-footprint.batch_rows // rows)
             # As many chunks as that takes, but even ones: the same time and a lower peak.
             even = -(-footprint.batch_rows // chunks)
             yield cls(even)
-            rows = min(even - 1, even * 3 // 4)
+            rows = min(even - 1, even * 9 // 10)
 
     @staticmethod
     def _most_rows(footprint: Footprint, budget_bytes: int) -> int:

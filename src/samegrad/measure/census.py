@@ -35,11 +35,8 @@ class Residents:
 
 def count_residents(declared: DeclaredStep) -> Residents:
     """The resident bytes of the step on its device, gradients counted as if they existed."""
-    parameters = list(declared.network.parameters())
-    buffers = list(declared.network.buffers())
-    if declared.loss_module is not None:
-        parameters += list(declared.loss_module.parameters())
-        buffers += list(declared.loss_module.buffers())
+    parameters = [p for module in declared.modules for p in module.parameters()]
+    buffers = [b for module in declared.modules for b in module.buffers()]
     trainable = [p for p in parameters if p.requires_grad]
     existing = state_tensors(declared.optimizer)
     existing_bytes = trees.storage_bytes([t for t in existing if t.device.type == declared.device.type])

@@ -59,6 +59,36 @@ def probe_split(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, b
     return _probed(split.declared, batch, run, rows, batch_rows)
 
 
+def peak_of_split(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int) -> int | None:
+    """The peak of that run alone: reserved bytes on CUDA, counted bytes elsewhere; nothing of the user's changes.
+
+    None where the allocator ran out of memory, or had to give memory back and try again, under a cap.
+    """
+    few, few_layout = _first_rows(batch, layout, batch_rows)
+    sizes = trees.even_sizes(batch_rows, rows)
+    device = split.declared.device
+    with undisturbed(split.declared.modules, device):
+        if device.type != "cuda":
+            counter = ByteCounter(device, gradients_of=[split.declared.network])
+            claim_residents(counter, split.declared, batch)
+            watched = dataclasses.replace(split, chunks=lambda *args: _claiming(counter, split.chunks(*args)))
+            with counter, listening(counter.announce):
+                watched.totals(few, few_layout, sizes)
+            return counter.peak_bytes
+        counters.release_cached(device)
+        try:
+            split.totals(few, few_layout, sizes)
+            before = counters.read_allocator(device)
+            counters.reset_peaks(device)
+            split.totals(few, few_layout, sizes)
+        except torch.OutOfMemoryError:
+            return None
+        after = counters.read_allocator(device)
+    if before is None or after is None or after.retries > before.retries:
+        return None
+    return after.peak_reserved_bytes
+
+
 def probe_plain(declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int) -> Probe:
     """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped."""
     few, _ = _first_rows(batch, layout, batch_rows)
@@ -86,8 +116,7 @@ def _probed(
     declared: DeclaredStep, batch: Any, run: Callable[..., None], rows: int, batch_rows: int
 ) -> Probe:
     device = declared.device
-    modules = [declared.network] + ([declared.loss_module] if declared.loss_module is not None else [])
-    with undisturbed(modules, device):
+    with undisturbed(declared.modules, device):
         # Twice: the first run creates library handles and workspaces that later ones share.
         run(iter)
         counters.synchronize(device)
@@ -123,8 +152,7 @@ def _probed(
 
 def claim_residents(counter: ByteCounter, declared: DeclaredStep, batch: Any) -> None:
     """Counts what lives between steps, and the batch where it is on the step's device as a whole."""
-    modules = [declared.network] + ([declared.loss_module] if declared.loss_module is not None else [])
-    for module in modules:
+    for module in declared.modules:
         parameters = list(module.parameters())
         counter.claim(parameters, Category.PARAMETERS)
         counter.claim(module.buffers(), Category.BUFFERS)

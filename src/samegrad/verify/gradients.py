@@ -70,7 +70,7 @@ def verify_step(step: Verifiable, batch: Any, *, rows: int | None = None) -> Ver
     checked = _rows_to_check(declared, batch, layout, rows)
     few = trees.move(trees.slice_rows(batch, layout, 0, checked), declared.device)
     few_layout = dataclasses.replace(layout, rows=checked)
-    modules = [declared.network] + ([declared.loss_module] if declared.loss_module is not None else [])
+    modules = declared.modules
     with undisturbed(modules, declared.device) as (_, state):
         if len(sizes) < 2:
             checks, parameters = _check_whole(declared, few)

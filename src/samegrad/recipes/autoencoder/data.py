@@ -277,9 +277,12 @@ def fit_principal(rows: ReadRows, rank: int, *, partition_rows: int = 4096) -> P
     """The ``rank`` leading principal components of (N, D) rows, from the exact covariance, accumulated in float64.
 
     Two sweeps: the mean first, then the centred products; subtracting it afterwards would cancel.
-    Holds one partition, twice, and the (D, D) covariance.
+    Holds one partition, twice, and the (D, D) covariance; of fewer rows than D, the rows instead.
     """
     mean_row = mean_row_of(rows, partition_rows=partition_rows)
+    if rank <= len(rows) < len(mean_row):
+        centred = rows.read(0, len(rows)).double() - mean_row
+        return Principal(mean_row=mean_row, components=torch.linalg.svd(centred, full_matrices=False).Vh[:rank])
     covariance = torch.zeros(len(mean_row), len(mean_row), dtype=torch.float64)
     for start, stop in partitions(len(rows), partition_rows):
         centred = rows.read(start, stop).double() - mean_row

@@ -1,0 +1,55 @@
+"""The same step in float64: copies of the model and the loss, and a watch on whether they really compute in it.
+
+Low precision alone proves nothing, so the program that ran in it is run again in float64 on a few rows. Models that
+fix a narrower dtype inside (``x.float()`` in a norm) are judged by the narrowest one seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from samegrad import trees
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.split import SplitStep
+
+
+def float64_twin(split: SplitStep) -> SplitStep:
+    """The same split step on copies of the model and the loss in float64."""
+    declared = split.declared
+    network, loss_module = copy.deepcopy((declared.network, declared.loss_module))
+    roots: dict[str, nn.Module] = {"": network.double()}
+    loss_fn = declared.loss_fn
+    if loss_module is not None:
+        roots["loss_fn"] = loss_fn = loss_module.double()
+    twin = dataclasses.replace(declared, model=network, loss_fn=loss_fn, optimizer=None)
+    return dataclasses.replace(split, declared=twin, aliases=ParameterAliases(roots))
+
+
+def widened(batch: Any) -> Any:
+    """``batch`` with its floating leaves in float64."""
+    return trees.map_tensors(batch, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf)
+
+
+class NarrowestSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Keeps the narrowest floating dtype that any operation inside the block returned."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype = torch.float64
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in trees.leaves_of(result):
+            # A scalar on the host, such as a step counter, is not what is computed with.
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
+                if torch.finfo(leaf.dtype).eps > torch.finfo(self.dtype).eps:
+                    self.dtype = leaf.dtype
+        return result
