@@ -146,6 +146,9 @@ class Record:
         for name, value in given.items():
             try:
                 values[name] = _typed(value, hints[name])
+            except BadInput as error:
+                # The file and the outer field are known only here.
+                raise wrong(f"field {name!r}: {error.found}") from None
             except (TypeError, ValueError, KeyError) as error:
                 raise wrong(f"field {name!r}: {error}") from None
         return cls(**values)
@@ -192,11 +195,11 @@ def _typed(value: Any, hint: Any) -> Any:
         return hint(value)
     if isinstance(hint, type) and issubclass(hint, Record):
         return hint.from_dict(value)
+    if hint in (int, float) and isinstance(value, bool):
+        raise TypeError("true or false where a number is needed")
     if hint is float:
         # A float that was not finite was written as null.
         return math.nan if value is None else float(_checked(value, (int, float)))
-    if hint is int and isinstance(value, bool):
-        raise TypeError("true or false where a whole number is needed")
     return _checked(value, hint)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
-from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, UsageError
+from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, FalseNormalise, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import Examination, examine
 from samegrad.exact.split import Chunks, SplitStep
@@ -24,7 +24,7 @@ from samegrad.execute.apply import applied
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.laws import fit_laws
-from samegrad.measure.probe import Probe, peak_of_split, probe_plain, probe_split, standing_batch_bytes
+from samegrad.measure.probe import Probe, measure_rung, probe_plain, probe_split, standing_batch_bytes
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Footprint, Origin, Phase, PhaseLaw, Plan
@@ -92,6 +92,9 @@ def measure(
         try:
             examination = examine(declared, aliases, batch, layout)
             split = SplitStep(declared, aliases, examination, chunks)
+        except FalseNormalise:
+            # Not a step that cannot be split, but one that was declared to be another.
+            raise
         except CannotSplit as refusal:
             refusals["split_rows"] = refusal.found
     else:
@@ -137,7 +140,8 @@ def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> 
 
 
 def _plain_probes(declared: DeclaredStep, batch: Any, layout: RowLayout) -> list[Probe]:
-    rows = min(_PROBE_CHUNK_ROWS, max(1, layout.rows // 2))
+    # Not one row where there are more: batch normalisation in training mode refuses it.
+    rows = min(_PROBE_CHUNK_ROWS, max(min(2, layout.rows), layout.rows // 2))
     shapes = dict.fromkeys((rows, min(2 * rows, layout.rows)))
     return [probe_plain(declared, batch, layout, batch_rows=n) for n in shapes]
 
@@ -209,11 +213,12 @@ def settle(
             return plan, footprint, None
         rows = max(sizes)
         shown = min(2 * rows, layout.rows)
-        measured = peak_of_split(measurement.split, batch, layout, rows=rows, batch_rows=shown)
+        rung = measure_rung(measurement.split, batch, layout, rows=rows, batch_rows=shown)
         # Optimizer state that the first step will create was not there to be measured.
-        if measured is not None and measured + measurement.missing_state_bytes <= budget.total_bytes:
-            return plan, footprint, measured
-        found = "out of memory" if measured is None else f"measured {format_bytes(measured)}"
+        if rung is not None and rung.peak_bytes + measurement.missing_state_bytes <= budget.total_bytes:
+            seconds = rung.seconds * layout.rows / shown
+            return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes
+        found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
         tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
         if options.rows is not None:
             break

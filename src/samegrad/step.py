@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
 
@@ -84,7 +85,8 @@ class Step:
         self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
         self._examined: dict[tuple[str, str], Examination] = {}
-        self._planned_for: tuple[str, int] | None = None
+        self._given = plan
+        self._plans: dict[str, tuple[Plan, Footprint]] = {}
         self._closed = False
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
@@ -140,14 +142,17 @@ class Step:
 
     def split_for(self, batch: Any, layout: RowLayout) -> SplitStep:
         """The engine for batches like this one, examined on its first rows. Raises CannotSplit."""
-        fresh = self._aliases.refreshed()
-        if fresh is not self._aliases:
-            self._aliases = fresh
-            self._examined.clear()
+        self._refresh_aliases()
         key = (layout.signature(batch), self.declared.mode())
         if key not in self._examined:
             self._examined[key] = examine(self.declared, self._aliases, batch, layout)
         return SplitStep(self.declared, self._aliases, self._examined[key], self._chunks)
+
+    def _refresh_aliases(self) -> None:
+        fresh = self._aliases.refreshed()
+        if fresh is not self._aliases:
+            self._aliases = fresh
+            self._examined.clear()
 
     def _chunks(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], device: torch.device
@@ -158,32 +163,34 @@ class Step:
         """The rows of each chunk, or None for the plain call. Plans first where that is still to be done."""
         if self._rows is not None:
             self.plan = self._pinned_plan(layout)
+        elif self._given is not None:
+            self._check_given(self._given, layout.signature(batch), layout)
         else:
             signature = layout.signature(batch)
-            known = self._planned_for
-            if known is None and self.plan is not None:
-                self._check_given(self.plan, signature, layout)
-            elif known is None or known[0] != signature or layout.rows > known[1]:
-                self._plan(batch, layout)
-            self._planned_for = (signature, max(layout.rows, known[1] if known else 0))
+            known = self._plans.get(signature)
+            if known is None or layout.rows > known[0].batch_rows:
+                known = self._plans[signature] = self._planned(batch, layout)
+            self.plan, self.footprint = known
         plan = self.plan or self._pinned_plan(layout)
+        self._check_allowed(plan)
         with applied(plan, self.declared, layout.rows) as execution:
             sizes = execution.sizes
         return None if sizes is None or len(sizes) < 2 else sizes
 
-    def _plan(self, batch: Any, layout: RowLayout) -> None:
+    def _planned(self, batch: Any, layout: RowLayout) -> tuple[Plan, Footprint]:
         device = self.declared.device
         self.budget = counters.read_budget(self._asked_budget, device, host=self._host_budget)
         if self._enforce and not self._capped:
             counters.release_cached(device)
             self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
+        self._refresh_aliases()
         measurement: Measurement = measure(self.declared, batch, self._aliases, self._chunks)
         options = Options(allow=self.allow)
-        plan, self.footprint, _ = settle(self.declared, measurement, batch, budget=self.budget, options=options)
+        plan, footprint, _ = settle(self.declared, measurement, batch, budget=self.budget, options=options)
+        signature = layout.signature(batch)
         if measurement.split is not None:
-            key = (layout.signature(batch), self.declared.mode())
-            self._examined[key] = measurement.split.examination
-        self.plan = dataclasses.replace(plan, signature=layout.signature(batch))
+            self._examined[signature, self.declared.mode()] = measurement.split.examination
+        return dataclasses.replace(plan, signature=signature), footprint
 
     def _pinned_plan(self, layout: RowLayout) -> Plan:
         if (isinstance(self._rows, int) and self._rows >= layout.rows) or self._rows is None:
@@ -196,14 +203,16 @@ class Step:
             knob_origins={"split_rows.rows": KnobOrigin.PINNED},
         )
 
-    def _check_given(self, plan: Plan, signature: str, layout: RowLayout) -> None:
-        levers_of(plan)
-        if plan.exactness > self.allow:
+    def _check_allowed(self, plan: Plan) -> None:
+        weakest = max((lever.exactness for lever in levers_of(plan)), default=Exactness.SAME_BITS)
+        if max(weakest, plan.exactness) > self.allow:
             raise UsageError(
                 asked=f"a plan that is {plan.exactness.name}",
                 found=f"the step allows {self.allow.name} at most",
                 do=f"pass allow=Exactness.{plan.exactness.name} if that is meant",
             )
+
+    def _check_given(self, plan: Plan, signature: str, layout: RowLayout) -> None:
         if plan.signature and plan.signature != signature:
             raise CannotSplit(
                 asked="apply a plan made for another batch",
@@ -225,14 +234,15 @@ class Step:
 def _checked_rows(rows: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
     if rows is None:
         return None
-    listed = (rows,) if isinstance(rows, int) else tuple(rows)
-    if not listed or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in listed):
+    listed = tuple(rows) if isinstance(rows, Iterable) else (rows,)
+    if not listed or any(not isinstance(n, Integral) or isinstance(n, bool) or n < 1 for n in listed):
         raise UsageError(
             asked=f"rows={rows!r}",
             found="rows at a time must be positive whole numbers",
             do="rows=32, or a list that adds up to the batch such as rows=[32, 32, 5]",
         )
-    return rows if isinstance(rows, int) else listed
+    whole = tuple(int(n) for n in listed)
+    return whole if isinstance(rows, Iterable) else whole[0]
 
 
 def _refuse_not_there(**options: Any) -> None:

@@ -170,6 +170,35 @@ def _sliced(leaf: RowLeaf, axis: int, start: int, stop: int) -> Tensor:
     return leaf.read(start, stop)
 
 
+def first_rows(batch: Any, layout: RowLayout, rows: int) -> Any:
+    """The first ``rows`` rows of ``batch``: views of tensors, and row sources that still read when they are asked."""
+
+    def head(leaf: RowLeaf, axis: int) -> RowLeaf:
+        return leaf.detach().narrow(axis, 0, rows) if isinstance(leaf, Tensor) else _FirstRows(leaf, rows)
+
+    return _rebuild(batch, layout, head)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstRows:
+    source: RowSource
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        return self.source.read(start, stop, out)
+
+
 def take_rows(batch: Any, layout: RowLayout, indices: Sequence[int]) -> Any:
     """The rows ``indices`` of ``batch``, copied, in that order."""
 

@@ -72,11 +72,12 @@ def format_bytes(amount_bytes: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """``seconds`` in the unit that reads best: ``"850 µs"``, ``"12.3 ms"``, ``"4.21 s"``, ``"3 min 05 s"``."""
-    if seconds < 1e-3:
+    # 0.9995 of a unit already rounds to one of it
+    if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.0f} µs"
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1e3:.3g} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 import weakref
@@ -35,6 +34,7 @@ class WatchedRows:
     def __init__(self, values: Tensor, *, fail_at: int | None = None, seconds: float = 0) -> None:
         self.values, self.fail_at, self.seconds = values, fail_at, seconds
         self.reads: list[tuple[int, int]] = []
+        self.finished = 0
         self.threads: set[int] = set()
         self.alive: list[weakref.ref[Tensor]] = []
         self.most_alive = 0
@@ -54,6 +54,7 @@ class WatchedRows:
         self.reads.append((start, stop))
         self.threads.add(threading.get_ident())
         time.sleep(self.seconds)
+        self.finished += 1
         if len(self.reads) - 1 == self.fail_at:
             raise ConnectionResetError(104, f"the disk went away at row {start}")
         if out is not None:
@@ -117,6 +118,13 @@ def test_on_the_cpu_two_partitions_are_alive_at_most() -> None:
     assert source.most_alive == 2
 
 
+def test_on_the_cpu_a_consumer_that_lets_go_first_has_one_partition_alive() -> None:
+    source = WatchedRows(values(12))
+    for chunk in stream_chunks(source, trees.find_rows(source), [2] * 6, "cpu"):
+        del chunk
+    assert source.most_alive == 1
+
+
 def test_the_count_of_living_partitions_catches_a_consumer_that_keeps_one() -> None:
     source = WatchedRows(values(12))
     kept = []
@@ -175,9 +183,7 @@ def test_chunks_are_gathered_ahead_by_another_thread(places: TwoPlaces) -> None:
     source = WatchedRows(values(12))
     stream = places.stream({0: (source, 0)}, spans_of([2] * 6))
     next(stream)
-    deadline = time.monotonic() + 5
-    while len(source.reads) < 3 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_for_reads(source, 3)
     assert source.reads[:2] == [(0, 2), (2, 4)]
     assert len(source.reads) <= 3
     assert threading.get_ident() not in source.threads
@@ -205,27 +211,40 @@ def test_another_dtype_or_nesting_gets_other_buffers(places: TwoPlaces) -> None:
         assert places.device_bytes == 2 * sum(leaf.nbytes for leaf in leaves.values())
 
 
-def test_an_exception_in_the_reader_thread_surfaces_and_the_places_go_on(places: TwoPlaces) -> None:
+def wait_for_reads(source: WatchedRows, count: int) -> None:
+    deadline = time.monotonic() + 5
+    while source.finished < count and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def test_an_exception_in_the_reader_thread_surfaces_in_its_chunks_turn(places: TwoPlaces) -> None:
     source = WatchedRows(values(12), fail_at=2)
     seen = []
     with pytest.raises(ConnectionResetError, match="the disk went away at row 4"):
         for chunk in places.stream({0: (source, 0)}, spans_of([2] * 6)):
             seen.append(chunk[0].clone())
             del chunk
+            wait_for_reads(source, 3)
     assert torch.equal(torch.cat(seen), values(12)[:4])
     healthy = WatchedRows(values(12))
     assert torch.equal(next(places.stream({0: (healthy, 0)}, [(0, 12)]))[0], values(12))
 
 
-def test_a_consumer_that_stops_leaves_no_reader_at_work(places: TwoPlaces) -> None:
+def test_a_consumer_that_stops_leaves_no_read_under_way_or_waiting(places: TwoPlaces) -> None:
     source = WatchedRows(values(12), seconds=0.02)
+    stream = places.stream({0: (source, 0)}, spans_of([2] * 6))
+    next(stream)
+    while len(source.reads) < 2:
+        time.sleep(0.001)
+    stream.close()
+    assert source.finished == len(source.reads) == 2
+
+
+def test_an_exception_in_the_consumer_ends_the_stream(places: TwoPlaces) -> None:
     with pytest.raises(ZeroDivisionError):
-        for _chunk in places.stream({0: (source, 0)}, spans_of([2] * 6)):
+        for _chunk in places.stream({0: (WatchedRows(values(12)), 0)}, spans_of([2] * 6)):
             raise ZeroDivisionError
-    gc.collect()
-    reads = len(source.reads)
-    time.sleep(0.06)
-    assert len(source.reads) == reads < 6
+    assert torch.equal(next(places.stream({0: (WatchedRows(values(4)), 0)}, [(0, 4)]))[0], values(4))
 
 
 def test_closing_the_places_ends_a_stream_that_is_under_way(places: TwoPlaces) -> None:

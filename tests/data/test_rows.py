@@ -74,6 +74,13 @@ def test_dtypes_that_numpy_or_torch_cannot_index_keep_their_bits(dtype: torch.dt
         assert torch.equal(read.view(torch.uint8), bits[order])
 
 
+def test_steps_far_larger_than_the_rows_compose() -> None:
+    rows, want = Rows(numbered(5, 2)), numbered(5, 2)
+    for step in (slice(None, None, -(2**21)), slice(None, None, -(2**21)), [0], slice(None, None, -(2**70))):
+        rows, want = rows.subset(step), want[step]
+    np.testing.assert_array_equal(rows.read(0, len(want)).numpy(), want)
+
+
 def test_rows_are_a_row_source_and_find_rows_sees_their_length() -> None:
     rows = Rows(numbered(7, 3)).subset(slice(1, 6))
     assert trees.is_row_source(rows)

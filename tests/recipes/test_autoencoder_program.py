@@ -83,8 +83,17 @@ def test_the_documents_equal_weights_would_be_caught(options: AutoencoderOptions
     assert np.abs(np.array(documents) - list(plain_losses(program))).max() > 1e-6
 
 
+def budget_for(options: AutoencoderOptions, rows: int) -> str:
+    """Bytes that are predicted to suffice for ``rows`` at a time and not for all."""
+    program = build(options)
+    footprint = sg.measure_step(program.step, program.splits.train)
+    needed_bytes = footprint.predicted_peak_bytes(rows=rows)
+    assert 1.05 * needed_bytes < footprint.predicted_peak_bytes(rows=TRAIN_ROWS)
+    return f"{int(1.05 * needed_bytes)}B"
+
+
 def test_a_budget_gives_the_losses_of_plain_full_batch_descent(options: AutoencoderOptions) -> None:
-    program = build(changed(options, budget="30KiB"))
+    program = build(changed(options, budget=budget_for(options, rows=20)))
     assert len(program.step.sizes_for(program.splits.train)) > 1
     expected = list(plain_losses(program))
     np.testing.assert_allclose([r.loss for r in run_epochs(program)], expected, rtol=0, atol=1e-12)
@@ -230,6 +239,15 @@ def test_the_principal_start_is_the_pca_of_the_training_rows(options: Autoencode
     assert metrics["test_mse"] == pytest.approx(metrics["pca_test_mse"], rel=1e-9)
 
 
+def test_from_the_principal_start_nothing_worse_than_the_pca_is_kept(options: AutoencoderOptions) -> None:
+    program = build(changed(options, start="principal", optimizer="adam", learning_rate=0.5))
+    results = list(run_epochs(program))
+    components = program.principal.reconstruct(whole(program.splits.validation))
+    pca = float(((components - whole(program.splits.validation)) ** 2).mean())
+    assert all(result.validation > pca for result in results)
+    assert program.validate() == pytest.approx(pca, rel=1e-9)
+
+
 def test_metrics_are_the_mean_and_spread_of_the_test_rows_errors(options: AutoencoderOptions) -> None:
     program = build(options)
     rows = whole(program.splits.test)
@@ -247,7 +265,7 @@ def test_pinned_partitions_hold_within_a_budget(options: AutoencoderOptions) -> 
 
 def test_pinned_partitions_that_cannot_fit_are_refused_by_name(options: AutoencoderOptions) -> None:
     with pytest.raises(sg.BudgetTooSmall, match="--num_partitions 1 within") as refused:
-        build(changed(options, budget="20KiB", num_partitions=1))
+        build(changed(options, budget=budget_for(options, rows=20), num_partitions=1))
     assert refused.value.option == "num_partitions"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import sysconfig
 import tempfile
 import traceback
@@ -17,7 +18,7 @@ from typing import Self
 
 from samegrad.cli.console import Console
 from samegrad.cli.stopping import Stopped
-from samegrad.errors import BadInput, EnvironmentProblem, SamegradError
+from samegrad.errors import BadInput, EnvironmentProblem, OverBudget, SamegradError
 
 INTERNAL = 70
 _ENVIRONMENT = {
@@ -51,48 +52,72 @@ class Boundary:
         if self.debug and not isinstance(error, SystemExit):
             self.console.error("".join(traceback.format_exception(error)))
         match error:
-            case SamegradError():
-                self._tell(error)
             case SystemExit():
                 self.code = error.code if isinstance(error.code, int) else 0 if error.code is None else 2
             case Stopped():
                 self._stopped(error.exit_code, str(error), error.saved)
             case KeyboardInterrupt():
                 self._stopped(130, "stopped by Ctrl-C", None)
-            case OSError() if error.errno in _ENVIRONMENT:
-                self._tell(_environment(error))
+            case _ if (known := known_error(error)) is not None:
+                self._tell(known)
             case _:
                 self._bug(error)
         return True
 
     def _tell(self, error: SamegradError) -> None:
         self.code = error.exit_code
-        self.console.error(f"samegrad: {error}")
+        self.console.error(f"error: {error}")
         self.console.document(error.to_json())
 
     def _stopped(self, code: int, what: str, saved: str | None) -> None:
         self.code = code
         hint = f"continue with --resume; saved in {saved}" if saved else "nothing was begun that needs saving"
-        self.console.error(f"samegrad: {what}; {hint}")
+        self.console.error(f"{what}; {hint}")
         self.console.document(
             {"error": {"code": "stopped", "message": what, "hint": hint, "file": saved, "option": None}}
         )
 
     def _bug(self, error: BaseException) -> None:
+        self.code = INTERNAL
         path = save_traceback(error)
         # The last line of a traceback says what; the saved file says where.
         what = traceback.format_exception_only(error)[-1].strip()
-        theirs = users_line(error)
-        if theirs is not None:
-            do = f"correct it there; the traceback is in {path}, and --debug shows it"
-            self._tell(BadInput(asked="run your code", found=f"{theirs}: {what}", do=do, file=path))
-            return
-        self.code = INTERNAL
         hint = f"the traceback is in {path}; please report it with that file, or look with --debug"
-        self.console.error(f"samegrad: an error that samegrad does not know: {what}\n  do:    {hint}")
+        self.console.error(f"error: samegrad does not know this one: {what}\n  do:    {hint}")
         self.console.document(
             {"error": {"code": "internal", "message": what, "hint": hint, "file": path, "option": None}}
         )
+
+
+def known_error(error: BaseException) -> SamegradError | None:
+    """``error`` as one with an exit code of its own, or None where it can only be a bug in us."""
+    if isinstance(error, SamegradError):
+        return error
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+        return _environment(error)
+    if _is_out_of_memory(error):
+        return OverBudget(
+            asked="run within the memory there is",
+            found=f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more of it on the host'}",
+            do="give a smaller --budget, so that the plan takes fewer rows at a time",
+        )
+    theirs = users_line(error)
+    if theirs is None or not isinstance(error, Exception):
+        return None
+    what = traceback.format_exception_only(error)[-1].strip()
+    return BadInput(
+        asked="run your code", found=f"{theirs}: {what}", do="correct it there; --debug shows the traceback",
+        file=theirs.rpartition(":")[0],
+    )  # fmt: skip
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # Whoever raised torch's error has imported torch; asking for it here would cost every command its start-up.
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # The allocator of the host has no type of its own.
+    return type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def users_line(error: BaseException) -> str | None:

@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 import tyro
 
 from samegrad.cli.console import Console
-from samegrad.cli.options import ConfigOptions, StreamOptions, parse_line
+from samegrad.cli.options import ConfigOptions, StreamOptions, parse_line, without_prefix
 from samegrad.recipes import find_options, recipe_names
 
 
@@ -34,9 +34,10 @@ def main(argv: Sequence[str], console: Console) -> int:
 def completion_script(shell: str) -> str:
     """The completion script of the whole command tree."""
     said = io.StringIO()
+    marker: Any = tyro.conf.OmitSubcommandPrefixes
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         tyro.cli(
-            tyro.conf.OmitSubcommandPrefixes[_tree()],
+            marker[_tree()],
             prog="samegrad",
             args=["--tyro-print-completion", shell],
             use_underscores=True,
@@ -47,8 +48,13 @@ def completion_script(shell: str) -> str:
 def _tree() -> Any:
     from samegrad.cli.main import COMMANDS
 
-    leaves = {name: _command(name) for name in COMMANDS}
-    return Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in leaves.items())]  # noqa: UP007
+    return _one_of({name: _command(name) for name in COMMANDS})
+
+
+def _one_of(kinds: Mapping[str, type]) -> Any:
+    """Subcommands for tyro; built at run time, so out of a type checker's sight."""
+    union: Any = Union
+    return union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]
 
 
 def _command(name: str) -> type:
@@ -56,13 +62,11 @@ def _command(name: str) -> type:
     own = getattr(importlib.import_module(f"samegrad.cli.{name}"), f"{name.capitalize()}Options", None)
     if name not in ("run", "measure", "plan", "verify"):
         return _flat(name, own)
-    targets = tuple(
-        Annotated[_flat(recipe, own, find_options(recipe)), tyro.conf.subcommand(recipe)]
-        for recipe in recipe_names()
-    )
-    return dataclasses.make_dataclass(name, [("target", tyro.conf.OmitSubcommandPrefixes[Union[targets]])])  # noqa: UP007
+    marker: Any = tyro.conf.OmitSubcommandPrefixes
+    recipes = _one_of({recipe: _flat(recipe, own, find_options(recipe)) for recipe in recipe_names()})
+    return dataclasses.make_dataclass(name, [("target", marker[recipes])])
 
 
 def _flat(name: str, *kinds: type | None) -> type:
     wanted = [kind for kind in (*kinds, ConfigOptions, StreamOptions) if kind is not None]
-    return dataclasses.make_dataclass(name, [(k.__name__, tyro.conf.OmitArgPrefixes[k]) for k in wanted])  # type: ignore[valid-type]
+    return dataclasses.make_dataclass(name, [(kind.__name__, without_prefix(kind)) for kind in wanted])

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from samegrad.cli.console import Console
-from samegrad.cli.options import Call, Switch, parse_call
-from samegrad.cli.target import need_target
+from samegrad.cli.options import Call, Switch
+from samegrad.cli.target import target_call
 from samegrad.cli.values import nearest
 from samegrad.errors import UsageError
 
@@ -36,13 +36,9 @@ def main(argv: Sequence[str], console: Console) -> int:
             found=f"no such action{nearest(what, ['show', 'validate'])}",
             do="samegrad config show RECIPE --origin, or samegrad config validate RECIPE --config FILE",
         )
-    target, rest = need_target(f"config {what}", argv[1:])
     from samegrad.cli.run import RunOptions
 
-    call = parse_call(
-        f"samegrad config {what} {target.name}", (target.options_class, RunOptions, ShowOptions), rest,
-        target=target.name,
-    )  # fmt: skip
+    target, call = target_call(f"config {what}", (RunOptions, ShowOptions), argv[1:])
     if what == "show":
         _show(call, (target.options_class, RunOptions), console)
     else:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from samegrad.cli.console import Console
 from samegrad.cli.options import parse_line
-from samegrad.cli.target import RecipeTarget
 
 # Small enough for two cores and half a minute, large enough that the plain step needs several times the budget.
 DEMO_FLAGS = (
@@ -37,11 +36,10 @@ def main(argv: Sequence[str], console: Console) -> int:
     from samegrad.cli.run_session import run_session, tell
     from samegrad.store import RunFolder
 
-    target = RecipeTarget(name="autoencoder")
     options.output.mkdir(parents=True, exist_ok=True)
     report = options.output / "report.html"
     with tempfile.TemporaryDirectory(prefix="samegrad-demo-") as scratch:
-        call = parse_run(target, DEMO_FLAGS)
+        target, call = parse_run(["autoencoder", *DEMO_FLAGS])
         with RunFolder.create(Path(scratch) / "run") as folder:
             finished = run_session(target, call, folder, console)
             shutil.copyfile(folder.path / "report.html", report)

@@ -81,6 +81,18 @@ def _torch() -> tuple[Finding, ...]:
     return tuple(found)
 
 
+def _memory() -> Finding:
+    import torch
+
+    from samegrad.measure import counters
+
+    host = torch.device("cpu")
+    total, limit = counters.total_bytes(host)
+    free, how = counters.free_now(host)
+    detail = f"{format_bytes(free)} usable of {format_bytes(total)} ({limit}; {how})"
+    return Finding(name="memory", answer=Answer.OK, detail=detail)
+
+
 def _disk() -> Finding:
     usage = shutil.disk_usage(Path.cwd())
     return Finding(

@@ -22,7 +22,7 @@ COMMANDS = {
     "report": "rebuild the report of a run folder from its records",
     "doctor": "versions, devices, memory, disk and what is missing; with --run, how a run went",
     "config": "show RECIPE: every option and where its value comes from; validate RECIPE: check config files",
-    "completion": "the completion script for bash, zsh or tcsh",
+    "completion": "the completion script for bash, zsh or fish",
 }
 EXIT_CODES = "0 done, or yes · 1 the verdict is no · 2 usage · 3 bad input · 4 environment · 5 out of memory or over\
  budget\n  6 not finite · 70 unknown error, traceback saved · 75 stopped by SIGTERM · 130 stopped by Ctrl-C"

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samegrad.cli.console import Console
-from samegrad.cli.options import parse_call
-from samegrad.cli.target import need_target
+from samegrad.cli.target import target_call
 from samegrad.units import format_bytes
 
 
@@ -21,8 +20,7 @@ class MeasureOptions:
 
 
 def main(argv: Sequence[str], console: Console) -> int:
-    target, rest = need_target("measure", argv)
-    call = parse_call(f"samegrad measure {target.name}", (target.options_class, MeasureOptions), rest, target=target.name)
+    target, call = target_call("measure", (MeasureOptions,), argv)
     from samegrad.cli.planned import measured_after_a_step, plan_step
     from samegrad.cli.programs import load_training
     from samegrad.cli.run_story import write_records

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import re
@@ -70,30 +71,33 @@ class Call:
         return self.origins[name] not in ("default", "recipe")
 
 
-def parse_call(prog: str, kinds: Sequence[type], argv: Sequence[str], *, target: str | None = None) -> Call:
+def parse_call(
+    prog: str, kinds: Sequence[type], argv: Sequence[str], *, target: str | None = None, below: Sequence[Path] = ()
+) -> Call:
     """The options in ``argv``, over those of the environment and of the ``--config`` files named in it.
 
     ``kinds`` are frozen dataclasses without required fields; ConfigOptions and StreamOptions are added to them.
-    ``target`` is the name that a config file may carry. Raises UsageError with everything that is wrong;
-    SystemExit(0) after ``--help``.
+    ``target`` is the name that a config file may carry; files ``below`` are read before those named. Raises
+    UsageError with everything that is wrong; SystemExit(0) after ``--help``.
     """
     kinds = (*kinds, ConfigOptions, StreamOptions)
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
     if "-h" in argv or "--help" in argv:
         _read_line(prog, {kind: kind() for kind in kinds}, ["--help"])
     words, problems = _words_on_line(argv, hints)
+    problems += _misspelt_variables(hints)
     values: dict[str, Any] = {}
     origins = {f.name: _first_origin(kind, f.name) for kind in kinds for f in dataclasses.fields(kind)}
     switches = {name for kind in kinds for name in _switches(kind)}
     settable = {name: hint for name, hint in hints.items() if name not in switches and name != "config"}
-    files = [Path(word.text) for word in words.get("config", [])]
+    files = [*below, *(Path(word.text) for word in words.get("config", []))]
     for layer in (*(_file_layer(path, target) for path in files), _environment_layer(settable)):
         problems += _lay_over(layer, settable, values, origins)
     for name, found in words.items():
         # What lies below a flag must be whole with it, or `--tied` could not rescue a file's `weight_penalty`; but
         # a switch that is on already would leave tyro nothing but to turn it off.
-        below = {} if name in switches else values
-        problems += _lay_over({name: _as_one(found, hints[name])}, hints, below, origins)
+        under = {} if name in switches else values
+        problems += _lay_over({name: _as_one(found, hints[name])}, hints, under, origins)
     if problems:
         _refuse(prog, problems)
     lower = {kind: _filled(kind, values, origins) for kind in kinds}
@@ -177,6 +181,14 @@ def _environment_layer(hints: Mapping[str, Any]) -> dict[str, Written]:
     }
 
 
+def _misspelt_variables(hints: Mapping[str, Any]) -> list[str]:
+    """Variables of ours that no option reads but nearly does; others belong to other commands and recipes."""
+    known = [ENVIRONMENT_PREFIX + name.upper() for name in hints]
+    ours = [name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX) and name not in known]
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in ours}
+    return [f"{name}: no such option; did you mean {found[0]!r}?" for name, found in near.items() if found]
+
+
 def _lay_over(
     layer: Mapping[str, Written], hints: Mapping[str, Any], values: dict[str, Any], origins: dict[str, str]
 ) -> list[str]:
@@ -227,13 +239,13 @@ def parse_line(prog: str, kind: type[Part], argv: Sequence[str]) -> Part:
 
 def _read_line(prog: str, lower: Mapping[type, Any], argv: Sequence[str]) -> tuple[Any, ...]:
     """``argv`` read by tyro into each class of ``lower``, over the values given there."""
-    flat = [(_title(kind), tyro.conf.OmitArgPrefixes[kind]) for kind in lower]  # type: ignore[valid-type]
-    fields = [(*field, part) if part is not None else field for field, part in zip(flat, lower.values())]
+    flat = [(_title(kind), without_prefix(kind)) for kind in lower]
+    fields: list[Any] = [(*field, part) if part is not None else field for field, part in zip(flat, lower.values())]
     whole = dataclasses.make_dataclass("Options", fields, frozen=True)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(whole, prog=prog, args=list(argv), use_underscores=True, description="")
+            parsed: Any = tyro.cli(whole, prog=prog, args=list(argv), use_underscores=True, description="")
     except SystemExit as ending:
         if ending.code in (0, None):
             raise
@@ -242,6 +254,12 @@ def _read_line(prog: str, lower: Mapping[type, Any], argv: Sequence[str]) -> tup
         told = lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))]
         _refuse(prog, [" ".join(filter(None, told)) or "the options cannot be read"])
     return tuple(getattr(parsed, field.name) for field in dataclasses.fields(whole))
+
+
+def without_prefix(kind: type) -> Any:
+    """``kind`` as a field's type for tyro, its options standing beside those of other fields."""
+    marker: Any = tyro.conf.OmitArgPrefixes
+    return marker[kind]
 
 
 def _title(kind: type) -> str:

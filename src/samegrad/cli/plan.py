@@ -1,4 +1,4 @@
-"""``samegrad plan TARGET --budget``: the fastest plan that fits, with its reasons; exit code 1 when nothing exact does."""
+"""``samegrad plan TARGET --budget``: the fastest plan that fits, and why; exit code 1 when nothing exact does."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samegrad.cli.console import Console
-from samegrad.cli.options import Switch, parse_call
-from samegrad.cli.target import FunctionTarget, Target, need_target
+from samegrad.cli.options import Switch
+from samegrad.cli.target import FunctionTarget, Target, target_call
 from samegrad.errors import UsageError
 from samegrad.units import format_bytes, format_seconds
 
@@ -30,8 +30,7 @@ class PlanOptions:
 
 
 def main(argv: Sequence[str], console: Console) -> int:
-    target, rest = need_target("plan", argv)
-    call = parse_call(f"samegrad plan {target.name}", (target.options_class, PlanOptions), rest, target=target.name)
+    target, call = target_call("plan", (PlanOptions,), argv)
     options = call.part(PlanOptions)
     from samegrad.cli.planned import measured_after_a_step, plan_step
     from samegrad.cli.programs import load_training

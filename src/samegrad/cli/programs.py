@@ -9,11 +9,11 @@ from typing import Any
 
 import samegrad as sg
 from samegrad.cli.options import Call
+from samegrad.cli.run_story import PictureFile
 from samegrad.cli.target import FunctionOptions, FunctionTarget, Target
 from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, counting_of
 from samegrad.recipes import Program, Recipe, find_recipe, run_epochs
 from samegrad.records import Counting, Plan
-from samegrad.report import Picture
 from samegrad.store import (
     Checkpoint,
     model_into,
@@ -30,10 +30,10 @@ def load_training(target: Target, call: Call, plan: Plan | None = None) -> Train
     ``plan``: the plan it will be given; a recipe then leaves its own default number of rows out.
     """
     if isinstance(target, FunctionTarget):
-        loaded = target.load(call.part(FunctionOptions), [name for name in call.origins if call.given(name)])
+        loaded = target.load(call.part(FunctionOptions))
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
-    options = call.part(target.options_class)
+    options: Any = call.part(target.options_class)
     if plan is not None and options.budget is None:
         total_bytes = plan.budget.total_bytes if plan.budget is not None else 2**59
         options = dataclasses.replace(options, budget=f"{total_bytes}B")
@@ -44,7 +44,7 @@ class RecipeTraining:
     """A recipe's program, one epoch a tick."""
 
     unit = "epoch"
-    budget = None
+    budget: str | None = None
 
     def __init__(self, recipe: Recipe, program: Program) -> None:
         self.title, self.recipe, self.program = recipe.name, recipe, program
@@ -98,12 +98,11 @@ class RecipeTraining:
         written = self.program.write(folder)
         return Outcome(
             metrics=self.program.evaluate(),
-            pictures=tuple(map(_picture, (path for path in written if path.suffix in (".png", ".svg")))),
+            pictures=tuple(
+                PictureFile(file=path.name, caption=path.stem.replace("_", " "))
+                for path in written
+                if path.suffix in (".png", ".svg")
+            ),
             notes=tuple(self.program.describe()),
             troubleshooting=self.recipe.troubleshooting,
         )
-
-
-def _picture(path: Path) -> Picture:
-    caption = path.stem.replace("_", " ").replace("-", " ")
-    return Picture(caption=caption, image=path.read_bytes() if path.suffix == ".png" else path.read_text("utf-8"))

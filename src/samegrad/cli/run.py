@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from samegrad import __version__
 from samegrad.cli.config import values_of
 from samegrad.cli.console import Console
-from samegrad.cli.options import Call, Switch, parse_call
-from samegrad.cli.target import Target, need_target
+from samegrad.cli.options import Call, Switch
+from samegrad.cli.target import Target, target_call
 from samegrad.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ _NOT_IN_CONFIG = ("output", "resume", "plan")
 
 
 def main(argv: Sequence[str], console: Console) -> int:
-    target, rest = need_target("run", argv)
-    call = parse_run(target, rest)
+    target, call = parse_run(argv)
     from samegrad.cli.run_session import run_session, tell
 
     with open_folder(target, call.part(RunOptions)) as folder:
@@ -73,15 +72,14 @@ def main(argv: Sequence[str], console: Console) -> int:
     return finished.exit_code
 
 
-def parse_run(target: Target, rest: Sequence[str]) -> Call:
-    """The options of a run; those of the run being resumed lie under all others (rule 2)."""
-    prog, kinds = f"samegrad run {target.name}", (target.options_class, RunOptions)
-    call = parse_call(prog, kinds, rest, target=target.name)
+def parse_run(argv: Sequence[str]) -> tuple[Target, Call]:
+    """The target and options of a run; those of the run being resumed lie under all others (rule 2)."""
+    target, call = target_call("run", (RunOptions,), argv)
     options = call.part(RunOptions)
-    if not options.resume or options.output is None:
-        return call
-    config = options.output / "config.json"
-    return parse_call(prog, kinds, ["--config", str(config), *rest], target=target.name) if config.is_file() else call
+    config = options.output / "config.json" if options.resume and options.output is not None else None
+    if config is None or not config.is_file():
+        return target, call
+    return target_call("run", (RunOptions,), argv, below=(config,))
 
 
 def open_folder(target: Target, options: RunOptions) -> RunFolder:

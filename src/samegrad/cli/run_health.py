@@ -23,6 +23,8 @@ FEWEST_STEPS = 6
 WARM_UP_STEPS = 2
 STABLE_FRACTION = 0.02
 SLOWER_FRACTION = 0.5
+# Below this a step is launches and clocks, which no prediction is about.
+SLOWER_SECONDS = 0.02
 
 
 class Answer(enum.Enum):
@@ -71,7 +73,8 @@ def _ended(status: Mapping[str, Any]) -> Finding:
     state = str(status.get("state"))
     answer = {"done": Answer.OK, "failed": Answer.FAILS}.get(state, Answer.UNKNOWN)
     detail = f"{state}, exit code {status.get('exit_code')}" if "exit_code" in status else state
-    return Finding(name="ended", answer=answer, detail=detail, do="" if answer is Answer.OK else "--resume continues it")
+    do = "" if answer is Answer.OK else "samegrad run with --resume continues it"
+    return Finding(name="ended", answer=answer, detail=detail, do=do)
 
 
 def _out_of_memory(status: Mapping[str, Any], results: Sequence[StepResult]) -> Finding:
@@ -114,7 +117,7 @@ def _stable(results: Sequence[StepResult]) -> Finding:
     return Finding(
         name=name,
         answer=Answer.OK if growth <= STABLE_FRACTION else Answer.FAILS,
-        detail=f"median peak {format_bytes(first)} in the first third, {format_bytes(last)} in the last ({growth:+.1%})",
+        detail=f"median peak {format_bytes(first)} in the first third, {format_bytes(last)} in the last, {growth:+.1%}",
         do="" if growth <= STABLE_FRACTION else "look for losses or outputs that are kept with their graph",
     )
 
@@ -151,11 +154,12 @@ def _in_time(results: Sequence[StepResult], plan: Plan | None) -> Finding:
         return _too_short(name, results)
     median = statistics.median(seconds)
     ratio = median / plan.predicted_seconds if plan.predicted_seconds else math.inf
-    slow = ratio > 1 + SLOWER_FRACTION
+    slow = ratio > 1 + SLOWER_FRACTION and median > plan.predicted_seconds + SLOWER_SECONDS
+    predicted = format_seconds(plan.predicted_seconds)
     return Finding(
         name=name,
         answer=Answer.FAILS if slow else Answer.OK,
-        detail=f"median {format_seconds(median)}, predicted {format_seconds(plan.predicted_seconds)} ({ratio:.2f} times)",
+        detail=f"median {format_seconds(median)}, {ratio:.2f} times the predicted {predicted}",
         do="see whether something else used the machine, or whether reading the data is slow" if slow else "",
     )
 

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 
 import samegrad as sg
+from samegrad.cli.boundary import INTERNAL, known_error
 from samegrad.cli.console import Bar, Console
 from samegrad.cli.options import Call
 from samegrad.cli.planned import Planned, measured_footprint, plan_step
 from samegrad.cli.programs import load_training
 from samegrad.cli.run import RunOptions, config_text
 from samegrad.cli.run_health import peaks_of
-from samegrad.cli.run_story import PictureFile, Summary, read_metrics, read_plan, read_record, read_story, verdict_text
+from samegrad.cli.run_story import Summary, read_metrics, read_plan, read_record, read_story, verdict_text
 from samegrad.cli.stopping import StopFlag, Stopped, listening
 from samegrad.cli.target import Target
 from samegrad.cli.training import Outcome, Tick, Training, counting_of
-from samegrad.errors import GradientsDiffer, SamegradError
+from samegrad.errors import GradientsDiffer
 from samegrad.measure import counters
 from samegrad.records import Budget, Plan, Same, Verdict
 from samegrad.report import render_markdown, render_report
@@ -48,7 +49,7 @@ class Finished:
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.verdict.same else 1
+        return exit_code_of(self.verdict)
 
     def to_dict(self) -> dict[str, Any]:
         """The document of ``--json``; numbers that are not finite are null."""
@@ -66,10 +67,14 @@ class Finished:
         }
 
 
+def exit_code_of(verdict: Verdict) -> int:
+    return 0 if verdict.same else 1
+
+
 def run_session(target: Target, call: Call, folder: RunFolder, console: Console) -> Finished:
     """Trains ``target`` in ``folder``, from the start or from its newest checkpoint."""
     options = call.part(RunOptions)
-    with Status(folder, target.name), listening() as stop:
+    with Status(folder, target.name) as status, listening() as stop:
         if not options.resume:
             folder.write_text("config.json", config_text(target, call))
         given = _given_plan(folder, options)
@@ -77,6 +82,7 @@ def run_session(target: Target, call: Call, folder: RunFolder, console: Console)
         if options.resume:
             _resume(training, folder, console)
         planned = _plan(training, folder, given, console)
+        _write_summary(training, folder, planned, Outcome())
         try:
             verdict = _verify(training, folder, options, console)
             _train(training, folder, planned.plan, options, stop, console)
@@ -87,7 +93,9 @@ def run_session(target: Target, call: Call, folder: RunFolder, console: Console)
         finally:
             counters.uncap_allocator(training.step.declared.device)
             training.step.close()
-        _write_report(training, folder, planned, outcome)
+        _write_summary(training, folder, planned, outcome)
+        _write_report(folder)
+        status.exit_code = exit_code_of(verdict)
     results = read_metrics(folder.path / "metrics.jsonl").results
     return Finished(
         folder=folder.path,
@@ -105,24 +113,25 @@ class Status:
     """status.json: "running" on the way in, and on the way out how it ended (rule 1)."""
 
     def __init__(self, folder: RunFolder, name: str) -> None:
-        self.folder, self.name = folder, name
+        self.folder, self.name, self.exit_code = folder, name, 0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Status:
         self._write("running", {})
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         match error:
             case None:
-                self._write("done", {"exit_code": 0})
+                self._write("done", {"exit_code": self.exit_code})
             case Stopped():
                 self._write("stopped", {"exit_code": error.exit_code, "message": str(error), "saved": error.saved})
-            case SamegradError():
-                told = {"exit_code": error.exit_code, "error_code": error.code, "message": str(error)}
+            case _ if (known := known_error(error)) is not None:
+                told = {"exit_code": known.exit_code, "error_code": known.code, "message": str(known)}
                 self._write("failed", told)
             case _:
-                self._write("failed", {"exit_code": 70, "message": f"{type(error).__name__}: {error}"})
+                self._write("failed", {"exit_code": INTERNAL, "message": f"{type(error).__name__}: {error}"})
 
     def _write(self, state: str, rest: dict[str, Any]) -> None:
         self.folder.write_status({"schema_version": 1, "name": self.name, "state": state, **rest})
@@ -218,13 +227,8 @@ def _log_memory(
     bar.say(f"{training.unit} {training.done}: {told}. {memory}")
 
 
-def _write_report(training: Training, folder: RunFolder, planned: Planned, outcome: Outcome) -> None:
-    pictures = []
-    for number, picture in enumerate(outcome.pictures, 1):
-        name = f"picture-{number}.{'png' if isinstance(picture.image, bytes) else 'svg'}"
-        data = picture.image if isinstance(picture.image, bytes) else picture.image.encode()
-        (folder.path / name).write_bytes(data)
-        pictures.append(PictureFile(file=name, caption=picture.caption))
+def _write_summary(training: Training, folder: RunFolder, planned: Planned, outcome: Outcome) -> None:
+    """Once before training, so that a run that was stopped can be reported, and once with what it reached."""
     summary = Summary(
         title=training.title,
         command=shlex.join(["samegrad", *sys.argv[1:]]),
@@ -233,9 +237,12 @@ def _write_report(training: Training, folder: RunFolder, planned: Planned, outco
         explanation=planned.explanation,
         troubleshooting=outcome.troubleshooting,
         notes=outcome.notes,
-        pictures=tuple(pictures),
+        pictures=outcome.pictures,
     )
     folder.write_text("summary.json", summary.to_json())
+
+
+def _write_report(folder: RunFolder) -> None:
     story = read_story(folder.path)
     folder.write_text("report.html", render_report(story))
     folder.write_text("report.md", render_markdown(story))

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from samegrad.cli.options import Call, parse_call
 from samegrad.cli.values import nearest
 from samegrad.errors import BadInput, SamegradError, UsageError
 from samegrad.recipes import find_options, recipe_names
@@ -67,11 +68,10 @@ class FunctionTarget:
     def name(self) -> str:
         return f"{self.path}:{self.function}"
 
-    def load(self, options: FunctionOptions, given: Iterable[str]) -> Loaded:
-        """What the function returns, called with the options it takes; ``given`` are those somebody set.
+    def load(self, options: FunctionOptions) -> Loaded:
+        """What the function returns, called with those options that are set and that it takes.
 
-        Raises UsageError for an option it does not take, BadInput for a file or function that is not there or
-        fails.
+        Raises UsageError for a device it does not take, BadInput for a file or function that is not there or fails.
         """
         import torch
 
@@ -84,7 +84,7 @@ class FunctionTarget:
                 asked=self.name, found=f"{self.path} has no function {self.function!r}",
                 do="name a function that returns (samegrad.Step(...), batches)", file=str(self.path),
             )  # fmt: skip
-        keywords = _keywords(self.name, function, options, given)
+        keywords = _keywords(self.name, function, options)
         # One process, one command: the seed is the command's to set, before the model is made.
         torch.manual_seed(options.random_seed)
         with UserCode(self):
@@ -148,16 +148,25 @@ def take_target(command: str, argv: Sequence[str]) -> tuple[Target | None, list[
     return None, list(argv)
 
 
-def need_target(command: str, argv: Sequence[str]) -> tuple[Target, list[str]]:
-    """As ``take_target``; raises UsageError when there is none."""
+def target_call(
+    command: str, kinds: Sequence[type], argv: Sequence[str], *, below: Sequence[Path] = ()
+) -> tuple[Target, Call]:
+    """The target named in ``argv``, and its options together with the command's own ``kinds``.
+
+    ``below``: config files that lie under all that the line names. Raises UsageError when there is no target or an
+    option is wrong; SystemExit(0) after ``--help``.
+    """
     target, rest = take_target(command, argv)
+    if target is None and ("-h" in rest or "--help" in rest):
+        parse_call(f"samegrad {command} TARGET", (FunctionOptions, *kinds), ["--help"])
     if target is None:
         raise UsageError(
             asked=f"samegrad {command}",
             found="no target",
             do=f"name a recipe ({', '.join(recipe_names())}) or file.py:function",
         )
-    return target, rest
+    prog = f"samegrad {command} {target.name}"
+    return target, parse_call(prog, (target.options_class, *kinds), rest, target=target.name, below=below)
 
 
 def parse_target(token: str) -> Target | None:
@@ -182,10 +191,10 @@ def _load_module(path: Path) -> Any:
     return module
 
 
-def _keywords(name: str, function: Any, options: FunctionOptions, given: Iterable[str]) -> dict[str, Any]:
+def _keywords(name: str, function: Any, options: FunctionOptions) -> dict[str, Any]:
     taken = inspect.signature(function).parameters
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    if "device" in given and "device" not in taken:
+    if options.device is not None and "device" not in taken:
         raise UsageError(
             asked=f"--device for {name}",
             found=f"{name.rpartition(':')[2]}() has no parameter 'device'",

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import samegrad as sg
+from samegrad.cli.run_story import PictureFile
 from samegrad.errors import BadInput
 from samegrad.records import Counting, StepResult
-from samegrad.report import Picture
 from samegrad.store import (
     Checkpoint,
     model_into,
@@ -42,10 +42,10 @@ class Tick:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a finished program has to show: its field's metrics, pictures, and sentences for people."""
+    """What a finished program has to show: its field's metrics, picture files it wrote, and sentences for people."""
 
     metrics: Mapping[str, float | int | str | None] = dataclasses.field(default_factory=dict)
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[PictureFile, ...] = ()
     notes: tuple[str, ...] = ()
     troubleshooting: tuple[str, ...] = ()
 
@@ -54,8 +54,8 @@ class Training(Protocol):
     """A program that ``run`` can drive, one tick after the other.
 
     ``unit`` is what a tick is called, ``total`` how many there are where that is known, ``done`` how many are done
-    and ``steps_done`` how many optimizer steps that was. ``batch`` is the one the plan is made for; ``budget`` is
-    set where the command line gave one that the step does not know.
+    and ``steps_done`` how many optimizer steps that was. ``batch`` is the one the plan is made for, later the latest;
+    ``budget`` is set where the command line gave one that the step does not know.
     """
 
     title: str
@@ -107,7 +107,7 @@ class FunctionTraining:
         found = list(itertools.islice(rest, 1))
         if not found:
             raise BadInput(asked=title, found="no batches", do="return an iterable with at least one batch")
-        self._first, self._upcoming = found[0], itertools.chain(found, rest)
+        self._latest, self._upcoming = found[0], _one_then(found.pop(), rest)
 
     @property
     def step(self) -> sg.Step:
@@ -115,7 +115,7 @@ class FunctionTraining:
 
     @property
     def batch(self) -> Any:
-        return self._first
+        return self._latest
 
     @property
     def total(self) -> int | None:
@@ -134,11 +134,15 @@ class FunctionTraining:
 
     def ticks(self) -> Iterator[Tick]:
         left = None if self._total is None else max(0, self._total - self._done)
-        batches = itertools.islice(self._upcoming, left)
+        batches = self._noticed(itertools.islice(self._upcoming, left))
         counter = sg.count_bytes(self._step) if counting_of(self._step) is Counting.TENSOR_BYTES else None
         for result in sg.train(self._step, batches, first_index=self._done, counter=counter):
             self._done = result.index + 1
             yield Tick(results=(result,), last=self._done == self._total)
+
+    def _noticed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for self._latest in batches:
+            yield self._latest
 
     def tensors(self) -> Mapping[str, Mapping[str, Any]]:
         optimizer, _ = optimizer_to_tensors(self._optimizer)
@@ -170,6 +174,13 @@ class FunctionTraining:
     @property
     def _optimizer(self) -> Any:
         return self._step.declared.optimizer
+
+
+def _one_then(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    """``first`` and what follows. Unlike itertools.chain it lets go of ``first``, whose bytes every step would pay."""
+    yield first
+    del first
+    yield from rest
 
 
 def counting_of(step: sg.Step) -> Counting:

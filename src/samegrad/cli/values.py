@@ -1,7 +1,7 @@
 """Option values from what somebody wrote: one rule for flags, environment variables and config files.
 
 A value is *written* as a word (flags and the environment carry no types) or as a typed scalar (YAML, JSON). The type
-an option declares decides what it becomes; ``convert`` raises ValueError with a sentence, and the caller adds the place.
+an option declares decides what it becomes; ``convert`` raises ValueError with a sentence, the caller adds the place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``samegrad verify TARGET``: the planned step against the plain one. Exit code 0 only when they are proven the same."""
+"""``samegrad verify TARGET``: the planned step against the plain one; exit code 0 only when proven the same."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samegrad.cli.console import Console
-from samegrad.cli.options import parse_call
-from samegrad.cli.target import need_target
+from samegrad.cli.target import target_call
 from samegrad.errors import UsageError
 
 
@@ -29,8 +28,7 @@ class VerifyOptions:
 
 
 def main(argv: Sequence[str], console: Console) -> int:
-    target, rest = need_target("verify", argv)
-    call = parse_call(f"samegrad verify {target.name}", (target.options_class, VerifyOptions), rest, target=target.name)
+    target, call = target_call("verify", (VerifyOptions,), argv)
     options = call.part(VerifyOptions)
     import samegrad as sg
     from samegrad.cli.planned import plan_step

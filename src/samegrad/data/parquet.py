@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samegrad.data.columns import chosen_column
-from samegrad.data.rows import Piece, tensor_of
+from samegrad.data.pieces import Piece, tensor_of
 from samegrad.errors import BadInput, EnvironmentProblem, missing_extra
 from samegrad.units import format_bytes
 

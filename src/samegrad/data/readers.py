@@ -21,7 +21,8 @@ import torch
 
 from samegrad.data.columns import chosen_column
 from samegrad.data.parquet import open_parquet
-from samegrad.data.rows import FileStamp, Piece, Rows, tensor_of
+from samegrad.data.pieces import FileStamp, Piece, tensor_of
+from samegrad.data.rows import Rows
 from samegrad.errors import BadInput, UsageError, missing_extra
 from samegrad.trees import RowSource
 

@@ -1,4 +1,4 @@
-"""Where in a step we are: the engine announces each phase, whoever measures listens.
+"""Where in a step we are and which rows have arrived: the engine announces, whoever measures listens.
 
 Announcing costs one context-variable read when nobody listens.
 """
@@ -7,24 +7,43 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 from samegrad.records import Phase
 
-_listener: contextvars.ContextVar[Callable[[Phase], None] | None] = contextvars.ContextVar(
-    "samegrad_phase_listener", default=None
-)
+
+class Listener(Protocol):
+    """Told of every phase a step enters, and of every chunk that has arrived on the device."""
+
+    def announce(self, phase: Phase) -> None: ...
+
+    def arrived(self, chunk: Any) -> None: ...
+
+
+_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("samegrad_listener", default=None)
 
 
 def announce(phase: Phase) -> None:
     listener = _listener.get()
     if listener is not None:
-        listener(phase)
+        listener.announce(phase)
+
+
+def arriving_chunks(chunks: Iterable[Any]) -> Iterator[Any]:
+    """``chunks`` as they are, each announced when it arrives."""
+    listener = _listener.get()
+    if listener is None:
+        yield from chunks
+        return
+    for chunk in chunks:
+        listener.arrived(chunk)
+        yield chunk
 
 
 @contextlib.contextmanager
-def listening(listener: Callable[[Phase], None]) -> Iterator[None]:
-    """Calls ``listener(phase)`` at each phase inside the block."""
+def listening(listener: Listener) -> Iterator[None]:
+    """Tells ``listener`` what the engine does inside the block."""
     token = _listener.set(listener)
     try:
         yield

@@ -67,8 +67,10 @@ class RowProbes:
         """The outputs on the probe rows. ``others``: as many other rows, to replace with. Raises CannotSplit."""
         refuse_known_layers(self._declared.network)
         with torch.no_grad():
+            versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
             outputs = self._forward(self._batch)
             self._check_draws()
+            _check_untouched(versions)
             self._check_state(others)
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
@@ -256,6 +258,20 @@ def check_reach(aliases: ParameterAliases, outputs: Any, standing: Sequence[nn.P
                 "registered parameter",
                 do="register it (nn.Parameter, nn.ParameterList, nn.ModuleList) and use it from there, "
                 "or " + _WAYS_OUT,
+            )
+
+
+def _tensors(batch: Any) -> list[tuple[str, Tensor]]:
+    return [(p, leaf) for p, leaf in trees.flatten_with_paths(batch, "batch") if isinstance(leaf, Tensor)]
+
+
+def _check_untouched(versions: Sequence[tuple[str, Tensor, int]]) -> None:
+    for path, leaf, version in versions:
+        if leaf._version != version:
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"the forward writes on its input {path}: a second forward would see other values",
+                do=f"{_WAYS_OUT}, or use the operation that is not in place",
             )
 
 

@@ -23,7 +23,7 @@ from samegrad.exact.handoff import hand_over
 from samegrad.exact.losses import Form
 from samegrad.exact.on_use import arriving
 from samegrad.exact.passes import GradientSums, StepTotals
-from samegrad.exact.phases import announce
+from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.undisturbed import Generators
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
@@ -43,7 +43,7 @@ def sliced_chunks(batch: Any, layout: RowLayout, sizes: Sequence[int], device: t
 def plain_backward(declared: DeclaredStep, batch: Any, layout: RowLayout, scaler: Any) -> Tensor:
     """The unconstrained step itself: the user's call, on the whole batch. Returns the detached loss."""
     whole = trees.slice_rows(batch, layout, 0, layout.rows) if _needs_reading(batch) else batch
-    whole = trees.move(whole, declared.device)
+    [whole] = arriving_chunks([trees.move(whole, declared.device)])
     announce(Phase.FORWARD)
     loss = plain_loss(declared, whole)
     announce(Phase.BACKWARD)
@@ -76,11 +76,11 @@ class SplitStep:
         versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
         if self.examination.passes == 1:
             shares = self._shares(batch, layout, sizes)
-            chunks = self.chunks(batch, layout, sizes, device)
+            chunks = arriving_chunks(self.chunks(batch, layout, sizes, device))
             form = self.examination.form
             totals = passes.single_pass(self.declared, self.aliases, form, chunks, shares, scale, self.sums_of)
         else:
-            twice = [self.chunks(batch, layout, sizes, device) for _ in range(2)]
+            twice = [arriving_chunks(self.chunks(batch, layout, sizes, device)) for _ in range(2)]
             whole = arriving(batch, layout, device)
             totals = passes.two_passes(self.declared, self.aliases, whole, twice, sizes, scale, self.sums_of)
         self._check_untouched(generators, versions)

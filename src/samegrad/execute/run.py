@@ -63,7 +63,7 @@ def train(
         else:
             claim_residents(counter, step.declared, batch)
             counter.reset_peaks()
-            with counter, listening(counter.announce):
+            with counter, listening(counter):
                 loss, norm = _one_step(step, optimizer, batch, scaler, index)
         counters.synchronize(device)
         reading = counters.read_allocator(device)

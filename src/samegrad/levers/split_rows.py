@@ -30,6 +30,15 @@ class SplitRows:
     slot: ClassVar[Slot] = Slot.SPLIT
     exactness: ClassVar[Exactness] = Exactness.SAME_SUM
 
+    def __post_init__(self) -> None:
+        listed = self.rows if isinstance(self.rows, list) else [self.rows]
+        if not listed or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in listed):
+            raise BadInput(
+                asked=f"split_rows with rows={self.rows!r}",
+                found="not a positive whole number, nor a list of them",
+                do="plan again, or correct the plan file",
+            )
+
     @classmethod
     def refusal(cls, footprint: Footprint) -> str | None:
         return footprint.refusals.get(cls.name)

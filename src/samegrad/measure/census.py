@@ -42,8 +42,9 @@ def count_residents(declared: DeclaredStep) -> Residents:
     existing_bytes = trees.storage_bytes([t for t in existing if t.device.type == declared.device.type])
     state_bytes, temporary_bytes, note = existing_bytes, 0, ""
     if declared.optimizer is not None:
-        shadow_bytes, temporary_bytes, note = _shadow_step(declared.optimizer)
-        state_bytes = existing_bytes or shadow_bytes
+        shadow_bytes, temporary_bytes, note = _shadow_step(declared.optimizer, declared.device)
+        # State may be there for some parameters only: a group was added, a layer was unfrozen.
+        state_bytes = max(existing_bytes, shadow_bytes)
     return Residents(
         by_category={
             Category.PARAMETERS: trees.storage_bytes(parameters),
@@ -64,9 +65,12 @@ def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
     return [leaf for leaf in trees.leaves_of(list(optimizer.state.values())) if isinstance(leaf, Tensor)]
 
 
-def _shadow_step(optimizer: torch.optim.Optimizer) -> tuple[int, int, str]:
+def _shadow_step(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, int, str]:
     """State bytes after one step and the bytes that step takes besides, by running it on the meta device."""
     shadow = copy.copy(optimizer)
+    # Copying leaves out what a user's optimizer keeps of its own, and must leave out a step that a scheduler wrapped.
+    own = {key: value for key, value in vars(optimizer).items() if key not in vars(shadow) and key != "step"}
+    vars(shadow).update(own)
     shadow.state = collections.defaultdict(dict)
     shadow.param_groups = [_shadow_group(group) for group in optimizer.param_groups]
     parameters = [p for group in shadow.param_groups for p in group["params"]]
@@ -74,17 +78,20 @@ def _shadow_step(optimizer: torch.optim.Optimizer) -> tuple[int, int, str]:
     counter.announce(Phase.OPTIMIZER)
     counter.claim(parameters, Category.PARAMETERS)
     counter.claim([p.grad for p in parameters], Category.GRADIENTS)
+    note = ""
     try:
         with counter, torch.no_grad():
             shadow.step()
     except (NotImplementedError, RuntimeError, TypeError) as error:
-        # Steps that read values (LBFGS, line searches) cannot run without data.
-        return 0, 0, f"the state of {type(optimizer).__name__} is not known before its first step ({error})"
+        # Steps that read values (LBFGS, line searches) cannot run without data; what they set up first is counted.
+        note = f"{type(optimizer).__name__} reads values in its step, so its state may be more than foreseen ({error})"
     counter.claim(state_tensors(shadow), Category.OPTIMIZER_STATE)
     state = counter.live[Category.OPTIMIZER_STATE]
-    # Scalars such as Adam's step counter are created on the CPU and do not count on a device.
     held = counter.live[Category.PARAMETERS] + counter.live[Category.GRADIENTS] + state
-    return state, max(0, counter.peak_bytes - held), ""
+    if device.type == "cpu":
+        # Scalars such as Adam's step counter are created on the CPU and do not count on another device.
+        state += trees.storage_bytes([t for t in state_tensors(shadow) if t.device.type == "cpu"])
+    return state, max(0, counter.peak_bytes - held), note
 
 
 def _shadow_group(group: dict[str, Any]) -> dict[str, Any]:

@@ -77,10 +77,11 @@ def free_now(device: torch.device) -> tuple[int, str]:
         driver_free = torch.cuda.mem_get_info(device)[0]
         # What the allocator holds already counts towards a budget, whether it is in use or cached.
         free = driver_free + reading.reserved_bytes
-        return int(free * (1 - _FREE_MARGIN)), (
-            f"driver-free {format_bytes(driver_free)} and reserved {format_bytes(reading.reserved_bytes)}, "
-            f"less {_FREE_MARGIN:.0%}"
-        )
+        how = f"driver-free {format_bytes(driver_free)} and reserved {format_bytes(reading.reserved_bytes)}"
+        cap = int(torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.mem_get_info(device)[1])
+        if cap < free:
+            free, how = cap, f"the allocator's cap {format_bytes(cap)}"
+        return int(free * (1 - _FREE_MARGIN)), f"{how}, less {_FREE_MARGIN:.0%}"
     limit, source = _host_limit()
     used = _cgroup_used()
     if used is not None:

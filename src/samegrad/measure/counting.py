@@ -39,7 +39,7 @@ def count_bytes(step: _Declares) -> ByteCounter:
 
 
 class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Counts live bytes of tensors on ``device`` while it is entered. ``announce`` may be given to ``listening``.
+    """Counts live bytes of tensors on ``device`` while it is entered. It is a ``phases.Listener``.
 
     ``gradients_of``: modules whose parameters' ``.grad`` are gradients. ``with_timeline`` keeps the course of the
     step, one point an operation, which long runs should not.
@@ -72,6 +72,10 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         if self._stretches is not None:
             self._stretches.append([])
         self._note_peak()
+
+    def arrived(self, chunk: Any) -> None:
+        """Counts the tensors of ``chunk`` as inputs."""
+        self.claim([leaf for leaf in trees.leaves_of(chunk) if isinstance(leaf, Tensor)], Category.INPUTS)
 
     def claim(self, tensors: Iterable[Tensor], category: Category) -> None:
         """Counts ``tensors`` under ``category``, whatever they counted as before."""

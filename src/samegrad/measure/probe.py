@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +14,16 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses
 from samegrad.exact.handoff import hooks_silenced
-from samegrad.exact.phases import announce, listening
-from samegrad.exact.split import SplitStep
+from samegrad.exact.phases import announce, arriving_chunks, listening
+from samegrad.exact.split import SplitStep, sliced_chunks
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.measure import census, counters
 from samegrad.measure.counting import ByteCounter
 from samegrad.records import Category, Phase, TimelinePoint
 from samegrad.trees import RowLayout
+
+# The shortest of a few runs: whatever else the machine does can only make one longer.
+_TIMED_RUNS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +54,19 @@ def probe_split(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, b
     """The split step on the first ``batch_rows`` rows of ``batch``, up to but without the hand-over."""
     few, few_layout = _first_rows(batch, layout, batch_rows)
     sizes = trees.even_sizes(batch_rows, rows)
-
-    def run(chunks_seen: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
-        watched = dataclasses.replace(split, chunks=lambda *args: chunks_seen(split.chunks(*args)))
-        watched.totals(few, few_layout, sizes)
-
-    return _probed(split.declared, batch, run, rows, batch_rows)
+    return _probed(split.declared, batch, lambda: split.totals(few, few_layout, sizes), rows, batch_rows)
 
 
-def peak_of_split(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int) -> int | None:
-    """The peak of that run alone: reserved bytes on CUDA, counted bytes elsewhere; nothing of the user's changes.
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """What a rung of the ladder was seen to need: reserved bytes on CUDA, counted bytes elsewhere."""
+
+    peak_bytes: int
+    seconds: float
+
+
+def measure_rung(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int) -> Rung | None:
+    """Peak and time of that run alone; nothing of the user's changes.
 
     None where the allocator ran out of memory, or had to give memory back and try again, under a cap.
     """
@@ -71,68 +77,70 @@ def peak_of_split(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int,
         if device.type != "cuda":
             counter = ByteCounter(device, gradients_of=[split.declared.network])
             claim_residents(counter, split.declared, batch)
-            watched = dataclasses.replace(split, chunks=lambda *args: _claiming(counter, split.chunks(*args)))
-            with counter, listening(counter.announce):
-                watched.totals(few, few_layout, sizes)
-            return counter.peak_bytes
+            with counter, listening(counter):
+                seconds = timed(lambda: split.totals(few, few_layout, sizes), device)
+            return Rung(counter.peak_bytes, seconds)
         counters.release_cached(device)
         try:
             split.totals(few, few_layout, sizes)
             before = counters.read_allocator(device)
             counters.reset_peaks(device)
-            split.totals(few, few_layout, sizes)
+            seconds = timed(lambda: split.totals(few, few_layout, sizes), device)
         except torch.OutOfMemoryError:
             return None
         after = counters.read_allocator(device)
     if before is None or after is None or after.retries > before.retries:
         return None
-    return after.peak_reserved_bytes
+    return Rung(after.peak_reserved_bytes, seconds)
 
 
 def probe_plain(declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int) -> Probe:
     """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped."""
     few, _ = _first_rows(batch, layout, batch_rows)
+    before = trees.map_tensors(few, Tensor.clone)
 
-    def run(chunks_seen: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
-        for chunk in chunks_seen([trees.move(few, declared.device)]):
-            announce(Phase.FORWARD)
-            outputs = declared.forward(declared.network, chunk)
-            announce(Phase.LOSS)
-            loss = checked_loss(declared.loss_fn(outputs, chunk))
-            del outputs
-            announce(Phase.BACKWARD)
-            leaves = losses.leaves_under(loss)
-            with hooks_silenced(leaves), torch.autocast(declared.device.type, enabled=False):
-                torch.autograd.grad(loss, leaves)
+    def run() -> None:
+        [chunk] = arriving_chunks(sliced_chunks(few, layout, [batch_rows], declared.device))
+        announce(Phase.FORWARD)
+        outputs = declared.forward(declared.network, chunk)
+        announce(Phase.LOSS)
+        loss = checked_loss(declared.loss_fn(outputs, chunk))
+        del outputs
+        announce(Phase.BACKWARD)
+        leaves = losses.leaves_under(loss)
+        with hooks_silenced(leaves), torch.autocast(declared.device.type, enabled=False):
+            torch.autograd.grad(loss, leaves)
 
-    return _probed(declared, batch, run, batch_rows, batch_rows)
+    try:
+        return _probed(declared, batch, run, batch_rows, batch_rows)
+    finally:
+        # A forward that writes on its input has written on the user's batch.
+        for leaf, kept in zip(trees.leaves_of(few), trees.leaves_of(before)):
+            if isinstance(leaf, Tensor) and not torch.equal(leaf, kept):
+                leaf.detach().copy_(kept)
 
 
 def _first_rows(batch: Any, layout: RowLayout, rows: int) -> tuple[Any, RowLayout]:
-    return trees.slice_rows(batch, layout, 0, rows), dataclasses.replace(layout, rows=rows)
+    return trees.first_rows(batch, layout, rows), dataclasses.replace(layout, rows=rows)
 
 
 def _probed(
-    declared: DeclaredStep, batch: Any, run: Callable[..., None], rows: int, batch_rows: int
+    declared: DeclaredStep, batch: Any, run: Callable[[], object], rows: int, batch_rows: int
 ) -> Probe:
     device = declared.device
     with undisturbed(declared.modules, device):
-        # Twice: the first run creates library handles and workspaces that later ones share.
-        run(iter)
-        counters.synchronize(device)
-        start = time.perf_counter()
-        run(iter)
-        counters.synchronize(device)
-        seconds = time.perf_counter() - start
+        # The first run creates library handles and workspaces that later ones share.
+        run()
+        seconds = min(timed(run, device) for _ in range(_TIMED_RUNS))
         counter = ByteCounter(device, gradients_of=[declared.network], with_timeline=True)
         claim_residents(counter, declared, batch)
-        with counter, listening(counter.announce):
-            run(lambda chunks: _claiming(counter, chunks))
+        with counter, listening(counter):
+            run()
         peak, reserved = counter.peak_bytes, None
         if device.type == "cuda":
             counters.release_cached(device)
             counters.reset_peaks(device)
-            run(iter)
+            run()
             reading = counters.read_allocator(device)
             if reading is not None:
                 peak, reserved = reading.peak_allocated_bytes, reading.peak_reserved_bytes
@@ -148,6 +156,15 @@ def _probed(
         seconds=seconds,
         reserved_bytes=reserved,
     )
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run, the device's work included."""
+    counters.synchronize(device)
+    start = time.perf_counter()
+    run()
+    counters.synchronize(device)
+    return time.perf_counter() - start
 
 
 def claim_residents(counter: ByteCounter, declared: DeclaredStep, batch: Any) -> None:
@@ -176,9 +193,3 @@ def _resident_bytes(leaf: Any, device: torch.device) -> int:
         return 0
     # Sources that say nothing of it read from disk.
     return int(getattr(leaf, "resident_bytes", 0))
-
-
-def _claiming(counter: ByteCounter, chunks: Iterable[Any]) -> Iterator[Any]:
-    for chunk in chunks:
-        counter.claim([leaf for leaf in trees.leaves_of(chunk) if isinstance(leaf, Tensor)], Category.INPUTS)
-        yield chunk

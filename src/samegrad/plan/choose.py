@@ -13,24 +13,10 @@ from samegrad.levers import Lever, find_levers
 from samegrad.levers.host_rows import HostRows
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.explain import floor_sentence, ways_down
+from samegrad.plan.margin import budget_for, usable_bytes
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Counting, Exactness, Footprint, KnobOrigin, Plan
+from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
 from samegrad.units import format_bytes
-
-# Small probes do not see how a full-sized step fragments the allocator's segments, nor late library workspaces.
-_RESERVED_MARGIN_FRACTION = 0.06
-_RESERVED_MARGIN_BYTES = 64 * 2**20
-# Counted bytes are affine in the rows up to the odd scalar.
-_COUNTED_MARGIN_FRACTION = 0.01
-
-
-def usable_bytes(budget: Budget) -> int:
-    """What a predicted peak may come to under ``budget``, a margin for what probes cannot see left."""
-    if budget.counting is Counting.CUDA_ALLOCATOR:
-        margin = max(_RESERVED_MARGIN_FRACTION * budget.total_bytes, _RESERVED_MARGIN_BYTES)
-    else:
-        margin = _COUNTED_MARGIN_FRACTION * budget.total_bytes
-    return int(budget.total_bytes - margin)
 
 
 def choose_plan(footprint: Footprint, options: Options, budget: Budget) -> tuple[Plan, ...]:
@@ -43,24 +29,38 @@ def choose_plan(footprint: Footprint, options: Options, budget: Budget) -> tuple
     ladder = tuple(_rungs(footprint, options, budget, usable))
     if ladder:
         return ladder
+    raise _nothing_fits(footprint, options, budget)
+
+
+def _nothing_fits(footprint: Footprint, options: Options, budget: Budget) -> BudgetTooSmall | CannotSplit:
+    within = f"within {format_bytes(budget.total_bytes)} ({budget.source})"
     refusal = SplitRows.refusal(footprint)
-    if refusal is not None and options.rows is None:
-        raise CannotSplit(
-            asked=f"a plan within {format_bytes(budget.total_bytes)} ({budget.source})",
+    pinned = options.rows if options.rows is None or isinstance(options.rows, int) else max(options.rows)
+    if refusal is not None and (pinned is None or pinned < footprint.batch_rows):
+        return CannotSplit(
+            asked=f"a plan {within}" if pinned is None else f"{options.rows} rows at a time {within}",
             found=f"the plain step needs {format_bytes(_plain_peak(footprint))} and cannot be split: {refusal}",
             do="; ".join(ways_down(footprint, budget)),
         )
-    if options.rows is not None and not isinstance(options.rows, tuple):
-        rows = options.rows
-        needed = footprint.predicted_peak_bytes(rows=rows)
-        raise BudgetTooSmall(
-            asked=f"{rows} rows at a time ({options.rows_origin.value}) within {format_bytes(budget.total_bytes)}",
-            found=f"{rows} rows need {format_bytes(needed)}",
+    if pinned is not None:
+        needed = footprint.predicted_peak_bytes(rows=pinned)
+        return BudgetTooSmall(
+            asked=f"{options.rows} rows at a time ({options.rows_origin.value}) {within}",
+            found=f"{pinned} rows need {format_bytes(needed)}",
             do="drop the pin and let the plan choose the rows, or raise the budget to "
-            f"{format_bytes(needed * budget.total_bytes / usable)}",
+            f"{format_bytes(budget_for(needed, budget.counting))}",
         )
-    raise BudgetTooSmall(
-        asked=f"a plan within {format_bytes(budget.total_bytes)} ({budget.source})",
+    if options.allow < SplitRows.exactness:
+        return BudgetTooSmall(
+            asked=f"a plan {within} that is {options.allow.name}",
+            found=f"the plain step needs {format_bytes(_plain_peak(footprint))}, and any smaller plan splits it, "
+            f"which is {SplitRows.exactness.name}: {SplitRows.exactness.explained()}",
+            do=f"allow {SplitRows.exactness.name}, or raise the budget to "
+            f"{format_bytes(budget_for(_plain_peak(footprint), budget.counting))}",
+            option="--budget",
+        )
+    return BudgetTooSmall(
+        asked=f"a plan {within}",
         found=floor_sentence(footprint),
         do="; ".join(ways_down(footprint, budget)),
         option="--budget",
@@ -75,14 +75,18 @@ def _rungs(footprint: Footprint, options: Options, budget: Budget, usable: int) 
         if whole >= footprint.batch_rows:
             if _plain_peak(footprint) <= usable:
                 yield _plan(footprint, [], budget, {})
-        elif footprint.predicted_peak_bytes(rows=whole) <= usable and SplitRows.refusal(footprint) is None:
+        elif _may_split(footprint, options) and footprint.predicted_peak_bytes(rows=whole) <= usable:
             yield _plan(footprint, [*host, SplitRows(rows)], budget, {"split_rows.rows": options.rows_origin})
         return
     if _plain_peak(footprint) <= usable:
         yield _plan(footprint, [], budget, {})
-    if SplitRows.refusal(footprint) is None and options.allow >= SplitRows.exactness and footprint.laws:
+    if _may_split(footprint, options):
         for lever in SplitRows.candidates(footprint, usable):
             yield _plan(footprint, [*host, lever], budget, {"split_rows.rows": KnobOrigin.CHOSEN})
+
+
+def _may_split(footprint: Footprint, options: Options) -> bool:
+    return SplitRows.refusal(footprint) is None and options.allow >= SplitRows.exactness and bool(footprint.laws)
 
 
 def _plain_peak(footprint: Footprint) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from samegrad.levers.split_rows import SplitRows
+from samegrad.plan.margin import budget_for
 from samegrad.records import Budget, Category, Footprint, Plan
 from samegrad.units import format_bytes, format_seconds
 
@@ -29,7 +30,7 @@ def floor_sentence(footprint: Footprint) -> str:
 def ways_down(footprint: Footprint, budget: Budget) -> list[str]:
     """The three cheapest ways to fit, each with its bytes."""
     floor = floor_bytes(footprint)
-    ways = [f"raise the budget to {format_bytes(floor * 1.1 + 2**20)}"]
+    ways = [f"raise the budget to {format_bytes(budget_for(floor, budget.counting))}"]
     state = footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
     parameters = footprint.resident_bytes.get(Category.PARAMETERS, 0)
     if state:

@@ -48,8 +48,7 @@ class NarrowestSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in trees.leaves_of(result):
-            # A scalar on the host, such as a step counter, is not what is computed with.
+            # Scalars on the host, such as constants, are not what is computed with.
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
-                if torch.finfo(leaf.dtype).eps > torch.finfo(self.dtype).eps:
-                    self.dtype = leaf.dtype
+                self.dtype = max(self.dtype, leaf.dtype, key=lambda kind: torch.finfo(kind).eps)
         return result

@@ -53,6 +53,8 @@ class AutoencoderProgram(Program):
     def start(self) -> None:
         if self.options.start == "principal":
             self.model.begin_at_components(self.principal.mean_row, self.principal.components)
+            # The PCA is the first candidate: what is kept is never worse on the validation rows.
+            self.best.update(self.validate())
         elif self.options.start == "centred":
             self.model.centre(data.mean_row_of(self.splits.train))
 

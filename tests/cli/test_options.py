@@ -1,0 +1,180 @@
+"""Flags over environment over files over the recipe over the defaults, wherever a flag stands on the line."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+
+from samegrad.cli.options import StreamOptions, Switch, parse_call, parse_line
+from samegrad.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyOptions:
+    """Options of a toy."""
+
+    num_epochs: int = 300
+    """Epochs."""
+    learning_rate: float = 1e-3
+    budget: str | None = None
+    tied: bool = False
+    use_amp: bool = True
+    penalty: float = 0.0
+    sizes: tuple[int, ...] = ()
+    force: Switch = False
+
+    def __post_init__(self) -> None:
+        if self.num_epochs < 1:
+            raise UsageError(asked=f"num_epochs {self.num_epochs}", found="below 1", do="1 or more", option="num_epochs")
+        if self.penalty and not self.tied:
+            raise UsageError(asked="penalty", found="only with tied", do="add --tied", option="penalty")
+
+
+def read(*line: str) -> ToyOptions:
+    return parse_call("toy", [ToyOptions], line, target="toy").part(ToyOptions)
+
+
+def wrong(*line: str) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        read(*line)
+    return caught.value
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("one.yaml").write_text("num_epochs: 1\nlearning-rate: 0.1\n")
+    Path("two.json").write_text('{"num_epochs": 2}')
+    return tmp_path
+
+
+ORIGINS = {
+    "default": ((), {}, 300, "default"),
+    "one file": (("--config", "one.yaml"), {}, 1, "one.yaml:1"),
+    "two files, left to right": (("--config", "one.yaml", "two.json"), {}, 2, "two.json:1"),
+    "two files, the other way": (("--config", "two.json", "one.yaml"), {}, 1, "one.yaml:1"),
+    "--config twice": (("--config", "one.yaml", "--config", "two.json"), {}, 2, "two.json:1"),
+    "environment over file": (("--config", "one.yaml"), {"SAMEGRAD_NUM_EPOCHS": "3"}, 3, "SAMEGRAD_NUM_EPOCHS"),
+    "flag before the file": (("--num_epochs", "4", "--config", "one.yaml"), {}, 4, "--num_epochs"),
+    "flag after the file": (("--config", "one.yaml", "--num_epochs", "4"), {}, 4, "--num_epochs"),
+    "flag over all": (
+        ("--num-epochs=4", "--config", "one.yaml"), {"SAMEGRAD_NUM_EPOCHS": "3"}, 4, "--num_epochs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ORIGINS)
+def test_the_nearest_source_wins_and_is_named(
+    case: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, environment, value, origin = ORIGINS[case]
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    call = parse_call("toy", [ToyOptions], line, target="toy")
+    assert call.part(ToyOptions).num_epochs == value
+    assert call.origins["num_epochs"] == origin
+    assert call.given("num_epochs") is (origin != "default")
+
+
+def test_the_order_of_the_line_changes_nothing(files: Path) -> None:
+    groups = (("--num_epochs", "4"), ("--config", "one.yaml", "two.json"), ("--no-use_amp",), ("-q",))
+    found = {read(*itertools.chain(*order)) for order in itertools.permutations(groups)}
+    assert found == {ToyOptions(num_epochs=4, learning_rate=0.1, use_amp=False)}
+
+
+@pytest.mark.parametrize("name", ["num_epochs", "num-epochs"])
+def test_dashes_and_underscores_are_one_option(name: str) -> None:
+    assert read(f"--{name}", "7").num_epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "value"), [(["--no_use_amp"], False), (["--no-use-amp"], False), (["--use_amp"], True), ([], True)]
+)
+def test_a_truth_can_be_given_both_ways(line: list[str], value: bool) -> None:
+    assert read(*line).use_amp is value
+
+
+def test_all_mistakes_of_all_sources_are_told_at_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("bad.yaml").write_text("num_epochs: 5\nnum_epoks: abc\nlearning_rate: .nan\nuse_amp: no\n")
+    monkeypatch.setenv("SAMEGRAD_SIZES", "1 x")
+    error = wrong("--config", "bad.yaml", "--penalty", "much", "--foo", "3", "--num_epochs", "x")
+    assert error.exit_code == 2
+    for part in (
+        "7 mistakes",
+        "bad.yaml:2: unknown option 'num_epoks'; did you mean 'num_epochs'?",
+        "bad.yaml:3: learning_rate: '.nan' is not a finite number",
+        "bad.yaml:4: use_amp: 'no' is not true or false",
+        "SAMEGRAD_SIZES: 'x' is not a whole number",
+        "unknown option '--foo'",
+        "--penalty: 'much' is not a finite number",
+        "--num_epochs: 'x' is not a whole number",
+    ):
+        assert part in error.found
+
+
+def test_a_mistyped_flag_is_answered_with_the_nearest() -> None:
+    assert "unknown option '--num_epoch'; did you mean '--num_epochs'?" in wrong("--num-epoch", "3").found
+
+
+def test_a_mistyped_variable_is_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMEGRAD_NUM_EPOCH", "3")
+    assert "SAMEGRAD_NUM_EPOCH: no such option; did you mean 'SAMEGRAD_NUM_EPOCHS'?" in wrong().found
+
+
+def test_variables_of_other_commands_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMEGRAD_CODEBOOK", "3")
+    assert read() == ToyOptions()
+
+
+def test_a_value_out_of_range_is_told_with_its_place(files: Path) -> None:
+    Path("low.yaml").write_text("learning_rate: 1\nnum_epochs: 0\n")
+    error = wrong("--config", "low.yaml")
+    assert (error.found, error.file, error.option) == ("low.yaml:2: below 1", "low.yaml", "num_epochs")
+
+
+def test_a_flag_may_complete_what_a_file_began(files: Path) -> None:
+    Path("half.yaml").write_text("penalty: 0.1\n")
+    assert "only with tied" in wrong("--config", "half.yaml").found
+    assert read("--config", "half.yaml", "--tied") == ToyOptions(penalty=0.1, tied=True)
+
+
+def test_a_file_written_for_another_target_is_refused(files: Path) -> None:
+    Path("other.json").write_text('{"target": "flow", "num_epochs": 3}')
+    assert "other.json:1: this config is for 'flow'" in wrong("--config", "other.json").found
+
+
+@pytest.mark.parametrize("name", ["json", "quiet", "force", "config"])
+def test_what_belongs_to_one_line_is_not_read_from_a_file(files: Path, name: str) -> None:
+    Path("switch.yaml").write_text(f"{name}: true\n")
+    assert f"unknown option '{name}'" in wrong("--config", "switch.yaml").found
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["stray"], "stray"),
+        (["--num_epochs"], "--num_epochs"),
+        (["--num_epochs", "3", "4"], "4"),
+        (["-z"], "-z"),
+        (["--config"], "--config"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_a_usage_error(line: list[str], says: str) -> None:
+    if line == ["--config"]:
+        assert read(*line) == ToyOptions()
+    else:
+        assert says in wrong(*line).found
+
+
+def test_a_required_argument_that_is_missing_is_named() -> None:
+    from samegrad.cli.report import ReportOptions
+
+    with pytest.raises(UsageError, match="Missing"):
+        parse_line("samegrad report", ReportOptions, ["-q"])
+
+
+def test_short_flags_stand_for_long_ones() -> None:
+    assert parse_call("toy", [ToyOptions], ["-q", "-v"]).part(StreamOptions) == StreamOptions(quiet=True, verbose=True)

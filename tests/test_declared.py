@@ -1,0 +1,133 @@
+"""What a step may be declared as, and how a batch reaches the model by default."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samegrad.declared import checked_loss, declare, default_forward, plain_loss
+from samegrad.errors import UsageError
+
+from .contract.plain import cross_entropy, labelled, mlp
+
+
+class Takes(nn.Module):
+    """Returns the names and values it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> dict[str, Any]:
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class TakesAll(nn.Module):
+    def forward(self, **columns: Any) -> dict[str, Any]:
+        return columns
+
+
+class Pair(NamedTuple):
+    images: Tensor
+    labels: Tensor
+
+
+X, Y = labelled(5)
+
+
+@pytest.mark.parametrize("batch", [(X, Y), [X, Y], Pair(X, Y), X, (X,)], ids=["tuple", "list", "named", "tensor", "one"])
+def test_the_first_entry_or_the_tensor_reaches_the_model(batch: Any) -> None:
+    model = mlp()
+    assert torch.equal(default_forward(model, batch), model(X))
+
+
+def test_a_mapping_reaches_the_model_by_keyword_without_labels_and_unknown_columns() -> None:
+    batch = {"input_ids": X, "attention_mask": Y, "labels": Y, "idx": Y}
+    assert default_forward(Takes(), batch) == {"input_ids": X, "attention_mask": Y, "labels": None}
+
+
+@pytest.mark.parametrize("key", ["label", "labels", "target", "targets", "y"])
+def test_a_model_that_takes_any_keyword_gets_all_but_labels(key: str) -> None:
+    assert default_forward(TakesAll(), {"x": X, key: Y}).keys() == {"x"}
+
+
+@dataclasses.dataclass
+class Custom:
+    images: Tensor
+
+
+@pytest.mark.parametrize("batch", [Custom(X), "text", 3, ()], ids=["class", "text", "number", "empty"])
+def test_any_other_batch_is_refused_with_the_line_to_paste(batch: Any) -> None:
+    with pytest.raises(UsageError, match=r"forward=lambda model, batch: model\(batch") as caught:
+        default_forward(mlp(), batch)
+    assert type(batch).__name__ in caught.value.found
+
+
+def test_a_declared_forward_replaces_the_default() -> None:
+    step = declare(mlp(), lambda outputs, batch: outputs.sum(), forward=lambda model, batch: model(batch["a"]["b"]))
+    assert plain_loss(step, {"a": {"b": X}}) == step.model(X).sum()
+
+
+def test_data_parallel_is_refused_with_what_to_use() -> None:
+    with pytest.raises(UsageError, match="DistributedDataParallel"):
+        declare(nn.DataParallel(mlp()), cross_entropy)
+
+
+@pytest.mark.parametrize(("model", "loss_fn"), [(lambda x: x, cross_entropy), (mlp(), 3)])
+def test_what_is_no_model_or_no_loss_is_refused(model: Any, loss_fn: Any) -> None:
+    with pytest.raises(UsageError, match="Step"):
+        declare(model, loss_fn)
+
+
+@pytest.mark.parametrize("normalise", ["average", 3, ("mean",)])
+def test_an_unknown_normalise_is_refused_with_the_three_that_are_known(normalise: Any) -> None:
+    with pytest.raises(UsageError, match=r"normalise='mean'.*'sum'.*lambda"):
+        declare(mlp(), cross_entropy, normalise=normalise)
+
+
+@pytest.mark.parametrize("loss", [torch.zeros(3), 0.5, None, (torch.zeros(()),)])
+def test_a_loss_that_is_no_single_number_is_refused(loss: Any) -> None:
+    with pytest.raises(UsageError, match="scalar"):
+        checked_loss(loss)
+
+
+def test_a_loss_of_one_entry_is_taken_as_a_scalar() -> None:
+    assert checked_loss(torch.ones(1, 1, requires_grad=True) * 2).shape == ()
+
+
+def test_a_loss_without_a_graph_is_refused_with_where_to_look() -> None:
+    step = declare(mlp(), lambda outputs, batch: cross_entropy(outputs.detach(), batch))
+    with pytest.raises(UsageError, match=r"(?s)no graph.*detach"):
+        plain_loss(step, (X, Y))
+
+
+def test_the_mode_tells_apart_which_layers_train() -> None:
+    model = nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))
+    step = declare(model, cross_entropy)
+    modes = [step.mode()]
+    model[1].eval()
+    modes.append(step.mode())
+    model.eval()
+    assert len({*modes, step.mode()}) == 3
+
+
+def test_the_loss_module_is_part_of_the_mode() -> None:
+    class Loss(nn.Module):
+        def forward(self, outputs: Tensor, batch: Any) -> Tensor:
+            return cross_entropy(outputs, batch)
+
+    loss_fn = Loss()
+    step = declare(mlp(), loss_fn)
+    before = step.mode()
+    loss_fn.eval()
+    assert step.mode() != before
+
+
+def test_parameters_on_two_devices_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(UsageError, match="cpu, meta"):
+        declare(model, cross_entropy)
