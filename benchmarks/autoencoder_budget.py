@@ -1,7 +1,7 @@
-"""The autoencoder on rows mapped from disk, inside budgets of counted bytes: predicted against measured, same losses.
+"""The autoencoder on rows mapped from disk, inside budgets of counted bytes: predicted and measured, same losses.
 
-Writes ``--rows`` patches of the bundled pictures to a ``.npy`` once, then trains ``--epochs`` whole-batch epochs at each
-budget and reads the highest counted bytes of every step.
+Writes ``--rows`` patches of the bundled pictures to a ``.npy`` once, then trains ``--epochs`` whole-batch epochs at
+each budget and reads the highest counted bytes of every step.
 """
 
 from __future__ import annotations

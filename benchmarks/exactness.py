@@ -1,4 +1,4 @@
-"""Gradients of split steps against plain PyTorch in float64, in units of the contract: 1 is what rounding may explain."""
+"""Gradients of split steps against plain PyTorch in float64, as a share of what rounding may explain."""
 
 from __future__ import annotations
 

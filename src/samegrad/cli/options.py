@@ -147,6 +147,8 @@ def _words_on_line(argv: Sequence[str], hints: Mapping[str, Any]) -> tuple[dict[
     located = {
         name: [dataclasses.replace(word, where=f"--{name}") for word in found] for name, found in words.items()
     }
+    if words.get("config") == []:
+        problems.append("--config: no file is named")
     return {name: found for name, found in located.items() if found}, problems
 
 
