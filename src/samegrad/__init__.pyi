@@ -21,9 +21,13 @@ from samegrad.records import Budget as Budget
 from samegrad.records import Category as Category
 from samegrad.records import Exactness as Exactness
 from samegrad.records import Footprint as Footprint
+from samegrad.records import KnobOrigin as KnobOrigin
 from samegrad.records import Plan as Plan
 from samegrad.records import StepResult as StepResult
 from samegrad.records import Verdict as Verdict
+from samegrad.report import Picture as Picture
+from samegrad.report import Story as Story
+from samegrad.report import render_markdown as render_markdown
 from samegrad.report import render_report as render_report
 from samegrad.settle import measure_step as measure_step
 from samegrad.settle import settle_plan as settle_plan

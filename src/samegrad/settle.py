@@ -27,7 +27,7 @@ from samegrad.measure.laws import fit_laws
 from samegrad.measure.probe import Probe, measure_rung, probe_plain, probe_split, standing_batch_bytes
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Counting, Footprint, Origin, Phase, PhaseLaw, Plan
+from samegrad.records import Budget, Counting, Exactness, Footprint, KnobOrigin, Origin, Phase, PhaseLaw, Plan
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
@@ -190,12 +190,25 @@ def _facts(examination: Examination | None, residents: Residents) -> dict[str, s
 
 
 def settle_plan(
-    step: Declares, batch: Any, *, budget: Budget, options: Options | None = None
+    step: Declares,
+    batch: Any,
+    *,
+    budget: Budget | str | int | None = None,
+    rows: int | Sequence[int] | None = None,
+    rows_origin: KnobOrigin = KnobOrigin.PINNED,
+    allow: Exactness = Exactness.SAME_SUM,
 ) -> tuple[Plan, Footprint]:
-    """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from."""
+    """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
+
+    ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it. Hand the plan
+    to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
+    """
     declared = step.declared
+    limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
+    pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
+    options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
     measurement = measure(declared, batch, aliases_for(declared))
-    plan, footprint, _ = settle(declared, measurement, batch, budget=budget, options=options or Options())
+    plan, footprint, _ = settle(declared, measurement, batch, budget=limit, options=options)
     return plan, footprint
 
 

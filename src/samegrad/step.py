@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from types import TracebackType
@@ -30,6 +31,9 @@ from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan, Verdict
 from samegrad.settle import Measurement, aliases_for, check_one_of, measure, settle
 from samegrad.trees import RowLayout
+from samegrad.units import format_bytes
+
+_log = logging.getLogger("samegrad")
 
 
 class Step:
@@ -73,7 +77,7 @@ class Step:
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
             device=device,
         )  # fmt: skip
-        self.budget: Budget | None = None
+        self.budget: Budget | None = None if plan is None else plan.budget
         self.plan: Plan | None = plan
         self.footprint: Footprint | None = None
         self.verdict: Verdict | None = None
@@ -180,6 +184,9 @@ class Step:
     def _planned(self, batch: Any, layout: RowLayout) -> tuple[Plan, Footprint]:
         device = self.declared.device
         self.budget = counters.read_budget(self._asked_budget, device, host=self._host_budget)
+        if self._asked_budget is None:
+            # A warning, so that it is seen without any logging set up: nobody declared this number.
+            _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)
         if self._enforce and not self._capped:
             counters.release_cached(device)
             self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None

@@ -45,6 +45,9 @@ STEPS = '''
         def __init__(self, count, seconds=0.0):
             self.count, self.seconds = count, seconds
 
+        def __len__(self):
+            return self.count
+
         def __iter__(self):
             for _ in range(self.count):
                 time.sleep(self.seconds)

@@ -28,7 +28,8 @@ class ToyOptions:
 
     def __post_init__(self) -> None:
         if self.num_epochs < 1:
-            raise UsageError(asked=f"num_epochs {self.num_epochs}", found="below 1", do="1 or more", option="num_epochs")
+            asked = f"num_epochs {self.num_epochs}"
+            raise UsageError(asked=asked, found="below 1", do="1 or more", option="num_epochs")
         if self.penalty and not self.tied:
             raise UsageError(asked="penalty", found="only with tied", do="add --tied", option="penalty")
 

@@ -63,6 +63,7 @@ def assert_close(ours: Gradients, plain: Gradients) -> None:
         found = ours[name]
         assert (found is None) == (expected is None), name
         if expected is not None and found is not None:
+            found, expected = found.detach(), expected.detach()
             largest = max(float(expected.abs().max()), 1e-3)
             error = float((found.double() - expected.double()).abs().max())
             assert error <= tolerance.entry_allowed(expected.dtype) * largest, (name, error)

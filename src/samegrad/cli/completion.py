@@ -13,6 +13,7 @@ import tyro
 
 from samegrad.cli.console import Console
 from samegrad.cli.options import ConfigOptions, StreamOptions, parse_line, without_prefix
+from samegrad.cli.target import FunctionOptions
 from samegrad.recipes import find_options, recipe_names
 
 
@@ -63,8 +64,9 @@ def _command(name: str) -> type:
     if name not in ("run", "measure", "plan", "verify"):
         return _flat(name, own)
     marker: Any = tyro.conf.OmitSubcommandPrefixes
-    recipes = _one_of({recipe: _flat(recipe, own, find_options(recipe)) for recipe in recipe_names()})
-    return dataclasses.make_dataclass(name, [("target", marker[recipes])])
+    targets = {recipe: _flat(recipe, own, find_options(recipe)) for recipe in recipe_names()}
+    targets["FILE.py:FUNCTION"] = _flat(name, own, FunctionOptions)
+    return dataclasses.make_dataclass(name, [("target", marker[_one_of(targets)])])
 
 
 def _flat(name: str, *kinds: type | None) -> type:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from samegrad import __version__
 from samegrad.cli.boundary import Boundary
@@ -52,9 +54,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbose=bool(flags & {"__verbose", "_v"}),
         color="__no_color" not in flags,
     )
-    with Boundary(console, debug="__debug" in flags) as boundary:
+    with Boundary(console, debug="__debug" in flags) as boundary, telling_warnings(console):
         boundary.code = dispatch(line, console)
     return boundary.code
+
+
+class ToConsole(logging.Handler):
+    """What the library logs, as notes on stderr."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.note(record.getMessage())
+
+
+@contextlib.contextmanager
+def telling_warnings(console: Console) -> Iterator[None]:
+    """The library's warnings go where the command's notes go, and with ``--quiet`` nowhere."""
+    logger, handler = logging.getLogger("samegrad"), ToConsole(console)
+    propagated = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
 
 
 def dispatch(line: Sequence[str], console: Console) -> int:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str], console: Console) -> int:
         if options.table:
             return _show_table(target, call.part(target.options_class), console)
         given = read_plan(options.plan) if options.plan is not None else None
-        training = load_training(target, call, given)
+        training = load_training(target, call)
         planned = plan_step(training, given)
         measured = measured_after_a_step(training.step, training.batch, planned.footprint) if given else None
     fits = True

@@ -34,19 +34,10 @@ def plan_step(training: Training, given: Plan | None = None) -> Planned:
 
     Raises BudgetTooSmall or CannotSplit when nothing exact fits, UsageError when the step's own pins contradict.
     """
+    if given is not None or training.budget is not None:
+        _declare_again(training, given)
     step, batch = training.step, training.batch
-    if given is not None:
-        step.plan = given
-    elif training.budget is not None:
-        step.budget = read_budget(training.budget, step.declared.device)
-        step.plan, step.footprint = sg.settle_plan(step, batch, budget=step.budget)
-    wanted, plan = step.plan, step.prepare(batch)
-    if wanted is not None and plan.levers != wanted.levers:
-        raise UsageError(
-            asked=f"run {training.title} as {'--plan' if given is not None else '--budget'} says",
-            found=f"the step itself was declared with rows={plan.levers.get('split_rows', {}).get('rows', 'all')}",
-            do="leave rows= out of samegrad.Step, or leave the option out",
-        )
+    plan = step.prepare(batch)
     footprint = step.footprint or sg.measure_step(step, batch)
     predicted = predicted_footprint(footprint, plan)
     plan = dataclasses.replace(
@@ -57,6 +48,32 @@ def plan_step(training: Training, given: Plan | None = None) -> Planned:
     )
     _check_fits(training, plan)
     return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explain_plan(plan, footprint))
+
+
+def _declare_again(training: Training, given: Plan | None) -> None:
+    """Puts the same step in place, declared with the plan or the budget of the command line."""
+    step = training.step
+    pinned, declared = step._rows, step.declared
+    if pinned is not None and given is None:
+        raise UsageError(
+            asked=f"--budget {training.budget} for {training.title}",
+            found=f"the step was declared with rows={pinned if isinstance(pinned, int) else list(pinned)}",
+            do="leave rows= out of samegrad.Step, or leave the option out",
+            option="budget",
+        )
+    step.close()
+    training.step = sg.Step(
+        declared.model,
+        declared.loss_fn,
+        plan=given,
+        budget=training.budget if given is None else None,
+        optimizer=declared.optimizer,
+        forward=declared.forward,
+        normalise=declared.normalise,
+        batch_axes=declared.batch_axes,
+        device=declared.device,
+        allow=step.allow,
+    )
 
 
 def _check_fits(training: Training, plan: Plan) -> None:

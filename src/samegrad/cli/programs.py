@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 import samegrad as sg
 from samegrad.cli.options import Call
 from samegrad.cli.run_story import PictureFile
-from samegrad.cli.target import FunctionOptions, FunctionTarget, Target
+from samegrad.cli.target import FunctionTarget, Target
 from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, counting_of
+from samegrad.errors import UsageError
 from samegrad.recipes import Program, Recipe, find_recipe, run_epochs
-from samegrad.records import Counting, Plan
+from samegrad.records import Counting
 from samegrad.store import (
     Checkpoint,
     model_into,
@@ -24,20 +28,36 @@ from samegrad.store import (
 )
 
 
-def load_training(target: Target, call: Call, plan: Plan | None = None) -> Training:
-    """The program of ``target``, its model made and its data opened, nothing trained yet.
-
-    ``plan``: the plan it will be given; a recipe then leaves its own default number of rows out.
-    """
+def load_training(target: Target, call: Call) -> Training:
+    """The program of ``target``, its model made and its data opened, nothing trained yet."""
+    options: Any = call.part(target.options_class)
+    _seed(options.random_seed)
+    pins = {} if isinstance(target, FunctionTarget) else find_recipe(target.name).pins
+    _check_one_way(target, call, ("budget", *pins))
     if isinstance(target, FunctionTarget):
-        loaded = target.load(call.part(FunctionOptions))
+        loaded = target.load(options)
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
-    options: Any = call.part(target.options_class)
-    if plan is not None and options.budget is None:
-        total_bytes = plan.budget.total_bytes if plan.budget is not None else 2**59
-        options = dataclasses.replace(options, budget=f"{total_bytes}B")
     return RecipeTraining(recipe, recipe.build(options))
+
+
+def _check_one_way(target: Target, call: Call, others: Sequence[str]) -> None:
+    """A given plan says all about how the step runs; raises UsageError where another option says it too."""
+    given = [name for name in others if call.given(name)]
+    if given and any(getattr(part, "plan", None) is not None for part in call.parts):
+        raise UsageError(
+            asked=f"--plan for {target.name}, and {given[0]} ({call.origins[given[0]]})",
+            found="both decide how many rows run at a time",
+            do="give one of them; a plan brings its own budget",
+            option=given[0],
+        )
+
+
+def _seed(seed: int) -> None:
+    """The default generators of this process, which is the command's own: the same command, the same draws."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 class RecipeTraining:
@@ -53,6 +73,10 @@ class RecipeTraining:
     @property
     def step(self) -> sg.Step:
         return self.program.step
+
+    @step.setter
+    def step(self, step: sg.Step) -> None:
+        self.program.step = step
 
     @property
     def batch(self) -> Any:

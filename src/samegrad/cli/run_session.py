@@ -25,7 +25,7 @@ from samegrad.cli.run_story import Summary, read_metrics, read_plan, read_record
 from samegrad.cli.stopping import StopFlag, Stopped, listening
 from samegrad.cli.target import Target
 from samegrad.cli.training import Outcome, Tick, Training, counting_of
-from samegrad.errors import GradientsDiffer
+from samegrad.errors import GradientsDiffer, NonFinite
 from samegrad.measure import counters
 from samegrad.records import Budget, Plan, Same, Verdict
 from samegrad.report import render_markdown, render_report
@@ -78,9 +78,10 @@ def run_session(target: Target, call: Call, folder: RunFolder, console: Console)
         if not options.resume:
             folder.write_text("config.json", config_text(target, call))
         given = _given_plan(folder, options)
-        training = load_training(target, call, given)
+        training = load_training(target, call)
         if options.resume:
             _resume(training, folder, console)
+            stop.saved = str(folder.path)
         planned = _plan(training, folder, given, console)
         _write_summary(training, folder, planned, Outcome())
         try:
@@ -172,6 +173,12 @@ def _verify(training: Training, folder: RunFolder, options: RunOptions, console:
         verdict = sg.verify_step(training.step, training.batch, rows=options.verify_rows)
         folder.write_text("verdict.json", verdict.to_json())
     console.note(judge(verdict).text)
+    if not math.isfinite(verdict.max_relative_error):
+        raise NonFinite(
+            asked=f"verify the gradients of {training.title} before training",
+            found=f"on the first batch they are not finite, at {verdict.worst_parameter or 'the loss'}",
+            do="look at that batch's rows and at the loss; samegrad verify shows every check",
+        )
     if verdict.answer is Same.DIFFERS:
         raise GradientsDiffer(
             asked=f"train {training.title} with the gradients of the plain step",
@@ -195,16 +202,16 @@ def _train(
             if training.done % options.log_every == 0 or training.done == 1 or tick.last:
                 _log_memory(tick, told, training, folder, plan.budget, bar)
             if stop or tick.last or training.done % options.save_every == 0:
-                _save(training, folder)
+                _save(training, folder, stop)
                 saved_at = training.done
-            if stop and not tick.last:
-                raise stop.stop(saved=str(folder.path))
+            stop.obey()
         if saved_at != training.done:
-            _save(training, folder)
+            _save(training, folder, stop)
 
 
-def _save(training: Training, folder: RunFolder) -> None:
+def _save(training: Training, folder: RunFolder, stop: StopFlag) -> None:
     save_checkpoint(folder.checkpoints, step=training.steps_done, tensors=training.tensors(), state=training.state())
+    stop.saved = str(folder.path)
 
 
 def _record(tick: Tick, training: Training, folder: RunFolder) -> str:

@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C become a flag that the loop reads between steps.
 
-1. Before the first step there is nothing to save: the signal ends the command where it stands.
+1. Outside the loop nothing is at stake that is not saved yet: the signal ends the command where it stands.
 2. In the loop the first signal only sets the flag; the loop saves and then raises ``Stopped``.
 3. A second signal ends the process at once, as if nobody had listened; the last periodic checkpoint stands.
 """
@@ -29,10 +29,14 @@ class Stopped(BaseException):
 
 
 class StopFlag:
-    """What the signal handlers have seen. ``hold`` marks the stretch in which signals wait for the loop."""
+    """What the signal handlers have seen. ``hold`` marks the stretch in which signals wait for the loop.
+
+    ``saved`` is where the work done so far stands; whoever saves says so here.
+    """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
+        self.saved: str | None = None
         self._held = False
 
     def __bool__(self) -> bool:
@@ -47,11 +51,10 @@ class StopFlag:
         finally:
             self._held = False
 
-    def stop(self, *, saved: str | None) -> Stopped:
-        """The exception that ends the command, once the caller has saved what ``saved`` names."""
-        if self.asked is None:
-            raise RuntimeError("nobody asked to stop")
-        return Stopped(self.asked, saved=saved)
+    def obey(self) -> None:
+        """Raises Stopped if somebody asked to stop; called once the work is saved."""
+        if self.asked is not None:
+            raise Stopped(self.asked, saved=self.saved)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None:
@@ -59,7 +62,7 @@ class StopFlag:
             os.kill(os.getpid(), number)
         self.asked = signal.Signals(number)
         if not self._held:
-            raise Stopped(self.asked, saved=None)
+            self.obey()
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class FunctionOptions:
     device: str | None = None
     """Device to train on: cpu, cuda, cuda:1."""
     random_seed: int = 0
-    """Seed of torch's default generator, set before the function is called."""
+    """Seed of the default generators of torch, numpy and Python, set before the function is called."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,6 @@ class FunctionTarget:
 
         Raises UsageError for a device it does not take, BadInput for a file or function that is not there or fails.
         """
-        import torch
-
         from samegrad import Step
 
         with UserCode(self):
@@ -85,8 +83,6 @@ class FunctionTarget:
                 do="name a function that returns (samegrad.Step(...), batches)", file=str(self.path),
             )  # fmt: skip
         keywords = _keywords(self.name, function, options)
-        # One process, one command: the seed is the command's to set, before the model is made.
-        torch.manual_seed(options.random_seed)
         with UserCode(self):
             returned = function(**keywords)
         match returned:

@@ -62,8 +62,7 @@ class Training(Protocol):
     unit: str
     budget: str | None
 
-    @property
-    def step(self) -> sg.Step: ...
+    step: sg.Step
 
     @property
     def batch(self) -> Any: ...
@@ -100,7 +99,7 @@ class FunctionTraining:
     unit = "step"
 
     def __init__(self, title: str, step: sg.Step, batches: Iterable[Any], *, budget: str | None = None) -> None:
-        self.title, self._step, self.budget, self._done = title, step, budget, 0
+        self.title, self.step, self.budget, self._done = title, step, budget, 0
         self._total = len(batches) if isinstance(batches, Sized) else None
         # One iterator for planning and training: a second one would draw another order from the generators.
         rest = iter(batches)
@@ -108,10 +107,6 @@ class FunctionTraining:
         if not found:
             raise BadInput(asked=title, found="no batches", do="return an iterable with at least one batch")
         self._latest, self._upcoming = found[0], _one_then(found.pop(), rest)
-
-    @property
-    def step(self) -> sg.Step:
-        return self._step
 
     @property
     def batch(self) -> Any:
@@ -135,8 +130,8 @@ class FunctionTraining:
     def ticks(self) -> Iterator[Tick]:
         left = None if self._total is None else max(0, self._total - self._done)
         batches = self._noticed(itertools.islice(self._upcoming, left))
-        counter = sg.count_bytes(self._step) if counting_of(self._step) is Counting.TENSOR_BYTES else None
-        for result in sg.train(self._step, batches, first_index=self._done, counter=counter):
+        counter = sg.count_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
+        for result in sg.train(self.step, batches, first_index=self._done, counter=counter):
             self._done = result.index + 1
             yield Tick(results=(result,), last=self._done == self._total)
 
@@ -169,11 +164,11 @@ class FunctionTraining:
 
     @property
     def _model(self) -> Any:
-        return self._step.declared.network
+        return self.step.declared.network
 
     @property
     def _optimizer(self) -> Any:
-        return self._step.declared.optimizer
+        return self.step.declared.optimizer
 
 
 def _one_then(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

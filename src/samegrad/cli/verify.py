@@ -39,7 +39,7 @@ def main(argv: Sequence[str], console: Console) -> int:
 
     with listening():
         given = read_plan(options.plan) if options.plan is not None else None
-        training = load_training(target, call, given)
+        training = load_training(target, call)
         planned = plan_step(training, given)
         console.detail(planned.explanation)
         if not planned.plan.levers:

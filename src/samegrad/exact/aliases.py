@@ -95,12 +95,18 @@ class GradientTotals:
         """Sums of the chunks' absolute gradients, where they were kept (``GradientMagnitudes``)."""
         return None
 
-    def taken(self) -> list[Tensor | None]:
-        """The totals, in the parameters' dtypes, None where no chunk gave a gradient. The sums are given up."""
+    def taken(self, factor: Tensor | None = None) -> list[Tensor | None]:
+        """The totals, in the parameters' dtypes, None where no chunk gave a gradient. The sums are given up.
+
+        ``factor``: () float64, what all of them are multiplied by while they are still wide.
+        """
         totals: list[Tensor | None] = []
         for index, alias in enumerate(self._aliases):
             wide = self._wide.pop(index, None)
-            totals.append(alias.grad if wide is None else wide.to(alias.dtype))
+            total = alias.grad if wide is None else wide
+            if total is not None and factor is not None:
+                total.mul_(factor.to(total.dtype))
+            totals.append(None if total is None else total.to(alias.dtype))
             alias.grad = None
         return totals
 
@@ -126,5 +132,9 @@ class GradientMagnitudes(GradientTotals):
     def magnitudes(self) -> list[Tensor | None]:
         return self._magnitudes
 
-    def taken(self) -> list[Tensor | None]:
+    def taken(self, factor: Tensor | None = None) -> list[Tensor | None]:
+        if factor is not None:
+            for tensor in (*self._sums, *self._magnitudes):
+                if tensor is not None:
+                    tensor.mul_(factor.to(tensor.dtype))
         return [None if s is None else s.to(a.dtype) for s, a in zip(self._sums, self._aliases)]

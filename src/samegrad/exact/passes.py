@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -53,16 +54,22 @@ def single_pass(
     shares: Sequence[float],
     scale: Tensor,
     sums_of: GradientSums = GradientTotals,
+    divisor: float = 1.0,
 ) -> StepTotals:
     """Totals of a step whose loss is a sum over rows.
 
     ``shares[k]`` is chunk k's part of the loss: its rows or its count over the batch's for a mean, 1 for a sum. A
     chunk whose share is 0 (no valid target) adds nothing and is not run. ``scale``: () float64, the loss scale.
+    ``divisor``: what the shares were divided by, where that matters for narrow dtypes.
     """
     device = declared.device
     sums = program.LossSums(device)
     weights = torch.tensor(shares, dtype=torch.float64, device=device)
-    cotangents = weights * scale
+    # A multiple of a power of two is exact where the loss is narrow, n / rows is not; every row of a chunk would carry
+    # that rounding, so what is left of the divisor is made up for on the wide sums.
+    rest = 2.0 ** round(math.log2(divisor)) / divisor
+    cotangents = weights * scale / rest
+    factor = None if rest == 1 else torch.tensor(rest, dtype=torch.float64, device=device)
     loss_dtype: torch.dtype | None = None
 
     def loss_of_chunk(outputs: Any, chunk: Any) -> Tensor:
@@ -80,16 +87,12 @@ def single_pass(
                 continue
             chunk_program.bind(chunk, weights[index], cotangents[index])
             chunk_program.run()
-        totals, magnitudes = chunk_program.totals(), gradients.magnitudes()
-    loss = sums.loss
-    if form is Form.COUNTED:
-        loss = sums.loss / sums.count
-        # Chunks ran with cotangents for the count they were expected to have; the true count is known now.
-        expected = 1 / weights[0]
-        rest = torch.where(sums.count == 0, torch.zeros_like(sums.count), expected / sums.count)
-        for total in (*totals, *(magnitudes or ())):
-            if total is not None:
-                total.mul_(rest.to(total.dtype))
+        loss = sums.loss
+        if form is Form.COUNTED:
+            loss = sums.loss / sums.count
+            # Chunks ran with cotangents for the count they were expected to have; the true count is known now.
+            factor = torch.where(sums.count == 0, torch.zeros_like(sums.count), 1 / (weights[0] * sums.count))
+        totals, magnitudes = chunk_program.totals(factor), gradients.magnitudes()
     return StepTotals(loss.to(loss_dtype), list(aliases.parameters), totals, magnitudes=magnitudes)
 
 

@@ -65,9 +65,9 @@ class ChunkProgram:
         self._body(*self._inputs)
         self._gradients.fold()
 
-    def totals(self) -> list[Tensor | None]:
+    def totals(self, factor: Tensor | None = None) -> list[Tensor | None]:
         self._inputs = ()
-        return self._gradients.taken()
+        return self._gradients.taken(factor)
 
 
 class LossSums:

@@ -7,6 +7,7 @@ those before the call.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep, plain_loss
 from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
 from samegrad.exact import passes, program
-from samegrad.exact.aliases import GradientTotals, ParameterAliases
+from samegrad.exact.aliases import NARROW, GradientTotals, ParameterAliases
 from samegrad.exact.examine import Examination
 from samegrad.exact.handoff import hand_over
 from samegrad.exact.losses import Form
@@ -74,24 +75,27 @@ class SplitStep:
             scale = scaler.scale(torch.ones((), device=device)).to(torch.float64)
         generators = Generators(device)
         versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
+        with generators.restored_on_failure():
+            totals = self._summed(batch, layout, sizes, scale)
+            self._check_untouched(generators, versions)
+            _check_repeated(totals)
+        return totals
+
+    def _summed(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scale: Tensor) -> StepTotals:
+        device = self.declared.device
         if self.examination.passes == 1:
             shares = self._shares(batch, layout, sizes)
             chunks = arriving_chunks(self.chunks(batch, layout, sizes, device))
             form = self.examination.form
-            totals = passes.single_pass(self.declared, self.aliases, form, chunks, shares, scale, self.sums_of)
-        else:
-            twice = [arriving_chunks(self.chunks(batch, layout, sizes, device)) for _ in range(2)]
-            whole = arriving(batch, layout, device)
-            totals = passes.two_passes(self.declared, self.aliases, whole, twice, sizes, scale, self.sums_of)
-        self._check_untouched(generators, versions)
-        if totals.mismatches is not None and (count := int(totals.mismatches)):
-            raise GradientsDiffer(
-                asked="a second pass that repeats the first bit for bit",
-                found=f"{count} output entries differ: the forward is not the same function twice",
-                do="look for randomness, state or nondeterministic kernels in the model "
-                "(torch.use_deterministic_algorithms(True, warn_only=True) names kernels), or run the step whole",
-            )
-        return totals
+            narrow = any(p.dtype in NARROW for p in self.aliases.parameters)
+            by_rows = form is Form.ROW_MEAN or (self.examination.declared and self.declared.normalise == "mean")
+            return passes.single_pass(
+                self.declared, self.aliases, form, chunks, shares, scale, self.sums_of,
+                divisor=layout.rows if narrow and by_rows else 1.0,
+            )  # fmt: skip
+        twice = [arriving_chunks(self.chunks(batch, layout, sizes, device)) for _ in range(2)]
+        whole = arriving(batch, layout, device)
+        return passes.two_passes(self.declared, self.aliases, whole, twice, sizes, scale, self.sums_of)
 
     def backward(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
@@ -104,7 +108,8 @@ class SplitStep:
         if not self.examination.declared:
             if self.examination.form is Form.COUNTED:
                 expected = layout.rows * (self.examination.count_per_row or 1.0)
-                return [1 / expected] * len(sizes)
+                # A power of two, so that n / expected is exact in every dtype.
+                return [2.0 ** -round(math.log2(expected))] * len(sizes)
             mean = self.examination.form is Form.ROW_MEAN
             return [size / layout.rows if mean else 1.0 for size in sizes]
         normalise = self.declared.normalise
@@ -119,12 +124,21 @@ class SplitStep:
         changed = [name for name, buffer, version in versions if buffer._version != version]
         if not drew and not changed:
             return
-        generators.restore()
         found = f"the forward drew random numbers ({', '.join(drew)})" if drew else f"buffers changed: {changed[:3]}"
         raise CannotSplit(
             asked="a step whose chunks draw nothing and change nothing",
             found=f"{found}, although it did not on its first rows; no gradient was handed over",
             do="run the step whole, or take the drawing or the state out of the model",
+        )
+
+
+def _check_repeated(totals: StepTotals) -> None:
+    if totals.mismatches is not None and (count := int(totals.mismatches)):
+        raise GradientsDiffer(
+            asked="a second pass that repeats the first bit for bit",
+            found=f"{count} output entries differ: the forward is not the same function twice",
+            do="look for randomness, state or nondeterministic kernels in the model "
+            "(torch.use_deterministic_algorithms(True, warn_only=True) names kernels), or run the step whole",
         )
 
 

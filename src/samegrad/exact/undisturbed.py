@@ -45,6 +45,15 @@ class Generators:
         if "numpy" in self.states:
             sys.modules["numpy"].random.set_state(self.states["numpy"])
 
+    @contextlib.contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """A block after which the generators are those of this snapshot, should it raise."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
 
 def _same_state(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
@@ -155,7 +164,10 @@ def _kept(value: Any) -> bool:
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach(), b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # NaN is no change.
+    return torch.equal(a.detach(), b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from typing import cast
 
 from samegrad.errors import BadInput
 from samegrad.levers._lever import Execution, Lever, Slot
@@ -20,11 +21,8 @@ def find_levers() -> dict[str, type[Lever]]:
         if module.name.startswith("_"):
             continue
         content = importlib.import_module(f"{__name__}.{module.name}")
-        mine: list[type[Lever]] = [
-            value
-            for value in vars(content).values()
-            if inspect.isclass(value) and value.__module__ == content.__name__ and hasattr(value, "slot")
-        ]
+        classes = [c for c in vars(content).values() if inspect.isclass(c) and c.__module__ == content.__name__]
+        mine = [cast(type[Lever], c) for c in classes if hasattr(c, "slot")]
         if len(mine) != 1:
             raise TypeError(f"{content.__name__} must define exactly one lever, found {[m.__name__ for m in mine]}")
         found += mine

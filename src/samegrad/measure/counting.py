@@ -1,7 +1,8 @@
 """Live tensor bytes of whatever runs inside, by category and phase, on any device.
 
 Every operation's results are seen; a storage counts once, from its first appearance until it is freed. Memory that a
-kernel takes and gives back inside one operation is not seen, nor is anything that is not a tensor.
+kernel takes and gives back inside one operation is not seen, nor is anything that is not a tensor. Views of memory
+that stood before and was not claimed (rows mapped from a file) do not count.
 """
 
 from __future__ import annotations
@@ -152,7 +153,15 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         result = func(*args, **(kwargs or {}))
         category = _BORN_IN[self.phase]
         for leaf in (result,) if isinstance(result, Tensor) else trees.leaves_of(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not self._stood_before(leaf, args):
                 self._see(leaf, category)
         self._note_peak()
         return result
+
+    def _stood_before(self, result: Tensor, args: tuple[Any, ...]) -> bool:
+        """Whether ``result`` only looks at memory that an argument brought and nobody claimed: a mapped file, say."""
+        key = result.untyped_storage()._cdata
+        if key in self._known:
+            return False
+        leaves = trees.leaves_of(args)
+        return any(isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata == key for leaf in leaves)

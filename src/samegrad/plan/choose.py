@@ -38,14 +38,14 @@ def _nothing_fits(footprint: Footprint, options: Options, budget: Budget) -> Bud
     pinned = options.rows if options.rows is None or isinstance(options.rows, int) else max(options.rows)
     if refusal is not None and (pinned is None or pinned < footprint.batch_rows):
         return CannotSplit(
-            asked=f"a plan {within}" if pinned is None else f"{options.rows} rows at a time {within}",
+            asked=f"a plan {within}" if pinned is None else f"{pinned} rows at a time {within}",
             found=f"the plain step needs {format_bytes(_plain_peak(footprint))} and cannot be split: {refusal}",
             do="; ".join(ways_down(footprint, budget)),
         )
     if pinned is not None:
         needed = footprint.predicted_peak_bytes(rows=pinned)
         return BudgetTooSmall(
-            asked=f"{options.rows} rows at a time ({options.rows_origin.value}) {within}",
+            asked=f"{pinned} rows at a time ({options.rows_origin.value}) {within}",
             found=f"{pinned} rows need {format_bytes(needed)}",
             do="drop the pin and let the plan choose the rows, or raise the budget to "
             f"{format_bytes(budget_for(needed, budget.counting))}",

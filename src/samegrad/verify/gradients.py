@@ -106,7 +106,7 @@ class _Bench:
 def _compare(
     declared: DeclaredStep, split: SplitStep | None, few: Any, layout: RowLayout, parts: Sequence[int]
 ) -> _Comparison:
-    modules = [declared.network] + ([declared.loss_module] if declared.loss_module is not None else [])
+    modules = declared.modules
     with undisturbed(modules, declared.device) as (generators, state):
         bench = _Bench(generators, state, few)
         plain = bench.run(lambda rows: _plain(declared, rows))
@@ -212,10 +212,16 @@ def _twin_sides(
     if not plain.by_name.keys() <= names or any(p.is_complex() for p in split.declared.network.parameters()):
         return None
     try:
-        twin, wide = float64_twin(split), dataclasses.replace(bench, rows=widened(bench.rows))
+        twin = float64_twin(split)
+        wide = _Bench(bench.generators, ModuleState(twin.declared.modules), widened(bench.rows))
+        seen = NarrowestSeen()
+
+        def watched(rows: Any) -> _Gradients:
+            with seen:
+                return _plain(twin.declared, rows)
+
         with torch.autocast(split.declared.device.type, enabled=False):
-            with NarrowestSeen() as seen:
-                oracle = wide.run(lambda rows: _plain(twin.declared, rows))
+            oracle = wide.run(watched)
             again = wide.run(lambda rows: _split(twin, rows, layout, parts))
     except torch.OutOfMemoryError:
         raise

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,28 +172,34 @@ def _make_step(
     partitions = options.pinned_partitions
     if options.budget is None:
         # rule of all recipes: the document's own number holds where there is neither a budget nor a pin
-        return declare(rows=partition_sizes(len(train), partitions or min(DOCUMENT_PARTITIONS, len(train))))
+        sizes = partition_sizes(len(train), partitions or min(DOCUMENT_PARTITIONS, len(train)))
+        return declare(plan=_partition_plan(sizes, pinned=partitions is not None))
     step = declare(budget=options.budget)
     if partitions is None:
         return step
     sizes = partition_sizes(len(train), partitions)
-    _check_pin(step, train, partitions, sizes)
-    step.close()
-    return declare(rows=sizes)
+    with step:
+        try:
+            plan, footprint = sg.settle_plan(step, train, budget=options.budget, rows=sizes)
+        except sg.BudgetTooSmall as refusal:
+            raise sg.BudgetTooSmall(
+                asked=f"--num_partitions {partitions} within {options.budget}",
+                found=refusal.found,
+                do="ask for more partitions, leave --num_partitions out, or raise the budget",
+                option="num_partitions",
+            ) from None
+    pinned = declare(plan=plan)
+    pinned.footprint = footprint
+    return pinned
 
 
-def _check_pin(step: sg.Step, train: EpochRows, partitions: int, sizes: Sequence[int]) -> None:
-    """Raises BudgetTooSmall when a step in the pinned partitions would not fit the budget."""
-    step.prepare(train)
-    needed_bytes = step.footprint.predicted_peak_bytes(rows=max(sizes))
-    if needed_bytes > step.budget.total_bytes:
-        raise sg.BudgetTooSmall(
-            asked=f"--num_partitions {partitions} within {step.budget.source}",
-            found=f"{max(sizes)} rows at a time are predicted to need {needed_bytes / 2**20:.0f} MiB, the budget has "
-            f"{step.budget.total_bytes / 2**20:.0f} MiB",
-            do="ask for more partitions, leave --num_partitions out, or raise the budget",
-            option="num_partitions",
-        )
+def _partition_plan(sizes: list[int], *, pinned: bool) -> sg.Plan:
+    return sg.Plan(
+        levers={"host_rows": {}, "split_rows": {"rows": sizes}} if len(sizes) > 1 else {},
+        exactness=sg.Exactness.SAME_SUM if len(sizes) > 1 else sg.Exactness.SAME_BITS,
+        batch_rows=sum(sizes),
+        knob_origins={"split_rows.rows": sg.KnobOrigin.PINNED if pinned else sg.KnobOrigin.DEFAULT},
+    )
 
 
 def _forward(dtype: str) -> Any:

@@ -1,0 +1,264 @@
+"""Each command answers its question, on stdout for a person and as one document, and with its exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import samegrad as sg
+from samegrad.recipes import recipe_names
+from samegrad.records import Footprint, Plan, Same, Verdict
+from samegrad.verify.gradients import verify_step
+from tests.cli.conftest import Cli
+from tests.cli.test_main import WATCHED, spawn
+
+BUDGET = ("--budget", "50KiB")
+
+
+def test_plan_fits_and_is_written(cli: Cli, folder: Path) -> None:
+    ran = cli("plan", "steps.py:train", *BUDGET, "--output", "out", "--json")
+    assert ran.code == 0
+    assert ran.document["fits"] is True
+    plan = Plan.from_json((folder / "out" / "plan.json").read_text())
+    assert ran.document["plan"] == plan.to_dict()
+    assert plan.levers["split_rows"]["rows"] < plan.batch_rows
+    assert plan.predicted_peak_bytes is not None and plan.predicted_peak_bytes <= 50 * 1024
+
+
+def test_plan_tells_a_person_the_budget_the_levers_and_why(cli: Cli) -> None:
+    out = cli("plan", "steps.py:train", *BUDGET).out
+    for part in ("50.0 KiB", "counted tensor bytes", "split_rows", "rows = ", "(chosen)", "host_rows: refused"):
+        assert part in out
+
+
+def test_below_the_floor_the_answer_is_no_with_what_it_is_made_of(cli: Cli) -> None:
+    ran = cli("plan", "steps.py:train", "--budget", "20KiB", "--json")
+    assert ran.code == 1
+    error = ran.document["error"]
+    for part in ("parameters", "gradients", "optimizer state", "one row"):
+        assert part in error["message"]
+    assert len(error["hint"].split("; ")) >= 3
+
+
+def test_a_given_plan_is_measured_and_judged(cli: Cli, folder: Path) -> None:
+    cli("plan", "steps.py:train", *BUDGET, "--output", "out")
+    fits = cli("plan", "steps.py:train", "--plan", "out/plan.json", "--json")
+    assert (fits.code, fits.document["fits"]) == (0, True)
+    path = folder / "out" / "plan.json"
+    tight = json.loads(path.read_text())
+    measured = fits.document["measured"]["peak_allocated_bytes"]
+    predicted = fits.document["plan"]["predicted_peak_bytes"]
+    tight["budget"]["total_bytes"] = min(measured, predicted) - 1
+    path.write_text(json.dumps(tight))
+    assert cli("plan", "steps.py:train", "--plan", "out/plan.json").code == 1
+
+
+def test_a_damaged_plan_is_bad_input_with_its_field(cli: Cli, folder: Path) -> None:
+    (folder / "plan.json").write_text('{"record": "Plan", "levers": {}, "exactness": "SAME_BITS", "rows": 3}')
+    ran = cli("plan", "steps.py:train", "--plan", "plan.json", "--json")
+    assert (ran.code, ran.document["error"]["file"]) == (3, "plan.json")
+    assert "unknown field 'rows'" in ran.document["error"]["message"]
+
+
+def test_a_plan_and_a_budget_together_are_refused(cli: Cli) -> None:
+    cli("plan", "steps.py:train", *BUDGET, "--output", "out")
+    ran = cli("run", "steps.py:train", *BUDGET, "--plan", "out/plan.json", "--json")
+    assert (ran.code, ran.document["error"]["option"]) == (2, "budget")
+
+
+def test_the_table_stands_beside_the_documents_figures(cli: Cli) -> None:
+    ran = cli("plan", "autoencoder", "--table", "--patch_rows", "300", "--hidden", "16", "--latent_dim", "4", "--json")
+    assert ran.code == 0
+    rows = ran.document["table"]
+    assert [row["partitions"] for row in rows] == [1, 2, 3, 6, 12]
+    assert all(isinstance(row["predicted_peak_bytes"], int) for row in rows)
+    assert any(row["document_times_smaller"] == 6 for row in rows)
+
+
+def test_a_function_has_no_table(cli: Cli) -> None:
+    assert cli("plan", "steps.py:train", "--table").code == 2
+
+
+def test_measure_shows_predicted_beside_measured(cli: Cli, folder: Path) -> None:
+    ran = cli("measure", "steps.py:train", *BUDGET, "--output", "out", "--json")
+    assert ran.code == 0
+    predicted = Footprint.from_json((folder / "out" / "footprint.json").read_text())
+    measured = Footprint.from_json((folder / "out" / "measured.json").read_text())
+    assert ran.document["predicted"] == predicted.to_dict()
+    assert ran.document["measured"] == measured.to_dict()
+    assert (predicted.origin.value, measured.origin.value) == ("predicted", "measured")
+    parameters = 4 * (16 * 64 + 64 + 64 * 4 + 4)
+    assert {c.value: n for c, n in measured.by_category.items()}["parameters"] == parameters
+    # Adam keeps two moments a parameter, and one float32 step count a tensor.
+    assert {c.value: n for c, n in measured.by_category.items()}["optimizer_state"] == 2 * parameters + 4 * 4
+    assert abs(measured.peak_allocated_bytes / predicted.peak_allocated_bytes - 1) < 0.1
+
+
+def test_verify_says_the_same_with_its_number(cli: Cli, folder: Path) -> None:
+    ran = cli("verify", "steps.py:train", *BUDGET, "--rows", "40", "--output", "out", "--json")
+    assert ran.code == 0
+    assert ran.document["same"] is True
+    verdict = Verdict.from_json((folder / "out" / "verdict.json").read_text())
+    assert ran.document["verdict"] == verdict.to_dict()
+    assert verdict.rows_checked == 40
+    told = cli("verify", "steps.py:train", *BUDGET, "--rows", "40").out
+    assert "Same gradients" in told and "of the allowed" in told
+
+
+UNEQUAL = """
+import torch, samegrad as sg
+
+class Net(torch.nn.Linear):
+    # Wrong at exactly the chunk's size, where no probe at a few rows looks.
+    def forward(self, x):
+        return super().forward(x) * (2.0 if len(x) == 13 else 1.0)
+
+def train():
+    net = Net(16, 4)
+    step = sg.Step(net, lambda out, b: torch.nn.functional.mse_loss(out, b[1]), rows=[13, 19],
+                   optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
+    return step, [(torch.randn(32, 16), torch.randn(32, 4))]
+"""
+
+
+def test_verify_says_no_when_the_gradients_differ_and_run_does_not_train(cli: Cli, folder: Path) -> None:
+    (folder / "unequal.py").write_text(UNEQUAL)
+    ran = cli("verify", "unequal.py:train", "--json")
+    assert ran.code == 1
+    assert ran.document["same"] is False
+    assert ran.document["verdict"]["answer"] == "differs"
+    trained = cli("run", "unequal.py:train", "--output", "out", "--json")
+    assert (trained.code, trained.document["error"]["code"]) == (1, "gradients-differ")
+    assert not (folder / "out" / "checkpoints").exists()
+
+
+def test_unproven_is_not_the_same_and_says_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unproven(step: object, batch: object, *, rows: int | None = None) -> Verdict:
+        proven = verify_step(step, batch, rows=rows)
+        return dataclasses.replace(proven, answer=Same.UNPROVEN)
+
+    monkeypatch.setattr(sg, "verify_step", unproven)
+    ran = cli("verify", "steps.py:train", *BUDGET)
+    assert ran.code == 1
+    assert "unproven is not the same" in ran.out
+
+
+def test_report_is_rebuilt_without_torch(cli: Cli, folder: Path) -> None:
+    cli("run", "steps.py:train", "--output", "out")
+    before = (folder / "out" / "report.html").read_text()
+    (folder / "out" / "report.html").unlink()
+    ran = spawn(WATCHED, "report", "out", "--json", cwd=folder)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert json.loads(ran.stdout)["report_html"] == "out/report.html"
+    assert (folder / "out" / "report.html").read_text() == before
+    assert (folder / "out" / "report.md").read_text()
+
+
+def test_a_report_reads_no_picture_from_outside_its_folder(cli: Cli, folder: Path) -> None:
+    cli("run", "steps.py:train", "--steps", "1", "--output", "out")
+    (folder / "secret.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    path = folder / "out" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["pictures"] = [{"file": "../secret.png", "caption": "not ours"}]
+    path.write_text(json.dumps(summary))
+    ran = cli("report", "out")
+    assert ran.code == 3
+    assert "outside the folder" in ran.err
+
+
+def test_recipes_are_listed_printed_and_copied(cli: Cli, folder: Path) -> None:
+    assert [recipe["name"] for recipe in cli("recipes", "--json").document["recipes"]] == recipe_names()
+    assert cli("recipes", "ls").out == cli("recipes").out
+    assert "class AutoencoderOptions" in cli("recipes", "cat", "autoencoder").out
+    assert cli("recipes", "cp", "autoencoder", "mine").code == 0
+    assert (folder / "mine" / "autoencoder" / "recipe.py").is_file()
+    assert not list((folder / "mine").rglob("__pycache__"))
+    again = cli("recipes", "cp", "autoencoder", "mine")
+    assert again.code == 2
+    assert "exists already" in again.err
+
+
+@pytest.mark.parametrize("line", [["cat"], ["cat", "autoencodr"], ["cp", "autoencoder"], ["mv", "autoencoder"]])
+def test_recipes_refuses_half_a_line(cli: Cli, line: list[str]) -> None:
+    assert cli("recipes", *line).code == 2
+
+
+def test_config_show_tells_where_each_value_comes_from(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "run.yaml").write_text("patience: 7\n")
+    monkeypatch.setenv("SAMEGRAD_BUDGET", "1GiB")
+    ran = cli("config", "show", "autoencoder", "--origin", "--config", "run.yaml", "--num_epochs", "9")
+    origins = {line.split()[0]: line.split()[-1] for line in ran.out.splitlines()}
+    expected = {
+        "patience": "run.yaml:1", "budget": "SAMEGRAD_BUDGET", "num_epochs": "--num_epochs",
+        "learning_rate": "recipe", "random_seed": "default", "save_every": "default",
+    }  # fmt: skip
+    assert {name: origins[name] for name in expected} == expected
+    document = cli("config", "show", "autoencoder", "--json", "--num_epochs", "9").document
+    assert document["options"]["num_epochs"] == {"value": 9, "origin": "--num_epochs"}
+
+
+def test_config_validate_answers_with_the_exit_code(cli: Cli, folder: Path) -> None:
+    (folder / "good.yaml").write_text("num_epochs: 20\n")
+    (folder / "bad.yaml").write_text("# lines\n\nnum_epoch: 20\n")
+    assert cli("config", "validate", "autoencoder", "--config", "good.yaml").code == 0
+    bad = cli("config", "validate", "autoencoder", "--config", "bad.yaml", "--json")
+    assert bad.code == 2
+    error = bad.document["error"]
+    assert "bad.yaml:3: unknown option 'num_epoch'; did you mean 'num_epochs'?" in error["message"]
+    assert error["file"] == "bad.yaml"
+
+
+def test_config_refuses_another_action(cli: Cli) -> None:
+    assert "did you mean 'show'" in cli("config", "shwo", "autoencoder").err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_recipes_and_options(cli: Cli, shell: str) -> None:
+    ran = cli("completion", shell)
+    assert ran.code == 0
+    for word in ("verify", "autoencoder", "num_epochs", "save_every"):
+        assert word in ran.out
+
+
+def test_the_bash_completion_is_a_script_bash_can_read(cli: Cli) -> None:
+    script = cli("completion", "bash").out
+    assert subprocess.run(["bash", "-n"], input=script, text=True, timeout=20).returncode == 0
+
+
+def test_doctor_tells_what_is_here_and_how_to_get_what_is_not(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samegrad.cli.doctor.EXTRAS", {"recipes": ("json",), "gpu": ("no_such_package",)})
+    ran = cli("doctor", "--json")
+    assert ran.code == 0
+    findings = {finding["name"]: finding for finding in ran.document["findings"]}
+    assert {"versions", "torch", "cpu", "memory", "disk", "extra recipes", "extra gpu"} <= findings.keys()
+    assert findings["extra recipes"]["answer"] == "ok"
+    assert findings["extra gpu"]["answer"] == "unknown"
+    assert "pip install 'samegrad[gpu]'" in findings["extra gpu"]["do"]
+
+
+def test_doctor_judges_a_run(cli: Cli) -> None:
+    cli("run", "steps.py:train", *BUDGET, "--output", "out")
+    ran = cli("doctor", "--run", "out", "--json")
+    findings = {finding["name"]: finding for finding in ran.document["findings"]}
+    assert findings["ended"]["answer"] == "ok"
+    assert findings["no out-of-memory"]["answer"] == "ok"
+    assert findings["memory stable"]["answer"] == "ok"
+    assert "50.0 KiB" in findings["within the budget"]["detail"]
+
+
+def test_demo_keeps_the_whole_promise(cli: Cli, folder: Path) -> None:
+    ran = cli("demo", "--json")
+    assert ran.code == 0, ran.err
+    document = ran.document
+    assert document["verdict"]["answer"] == "same"
+    assert document["measured_peak_bytes"] <= document["plan"]["budget"]["total_bytes"]
+    assert document["plan"]["levers"]["split_rows"]
+    assert document["test_mse"] < document["pca_test_mse"]
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page and "<script" not in page
+    assert "Same gradients" in page
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "steps.py"]
