@@ -19,7 +19,8 @@ from samegrad.exact import losses
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.audit import audit
 from samegrad.exact.losses import Form, LossForm
-from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach
+from samegrad.exact.passes import FirstPass, as_in_first_pass
+from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach, same_rows
 from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
 from samegrad.trees import RowLayout
 
@@ -37,6 +38,7 @@ class Examination:
     declared: bool = False
     count_per_row: float = 1.0
     module_hooks: tuple[str, ...] = ()
+    first_pass: FirstPass = FirstPass.WITHOUT_GRAPH
 
     @property
     def passes(self) -> int:
@@ -56,13 +58,20 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
         probes = RowProbes(declared, few, few_layout, generators, state)
         outputs = probes.run(others, few_layout)
         with aliases.swapped() as standing, torch.enable_grad():
-            check_reach(aliases, declared.forward(declared.network, few), standing)
+            with_graph = declared.forward(declared.network, few)
+            check_reach(aliases, with_graph, standing)
+            with as_in_first_pass(declared.device.type, FirstPass.WITHOUT_GRAPH):
+                without_graph = declared.forward(declared.network, few)
+        first_pass = FirstPass.WITHOUT_GRAPH if same_rows(with_graph, without_graph) else FirstPass.WITH_GRAPH
+        del with_graph, without_graph
         if declared.normalise is not None:
             _check_declared(declared, outputs, few, few_layout, state)
             _check_loss_reach(declared, aliases, outputs, few)
             return Examination(Form.ROW_SUM, "declared by normalise=", declared=True, module_hooks=hooks)
         form, count = _recognised(declared, outputs, few, few_layout, state)
-    return Examination(form.form, form.reason, count_per_row=count / rows, module_hooks=hooks)
+    return Examination(
+        form.form, form.reason, count_per_row=count / rows, module_hooks=hooks, first_pass=first_pass
+    )  # fmt: skip
 
 
 def _chosen(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:

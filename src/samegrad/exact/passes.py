@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -26,6 +27,14 @@ from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.losses import Form
 from samegrad.exact.phases import announce
 from samegrad.records import Phase
+
+
+class FirstPass(enum.Enum):
+    """How rows are computed the first time: some kernels (recurrent ones on the CPU) exist without a graph only."""
+
+    WITHOUT_GRAPH = "without graph"
+    WITH_GRAPH = "with graph"
+
 
 GradientSums = Callable[[Sequence[nn.Parameter]], GradientTotals]
 
@@ -104,6 +113,7 @@ def two_passes(
     sizes: Sequence[int],
     scale: Tensor,
     sums_of: GradientSums = GradientTotals,
+    first_pass: FirstPass = FirstPass.WITHOUT_GRAPH,
 ) -> StepTotals:
     """Totals of a step with any loss of the outputs.
 
@@ -113,7 +123,7 @@ def two_passes(
     forward = _forward(declared)
     mismatches = torch.zeros((), dtype=torch.int64, device=declared.device)
     with aliases.swapped() as swapped:
-        outputs = _first_pass(declared, forward, chunks_twice[0], sizes)
+        outputs = _first_pass(declared, forward, chunks_twice[0], sizes, first_pass)
         loss, cotangents, owned, owned_totals = _loss_gradients(
             declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters))
         )
@@ -144,21 +154,23 @@ def two_passes(
 
 
 def _first_pass(
-    declared: DeclaredStep, forward: program.Forward, chunks: Iterable[Any], sizes: Sequence[int]
+    declared: DeclaredStep,
+    forward: program.Forward,
+    chunks: Iterable[Any],
+    sizes: Sequence[int],
+    first_pass: FirstPass,
 ) -> program.OutputRows:
     outputs = program.OutputRows(rows=sum(sizes))
     body = program.first_pass_body(forward)
     start = 0
-    # Both passes must take the same kernels: the transformer fast path exists only without grad, and casts cached
-    # without grad would cut the weights off from the second pass.
-    with torch.no_grad(), _attention_fastpath_off(), _autocast_uncached(declared.device.type):
+    with as_in_first_pass(declared.device.type, first_pass):
         for size, chunk in zip(sizes, chunks):
             if start == 0:
                 announce(Phase.FORWARD)
                 first = forward(chunk)
                 outputs.allocate(first, size)
                 for place, leaf in zip(outputs.leaves(), program.tensors_in(first)):
-                    place[:size].copy_(leaf)
+                    place[:size].copy_(leaf.detach())
                 del first
             else:
                 body(chunk, [leaf[start : start + size] for leaf in outputs.leaves()])
@@ -198,6 +210,21 @@ def _parameter(leaf: Tensor) -> nn.Parameter:
 def _forward(declared: DeclaredStep) -> program.Forward:
     network = declared.network
     return lambda chunk: declared.forward(network, chunk)
+
+
+@contextlib.contextmanager
+def as_in_first_pass(device_type: str, first_pass: FirstPass) -> Iterator[None]:
+    """Both passes must take the same kernels, and the first is to keep nothing.
+
+    The transformer fast path exists only without a graph, and casts cached without one would cut the weights off from
+    the second pass.
+    """
+    with (
+        torch.set_grad_enabled(first_pass is FirstPass.WITH_GRAPH),
+        _attention_fastpath_off(),
+        _autocast_uncached(device_type),
+    ):
+        yield
 
 
 @contextlib.contextmanager

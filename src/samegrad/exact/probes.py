@@ -293,6 +293,11 @@ def _row_pairs(a: Any, b: Any) -> list[tuple[str, Tensor, Tensor]]:
     return [(path, x, y) for path, x, y in _leaf_pairs(a, b) if isinstance(x, Tensor)]
 
 
+def same_rows(a: Any, b: Any) -> bool:
+    """Whether two outputs of the model are bit for bit the same."""
+    return all(_same_bits(x, y) for _, x, y in _row_pairs(a, b))
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 

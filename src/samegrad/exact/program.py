@@ -159,7 +159,7 @@ def first_pass_body(forward: Forward) -> Callable[[Any, Sequence[Tensor]], None]
     def body(chunk: Any, places: Sequence[Tensor]) -> None:
         announce(Phase.FORWARD)
         for place, leaf in zip(places, tensors_in(forward(chunk))):
-            place.copy_(leaf)
+            place.copy_(leaf.detach())
 
     return body
 

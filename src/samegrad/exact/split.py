@@ -95,7 +95,10 @@ class SplitStep:
             )  # fmt: skip
         twice = [arriving_chunks(self.chunks(batch, layout, sizes, device)) for _ in range(2)]
         whole = arriving(batch, layout, device)
-        return passes.two_passes(self.declared, self.aliases, whole, twice, sizes, scale, self.sums_of)
+        return passes.two_passes(
+            self.declared, self.aliases, whole, twice, sizes, scale, self.sums_of,
+            first_pass=self.examination.first_pass,
+        )  # fmt: skip
 
     def backward(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,10 +29,22 @@ from samegrad.measure.probe import probe_plain
 from samegrad.records import Check, Same, Verdict
 from samegrad.trees import RowLayout
 from samegrad.verify import tolerance
-from samegrad.verify.twin import NarrowestSeen, float64_twin, widened
+from samegrad.verify.compare import (
+    Gradients,
+    Unrest,
+    check_of,
+    differences_of,
+    largest_error,
+    no_further_from_float64,
+    norm_of,
+    same_function,
+    same_parameters,
+)
+from samegrad.verify.twin import NarrowestSeen, Nudge, float64_twin, widened
 
 # A verification is to take seconds; more rows on request.
 _USUAL_ROWS = 4096
+_MAGNITUDE_PARTS = 64
 
 
 class Verifiable(Protocol):
@@ -46,15 +58,6 @@ class Verifiable(Protocol):
     def sizes_for(self, batch: Any) -> tuple[int, ...]: ...
 
     def split_for(self, batch: Any, layout: RowLayout) -> SplitStep: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gradients:
-    """One side of a comparison: gradients by parameter name (None where there is none), and the loss."""
-
-    by_name: Mapping[str, Tensor | None]
-    loss: float
-    magnitudes: Mapping[str, Tensor | None] = dataclasses.field(default_factory=dict)
 
 
 def verify_step(step: Verifiable, batch: Any, *, rows: int | None = None) -> Verdict:
@@ -71,7 +74,7 @@ def verify_step(step: Verifiable, batch: Any, *, rows: int | None = None) -> Ver
     few = trees.move(trees.slice_rows(batch, layout, 0, checked), declared.device)
     split, parts = None, _parts(sizes, checked, layout.rows)
     if len(sizes) > 1:
-        split = dataclasses.replace(step.split_for(batch, layout), sums_of=GradientMagnitudes)
+        split = step.split_for(batch, layout)
     comparison = _compare(declared, split, few, dataclasses.replace(layout, rows=checked), parts)
     verdict = _verdict(declared, comparison, checked, layout.rows)
     verdict = dataclasses.replace(verdict, seconds=time.perf_counter() - started)
@@ -97,7 +100,7 @@ class _Bench:
     state: ModuleState
     rows: Any
 
-    def run(self, side: Callable[[Any], _Gradients]) -> _Gradients:
+    def run(self, side: Callable[[Any], Gradients]) -> Gradients:
         self.state.restore()
         self.generators.restore()
         return side(trees.map_tensors(self.rows, Tensor.clone))
@@ -169,41 +172,41 @@ def _parts(sizes: Sequence[int], checked: int, batch_rows: int) -> list[int]:
     return trees.even_sizes(checked, max(1, 2 * checked // 5))
 
 
-def _spread(first: _Gradients, second: _Gradients, dtype: torch.dtype) -> Check:
+def _spread(first: Gradients, second: Gradients, dtype: torch.dtype) -> Check:
     """A plan that runs whole is the plain call; what is left to see is plain's own spread."""
-    error, worst = _largest(first.by_name, second.by_name, first.by_name)
+    error, worst = largest_error(first.by_name, second.by_name, first.by_name)
     detail = "the plan runs the plain call itself; this is what two such calls differ by"
     return dataclasses.replace(
-        _check("plain run twice", error, tolerance.entry_allowed(dtype), worst), detail=detail
+        check_of("plain run twice", error, tolerance.entry_allowed(dtype), worst), detail=detail
     )
 
 
 def _judge(
-    split: SplitStep, bench: _Bench, sides: tuple[_Gradients, _Gradients], layout: RowLayout, parts: Sequence[int]
+    split: SplitStep, bench: _Bench, sides: tuple[Gradients, Gradients], layout: RowLayout, parts: Sequence[int]
 ) -> tuple[list[Check], bool]:
     """The checks of a split step's gradients, and whether they were made where rounding hides nothing."""
     plain, ours = sides
     dtype = _dtype(split.declared)
-    checks = [_none_pattern(plain, ours)]
-    if dtype is torch.float64:
-        return checks + _logic(plain, ours, dtype), True
+    checks = [same_parameters(plain, ours)]
     in_twin = _twin_sides(split, bench, plain, layout, parts)
     if in_twin is None:
-        return checks + _logic(plain, ours, dtype), tolerance.proves_logic(dtype)
-    oracle, again, narrowest = in_twin
+        return checks + same_function(plain, ours, dtype, Unrest()), tolerance.proves_logic(dtype)
+    oracle, again, unrest, narrowest = in_twin
+    if dtype is torch.float64:
+        return checks + same_function(plain, ours, dtype, unrest), True
     judged_in = torch.float64
-    logic = _logic(oracle, again, judged_in)
+    logic = same_function(oracle, again, judged_in, unrest)
     if narrowest is not judged_in and not all(check.passed for check in logic):
         # Something inside computes in a narrower dtype whatever it is given, so its rounding is to be expected.
         judged_in = narrowest
-        logic = _logic(oracle, again, judged_in)
-    return [*checks, *logic, *_noise(plain, ours, oracle, dtype)], tolerance.proves_logic(judged_in)
+        logic = same_function(oracle, again, judged_in, unrest)
+    return [*checks, *logic, *no_further_from_float64(plain, ours, oracle, dtype)], tolerance.proves_logic(judged_in)
 
 
 def _twin_sides(
-    split: SplitStep, bench: _Bench, plain: _Gradients, layout: RowLayout, parts: Sequence[int]
-) -> tuple[_Gradients, _Gradients, torch.dtype] | None:
-    """Both sides in float64 and the narrowest dtype met on the way, or None for a step that cannot run in it.
+    split: SplitStep, bench: _Bench, plain: Gradients, layout: RowLayout, parts: Sequence[int]
+) -> tuple[Gradients, Gradients, Unrest, torch.dtype] | None:
+    """Both sides in float64, the plain one's unrest and the narrowest dtype met, or None where float64 cannot run.
 
     A loss that holds parameters of its own out of reach cannot, nor can code that fixes a dtype or closes over the
     model itself.
@@ -216,19 +219,38 @@ def _twin_sides(
         wide = _Bench(bench.generators, ModuleState(twin.declared.modules), widened(bench.rows))
         seen = NarrowestSeen()
 
-        def watched(rows: Any) -> _Gradients:
+        def watched(rows: Any) -> Gradients:
             with seen:
                 return _plain(twin.declared, rows)
 
         with torch.autocast(split.declared.device.type, enabled=False):
             oracle = wide.run(watched)
             again = wide.run(lambda rows: _split(twin, rows, layout, parts))
+            unrest = _unrest_of(twin.declared, wide, oracle)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError):
         # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
         return None
-    return (oracle, again, seen.dtype) if oracle.by_name.keys() == plain.by_name.keys() else None
+    return (oracle, again, unrest, seen.dtype) if oracle.by_name.keys() == plain.by_name.keys() else None
+
+
+def _unrest_of(twin: DeclaredStep, bench: _Bench, reference: Gradients) -> Unrest:
+    """The plain step's answer to rows and weights moved by one unit in the last place; ``twin`` is a copy of ours."""
+    by_name: dict[str, float] = {}
+    norm = loss = 0.0
+    for seed in range(2):
+        nudge = Nudge(seed)
+        moved = dataclasses.replace(bench, rows=trees.map_tensors(bench.rows, nudge.moved))
+        with nudge.applied([p for module in twin.modules for p in module.parameters()]):
+            gradients = moved.run(lambda rows: _plain(twin, rows))
+        for name, gradient in gradients.by_name.items():
+            before = reference.by_name.get(name)
+            if gradient is not None and before is not None and gradient.numel():
+                by_name[name] = max(by_name.get(name, 0.0), float((gradient - before).abs().max()))
+        norm = max(norm, norm_of(differences_of(reference.by_name, gradients.by_name)))
+        loss = max(loss, abs(gradients.loss - reference.loss))
+    return Unrest(by_name, norm, loss)
 
 
 def _dtype(declared: DeclaredStep) -> torch.dtype:
@@ -247,21 +269,25 @@ def _names(declared: DeclaredStep) -> dict[int, str]:
     return names
 
 
-def _plain(declared: DeclaredStep, batch: Any) -> _Gradients:
+def _plain(declared: DeclaredStep, batch: Any) -> Gradients:
     with torch.enable_grad():
         loss = checked_loss(declared.loss_fn(declared.forward(declared.network, batch), batch))
     leaves = losses.leaves_under(loss)
     with hooks_silenced(leaves), torch.autocast(declared.device.type, enabled=False):
         gradients = torch.autograd.grad(loss, leaves)
-    return _Gradients(_by_name(declared, leaves, gradients), float(loss.detach()))
+    return Gradients(_by_name(declared, leaves, gradients), float(loss.detach()))
 
 
-def _split(split: SplitStep, batch: Any, layout: RowLayout, parts: Sequence[int]) -> _Gradients:
+def _split(split: SplitStep, batch: Any, layout: RowLayout, parts: Sequence[int]) -> Gradients:
     totals = split.totals(batch, layout, parts)
-    magnitudes = list(totals.magnitudes or [])
+    # Near an optimum a chunk's own gradient is what is left of terms that cancel, while rounding grows with the
+    # terms: their size is taken from parts much smaller than the plan's.
+    fine = trees.even_sizes(layout.rows, max(1, layout.rows // _MAGNITUDE_PARTS))
+    small = dataclasses.replace(split, sums_of=GradientMagnitudes).totals(batch, layout, fine)
+    magnitudes = list(small.magnitudes or [])
     # Gradients that the loss itself adds have no chunks; their own size is their scale.
     magnitudes += [None if t is None else t.abs() for t in totals.totals[len(magnitudes) :]]
-    return _Gradients(
+    return Gradients(
         _by_name(split.declared, totals.parameters, totals.totals),
         float(totals.loss),
         _by_name(split.declared, totals.parameters, magnitudes),
@@ -277,76 +303,6 @@ def _by_name(
         for leaf, gradient in zip(leaves, gradients)
         if gradient is not None
     }
-
-
-def _none_pattern(plain: _Gradients, ours: _Gradients) -> Check:
-    different = sorted(plain.by_name.keys() ^ ours.by_name.keys())
-    return Check(
-        name="which parameters have a gradient",
-        passed=not different,
-        error=float(len(different)),
-        allowed=0.0,
-        worst=", ".join(different[:3]),
-        detail=f"{len(plain.by_name)} parameters have one in the plain step",
-    )
-
-
-def _logic(plain: _Gradients, ours: _Gradients, dtype: torch.dtype) -> list[Check]:
-    """The same real-number function: entries and norms within rounding of ``dtype``."""
-    entry, worst = _largest(plain.by_name, ours.by_name, ours.magnitudes)
-    distance = _norm(_differences(plain.by_name, ours.by_name))
-    scale = _norm([m for m in ours.magnitudes.values() if m is not None]) or 1.0
-    loss = abs(plain.loss - ours.loss) / (abs(plain.loss) or 1.0)
-    kind = str(dtype).removeprefix("torch.")
-    return [
-        _check(f"gradient entries, {kind}", entry, tolerance.entry_allowed(dtype), worst),
-        _check(f"gradient norm, {kind}", distance / scale, tolerance.norm_allowed(dtype), worst),
-        _check(f"loss, {kind}", loss, tolerance.loss_allowed(dtype), ""),
-    ]
-
-
-def _noise(plain: _Gradients, ours: _Gradients, oracle: _Gradients, dtype: torch.dtype) -> list[Check]:
-    """No further from float64 than the plain step is in the dtype it runs in."""
-    scale = _norm([m for m in ours.magnitudes.values() if m is not None]) or 1.0
-    mine = _norm(_differences(oracle.by_name, ours.by_name)) / scale
-    theirs = _norm(_differences(oracle.by_name, plain.by_name)) / scale
-    accumulator = tolerance.accumulator(dtype)
-    allowed = tolerance.NOISE_RATIO * theirs + tolerance.norm_allowed(accumulator)
-    kind = str(dtype).removeprefix("torch.")
-    detail = f"distance to float64; the plain step's own is {theirs:.2g}"
-    return [dataclasses.replace(_check(f"rounding, {kind}", mine, allowed, ""), detail=detail)]
-
-
-def _check(name: str, error: float, allowed: float, worst: str) -> Check:
-    # A comparison with NaN is false, so a gradient that is not a number fails.
-    return Check(name=name, passed=error <= allowed, error=error, allowed=allowed, worst=worst)
-
-
-def _largest(
-    plain: Mapping[str, Tensor | None], ours: Mapping[str, Tensor | None], scales: Mapping[str, Tensor | None]
-) -> tuple[float, str]:
-    """The largest entry difference relative to its tensor's largest scale, and the parameter it is in."""
-    worst, name = 0.0, ""
-    sizes = {key: float(s.double().abs().max()) for key, s in scales.items() if s is not None and s.numel()}
-    anywhere = max(sizes.values(), default=0.0)
-    for key, reference in plain.items():
-        gradient = ours.get(key)
-        if reference is None or gradient is None or not reference.numel():
-            continue
-        difference = float((gradient.double() - reference.double()).abs().max())
-        size = tolerance.entry_scale(sizes.get(key, 0.0), anywhere)
-        relative = difference / size if size else difference
-        if not relative <= worst:
-            worst, name = relative, key
-    return worst, name
-
-
-def _differences(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> list[Tensor]:
-    return [x.double() - y.double() for key, x in a.items() if x is not None and (y := b.get(key)) is not None]
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.nn.utils.get_total_norm([t.double() for t in tensors])) if tensors else 0.0
 
 
 def _verdict(declared: DeclaredStep, comparison: _Comparison, checked: int, batch_rows: int) -> Verdict:

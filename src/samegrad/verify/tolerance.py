@@ -1,17 +1,23 @@
 """What rounding may explain, and nothing more. Tolerances come from here, never from a caller or a test.
 
-With u the unit roundoff of the dtype that was compared, G = Σ_k |g_k| the sum of the chunks' absolute gradients
-(entry by entry; Ĝ its largest entry in a tensor) and κ = ‖G‖ / ‖g*‖:
+With u the unit roundoff of the dtype that was compared, G = Σ_k |g_k| the sum of absolute gradients of small parts of
+the rows (up to 64 parts, entry by entry; Ĝ its largest entry in a tensor) and κ = ‖G‖ / ‖g*‖:
 
 logic   max |g_split − g_plain| ≤ C u Ĝ in every tensor, and ‖g_split − g_plain‖ ≤ N u κ ‖g*‖, in float64 or float32
 noise   ‖g_split − g*‖ ≤ 2 ‖g_plain − g*‖ + N u_a κ ‖g*‖, g* in float64, u_a the accumulator's roundoff
 loss    |L_split − L_plain| ≤ 16 u Σ|ℓ_i| / N; Σ|ℓ_i| / N is |L| for losses that are not negative
 
 The scale is G and not |g|, because gradients that are zero by structure (a bias before a translation-invariant loss)
-are pure rounding on their own scale. Where even each chunk's gradient is zero by structure (a convolution's bias
+are pure rounding on their own scale. Where even each part's gradient is zero by structure (a convolution's bias
 before an instance norm), G is rounding too: what is left there was up to 0.7 u of the largest Ĝ of all tensors, so a
-tensor's scale is at least a tenth of that. Low precision alone proves nothing: a half-percent weighting error hides in
-bfloat16, so the same program must pass the logic test in float64 or float32 first.
+tensor's scale is at least a tenth of that.
+
+Some steps are worse conditioned than that: near an optimum each row's own gradient is what is left of terms that
+cancel. So the plain step is run again with rows and weights moved by one unit in the last place, twice; four times
+what its gradient then moves is allowed as well, but never more than a millionth of the scale.
+
+Low precision alone proves nothing: a half-percent weighting error hides in bfloat16, so the same program must pass the
+logic test in float64 or float32 first.
 """
 
 from __future__ import annotations
@@ -28,6 +34,13 @@ _ACCUMULATOR = {torch.float64: torch.float64}
 
 
 STRUCTURAL_SCALE_FRACTION = 0.1
+UNREST_RATIO = 4.0
+LARGEST_UNREST = 1e-6
+
+
+def allowed_with_unrest(usual: float, unrest: float) -> float:
+    """The allowance ``usual``, widened by how much the plain step itself moves; both relative to the scale."""
+    return max(usual, min(UNREST_RATIO * unrest, LARGEST_UNREST))
 
 
 def entry_scale(largest_here: float, largest_anywhere: float) -> float:

@@ -6,8 +6,10 @@ fix a narrower dtype inside (``x.float()`` in a norm) are judged by the narrowes
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,3 +54,31 @@ class NarrowestSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
                 self.dtype = max(self.dtype, leaf.dtype, key=lambda kind: torch.finfo(kind).eps)
         return result
+
+
+class Nudge:
+    """Moves numbers by one unit in the last place, up or down at random; a function of the seed alone."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """``tensor`` with every floating number moved; others as they are."""
+        if not tensor.is_floating_point():
+            return tensor
+        signs = torch.randint(0, 2, tensor.shape, generator=self._generator).to(tensor.device)
+        return tensor * (1 + (2 * signs - 1).to(tensor.dtype) * torch.finfo(tensor.dtype).eps)
+
+    @contextlib.contextmanager
+    def applied(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """``parameters`` moved inside the block, and bit for bit as before after it."""
+        before = [parameter.detach().clone() for parameter in parameters]
+        try:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.copy_(self.moved(parameter))
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before):
+                    parameter.copy_(value)
