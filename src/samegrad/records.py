@@ -321,7 +321,10 @@ class Plan(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepResult(Record):
-    """One optimizer step: its loss, time and memory. Peaks are absent where nothing was counting."""
+    """One optimizer step: its loss, time and memory. Peaks are absent where nothing was counting.
+
+    ``driver_process_bytes``: what the driver says this process holds, context and libraries included.
+    """
 
     index: int
     loss: float
@@ -333,6 +336,7 @@ class StepResult(Record):
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     allocator_retries: int | None = None
+    driver_process_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -139,6 +139,11 @@ class Step:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def rows(self) -> int | tuple[int, ...] | None:
+        """Rows at a time as they were pinned by ``rows=``, or None."""
+        return self._rows
+
     def sizes_for(self, batch: Any) -> tuple[int, ...]:
         """The rows of each chunk of ``batch`` under the plan; one entry when it runs whole."""
         layout = self.declared.layout(batch)

@@ -53,7 +53,7 @@ def plan_step(training: Training, given: Plan | None = None) -> Planned:
 def _declare_again(training: Training, given: Plan | None) -> None:
     """Puts the same step in place, declared with the plan or the budget of the command line."""
     step = training.step
-    pinned, declared = step._rows, step.declared
+    pinned, declared = step.rows, step.declared
     if pinned is not None and given is None:
         raise UsageError(
             asked=f"--budget {training.budget} for {training.title}",

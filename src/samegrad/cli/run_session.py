@@ -229,8 +229,12 @@ def _record(tick: Tick, training: Training, folder: RunFolder) -> str:
 def _log_memory(
     tick: Tick, told: str, training: Training, folder: RunFolder, budget: Budget | None, bar: Bar
 ) -> None:
-    memory = memory_line(tick.results[-1], budget, counting_of(training.step))
-    folder.append_metrics({"kind": "memory", "step": tick.results[-1].index, "text": memory})
+    last = tick.results[-1]
+    # Asked here and not after every step: the driver takes milliseconds to answer.
+    driver_bytes = counters.driver_process_bytes(training.step.declared.device)
+    result = dataclasses.replace(last, driver_process_bytes=driver_bytes)
+    memory = memory_line(result, budget, counting_of(training.step))
+    folder.append_metrics({"kind": "memory", "step": last.index, "text": memory, "driver_process_bytes": driver_bytes})
     bar.say(f"{training.unit} {training.done}: {told}. {memory}")
 
 

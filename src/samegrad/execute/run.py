@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import NonFinite, UsageError
 from samegrad.exact.phases import announce, listening
@@ -65,6 +66,7 @@ def train(
             counter.reset_peaks()
             with counter, listening(counter):
                 loss, norm = _one_step(step, optimizer, batch, scaler, index)
+            counter.forget([leaf for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor)])
         counters.synchronize(device)
         reading = counters.read_allocator(device)
         yield StepResult(

@@ -6,6 +6,8 @@ On the CPU there is no such allocator; what is free is the cgroup's or the host'
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -119,6 +121,26 @@ def read_budget(asked: str | int | None, device: torch.device, *, host: str | in
     host_bytes = parse_bytes(host, option="host_budget") if isinstance(host, str) else host
     name = device_name(device)
     return Budget(total_bytes=amount, device=name, counting=counting, source=source, host_bytes=host_bytes)
+
+
+def driver_process_bytes(device: torch.device) -> int | None:
+    """What the driver says this process holds on ``device``: context and libraries too. None where it cannot be asked.
+
+    Needs nvidia-ml-py (the extra ``gpu``); inside containers the driver may know the process by another number.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        return next((process.usedGpuMemory for process in running if process.pid == os.getpid()), None)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def device_name(device: torch.device) -> str:

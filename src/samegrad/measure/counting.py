@@ -84,6 +84,13 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
             self._see(tensor, category, relabel=True)
         self._note_peak()
 
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Counts ``tensors`` no more: their step is over, and whoever still holds them does so for other reasons."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._known:
+                self._free(key)
+
     def stand(self, amount_bytes: int, category: Category) -> None:
         """Counts ``amount_bytes`` that no tensor shows, in place of what stood there before."""
         change = amount_bytes - self._standing.get(category, 0)

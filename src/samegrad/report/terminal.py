@@ -58,6 +58,8 @@ def memory_line(result: StepResult, budget: Budget | None, counting: Counting) -
         now = f"not counted ({counting.value})"
     elif not now:
         now = counting.value
+    if result.driver_process_bytes is not None:
+        inside.append(f"process by the driver {format_bytes(result.driver_process_bytes)}")
     return f"Memory: {now}" + (f" ({', '.join(inside)})" if inside else "")
 
 

@@ -283,7 +283,8 @@ def _split(split: SplitStep, batch: Any, layout: RowLayout, parts: Sequence[int]
     # Near an optimum a chunk's own gradient is what is left of terms that cancel, while rounding grows with the
     # terms: their size is taken from parts much smaller than the plan's.
     fine = trees.even_sizes(layout.rows, max(1, layout.rows // _MAGNITUDE_PARTS))
-    small = dataclasses.replace(split, sums_of=GradientMagnitudes).totals(batch, layout, fine)
+    with undisturbed(split.declared.modules, split.declared.device):
+        small = dataclasses.replace(split, sums_of=GradientMagnitudes).totals(batch, layout, fine)
     magnitudes = list(small.magnitudes or [])
     # Gradients that the loss itself adds have no chunks; their own size is their scale.
     magnitudes += [None if t is None else t.abs() for t in totals.totals[len(magnitudes) :]]
