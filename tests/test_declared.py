@@ -39,7 +39,10 @@ class Pair(NamedTuple):
 X, Y = labelled(5)
 
 
-@pytest.mark.parametrize("batch", [(X, Y), [X, Y], Pair(X, Y), X, (X,)], ids=["tuple", "list", "named", "tensor", "one"])
+BATCHES = {"tuple": (X, Y), "list": [X, Y], "named tuple": Pair(X, Y), "tensor": X, "one entry": (X,)}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_the_first_entry_or_the_tensor_reaches_the_model(batch: Any) -> None:
     model = mlp()
     assert torch.equal(default_forward(model, batch), model(X))

@@ -99,7 +99,8 @@ def test_a_missing_field_is_named_with_its_file() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("index", "3"), ("index", 1.5), ("index", True), ("index", None), ("loss", "0.5"), ("loss", [0.5]), ("loss", True),
+        ("index", "3"), ("index", 1.5), ("index", True), ("index", None), ("loss", "0.5"), ("loss", [0.5]),
+        ("loss", True),
         ("peak_allocated_bytes", "many"), ("grad_norm", {}),
     ],
 )  # fmt: skip
@@ -143,7 +144,9 @@ def test_another_record_is_refused_by_its_name() -> None:
         Plan.from_json(RESULT.to_json())
 
 
-@pytest.mark.parametrize(("text", "place"), [("{\n,", "plan.json:2"), ("[1]", "list"), ("3", "int"), ("", "plan.json:1")])
+@pytest.mark.parametrize(
+    ("text", "place"), [("{\n,", "plan.json:2"), ("[1]", "list"), ("3", "int"), ("", "plan.json:1")]
+)
 def test_what_is_no_json_object_is_refused_with_the_line(text: str, place: str) -> None:
     with pytest.raises(BadInput, match=place):
         Plan.from_json(text, file="plan.json")

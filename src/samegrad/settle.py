@@ -19,7 +19,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, FalseNormalise, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import Examination, examine
-from samegrad.exact.split import Chunks, SplitStep
+from samegrad.exact.split import SplitStep
 from samegrad.execute.apply import applied
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
@@ -68,22 +68,17 @@ def measure_step(step: Declares, batch: Any, device: torch.device | str | None =
     if device is not None and torch.device(device) != declared.device:
         raise EnvironmentProblem(
             asked=f"a footprint for {device}",
-            found=f"the model is on {declared.device}, and samegrad {_version()} measures where the model is",
+            found=f"the model is on {declared.device}, and a step is measured where its model is",
             do="move the model there, or measure without device=",
         )
     return measure(declared, batch, aliases_for(declared)).footprint
 
 
-def _version() -> str:
-    from importlib.metadata import version
+def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Measurement:
+    """The footprint, and the split step its probes ran.
 
-    return version("samegrad")
-
-
-def measure(
-    declared: DeclaredStep, batch: Any, aliases: ParameterAliases, chunks: Chunks = stream_chunks
-) -> Measurement:
-    """The footprint, and the split step its probes ran. ``chunks`` brings rows to the device."""
+    Rows come through buffers that are given back after each run, so that no larger one is still there in the next.
+    """
     layout = declared.layout(batch)
     residents = count_residents(declared)
     refusals: dict[str, str] = {}
@@ -91,7 +86,7 @@ def measure(
     if layout.rows > 1:
         try:
             examination = examine(declared, aliases, batch, layout)
-            split = SplitStep(declared, aliases, examination, chunks)
+            split = SplitStep(declared, aliases, examination, stream_chunks)
         except FalseNormalise:
             # Not a step that cannot be split, but one that was declared to be another.
             raise
@@ -227,11 +222,14 @@ def settle(
         rows = max(sizes)
         shown = min(2 * rows, layout.rows)
         rung = measure_rung(measurement.split, batch, layout, rows=rows, batch_rows=shown)
-        # Optimizer state that the first step will create was not there to be measured.
-        if rung is not None and rung.peak_bytes + measurement.missing_state_bytes <= budget.total_bytes:
+        # Not there to be measured: optimizer state that the first step will create, and what the loss keeps of rows
+        # that were left out.
+        unseen = measurement.missing_state_bytes + _law_peak(footprint, rows, layout.rows)
+        unseen -= _law_peak(footprint, rows, shown)
+        if rung is not None and rung.peak_bytes + unseen <= budget.total_bytes:
             seconds = rung.seconds * layout.rows / shown
-            return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes
-        found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
+            return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen
+        found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes + unseen)}"
         tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
         if options.rows is not None:
             break
@@ -240,6 +238,10 @@ def settle(
         found="every rung measured more than that: " + "; ".join(tried[:4]),
         do="raise the budget; please report the step, since its prediction was wrong",
     )
+
+
+def _law_peak(footprint: Footprint, rows: int, batch_rows: int) -> int:
+    return max(law.peak_bytes(rows=rows, batch_rows=batch_rows) for law in footprint.laws)
 
 
 def check_one_of(*, budget: Any, rows: Any, plan: Any) -> None:

@@ -196,7 +196,7 @@ class Step:
             counters.release_cached(device)
             self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
         self._refresh_aliases()
-        measurement: Measurement = measure(self.declared, batch, self._aliases, self._chunks)
+        measurement: Measurement = measure(self.declared, batch, self._aliases)
         options = Options(allow=self.allow)
         plan, footprint, _ = settle(self.declared, measurement, batch, budget=self.budget, options=options)
         signature = layout.signature(batch)

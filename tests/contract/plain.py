@@ -113,5 +113,6 @@ def left_alone(*modules: nn.Module, optimizer: torch.optim.Optimizer | None = No
     before = fingerprint(*modules, optimizer=optimizer)
     yield
     after = fingerprint(*modules, optimizer=optimizer)
-    for part, was, now in zip(("weights", "grad", "attributes", "optimizer", "torch", "python", "numpy"), before, after):
+    parts = ("weights", "grad", "attributes", "optimizer", "torch", "python", "numpy")
+    for part, was, now in zip(parts, before, after):
         assert same(was, now), part

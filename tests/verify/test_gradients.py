@@ -1,4 +1,4 @@
-"""``verify_step``: right steps are the same, planted wrong ones differ, and what low precision cannot show is unproven."""
+"""``verify_step``: right steps are the same, planted wrong ones differ, the rest is unproven."""
 
 from __future__ import annotations
 

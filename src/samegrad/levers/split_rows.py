@@ -60,7 +60,7 @@ class SplitRows:
         for law in footprint.laws:
             left = budget_bytes - law.fixed_bytes - law.per_batch_row_bytes * footprint.batch_rows
             if law.per_chunk_row_bytes > 0:
-                most = min(most, int(left // law.per_chunk_row_bytes))
+                most = int(max(0, min(most, left // law.per_chunk_row_bytes)))
             elif left < 0:
                 most = 0
         return most

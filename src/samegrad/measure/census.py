@@ -71,13 +71,19 @@ def _shadow_step(optimizer: torch.optim.Optimizer, device: torch.device) -> tupl
     # Copying leaves out what a user's optimizer keeps of its own, and must leave out a step that a scheduler wrapped.
     own = {key: value for key, value in vars(optimizer).items() if key not in vars(shadow) and key != "step"}
     vars(shadow).update(own)
-    shadow.state = collections.defaultdict(dict)
     shadow.param_groups = [_shadow_group(group) for group in optimizer.param_groups]
     parameters = [p for group in shadow.param_groups for p in group["params"]]
+    # Some optimizers set up their state when they are made (Adagrad), and step only with it.
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    shadow.state = collections.defaultdict(dict)
+    shadow.state.update(
+        {own: _shadow_state(optimizer.state[p]) for own, p in zip(parameters, trained) if p in optimizer.state}
+    )
     counter = ByteCounter(torch.device("meta"))
     counter.announce(Phase.OPTIMIZER)
     counter.claim(parameters, Category.PARAMETERS)
     counter.claim([p.grad for p in parameters], Category.GRADIENTS)
+    counter.claim(state_tensors(shadow), Category.OPTIMIZER_STATE)
     note = ""
     try:
         with counter, torch.no_grad():
@@ -92,6 +98,16 @@ def _shadow_step(optimizer: torch.optim.Optimizer, device: torch.device) -> tupl
         # Scalars such as Adam's step counter are created on the CPU and do not count on another device.
         state += trees.storage_bytes([t for t in state_tensors(shadow) if t.device.type == "cpu"])
     return state, max(0, counter.peak_bytes - held), note
+
+
+def _shadow_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of one parameter without its data; numbers that a step reads, such as its count, stay numbers."""
+    return {
+        key: torch.empty_like(value, device="meta")
+        if isinstance(value, Tensor) and value.dim() > 0
+        else copy.deepcopy(value)
+        for key, value in state.items()
+    }
 
 
 def _shadow_group(group: dict[str, Any]) -> dict[str, Any]:

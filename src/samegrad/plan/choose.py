@@ -36,11 +36,21 @@ def _nothing_fits(footprint: Footprint, options: Options, budget: Budget) -> Bud
     within = f"within {format_bytes(budget.total_bytes)} ({budget.source})"
     refusal = SplitRows.refusal(footprint)
     pinned = options.rows if options.rows is None or isinstance(options.rows, int) else max(options.rows)
-    if refusal is not None and (pinned is None or pinned < footprint.batch_rows):
+    splits = pinned is None or pinned < footprint.batch_rows
+    if splits and refusal is not None:
         return CannotSplit(
             asked=f"a plan {within}" if pinned is None else f"{pinned} rows at a time {within}",
             found=f"the plain step needs {format_bytes(_plain_peak(footprint))} and cannot be split: {refusal}",
             do="; ".join(ways_down(footprint, budget)),
+        )
+    if splits and options.allow < SplitRows.exactness:
+        return BudgetTooSmall(
+            asked=f"a plan {within} that is {options.allow.name}",
+            found=f"the plain step needs {format_bytes(_plain_peak(footprint))}, and any smaller plan splits it, "
+            f"which is {SplitRows.exactness.name}: {SplitRows.exactness.explained()}",
+            do=f"allow {SplitRows.exactness.name}, or raise the budget to "
+            f"{format_bytes(budget_for(_plain_peak(footprint), budget.counting))}",
+            option="--budget",
         )
     if pinned is not None:
         needed = footprint.predicted_peak_bytes(rows=pinned)
@@ -49,15 +59,6 @@ def _nothing_fits(footprint: Footprint, options: Options, budget: Budget) -> Bud
             found=f"{pinned} rows need {format_bytes(needed)}",
             do="drop the pin and let the plan choose the rows, or raise the budget to "
             f"{format_bytes(budget_for(needed, budget.counting))}",
-        )
-    if options.allow < SplitRows.exactness:
-        return BudgetTooSmall(
-            asked=f"a plan {within} that is {options.allow.name}",
-            found=f"the plain step needs {format_bytes(_plain_peak(footprint))}, and any smaller plan splits it, "
-            f"which is {SplitRows.exactness.name}: {SplitRows.exactness.explained()}",
-            do=f"allow {SplitRows.exactness.name}, or raise the budget to "
-            f"{format_bytes(budget_for(_plain_peak(footprint), budget.counting))}",
-            option="--budget",
         )
     return BudgetTooSmall(
         asked=f"a plan {within}",

@@ -1,0 +1,239 @@
+"""What cannot be split is refused by name, and everything is left as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import samegrad as sg
+from samegrad.errors import CannotSplit
+
+from .plain import (
+    assert_close,
+    cross_entropy,
+    gradients,
+    labelled,
+    left_alone,
+    mlp,
+    plain_step,
+    spread,
+)
+
+N = 29
+X, Y = labelled(N)
+D = torch.float64
+
+
+class Then(nn.Module):
+    """A linear layer, then ``function``."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(6, 3, dtype=D)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.inner(x))
+
+
+class Keeps(nn.Module):
+    """Keeps something between calls: ``change(self, hidden)``."""
+
+    def __init__(self, kept: Any, change: Callable[[Any, Tensor], None], *, buffer: bool = False) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3, dtype=D)
+        if buffer:
+            self.register_buffer("kept", kept)
+        else:
+            self.kept = kept
+        self._private = kept if isinstance(kept, int) else 0
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.inner(x)
+        self.change(self, z.detach())
+        return z
+
+
+def _count_privately(self: Any, z: Tensor) -> None:
+    self._private += 1
+
+
+def _average(self: Any, z: Tensor) -> None:
+    self.kept = 0.9 * self.kept + 0.1 * z.mean(0)
+
+
+def _average_in_place(self: Any, z: Tensor) -> None:
+    self.kept.mul_(0.9).add_(z.mean(0))
+
+
+def _append(self: Any, z: Tensor) -> None:
+    self.kept.append(z)
+
+
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3, dtype=D)
+        self.held = [nn.Parameter(torch.ones(3, dtype=D))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.held[0]
+
+
+@dataclasses.dataclass
+class Unseen:
+    logits: Tensor
+
+
+def _layers(last: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 3), last).to(D)
+
+
+CLOSED = nn.Parameter(torch.ones(3, dtype=D))
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "batch normalisation": (lambda: _layers(nn.BatchNorm1d(3)), r"1 \(BatchNorm1d in training"),
+    "dropout": (lambda: _layers(nn.Dropout(0.5)), r"1 \(Dropout\) draws"),
+    "functional dropout": (lambda: Then(lambda z: F.dropout(z, 0.5)), r"the model \(Then\) draws"),
+    "python randomness": (lambda: Then(lambda z: z * random.random()), "generator: python"),
+    "numpy randomness": (lambda: Then(lambda z: z * float(np.random.rand())), "generator: numpy"),
+    "batch mean": (lambda: Then(lambda z: z - z.mean(0)), "mixes rows"),
+    "softmax over rows": (lambda: Then(lambda z: z.softmax(0)), "mixes rows"),
+    "divided by its length": (lambda: Then(lambda z: z / len(z)), "how many rows"),
+    "its length beside it": (lambda: Then(lambda z: {"logits": z, "count": len(z)}), r"outputs\['count'\]"),
+    "an output without rows": (lambda: Then(lambda z: (z, z.mean())), r"outputs\[1\] has shape \(\)"),
+    "an output with other rows": (lambda: Then(lambda z: (z, z.T)), r"outputs\[1\] has shape \(3, "),
+    "an output class": (lambda: Then(Unseen), "Unseen, and the tensors inside it"),
+    "a counter buffer": (lambda: Keeps(torch.zeros(()), lambda s, z: s.kept.add_(1), buffer=True), "changes kept"),
+    "an average buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average_in_place, buffer=True), "changes kept"),
+    "an average that is no buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average), "changes kept"),
+    "an average in place, no buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average_in_place), "changes kept"),
+    "a counter": (lambda: Keeps(0, lambda s, z: setattr(s, "kept", s.kept + 1)), "changes kept"),
+    "a private counter": (lambda: Keeps(0, _count_privately), "changes _private"),
+    "a queue": (lambda: Keeps([], _append), "changes kept"),
+    "parameters in a list": (Held, r"shape \(3,\)"),
+    "a parameter in a closure": (lambda: Then(lambda z: z * CLOSED), r"shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_split_is_refused_by_name_and_left_as_it_was(name: str) -> None:
+    make, message = REFUSED[name]
+    model = make()
+    step = sg.Step(model, cross_entropy, rows=4, optimizer=torch.optim.SGD(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    batch = (X.clone(), Y.clone())
+    with left_alone(model), pytest.raises(CannotSplit, match=message) as caught:
+        step.backward(batch)
+    assert "rows=<the batch's rows>" in caught.value.do
+    assert torch.equal(batch[0], X) and torch.equal(batch[1], Y)
+    assert CLOSED.grad is None
+
+
+def logits_of(outputs: Any) -> Tensor:
+    if isinstance(outputs, Unseen):
+        return outputs.logits
+    return outputs if isinstance(outputs, Tensor) else outputs["logits" if isinstance(outputs, dict) else 0]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_split_runs_whole_when_it_fits(name: str) -> None:
+    make, _ = REFUSED[name]
+    torch.manual_seed(0)
+    model = make()
+
+    def loss_fn(outputs: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(logits_of(outputs), batch[1])
+
+    step = sg.Step(model, loss_fn, budget="1GiB")
+    step.backward((X, Y))
+    assert step.plan is not None and step.plan.levers == {}
+    assert "refused" in step.plan.reasons["split_rows"]
+
+
+def test_a_table_that_is_built_at_the_first_call_is_no_state() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3, dtype=D)
+            self._table: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self._table is None:
+                self._table = torch.arange(6, dtype=x.dtype, device=x.device)
+            return self.inner(x + self._table)
+
+    model = Positions()
+    _, expected = plain_step(model, cross_entropy, (X, Y))
+    sg.Step(model, cross_entropy, rows=4).backward((X, Y))
+    assert_close(gradients(model), expected)
+
+
+def test_statistics_taken_from_the_first_batch_only_are_refused() -> None:
+    class Initialised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3, dtype=D)
+            self.shift: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.inner(x)
+            if self.shift is None:
+                self.shift = -z.detach().mean(0)
+            return z + self.shift
+
+    model = Initialised()
+    with pytest.raises(CannotSplit, match="changes shift"):
+        sg.Step(model, cross_entropy, rows=4).backward((X, Y))
+    assert model.shift is None
+
+
+def test_a_batch_leaf_that_requires_grad_is_refused_by_its_place() -> None:
+    x = X.clone().requires_grad_()
+    model = mlp()
+    with left_alone(model), pytest.raises(CannotSplit, match=r"batch\[0\] requires grad"):
+        sg.Step(model, cross_entropy, rows=4).backward((x, Y))
+    assert x.grad is None
+
+
+def test_a_forward_that_starts_to_draw_later_changes_nothing_when_it_is_refused() -> None:
+    model = Then(lambda z: z)
+    for loss_fn in (cross_entropy, spread):
+        model.function = lambda z: z
+        step = sg.Step(model, loss_fn, rows=4)
+        step.backward((X, Y))
+        model.function = lambda z: F.dropout(z, 0.5)
+        with left_alone(model), pytest.raises(sg.SamegradError):
+            step.backward((X, Y))
+
+
+def test_an_exception_in_the_user_code_leaves_the_step_untouched_and_usable() -> None:
+    calls: list[int] = []
+
+    def fragile(outputs: Tensor, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == limit:
+            raise ZeroDivisionError
+        return cross_entropy(outputs, batch)
+
+    limit = -1
+    model = mlp()
+    step = sg.Step(model, fragile, rows=4)
+    step.backward((X, Y))
+    limit = len(calls) + 3
+    with left_alone(model), pytest.raises(ZeroDivisionError):
+        step.backward((X, Y))
+    model.zero_grad()
+    _, expected = plain_step(model, cross_entropy, (X, Y))
+    step.backward((X, Y))
+    assert_close(gradients(model), expected)

@@ -1,0 +1,228 @@
+"""The loop: one optimizer step a batch, stopped before a bad one, and the best weights kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import samegrad as sg
+from samegrad.execute.run import gradient_norm
+
+from ..contract.plain import assert_close, cross_entropy, labelled, mlp, same
+
+BATCHES = [labelled(n) for n in (29, 20, 11)]
+
+
+def stepped(rows: int | None = 4, optimizer: Any = torch.optim.Adam, **given: Any) -> sg.Step:
+    model = mlp()
+    return sg.Step(model, cross_entropy, rows=rows, optimizer=optimizer(model.parameters(), lr=0.05), **given)
+
+
+def test_training_ends_with_the_weights_of_the_plain_loop() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    losses, norms = [], []
+    for batch in BATCHES:
+        loss = cross_entropy(model(batch[0]), batch)
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+        optimizer.step()
+        optimizer.zero_grad()
+    step = stepped()
+    results = list(sg.train(step, BATCHES))
+    assert [r.loss for r in results] == pytest.approx(losses, rel=1e-12)
+    assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-12)
+    assert_close(dict(step.declared.model.named_parameters()), dict(model.named_parameters()))
+
+
+def test_a_step_is_yielded_after_it_with_gradients_cleared_and_its_index() -> None:
+    step = stepped()
+    parameters = list(step.declared.model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    for count, result in enumerate(sg.train(step, BATCHES, first_index=5)):
+        assert result.index == 5 + count and result.batch_rows == len(BATCHES[count][0])
+        assert all(p.grad is None for p in parameters)
+        assert not any(torch.equal(a, b) for a, b in zip(before, parameters))
+        before = [p.detach().clone() for p in parameters]
+        assert result.seconds > 0 and result.peak_allocated_bytes is None
+
+
+def test_nothing_runs_before_it_is_asked_for() -> None:
+    step = stepped()
+    asked: list[int] = []
+
+    def batches() -> Any:
+        for index, batch in enumerate(BATCHES):
+            asked.append(index)
+            yield batch
+
+    loop = sg.train(step, batches())
+    assert asked == []
+    next(loop)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_before_the_optimizer(place: str) -> None:
+    def loss_fn(outputs: Tensor, batch: Any) -> Tensor:
+        if place == "loss":
+            return cross_entropy(outputs, batch) * batch[2].mean()
+        # Finite itself, with a gradient that is not.
+        return (outputs * batch[2][:, None]).sum(1).abs().sqrt().mean()
+
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    step = sg.Step(model, loss_fn, rows=4, optimizer=optimizer)
+    good = (*labelled(29), torch.ones(29, dtype=torch.float64))
+    bad = (*labelled(29), torch.ones(29, dtype=torch.float64))
+    bad[2][17] = math.nan if place == "loss" else 0.0
+    loop = sg.train(step, [good, bad, good])
+    next(loop)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    state = [v["exp_avg"].clone() for v in optimizer.state.values()]
+    with pytest.raises(sg.NonFinite, match="step 1"):
+        next(loop)
+    assert same(weights, model.state_dict())
+    assert same(state, [v["exp_avg"] for v in optimizer.state.values()])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_scaler_is_used_as_the_plain_recipe_uses_it() -> None:
+    def run(train: Any) -> Any:
+        model = mlp(torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        train(model, optimizer, scaler)
+        return model.state_dict(), scaler.get_scale()
+
+    batches = [(x.float(), y) for x, y in BATCHES]
+
+    def plainly(model: nn.Module, optimizer: Any, scaler: Any) -> None:
+        for batch in batches:
+            scaler.scale(cross_entropy(model(batch[0]), batch)).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+    def ours(model: nn.Module, optimizer: Any, scaler: Any) -> None:
+        step = sg.Step(model, cross_entropy, rows=4, optimizer=optimizer)
+        norms = [r.grad_norm for r in sg.train(step, batches, scaler=scaler)]
+        assert all(norm is not None and norm < 10 for norm in norms)
+
+    (plain_weights, plain_scale), (our_weights, our_scale) = run(plainly), run(ours)
+    assert plain_scale == our_scale == 16.0
+    assert_close(our_weights, plain_weights)
+
+
+def test_with_a_scaler_a_gradient_that_overflows_skips_its_step_and_the_loop_goes_on() -> None:
+    model = mlp(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    step = sg.Step(model, lambda z, b: 100 * cross_entropy(z, b), rows=4, optimizer=optimizer)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    results = list(sg.train(step, [(BATCHES[0][0].float(), BATCHES[0][1])], scaler=scaler))
+    assert len(results) == 1 and same(weights, model.state_dict()) and scaler.get_scale() == 2.0**125
+
+
+def test_a_step_without_an_optimizer_cannot_be_trained() -> None:
+    with pytest.raises(sg.UsageError, match="optimizer=optimizer"):
+        next(sg.train(sg.Step(mlp(), cross_entropy, rows=4), BATCHES))
+
+
+def test_the_gradient_norm_is_over_what_the_optimizer_uses() -> None:
+    model = mlp()
+    cross_entropy(model(BATCHES[0][0]), BATCHES[0]).backward()
+    optimizer = torch.optim.SGD(model[2].parameters(), 0.1)
+    assert gradient_norm(optimizer) == float(nn.utils.get_total_norm([p.grad for p in model[2].parameters()]))
+    optimizer.zero_grad()
+    assert gradient_norm(optimizer) == 0.0
+
+
+# The best weights
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def become(self, value: float) -> None:
+        with torch.no_grad():
+            self.weight.fill_(value)
+            self.seen.fill_(value)
+
+
+def followed(values: list[float], patience: int | None) -> tuple[Counter, sg.BestWeights, list[bool]]:
+    model = Counter()
+    best = sg.BestWeights(model, patience=patience)
+    stops = []
+    for index, value in enumerate(values):
+        model.become(index)
+        stops.append(best.update(value))
+    return model, best, stops
+
+
+def test_the_best_weights_and_buffers_come_back() -> None:
+    model, best, _ = followed([3.0, 1.0, 2.0, 1.0], None)
+    best.restore()
+    assert best.best_value == 1.0 and best.best_index == 1
+    assert model.weight.tolist() == [1, 1] and model.seen == 1
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_patience_counts_values_in_a_row_that_fail_to_improve(patience: int) -> None:
+    _, _, stops = followed([5.0, 4.0, 4.0, 3.0, *[3.5] * 5], patience)
+    waiting = [False, False, patience == 1, False]
+    assert stops == waiting + [waited >= patience for waited in range(1, 6)]
+
+
+def test_without_patience_it_never_stops() -> None:
+    assert not any(followed([1.0] * 50, None)[2])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_never_best_and_counts_as_waiting(bad: float) -> None:
+    model, best, stops = followed([bad, 2.0, bad, bad], 2)
+    assert best.best_value == 2.0 and stops == [False, False, False, True]
+    best.restore()
+    assert model.weight.tolist() == [1, 1]
+
+
+def test_without_a_finite_value_the_model_stays_as_it_is() -> None:
+    model, best, _ = followed([math.nan, math.nan], None)
+    best.restore()
+    assert model.weight.tolist() == [1, 1] and best.best_index is None
+
+
+def test_the_kept_weights_are_copies() -> None:
+    model, best, _ = followed([1.0], None)
+    model.become(9)
+    assert best.weights()["weight"].tolist() == [0, 0]
+    best.weights().clear()
+    best.restore()
+    assert model.weight.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0, 2.0], [math.nan, math.nan], []], ids=str)
+def test_resumed_it_stops_and_restores_as_if_it_had_never_stopped(values: list[float]) -> None:
+    rest = [1.5, 0.9, 2.0, 2.0, 2.0]
+    model, best, _ = followed(values, 3)
+    again_model = Counter()
+    again = sg.BestWeights(again_model, patience=3)
+    again.load_state(json.loads(json.dumps(best.state())), best.weights())
+    for index, value in enumerate(rest):
+        for which in (model, again_model):
+            which.become(100 + index)
+        assert best.update(value) == again.update(value)
+    assert best.state() == again.state()
+    best.restore()
+    again.restore()
+    assert same(model.state_dict(), again_model.state_dict())

@@ -1,0 +1,155 @@
+"""The contract of a lever, held by every file of the folder, and by planted ones that break it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import samegrad.levers as folder
+from samegrad.declared import DeclaredStep, declare
+from samegrad.errors import BadInput
+from samegrad.execute.apply import applied
+from samegrad.levers import Execution, Lever, Slot, find_levers, levers_of
+from samegrad.records import Exactness, Plan
+
+from ..contract.plain import cross_entropy, mlp
+from ..plan.test_choose import MIB, footprint
+
+LEVERS = find_levers()
+BATCH_ROWS = 1000
+
+
+def declared() -> DeclaredStep:
+    return declare(mlp(), cross_entropy)
+
+
+def examples(lever: type[Lever]) -> list[Lever]:
+    """A few settings of its knobs, as the lever itself proposes them."""
+    return list(itertools.islice(lever.candidates(footprint(refusals={}), 200 * MIB), 3))
+
+
+EVERY = pytest.mark.parametrize("lever", LEVERS.values(), ids=LEVERS)
+
+
+@EVERY
+def test_a_lever_is_a_frozen_dataclass_with_name_slot_and_exactness(lever: Any) -> None:
+    assert dataclasses.is_dataclass(lever) and lever.__dataclass_params__.frozen
+    assert LEVERS[lever.name] is lever
+    assert isinstance(lever.slot, Slot) and isinstance(lever.exactness, Exactness)
+    assert inspect.getmodule(lever).__name__ == f"samegrad.levers.{lever.name}"
+
+
+@EVERY
+def test_a_lever_says_what_it_saves_costs_keeps_and_refuses(lever: Any) -> None:
+    text = inspect.getmodule(lever).__doc__ or ""
+    for head in ("Saves:", "Costs:", "Why the gradient is the same:", "Refuses:", "Source:"):
+        assert f"\n{head}" in text
+
+
+@EVERY
+def test_knobs_are_the_fields_and_come_back_through_a_saved_plan(lever: Any) -> None:
+    assert examples(lever)
+    for example in examples(lever):
+        knobs = example.knobs()
+        assert knobs.keys() == {field.name for field in dataclasses.fields(lever)}
+        plan = Plan(levers={lever.name: knobs}, exactness=lever.exactness, batch_rows=BATCH_ROWS)
+        assert levers_of(Plan.from_json(plan.to_json())) == [example]
+
+
+@EVERY
+def test_a_lever_undoes_itself_also_after_an_exception(lever: Any) -> None:
+    step = declared()
+    model = step.model
+    before = {name: dict(vars(part)) for name, part in model.named_modules()}
+    execution = Execution(declared=step, batch_rows=BATCH_ROWS)
+    for example in examples(lever):
+        with example.apply(execution) as changed:
+            assert isinstance(changed, Execution) and changed.batch_rows == BATCH_ROWS
+        with pytest.raises(ZeroDivisionError), example.apply(execution):
+            raise ZeroDivisionError
+    assert {name: dict(vars(part)) for name, part in model.named_modules()} == before
+
+
+@EVERY
+def test_a_lever_predicts_a_footprint_and_changes_none(lever: Any) -> None:
+    step = footprint(refusals={})
+    whole = step.predicted_peak_bytes(rows=step.batch_rows)
+    again = dataclasses.replace(step)
+    for example in examples(lever):
+        assert example.predict(step).peak_allocated_bytes <= whole
+        assert step == again
+
+
+@EVERY
+def test_a_refusal_recorded_in_the_footprint_is_the_levers_own(lever: Any) -> None:
+    assert lever.refusal(footprint(refusals={lever.name: "because"})) == "because"
+    assert lever.refusal(footprint(refusals={})) is None
+
+
+def test_one_lever_a_slot_and_slot_order_is_nesting_order() -> None:
+    assert [lever.slot for lever in LEVERS.values()] == sorted(lever.slot for lever in LEVERS.values())
+    assert len({lever.slot for lever in LEVERS.values()}) == len(LEVERS)
+    plan = Plan(
+        levers={"split_rows": {"rows": 3}, "host_rows": {}}, exactness=Exactness.SAME_SUM, batch_rows=7
+    )  # fmt: skip
+    assert [lever.name for lever in levers_of(plan)] == ["host_rows", "split_rows"]
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(LEVERS, 2)), ids="+".join)
+def test_every_pair_of_levers_can_be_in_force_together(pair: tuple[str, str]) -> None:
+    first, second = (examples(LEVERS[name])[0] for name in pair)
+    plan = Plan(
+        levers={first.name: first.knobs(), second.name: second.knobs()},
+        exactness=max(first.exactness, second.exactness),
+        batch_rows=BATCH_ROWS,
+    )
+    with applied(plan, declared(), BATCH_ROWS) as execution:
+        assert execution.sizes is None or sum(execution.sizes) == BATCH_ROWS
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> None:
+    (path / "planted.py").write_text(text)
+    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(path)])
+
+
+HEAD = """
+import dataclasses
+from samegrad.levers._lever import Slot
+"""
+ONE = """
+@dataclasses.dataclass(frozen=True)
+class {name}:
+    name = "{name}"
+    slot = Slot.STATE
+"""
+
+
+def test_a_file_added_to_the_folder_is_a_lever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plant(monkeypatch, tmp_path, HEAD + ONE.format(name="planted"))
+    monkeypatch.delitem(__import__("sys").modules, "samegrad.levers.planted", raising=False)
+    assert "planted" in find_levers()
+    monkeypatch.undo()
+    assert "planted" not in find_levers()
+
+
+@pytest.mark.parametrize("text", [HEAD, HEAD + ONE.format(name="one") + ONE.format(name="two")], ids=["none", "two"])
+def test_a_file_without_exactly_one_lever_is_refused_by_its_name(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delitem(__import__("sys").modules, "samegrad.levers.planted", raising=False)
+    plant(monkeypatch, tmp_path, text)
+    with pytest.raises(TypeError, match=r"samegrad\.levers\.planted must define exactly one lever"):
+        find_levers()
+    monkeypatch.delitem(__import__("sys").modules, "samegrad.levers.planted", raising=False)
+
+
+@pytest.mark.parametrize("levers", [{"magic": {}}, {"split_rows": {"lines": 3}}, {"split_rows": {}}], ids=str)
+def test_a_plan_with_an_unknown_lever_or_knob_is_refused_by_name(levers: dict[str, Any]) -> None:
+    plan = Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=3)
+    with pytest.raises(BadInput, match=next(iter(levers))):
+        levers_of(plan)

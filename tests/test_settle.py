@@ -1,0 +1,219 @@
+"""Settling: the rung that is returned was measured, fits, and is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import samegrad as sg
+from samegrad.plan.options import Options
+from samegrad.records import Counting, KnobOrigin, PhaseLaw
+from samegrad.settle import Measurement, aliases_for, check_one_of, measure, settle
+from samegrad.units import format_bytes
+
+from .contract.plain import assert_close, gradients, labelled, left_alone, plain_step
+
+ROWS = 600
+
+
+def wide(outputs: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 80), nn.Tanh(), nn.Linear(80, 40), nn.Tanh(), nn.Linear(40, outputs)).double()
+
+
+def one_pass(outputs: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(outputs, batch[1])
+
+
+def two_passes(outputs: Tensor, batch: Any) -> Tensor:
+    return one_pass(outputs, batch) + outputs.std(0).mean()
+
+
+LOSSES = pytest.mark.parametrize("loss_fn", [one_pass, two_passes], ids=["one pass", "two passes"])
+
+
+def stepped(loss_fn: Any, *, outputs: int = 3, **given: Any) -> sg.Step:
+    model = wide(outputs)
+    return sg.Step(model, loss_fn, optimizer=torch.optim.Adam(model.parameters()), **given)
+
+
+@LOSSES
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.8])
+def test_what_then_runs_stays_within_the_budget_and_keeps_the_gradients(loss_fn: Any, fraction: float) -> None:
+    batch = labelled(ROWS)
+    footprint = sg.measure_step(stepped(loss_fn), batch)
+    low, high = (footprint.predicted_peak_bytes(rows=n) for n in (1, ROWS))
+    total = int(low * 1.02 + fraction * (high - low))
+    step = stepped(loss_fn, budget=total)
+    _, expected = plain_step(step.declared.model, loss_fn, batch)
+    plan = step.prepare(batch)
+    assert plan.levers
+    step.backward(batch)
+    assert_close(gradients(step.declared.model), expected)
+    step.declared.model.zero_grad()
+    for result in sg.train(step, [batch, batch], counter=sg.count_bytes(step)):
+        assert result.peak_allocated_bytes is not None and result.peak_allocated_bytes <= total
+    assert plan.predicted_peak_bytes is not None
+    assert abs(result.peak_allocated_bytes - plan.predicted_peak_bytes) <= 0.1 * plan.predicted_peak_bytes
+
+
+@LOSSES
+def test_the_measured_peak_of_the_rung_is_that_of_the_real_step(loss_fn: Any) -> None:
+    # Many outputs: what two passes keep of every row is then a good part of the peak.
+    batch = labelled(ROWS)
+    step = stepped(loss_fn, outputs=60)
+    measurement = measure(step.declared, batch, aliases_for(step.declared))
+    low, high = (measurement.footprint.predicted_peak_bytes(rows=n) for n in (1, ROWS))
+    assert low < high
+    limit = sg.Budget(total_bytes=(low + high) // 2, device="cpu", counting=Counting.TENSOR_BYTES, source="test")
+    plan, _, measured = settle(step.declared, measurement, batch, budget=limit, options=Options())
+    running = stepped(loss_fn, outputs=60, plan=plan)
+    *_, last = sg.train(running, [batch, batch], counter=sg.count_bytes(running))
+    assert measured is not None and last.peak_allocated_bytes is not None
+    assert abs(measured - last.peak_allocated_bytes) <= 0.02 * measured
+
+
+def too_low(measurement: Measurement, factor: float) -> Measurement:
+    """The planted fault: laws that promise less than a row takes."""
+
+    def lowered(law: PhaseLaw) -> PhaseLaw:
+        return dataclasses.replace(law, per_chunk_row_bytes=law.per_chunk_row_bytes * factor)
+
+    laws = tuple(lowered(law) for law in measurement.footprint.laws)
+    return dataclasses.replace(measurement, footprint=dataclasses.replace(measurement.footprint, laws=laws))
+
+
+@LOSSES
+def test_a_rung_that_measures_more_than_it_was_predicted_gives_way_to_the_next(loss_fn: Any) -> None:
+    batch = labelled(ROWS)
+    step = stepped(loss_fn)
+    right = measure(step.declared, batch, aliases_for(step.declared))
+    low, high = (right.footprint.predicted_peak_bytes(rows=n) for n in (1, ROWS))
+    limit = sg.Budget(total_bytes=low + (high - low) // 4, device="cpu", counting=Counting.TENSOR_BYTES, source="test")
+    wrong = too_low(right, 0.3)
+    believed = sg.choose_plan(wrong.footprint, Options(), limit)[0]
+    assert right.footprint.predicted_peak_bytes(rows=believed.levers["split_rows"]["rows"]) > limit.total_bytes
+    plan, _, measured = settle(step.declared, wrong, batch, budget=limit, options=Options())
+    assert plan.levers["split_rows"]["rows"] < believed.levers["split_rows"]["rows"]
+    assert measured is not None and measured <= limit.total_bytes
+
+
+def test_when_every_rung_measures_too_much_the_error_shows_what_was_tried() -> None:
+    batch = labelled(ROWS)
+    step = stepped(one_pass)
+    right = measure(step.declared, batch, aliases_for(step.declared))
+    floor = right.footprint.predicted_peak_bytes(rows=1)
+    laws = tuple(dataclasses.replace(law, fixed_bytes=law.fixed_bytes / 4) for law in right.footprint.laws)
+    wrong = dataclasses.replace(right, footprint=dataclasses.replace(right.footprint, laws=laws))
+    limit = sg.Budget(total_bytes=floor // 2, device="cpu", counting=Counting.TENSOR_BYTES, source="test")
+    with pytest.raises(sg.BudgetTooSmall, match=r"rows: predicted .*, measured "):
+        settle(step.declared, wrong, batch, budget=limit, options=Options())
+
+
+@LOSSES
+@pytest.mark.parametrize("rows", [64, [300, 200, 100]], ids=str)
+def test_pinned_rows_are_settled_as_they_are(loss_fn: Any, rows: Any) -> None:
+    batch = labelled(ROWS)
+    plan, _ = sg.settle_plan(stepped(loss_fn), batch, budget="1GiB", rows=rows)
+    assert plan.levers["split_rows"]["rows"] == rows
+    assert plan.knob_origins == {"split_rows.rows": KnobOrigin.PINNED}
+    step = stepped(loss_fn, plan=plan)
+    _, expected = plain_step(step.declared.model, loss_fn, batch)
+    step.backward(batch)
+    assert_close(gradients(step.declared.model), expected)
+
+
+def test_settling_from_a_step_and_preparing_it_make_the_same_plan() -> None:
+    batch = labelled(ROWS)
+    total = sg.measure_step(stepped(one_pass), batch).predicted_peak_bytes(rows=ROWS) // 2
+    settled, _ = sg.settle_plan(stepped(one_pass), batch, budget=total)
+    prepared = stepped(one_pass, budget=total).prepare(batch)
+    timed = {"predicted_seconds": None, "signature": ""}
+    assert dataclasses.replace(settled, **timed) == dataclasses.replace(prepared, **timed)
+
+
+def test_settling_changes_nothing_of_the_users() -> None:
+    step = stepped(two_passes)
+    for parameter in step.declared.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    batch = labelled(ROWS)
+    x = batch[0].clone()
+    with left_alone(step.declared.model, optimizer=step.declared.optimizer):
+        sg.settle_plan(step, batch, budget="1GiB")
+    assert torch.equal(batch[0], x)
+
+
+def test_a_step_that_does_not_fit_is_never_run_whole_to_find_out() -> None:
+    seen: list[int] = []
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = wide()
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return self.inner(x)
+
+    batch = labelled(ROWS)
+    model = Watching()
+    total = sg.measure_step(sg.Step(model, one_pass), batch).predicted_peak_bytes(rows=ROWS) // 2
+    seen.clear()
+    plan = sg.Step(model, one_pass, budget=total).prepare(batch)
+    assert max(seen) <= max(plan.levers["split_rows"]["rows"], 32)
+
+
+def test_the_refusal_of_a_split_is_in_the_footprint_and_the_plain_laws_still_hold() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 30), nn.BatchNorm1d(30), nn.Linear(30, 3)).double()
+    batch = labelled(200)
+    footprint = sg.measure_step(sg.Step(model, one_pass), batch)
+    assert "BatchNorm1d" in footprint.refusals["split_rows"] and footprint.laws == ()
+    step = sg.Step(model, one_pass, optimizer=torch.optim.SGD(model.parameters(), 0.1), budget="1GiB")
+    step.prepare(batch)
+    *_, last = sg.train(step, [batch, batch], counter=sg.count_bytes(step))
+    assert last.peak_allocated_bytes is not None
+    predicted = footprint.predicted_peak_bytes(rows=200)
+    assert abs(predicted - last.peak_allocated_bytes) <= 0.01 * predicted + 1024
+    with pytest.raises(sg.CannotSplit, match="BatchNorm1d"):
+        sg.Step(model, one_pass, budget=predicted // 2).backward(batch)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_smallest_batches_are_planned_also_with_batch_normalisation(rows: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 30), nn.LayerNorm(30), nn.Linear(30, 3)).double()
+    sg.Step(model, one_pass, budget="1GiB").backward(labelled(rows))
+    if rows > 1:
+        coupled = nn.Sequential(nn.Linear(6, 30), nn.BatchNorm1d(30), nn.Linear(30, 3)).double()
+        sg.Step(coupled, one_pass, budget="1GiB").backward(labelled(rows))
+
+
+def test_a_share_of_the_machine_is_a_budget() -> None:
+    step = stepped(one_pass, budget="50%")
+    step.prepare(labelled(64))
+    assert step.budget is not None and "50%" in step.budget.source
+    assert format_bytes(step.budget.total_bytes) in step.explain()
+
+
+@pytest.mark.parametrize("given", [0, -5, 1.5, True, "lots", "8"], ids=str)
+def test_what_is_no_budget_is_refused(given: Any) -> None:
+    with pytest.raises(sg.UsageError, match="budget"):
+        stepped(one_pass, budget=given).prepare(labelled(8))
+
+
+def test_at_most_one_way_to_say_how_a_step_runs() -> None:
+    ways = {"budget": "1GiB", "rows": 4, "plan": object()}
+    for count in range(4):
+        for names in itertools.combinations(ways, count):
+            chosen = {name: ways[name] if name in names else None for name in ways}
+            if count < 2:
+                check_one_of(**chosen)
+            else:
+                with pytest.raises(sg.UsageError, match=" and ".join(f"{name}=" for name in names)):
+                    check_one_of(**chosen)
