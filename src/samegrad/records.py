@@ -358,9 +358,10 @@ class Check(Record):
 class Verdict(Record):
     """Whether the planned step's gradients, loss and buffers are those of the plain step.
 
-    ``reference`` names what the planned step was compared with: the plain step on the device, on the CPU, or on as
-    many rows as fit; ``rows_checked`` of ``batch_rows`` were in it. UNPROVEN means that only a low precision could be
-    compared, which proves nothing by itself.
+    ``reference`` names what the planned step was compared with, on ``rows_checked`` of ``batch_rows`` rows: as many as
+    fit. ``dtype`` is the narrowest that the step's gradients pass through, ``compared_dtype`` the one in which
+    ``max_relative_error`` was found. UNPROVEN means that only a low precision could be compared, which proves nothing
+    by itself.
     """
 
     answer: Same
@@ -368,6 +369,7 @@ class Verdict(Record):
     rows_checked: int
     batch_rows: int
     dtype: str
+    compared_dtype: str
     max_relative_error: float
     worst_parameter: str
     parameters_checked: int

@@ -42,7 +42,10 @@ def token_loss(logits: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
 
 
-@pytest.mark.parametrize("lengths", [[64, 60, 8, 4, 50, 3, 40, 2], [64, 60, 0, 0, 50, 3, 40, 2]], ids=["uneven", "empty"])
+UNEVEN, WITH_NONE = [64, 60, 8, 4, 50, 3, 40, 2], [64, 60, 0, 0, 50, 3, 40, 2]
+
+
+@pytest.mark.parametrize("lengths", [UNEVEN, WITH_NONE], ids=["uneven", "one without any"])
 def test_micro_batches_with_unequal_tokens_are_not_averaged_as_if_equal(lengths: list[int]) -> None:
     batch, model = token_batch(lengths), Tokens()
     loss, expected = plain_step(model, token_loss, batch)

@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "its length beside it": (lambda: Then(lambda z: {"logits": z, "count": len(z)}), r"outputs\['count'\]"),
     "an output without rows": (lambda: Then(lambda z: (z, z.mean())), r"outputs\[1\] has shape \(\)"),
     "an output with other rows": (lambda: Then(lambda z: (z, z.T)), r"outputs\[1\] has shape \(3, "),
-    "an output class": (lambda: Then(Unseen), "Unseen, and the tensors inside it"),
+    "an output class": (lambda: Then(Unseen), "uses outputs, a Unseen, and the tensors inside it"),
     "a counter buffer": (lambda: Keeps(torch.zeros(()), lambda s, z: s.kept.add_(1), buffer=True), "changes kept"),
     "an average buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average_in_place, buffer=True), "changes kept"),
     "an average that is no buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average), "changes kept"),
@@ -125,11 +125,21 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+def logits_of(outputs: Any) -> Tensor:
+    if isinstance(outputs, (Tensor, dict, tuple)):
+        return outputs if isinstance(outputs, Tensor) else outputs["logits" if isinstance(outputs, dict) else 0]
+    return outputs.logits
+
+
+def whole_loss(outputs: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(logits_of(outputs), batch[1])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_split_is_refused_by_name_and_left_as_it_was(name: str) -> None:
     make, message = REFUSED[name]
     model = make()
-    step = sg.Step(model, cross_entropy, rows=4, optimizer=torch.optim.SGD(model.parameters()))
+    step = sg.Step(model, whole_loss, rows=4, optimizer=torch.optim.SGD(model.parameters()))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     batch = (X.clone(), Y.clone())
@@ -140,25 +150,36 @@ def test_what_cannot_be_split_is_refused_by_name_and_left_as_it_was(name: str) -
     assert CLOSED.grad is None
 
 
-def logits_of(outputs: Any) -> Tensor:
-    if isinstance(outputs, Unseen):
-        return outputs.logits
-    return outputs if isinstance(outputs, Tensor) else outputs["logits" if isinstance(outputs, dict) else 0]
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_split_runs_whole_when_it_fits(name: str) -> None:
     make, _ = REFUSED[name]
     torch.manual_seed(0)
     model = make()
 
-    def loss_fn(outputs: Any, batch: Any) -> Tensor:
-        return F.cross_entropy(logits_of(outputs), batch[1])
-
-    step = sg.Step(model, loss_fn, budget="1GiB")
+    step = sg.Step(model, whole_loss, budget="1GiB")
     step.backward((X, Y))
     assert step.plan is not None and step.plan.levers == {}
     assert "refused" in step.plan.reasons["split_rows"]
+
+
+class Cache:
+    """What language models return beside their logits: tensors that no nesting shows."""
+
+    def __init__(self, kept: Tensor) -> None:
+        self.kept = kept
+
+
+def test_an_output_that_cannot_be_seen_matters_only_to_a_loss_that_looks_at_it() -> None:
+    model = Then(lambda z: {"logits": z, "cache": Cache(z)})
+    twin = Then(lambda z: z)
+    _, expected = plain_step(twin, cross_entropy, (X, Y))
+    for loss_fn in (whole_loss, lambda o, b: whole_loss(o, b) if o["cache"] is not None else None):
+        model.zero_grad()
+        sg.Step(model, loss_fn, rows=4).backward((X, Y))
+        assert_close(gradients(model), expected)
+    step = sg.Step(model, lambda o, b: whole_loss(o, b) + o["cache"].kept.square().mean(), rows=4)
+    with pytest.raises(CannotSplit, match=r"outputs\['cache'\], a Cache"):
+        step.backward((X, Y))
 
 
 def test_a_table_that_is_built_at_the_first_call_is_no_state() -> None:

@@ -81,6 +81,7 @@ def verdict() -> Verdict:
         rows_checked=512,
         batch_rows=4000,
         dtype="float64",
+        compared_dtype="float64",
         max_relative_error=3.1e-16,
         worst_parameter="encoder.0.weight",
         parameters_checked=24,

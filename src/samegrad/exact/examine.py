@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.errors import CannotSplit, FalseNormalise
-from samegrad.exact import losses
+from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.audit import audit
 from samegrad.exact.losses import Form, LossForm
@@ -58,10 +58,10 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
         probes = RowProbes(declared, few, few_layout, generators, state)
         outputs = probes.run(others, few_layout)
         with aliases.swapped() as standing, torch.enable_grad():
-            with_graph = declared.forward(declared.network, few)
+            with_graph = program.seen(declared.forward(declared.network, few))
             check_reach(aliases, with_graph, standing)
             with as_in_first_pass(declared.device.type, FirstPass.WITHOUT_GRAPH):
-                without_graph = declared.forward(declared.network, few)
+                without_graph = program.seen(declared.forward(declared.network, few))
         first_pass = FirstPass.WITHOUT_GRAPH if same_rows(with_graph, without_graph) else FirstPass.WITH_GRAPH
         del with_graph, without_graph
         if declared.normalise is not None:

@@ -209,7 +209,7 @@ def _parameter(leaf: Tensor) -> nn.Parameter:
 
 def _forward(declared: DeclaredStep) -> program.Forward:
     network = declared.network
-    return lambda chunk: declared.forward(network, chunk)
+    return lambda chunk: program.seen(declared.forward(network, chunk))
 
 
 @contextlib.contextmanager

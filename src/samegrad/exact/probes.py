@@ -9,7 +9,6 @@ reach    every leaf the outputs depend on must be a parameter in its slot, else 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +24,6 @@ from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.trees import RowLayout
 
 PROBE_ROWS = 8
-# What a model may return beside tensors: values that are compared as they are.
-_PLAIN_OUTPUTS = (int, float, str, type(None), enum.Enum, torch.Size, torch.dtype, torch.device)
 _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
 
@@ -75,15 +72,13 @@ class RowProbes:
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
-                elif not isinstance(leaf, _PLAIN_OUTPUTS):
-                    raise _unseen_output(path, leaf)
             if self._rows > 1:
                 self._check_replace(outputs, others, others_layout)
                 self._check_subset(outputs)
         return outputs
 
     def _forward(self, batch: Any) -> Any:
-        return self._declared.forward(self._declared.network, batch)
+        return program.seen(self._declared.forward(self._declared.network, batch))
 
     def _check_draws(self) -> None:
         drew = self._generators.advanced()
@@ -142,7 +137,7 @@ class RowProbes:
         for path, among, apart in _leaf_pairs(outputs, alone):
             if not isinstance(among, Tensor):
                 # Such as len(x): the loss would be given the length of a chunk.
-                if among == apart:
+                if isinstance(among, program.Unseen) or among == apart:
                     continue
             elif not among.is_floating_point():
                 continue
@@ -273,15 +268,6 @@ def _check_untouched(versions: Sequence[tuple[str, Tensor, int]]) -> None:
                 found=f"the forward writes on its input {path}: a second forward would see other values",
                 do=f"{_WAYS_OUT}, or use the operation that is not in place",
             )
-
-
-def _unseen_output(path: str, leaf: Any) -> CannotSplit:
-    return CannotSplit(
-        asked="split the rows of a step",
-        found=f"{path} is a {type(leaf).__name__}, and the tensors inside it cannot be seen",
-        do="return a dict, tuple, list or NamedTuple, register that class with torch.utils._pytree."
-        f"register_pytree_node, or {_WAYS_OUT}",
-    )
 
 
 def _leaf_pairs(a: Any, b: Any) -> list[tuple[str, Any, Any]]:

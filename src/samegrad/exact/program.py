@@ -8,8 +8,9 @@ for one chunk is right for every chunk of that shape. Weights and counters are d
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -135,6 +136,43 @@ class OutputRows:
 
     def tree(self) -> Any:
         return trees.unflatten(self.joined, self.spec)
+
+
+# What a model may return beside tensors: values that can be compared as they are.
+_PLAIN_OUTPUTS = (int, float, str, type(None), enum.Enum, torch.Size, torch.dtype, torch.device)
+
+
+class Unseen:
+    """Stands for an output whose tensors cannot be seen, such as a cache. A loss that looks at it is refused."""
+
+    def __init__(self, path: str, kind: str) -> None:
+        self._path, self._kind = path, kind
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise CannotSplit(
+            asked="split the rows of a step",
+            found=f"the loss uses {self._path}, a {self._kind}, and the tensors inside it cannot be seen",
+            do="return a dict, tuple, list or NamedTuple, register that class with torch.utils._pytree."
+            "register_pytree_node, or run the step whole (a larger budget, or rows=<the batch's rows>)",
+        )
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = __call__ = _refuse
+
+
+def seen(outputs: Any) -> Any:
+    """``outputs`` with everything in it that is neither a tensor nor a plain value as ``Unseen``."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    leaves, spec = trees.flatten(outputs)
+    if all(isinstance(leaf, (Tensor, *_PLAIN_OUTPUTS)) for leaf in leaves):
+        return outputs
+    return trees.unflatten(
+        [
+            leaf if isinstance(leaf, (Tensor, *_PLAIN_OUTPUTS)) else Unseen(path, type(leaf).__name__)
+            for path, leaf in trees.flatten_with_paths(outputs, "outputs")
+        ],
+        spec,
+    )
 
 
 def check_row_output(path: str, leaf: Tensor, rows: int) -> None:

@@ -88,7 +88,7 @@ def judge(verdict: Verdict | None) -> Statement:
             sentence="the gradients of this step were not compared with those of the plain step",
         )
     failed = [check for check in verdict.checks if not check.passed]
-    evidence = f"{_largest_error(verdict)}, {_comparison(verdict)}, in {verdict.dtype}"
+    evidence = f"{_largest_error(verdict)}, {_comparison(verdict)}, {_precision(verdict)}"
     tally = _tally(verdict.checks, failed)
     if verdict.answer is Same.DIFFERS:
         end = "results of this plan are not those of the plain step"
@@ -129,6 +129,12 @@ def _largest_error(verdict: Verdict) -> str:
     allowed = format_number(sources[0].allowed)
     joined = f"{error} of the allowed {allowed}" if sources[0].passed else f"{error} where {allowed} is allowed"
     return f"largest error {joined}{where}"
+
+
+def _precision(verdict: Verdict) -> str:
+    if verdict.compared_dtype == verdict.dtype:
+        return f"in {verdict.dtype}"
+    return f"compared in {verdict.compared_dtype} for a step that runs in {verdict.dtype}"
 
 
 def _comparison(verdict: Verdict) -> str:
