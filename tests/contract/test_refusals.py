@@ -219,6 +219,33 @@ def test_statistics_taken_from_the_first_batch_only_are_refused() -> None:
     assert model.shift is None
 
 
+def test_weights_set_from_the_first_batch_are_refused_and_put_back() -> None:
+    class Initialised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3, dtype=D)
+            self.ready = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.ready:
+                self.inner.bias.data.copy_(-self.inner(x).detach().mean(0))
+                self.ready = True
+            return self.inner(x)
+
+    model = Initialised()
+    with left_alone(model), pytest.raises(CannotSplit, match=r"parameters inner\.bias"):
+        sg.Step(model, cross_entropy, rows=4).backward((X, Y))
+
+
+def test_a_switch_that_is_thrown_at_the_first_call_is_refused() -> None:
+    def throw(self: Any, z: Tensor) -> None:
+        self.kept = True
+
+    model = Keeps(False, throw)
+    with left_alone(model), pytest.raises(CannotSplit, match="changes kept"):
+        sg.Step(model, cross_entropy, rows=4).backward((X, Y))
+
+
 def test_a_batch_leaf_that_requires_grad_is_refused_by_its_place() -> None:
     x = X.clone().requires_grad_()
     model = mlp()

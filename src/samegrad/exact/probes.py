@@ -65,7 +65,10 @@ class RowProbes:
         refuse_known_layers(self._declared.network)
         with torch.no_grad():
             versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
+            weights = [(n, p, p.detach().clone()) for n, p in self._declared.network.named_parameters()]
             outputs = self._forward(self._batch)
+            _check_weights(weights)
+            del weights
             self._check_draws()
             _check_untouched(versions)
             self._check_state(others)
@@ -258,6 +261,21 @@ def check_reach(aliases: ParameterAliases, outputs: Any, standing: Sequence[nn.P
 
 def _tensors(batch: Any) -> list[tuple[str, Tensor]]:
     return [(p, leaf) for p, leaf in trees.flatten_with_paths(batch, "batch") if isinstance(leaf, Tensor)]
+
+
+def _check_weights(weights: Sequence[tuple[str, Tensor, Tensor]]) -> None:
+    """Raises CannotSplit, the weights as they were, when a forward changed some: set from its first batch, say."""
+    changed = []
+    for name, now, before in weights:
+        if not _same_bits(now.detach(), before):
+            changed.append(name)
+            now.detach().copy_(before)
+    if changed:
+        raise CannotSplit(
+            asked="split the rows of a step",
+            found=f"the forward changes its parameters {', '.join(changed[:3])}: from a chunk, not from the batch",
+            do=f"{_WAYS_OUT}, or run one forward on a whole batch before the first step",
+        )
 
 
 def _check_untouched(versions: Sequence[tuple[str, Tensor, int]]) -> None:

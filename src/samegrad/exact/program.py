@@ -28,8 +28,12 @@ Forward = Callable[[Any], Any]
 
 def backward_outside_autocast(roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
     """``torch.autograd.backward`` as it runs after the user's autocast block: each operation in its forward's dtype."""
-    with _no_autocast(roots[0].device.type):
-        torch.autograd.backward(list(roots), list(cotangents))
+    device_type = roots[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        torch.autograd.backward(roots, cotangents)
+        return
+    with _no_autocast(device_type):
+        torch.autograd.backward(roots, cotangents)
     # Casts of the aliases are cached until the outermost autocast block ends; their graph is spent now.
     torch.clear_autocast_cache()
 
@@ -79,6 +83,9 @@ class LossSums:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, weight: Tensor) -> None:
+        self.loss.add_(loss.detach() * weight)
+
+    def add_counted(self, loss: Tensor, weight: Tensor) -> None:
         # A chunk without a valid target has loss 0/0 and weight 0; its share is nothing, not NaN.
         share = torch.where(weight == 0, torch.zeros_like(self.loss), loss.detach().to(self.loss.dtype) * weight)
         self.loss.add_(share)
@@ -104,7 +111,9 @@ def single_pass_body(
         if form is Form.COUNTED:
             weight = losses.count_of(loss).to(weight.dtype)
             cotangent = cotangent * weight
-        sums.add(loss, weight)
+            sums.add_counted(loss, weight)
+        else:
+            sums.add(loss, weight)
         announce(Phase.BACKWARD)
         backward_outside_autocast([loss], [cotangent.to(loss.dtype)])
 
@@ -202,6 +211,15 @@ def first_pass_body(forward: Forward) -> Callable[[Any, Sequence[Tensor]], None]
     return body
 
 
+# Compared as whole numbers of their width, so that bits are what is compared: not a number equals itself.
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(values: Tensor) -> Tensor:
+    whole = _WHOLE_NUMBERS.get(values.dtype.itemsize)
+    return torch.view_as_real(values).view(torch.int64) if whole is None else values.view(whole)
+
+
 def second_pass_body(
     forward: Forward, mismatches: Tensor
 ) -> Callable[[Any, Sequence[Tensor], Sequence[Tensor | None]], None]:
@@ -214,9 +232,7 @@ def second_pass_body(
         announce(Phase.FORWARD)
         leaves = tensors_in(forward(chunk))
         for again, before in zip(leaves, first):
-            # Two NaNs are equal here: they are the finiteness check's affair.
-            differs = (again.detach() != before) & ((again == again) | (before == before)).detach()
-            mismatches.add_(differs.sum())
+            mismatches.add_((_bits(again.detach()) != _bits(before)).sum())
         announce(Phase.BACKWARD)
         live = [(leaf, c) for leaf, c in zip(leaves, cotangents) if c is not None and leaf.requires_grad]
         del leaves
