@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,13 @@ def test_the_public_names_are_sorted_unique_and_what_dir_shows() -> None:
     names = samegrad.__all__
     assert names == ["__version__", *sorted(names[1:])] and len(set(names)) == len(names)
     assert dir(samegrad) == sorted(names)
+
+
+def test_the_typed_names_are_the_public_names() -> None:
+    stub = ast.parse(Path(samegrad.__file__).with_suffix(".pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    typed = {alias.asname or alias.name for node in imports for alias in node.names}
+    assert typed - {"annotations"} == set(samegrad.__all__) - {"__version__"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -33,11 +33,19 @@ D = torch.float64
 ROWS: list[Any] = [1, 7, 8, N, [10, 1, 18]]
 
 
+def row_mean(outputs: Tensor, batch: Any) -> Tensor:
+    return (outputs - batch[0][:, :3]).square().mean()
+
+
+def row_sum(outputs: Tensor, batch: Any) -> Tensor:
+    return (outputs - batch[0][:, :3]).square().sum()
+
+
 # How many rows at a time
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-@pytest.mark.parametrize("loss_fn", [cross_entropy, spread], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("loss_fn", [cross_entropy, row_mean, row_sum, spread], ids=lambda loss_fn: loss_fn.__name__)
 def test_every_split_has_the_plain_loss_and_gradients(loss_fn: Any, rows: Any) -> None:
     model = mlp()
     loss, expected = plain_step(model, loss_fn, (X, Y))

@@ -26,6 +26,7 @@ from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.laws import fit_laws
 from samegrad.measure.probe import Probe, measure_rung, probe_plain, probe_split, standing_batch_bytes
 from samegrad.plan.choose import choose_plan
+from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, Footprint, KnobOrigin, Origin, Phase, PhaseLaw, Plan
 from samegrad.trees import RowLayout
@@ -33,6 +34,8 @@ from samegrad.units import format_bytes
 
 # Rows of a probe's chunk; few enough for any card, enough for the law to show.
 _PROBE_CHUNK_ROWS = 8
+# Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
+_MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
 
 
 class Declares(Protocol):
@@ -220,13 +223,16 @@ def settle(
         if sizes is None or len(sizes) < 2 or measurement.split is None:
             return plan, footprint, None
         rows = max(sizes)
-        shown = min(2 * rows, layout.rows)
-        rung = measure_rung(measurement.split, batch, layout, rows=rows, batch_rows=shown)
-        # Not there to be measured: optimizer state that the first step will create, and what the loss keeps of rows
-        # that were left out.
-        unseen = measurement.missing_state_bytes + _law_peak(footprint, rows, layout.rows)
-        unseen -= _law_peak(footprint, rows, shown)
-        if rung is not None and rung.peak_bytes + unseen <= budget.total_bytes:
+        shown = min(_MEASURED_CHUNKS[budget.counting] * rows, layout.rows)
+        missing = measurement.missing_state_bytes
+        rung = measure_rung(
+            measurement.split, batch, layout, rows=rows, batch_rows=shown, missing_state_bytes=missing
+        )
+        # Not there to be measured: what the loss keeps of rows that were left out.
+        unseen = _law_peak(footprint, rows, layout.rows) - _law_peak(footprint, rows, shown)
+        # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
+        most = usable_bytes(budget) if budget.counting is Counting.CUDA_ALLOCATOR else budget.total_bytes
+        if rung is not None and rung.peak_bytes + unseen <= most:
             seconds = rung.seconds * layout.rows / shown
             return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen
         found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes + unseen)}"

@@ -199,6 +199,8 @@ class Step:
         measurement: Measurement = measure(self.declared, batch, self._aliases)
         options = Options(allow=self.allow)
         plan, footprint, _ = settle(self.declared, measurement, batch, budget=self.budget, options=options)
+        # What the probes left in the allocator's cache lies as suited them, not the step.
+        counters.release_cached(device)
         signature = layout.signature(batch)
         if measurement.split is not None:
             self._examined[signature, self.declared.mode()] = measurement.split.examination

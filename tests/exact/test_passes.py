@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from samegrad.errors import BadInput, FalseNormalise, GradientsDiffer
 from samegrad.exact import passes, program
 from samegrad.exact.examine import Examination
 from samegrad.exact.losses import Form
-from samegrad.exact.split import SplitStep
+from samegrad.exact.split import SplitStep, sliced_chunks
 
 from . import zoo
 
@@ -245,3 +247,25 @@ def test_a_program_reads_only_what_it_is_bound_to() -> None:
     _, reference = zoo.plain_gradients(model, lambda z, b: F.mse_loss(z, b["t"]) * (16 / zoo.ROWS), part)
     for mine, plain in zip(totals, reference):
         torch.testing.assert_close(mine, plain, rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("name", ["mse", "rmse"])
+def test_each_pass_ends_its_stream_before_the_next_begins(name: str) -> None:
+    """A stream through buffers that are used again cannot begin while another one is open."""
+    open_streams: list[int] = []
+    begun: list[int] = []
+
+    def stream(batch: Any, layout: Any, sizes: Any, device: torch.device) -> Iterator[Any]:
+        assert open_streams == [], "two streams at once"
+        begun.append(1)
+        open_streams.append(1)
+        try:
+            yield from sliced_chunks(batch, layout, sizes, device)
+        finally:
+            open_streams.pop()
+
+    model, rows = zoo.mlp(), zoo.batch()
+    split, layout = zoo.split_step(model, zoo.LOSSES[name][0], rows)
+    dataclasses.replace(split, chunks=stream).totals(rows, layout, [8, 8, 13])
+    assert open_streams == []
+    assert len(begun) == split.examination.passes

@@ -131,7 +131,7 @@ def two_passes(
         second = program.ChunkProgram(program.second_pass_body(forward, mismatches), gradients)
         start = 0
         rows = [leaf.detach() for leaf in outputs.leaves()]
-        for size, chunk in zip(sizes, chunks_twice[1]):
+        for size, chunk in zip(sizes, chunks_twice[1], strict=True):
             part = slice(start, start + size)
             second.bind(
                 chunk, [leaf[part] for leaf in rows], [None if c is None else c[part] for c in cotangents]
@@ -164,7 +164,7 @@ def _first_pass(
     body = program.first_pass_body(forward)
     start = 0
     with as_in_first_pass(declared.device.type, first_pass):
-        for size, chunk in zip(sizes, chunks):
+        for size, chunk in zip(sizes, chunks, strict=True):
             if start == 0:
                 announce(Phase.FORWARD)
                 first = forward(chunk)

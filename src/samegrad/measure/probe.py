@@ -65,8 +65,10 @@ class Rung:
     seconds: float
 
 
-def measure_rung(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int) -> Rung | None:
-    """Peak and time of that run alone; nothing of the user's changes.
+def measure_rung(
+    split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int, missing_state_bytes: int
+) -> Rung | None:
+    """Peak and time of that run; nothing of the user's changes. Optimizer state that is still to come is counted.
 
     None where the allocator ran out of memory, or had to give memory back and try again, under a cap.
     """
@@ -79,9 +81,13 @@ def measure_rung(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, 
             claim_residents(counter, split.declared, batch)
             with counter, listening(counter):
                 seconds = timed(lambda: split.totals(few, few_layout, sizes), device)
-            return Rung(counter.peak_bytes, seconds)
+            return Rung(counter.peak_bytes + missing_state_bytes, seconds)
         counters.release_cached(device)
         try:
+            gradients = split.totals(few, few_layout, sizes)
+            # The first step creates the state while its gradients are alive; where it lands decides what fits later.
+            state = _standing_in(split.declared, missing_state_bytes)
+            del gradients
             split.totals(few, few_layout, sizes)
             before = counters.read_allocator(device)
             counters.reset_peaks(device)
@@ -89,9 +95,23 @@ def measure_rung(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, 
         except torch.OutOfMemoryError:
             return None
         after = counters.read_allocator(device)
+        del state
     if before is None or after is None or after.retries > before.retries:
         return None
     return Rung(after.peak_reserved_bytes, seconds)
+
+
+def _standing_in(declared: DeclaredStep, missing_state_bytes: int) -> list[Tensor]:
+    """Memory for optimizer state that does not exist yet, in pieces like the parameters'."""
+    pieces: list[Tensor] = []
+    trainable = [p for module in declared.modules for p in module.parameters() if p.requires_grad]
+    left = missing_state_bytes
+    while trainable and left > 0:
+        for parameter in trainable:
+            if left > 0:
+                pieces.append(torch.empty_like(parameter))
+                left -= pieces[-1].nbytes
+    return pieces
 
 
 def probe_plain(declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int) -> Probe:
