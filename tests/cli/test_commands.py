@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import samegrad as sg
-from samegrad.recipes import recipe_names
+from samegrad.recipes import find_recipe, recipe_names
 from samegrad.records import Footprint, Plan, Same, Verdict
 from samegrad.verify.gradients import verify_step
 from tests.cli.conftest import Cli
@@ -42,6 +42,24 @@ def test_below_the_floor_the_answer_is_no_with_what_it_is_made_of(cli: Cli) -> N
     for part in ("parameters", "gradients", "optimizer state", "one row"):
         assert part in error["message"]
     assert len(error["hint"].split("; ")) >= 3
+
+
+def test_a_recipes_refusal_comes_with_its_own_advice_in_order(cli: Cli) -> None:
+    refused = cli("plan", "autoencoder", "--patch_rows", "200", "--budget", "1MiB")
+    assert refused.code == 1
+    advice = find_recipe("autoencoder").troubleshooting
+    places = [refused.err.find(f"{number}. {line}") for number, line in enumerate(advice, start=1)]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+def test_no_advice_on_memory_where_the_mistake_is_another(cli: Cli) -> None:
+    mistaken = cli("plan", "autoencoder", "--patch_rows", "200", "--data_root", "nowhere.npy")
+    assert mistaken.code == 3
+    assert "Advice" not in mistaken.err
+    yours = cli("plan", "steps.py:train", "--budget", "20KiB")
+    assert yours.code == 1
+    assert "Advice" not in yours.err
 
 
 def test_a_given_plan_is_measured_and_judged(cli: Cli, folder: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -59,14 +60,17 @@ class Boundary:
             case KeyboardInterrupt():
                 self._stopped(130, "stopped by Ctrl-C", None)
             case _ if (known := known_error(error)) is not None:
-                self._tell(known)
+                self._tell(known, getattr(error, "__notes__", []))
             case _:
                 self._bug(error)
         return True
 
-    def _tell(self, error: SamegradError) -> None:
+    def _tell(self, error: SamegradError, advice: Sequence[str]) -> None:
         self.code = error.exit_code
         self.console.error(f"error: {error}")
+        if advice:
+            numbered = (f"  {i}. {line}" for i, line in enumerate(advice, start=1))
+            self.console.error("\n".join(["Advice that goes with this recipe:", *numbered]))
         self.console.document(error.to_json())
 
     def _stopped(self, code: int, what: str, saved: str | None) -> None:

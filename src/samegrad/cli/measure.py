@@ -22,12 +22,12 @@ class MeasureOptions:
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("measure", (MeasureOptions,), argv)
     from samegrad.cli.planned import measured_after_a_step, plan_step
-    from samegrad.cli.programs import load_training
+    from samegrad.cli.programs import advised, load_training
     from samegrad.cli.run_story import write_records
     from samegrad.cli.stopping import listening
     from samegrad.report.terminal import footprint_table
 
-    with listening():
+    with listening(), advised(target):
         training = load_training(target, call)
         planned = plan_step(training)
         measured = measured_after_a_step(training.step, training.batch, planned.footprint)

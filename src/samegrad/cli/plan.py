@@ -33,13 +33,13 @@ def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("plan", (PlanOptions,), argv)
     options = call.part(PlanOptions)
     from samegrad.cli.planned import measured_after_a_step, plan_step
-    from samegrad.cli.programs import load_training
+    from samegrad.cli.programs import advised, load_training
     from samegrad.cli.run_story import read_plan, write_records
     from samegrad.cli.stopping import listening
     from samegrad.report.facts import describe_budget
     from samegrad.report.terminal import plan_table
 
-    with listening():
+    with listening(), advised(target):
         if options.table:
             return _show_table(target, call.part(target.options_class), console)
         given = read_plan(options.plan) if options.plan is not None else None

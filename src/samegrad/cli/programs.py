@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 
 import samegrad as sg
+from samegrad.cli.boundary import known_error
 from samegrad.cli.options import Call
 from samegrad.cli.run_story import PictureFile
 from samegrad.cli.target import FunctionTarget, Target
 from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, counting_of
-from samegrad.errors import UsageError
+from samegrad.errors import BudgetTooSmall, CannotSplit, OverBudget, SamegradError, UsageError
 from samegrad.recipes import Program, Recipe, find_recipe, run_epochs
+from samegrad.recipes._recipe import CacheEmptying
 from samegrad.records import Counting
 from samegrad.store import (
     Checkpoint,
@@ -26,6 +29,20 @@ from samegrad.store import (
     rng_to_tensors,
     tensors_into_optimizer,
 )
+from samegrad.units import format_bytes, format_seconds
+
+
+@contextlib.contextmanager
+def advised(target: Target) -> Iterator[None]:
+    """A block that ends in a refusal or out of memory with the recipe's own advice beside the error."""
+    try:
+        yield
+    except (SamegradError, MemoryError, RuntimeError) as error:
+        known = known_error(error)
+        if not isinstance(target, FunctionTarget) and isinstance(known, (BudgetTooSmall, CannotSplit, OverBudget)):
+            for line in find_recipe(target.name).troubleshooting:
+                error.add_note(line)
+        raise
 
 
 def load_training(target: Target, call: Call) -> Training:
@@ -69,6 +86,7 @@ class RecipeTraining:
     def __init__(self, recipe: Recipe, program: Program) -> None:
         self.title, self.recipe, self.program = recipe.name, recipe, program
         self._batch = next(iter(program.batches(0)))
+        self._emptied = CacheEmptying()
 
     @property
     def step(self) -> sg.Step:
@@ -100,6 +118,8 @@ class RecipeTraining:
     def ticks(self) -> Iterator[Tick]:
         counter = sg.count_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
         for epoch in run_epochs(self.program, counter=counter):
+            self._emptied.seconds += epoch.empty_cache_seconds
+            self._emptied.given_back_bytes += epoch.given_back_bytes
             last = epoch.stopped or self.done >= self.program.epochs
             yield Tick(results=epoch.steps, validation_loss=epoch.validation, last=last)
 
@@ -127,6 +147,15 @@ class RecipeTraining:
                 for path in written
                 if path.suffix in (".png", ".svg")
             ),
-            notes=tuple(self.program.describe()),
+            notes=(*self.program.describe(), *self._told_of_emptying()),
             troubleshooting=self.recipe.troubleshooting,
         )
+
+    def _told_of_emptying(self) -> list[str]:
+        """What ``--empty_cache`` cost and gave back; it lowers no peak of the step."""
+        asked = self.program.empty_cache
+        if asked == "never":
+            return []
+        cost = format_seconds(self._emptied.seconds)
+        back = format_bytes(self._emptied.given_back_bytes)
+        return [f"empty_cache after every {asked}: {cost} in all, {back} handed back to the driver"]

@@ -18,7 +18,7 @@ from samegrad.cli.boundary import INTERNAL, known_error
 from samegrad.cli.console import Bar, Console
 from samegrad.cli.options import Call
 from samegrad.cli.planned import Planned, measured_footprint, plan_step
-from samegrad.cli.programs import load_training
+from samegrad.cli.programs import advised, load_training
 from samegrad.cli.run import RunOptions, config_text
 from samegrad.cli.run_health import peaks_of
 from samegrad.cli.run_story import Summary, read_metrics, read_plan, read_record, read_story, verdict_text
@@ -74,7 +74,7 @@ def exit_code_of(verdict: Verdict) -> int:
 def run_session(target: Target, call: Call, folder: RunFolder, console: Console) -> Finished:
     """Trains ``target`` in ``folder``, from the start or from its newest checkpoint."""
     options = call.part(RunOptions)
-    with Status(folder, target.name) as status, listening() as stop:
+    with Status(folder, target.name) as status, listening() as stop, advised(target):
         if not options.resume:
             folder.write_text("config.json", config_text(target, call))
         given = _given_plan(folder, options)

@@ -32,12 +32,12 @@ def main(argv: Sequence[str], console: Console) -> int:
     options = call.part(VerifyOptions)
     import samegrad as sg
     from samegrad.cli.planned import plan_step
-    from samegrad.cli.programs import load_training
+    from samegrad.cli.programs import advised, load_training
     from samegrad.cli.run_story import read_plan, verdict_text, write_records
     from samegrad.cli.stopping import listening
     from samegrad.records import Same
 
-    with listening():
+    with listening(), advised(target):
         given = read_plan(options.plan) if options.plan is not None else None
         training = load_training(target, call)
         planned = plan_step(training, given)

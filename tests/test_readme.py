@@ -1,0 +1,63 @@
+"""The README's own lines: the program runs, the commands exist, the figures are those of the result files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_program_with_your_model_runs(capsys: Any) -> None:
+    [program] = blocks("python")
+    batches = [(torch.randn(32, 4), torch.randint(0, 3, (32,))) for _ in range(3)]
+    names = {"make_model": lambda: nn.Linear(4, 3), "loader": batches, "torch": torch, "F": F}
+    exec(compile(program, "README.md", "exec"), names)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("Budget 6.00 GiB")
+    assert told[-1] == "True"
+
+
+def test_the_two_commands_do_their_own_set_up() -> None:
+    commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("pip install")]
+    assert commands == ["pip install -e '.[recipes]' && samegrad demo", "pip install -e '.[test]' && pytest"]
+
+
+def test_every_figure_names_a_result_that_is_there() -> None:
+    scripts = re.findall(r"`python benchmarks/(\w+)\.py", README)
+    assert scripts
+    for script in scripts:
+        assert (ROOT / "benchmarks" / f"{script}.py").is_file()
+        assert f"benchmarks/{script}.py" in result(script)["command"]
+
+
+def test_the_figures_are_those_of_the_results() -> None:
+    overhead, gpu, exact = result("engine_overhead"), result("autoencoder_gpu"), result("exactness")
+    assert f"| {exact['worst_share_of_contract']:.2f} of what float64" in README
+    both = (overhead["single_pass"]["median_ratio"], overhead["two_pass"]["median_ratio"])
+    assert "{:.2f} / {:.2f} times".format(*both) in README
+    assert max(both) <= 1.05
+    shares = [place["host_speed_fraction"] for place in gpu["places"]]
+    assert f"{min(shares) * 100:.0f} to {max(shares) * 100:.0f} % of the speed" in README
+    assert min(shares) >= 0.9
+    for budget in gpu["budgets"]:
+        assert f"{budget['measured_peak_reserved_bytes'] / 2**30:.2f}" in README
+        assert budget["measured_peak_reserved_bytes"] <= budget["budget_bytes"]
+    for budget in result("autoencoder_budget")["budgets"]:
+        assert budget["measured_peak_bytes"] <= budget["budget_bytes"]
+        assert abs(budget["measured_over_predicted"] - 1) < 0.1
