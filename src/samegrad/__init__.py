@@ -37,6 +37,7 @@ _HOMES = {
     "Verdict": "records",
     "choose_plan": "plan.choose",
     "count_bytes": "measure.counting",
+    "find_device": "measure.counters",
     "measure_step": "settle",
     "open_rows": "data.readers",
     "render_markdown": "report",

@@ -15,6 +15,7 @@ from samegrad.errors import SamegradError as SamegradError
 from samegrad.errors import UsageError as UsageError
 from samegrad.execute.run import BestWeights as BestWeights
 from samegrad.execute.run import train as train
+from samegrad.measure.counters import find_device as find_device
 from samegrad.measure.counting import count_bytes as count_bytes
 from samegrad.plan.choose import choose_plan as choose_plan
 from samegrad.records import Budget as Budget

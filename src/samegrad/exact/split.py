@@ -1,7 +1,8 @@
 """One whole backward: plain when it is not split, in chunks when it is, handed over in one go.
 
-``backward`` is a transaction up to the hand-over: if anything raises before, ``.grad``, buffers and generators are
-those before the call.
+``backward`` is a transaction up to the hand-over: if anything raises before, ``.grad`` and generators are those before
+the call. Models that change their buffers are refused when they are examined; one that begins to later is refused
+with the buffer's name, but what it wrote stays.
 """
 
 from __future__ import annotations

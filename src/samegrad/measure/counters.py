@@ -155,14 +155,14 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(
-            asked=f"device {name!r}", found="not a device's name", do="use cpu, cuda, cuda:1 or auto", option="--device"
+            asked=f"device {name!r}", found="not a device's name", do="use cpu, cuda, cuda:1 or auto", option="device"
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentProblem(
             asked=f"device {name!r}",
             found=f"{torch.cuda.device_count()} CUDA devices (torch {torch.__version__})",
             do="try --device cpu, or see 'samegrad doctor'",
-            option="--device",
+            option="device",
         )
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 

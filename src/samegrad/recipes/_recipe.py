@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import samegrad as sg
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -152,31 +151,6 @@ class Recipe:
     table: Callable[[Any], Sequence[Mapping[str, Cell]]]
     pins: Mapping[str, str]
     troubleshooting: tuple[str, ...]
-
-
-def find_device(name: str) -> torch.device:
-    """The device that ``--device`` names; auto is CUDA where there is one.
-
-    Raises UsageError for what is no device name, EnvironmentProblem for a device that is not there.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise sg.UsageError(
-            asked=f"--device {name}", found="not the name of a device", do="use auto, cpu, cuda or cuda:1",
-            option="device",
-        ) from None  # fmt: skip
-    there = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= there:
-        raise sg.EnvironmentProblem(
-            asked=f"--device {name}", found=f"this machine has {there} CUDA devices",
-            do="name one that is there, or --device cpu", option="device",
-        )  # fmt: skip
-    return device
 
 
 def run_epochs(

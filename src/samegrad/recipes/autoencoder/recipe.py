@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell, Program, Recipe, find_device, run_epochs
+from samegrad.recipes._recipe import Cell, Program, Recipe, run_epochs
 
 from . import data
 from .model import Autoencoder, PenalisedReconstruction, TiedAutoencoder, reconstruction_loss
@@ -117,7 +117,7 @@ class AutoencoderProgram(Program):
 def build(options: AutoencoderOptions) -> AutoencoderProgram:
     """The program that ``options`` describe; data are opened, nothing is trained. Raises what is wrong with them."""
     splits = open_splits(options)
-    device = find_device(options.device)
+    device = sg.find_device(options.device)
     model = _make_model(options, splits.train.shape[1]).to(device)
     return _program(options, model, splits)
 
