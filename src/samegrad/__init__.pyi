@@ -13,6 +13,8 @@ from samegrad.errors import NonFinite as NonFinite
 from samegrad.errors import OverBudget as OverBudget
 from samegrad.errors import SamegradError as SamegradError
 from samegrad.errors import UsageError as UsageError
+from samegrad.exact.over import over as over
+from samegrad.exact.rowwise import rowwise as rowwise
 from samegrad.execute.run import BestWeights as BestWeights
 from samegrad.execute.run import train as train
 from samegrad.measure.counters import find_device as find_device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,11 +80,39 @@ def _loss(z: Tensor, b: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(z, b["y_ignored"])
 
 
-def _rank(rank: int, port: int, results: Any) -> None:
-    """One of two gloo ranks: plain DDP and a split step on the same rows, collectives counted."""
+def _on_rank(work: Callable[[int], dict[str, Any]], rank: int, port: int, results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = work(rank)
+    if rank == 0:
+        results.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_two_ranks(work: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work(0)`` found, run beside ``work(1)`` in two gloo processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=_on_rank, args=(work, rank, port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
+    found: dict[str, Any] = results.get()
+    return found
+
+
+def _rank(rank: int) -> dict[str, Any]:
+    """One of two gloo ranks: plain DDP and a split step on the same rows, collectives counted."""
     rows = {k: (v[:17] if rank == 0 else v[17:]) for k, v in zoo.batch().items()}
     found: dict[str, Any] = {}
     for unused in (False, True):
@@ -111,10 +140,7 @@ def _rank(rank: int, port: int, results: Any) -> None:
         before = counts[1][0]
         split.backward(rows, layout, sizes)
         found["collectives under no_sync"] = counts[1][0] - before
-    if rank == 0:
-        results.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 class _WithUnused(nn.Module):
@@ -147,21 +173,7 @@ def _counted(model: DistributedDataParallel) -> list[int]:
 
 
 def test_two_ranks_reduce_once_a_step_and_end_with_plain_ddp_gradients() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0, 0]
-    found = results.get()
+    found = on_two_ranks(_rank)
     for unused in (False, True):
         assert found[f"same pattern, unused={unused}"]
         assert found[f"error, unused={unused}"] < 1e-13

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,17 @@ class ParameterAliases:
     def swapped(self) -> Iterator[list[nn.Parameter]]:
         """The aliases, standing in the module in place of the parameters."""
         aliases = [nn.Parameter(p.detach()) for p in self.parameters]
+        with self.replaced(aliases):
+            yield aliases
+
+    @contextlib.contextmanager
+    def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """``tensors``, in the order of ``parameters``, standing in the modules in their place."""
         try:
             for part, name, index in self._slots:
-                part._parameters[name] = aliases[index]
-            yield aliases
+                # Any tensor computes there; only the type of the slot says parameter.
+                part._parameters[name] = cast(nn.Parameter, tensors[index])
+            yield
         finally:
             for part, name, index in self._slots:
                 part._parameters[name] = self.parameters[index]

@@ -146,7 +146,7 @@ class RowProbes:
                 continue
             else:
                 chosen = among[torch.tensor(self.kept, device=among.device)]
-                if chosen.shape == apart.shape and _close(chosen, apart):
+                if chosen.shape == apart.shape and close(chosen, apart):
                     continue
             raise CannotSplit(
                 asked="split the rows of a step",
@@ -239,6 +239,30 @@ class _hooked:
             handle.remove()
 
 
+def check_alone(
+    declared: DeclaredStep, alone: Any, among: Any, rows: int, generators: Generators, state: ModuleState
+) -> None:
+    """Raises CannotSplit unless the first ``rows`` rows give ``alone`` what they give ``among`` others."""
+    refuse_known_layers(declared.network)
+    with torch.no_grad():
+        outputs = [declared.forward(declared.network, batch) for batch in (alone, among)]
+    drew, changed = generators.advanced(), state.changed()
+    if drew or changed:
+        raise CannotSplit(
+            asked="split groups of rows",
+            found=f"the forward draws random numbers ({', '.join(drew)})" if drew else f"it changes {changed[:3]}",
+            do=_WAYS_OUT,
+        )
+    for path, mine, whole in _row_pairs(outputs[0], outputs[1]):
+        program.check_row_output(path, mine, rows)
+        if mine.is_floating_point() and not close(whole[:rows], mine):
+            raise CannotSplit(
+                asked="split groups of rows",
+                found=f"{path} of a group depends on the groups that run with it",
+                do=f"{_WAYS_OUT}, or put what must see each other into one group",
+            )
+
+
 def check_reach(aliases: ParameterAliases, outputs: Any, standing: Sequence[nn.Parameter]) -> None:
     """Raises CannotSplit when ``outputs``, computed on the aliases ``standing``, depend on any other leaf."""
     known = {id(alias) for alias in standing}
@@ -306,7 +330,9 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    # Other shapes take other kernels, so bits may differ; half the digits must agree.
-    scale = max(a.abs().max().item(), 1e-30) if a.numel() else 1.0
-    return bool(((a - b).abs() <= scale * torch.finfo(a.dtype).eps ** 0.5).all() | (a != a).any())
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a`` and ``b`` agree in half their digits: other shapes take other kernels, so bits may differ."""
+    finite = a[a.isfinite()]
+    scale = max(finite.abs().max().item(), 1e-30) if finite.numel() else 1.0
+    near = (a == b) | ((a - b).abs() <= scale * torch.finfo(a.dtype).eps ** 0.5)
+    return bool(near.all() | (a != a).any())

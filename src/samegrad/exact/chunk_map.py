@@ -1,0 +1,184 @@
+"""A function of rows run a few rows at a time, as one autograd node whose gradient is again a chunked map.
+
+Inputs are cut along an axis or shared by all chunks; outputs are joined along an axis or summed. The gradient of a cut
+input is joined and that of a shared input summed, so the vector-Jacobian product has the same shape as the map itself
+and every order of derivative holds one chunk at a time.
+
+1. Forward keeps no graph; backward runs each chunk again. Both enter the autocast blocks that were open at the call.
+2. Inputs are detached: a view taken without grad of a leaf that requires grad claims to require it and is in no graph.
+3. Inputs are saved as autograd saves them, so that one changed in place before backward is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from samegrad.exact.aliases import NARROW
+
+Results = Sequence[Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Autocast:
+    """The autocast blocks open at the call, by device type."""
+
+    states: tuple[tuple[str, torch.dtype, bool], ...]
+
+    @classmethod
+    def now(cls, device_types: Sequence[str]) -> Autocast:
+        return cls(
+            tuple((d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in dict.fromkeys(device_types))
+        )
+
+    def off(self) -> Autocast:
+        return Autocast(tuple((d, dtype, False) for d, dtype, _ in self.states))
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for device_type, dtype, enabled in self.states:
+                if enabled or torch.is_autocast_enabled(device_type):
+                    stack.enter_context(
+                        torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+                    )
+            yield
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkMap:
+    """``function(chunk of every input) -> tensors``; ``in_axes`` and ``out_axes`` None mean shared and summed.
+
+    ``out_axes`` may be one axis for all outputs, whose number is then known after the first chunk.
+    """
+
+    function: Callable[[Sequence[Tensor]], Results]
+    in_axes: tuple[int | None, ...]
+    out_axes: tuple[int | None, ...] | int | None
+    sizes: tuple[int, ...]
+    autocast: Autocast
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        # autograd.Function.apply carries no types.
+        return cast(tuple[Tensor | None, ...], cast(Any, _Node).apply(self, *inputs))
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The outputs, without a graph."""
+        joined: list[_Joined] = []
+        start = 0
+        for size in self.sizes:
+            chunk = [
+                x.detach() if axis is None else x.detach().narrow(axis, start, size)  # rule 2
+                for x, axis in zip(inputs, self.in_axes)
+            ]
+            with self.autocast.entered():
+                results = self.function(chunk)
+            if not joined:
+                axes = self.out_axes if isinstance(self.out_axes, tuple) else (self.out_axes,) * len(results)
+                joined = [_Joined(axis, sum(self.sizes)) for axis in axes]
+            for place, result in zip(joined, results, strict=True):
+                place.take(None if result is None else result.detach(), start)
+            start += size
+        return tuple(place.value() for place in joined)
+
+
+class _Joined:
+    """One output of all chunks: rows written into their places, or a sum, float32 where the output is narrower."""
+
+    def __init__(self, axis: int | None, rows: int) -> None:
+        self._axis, self._rows = axis, rows
+        self._whole: Tensor | None = None
+        self._dtype: torch.dtype | None = None
+
+    def take(self, result: Tensor | None, start: int) -> None:
+        if result is None:
+            return
+        if self._axis is None:
+            self._dtype = result.dtype
+            wide = result.float() if result.dtype in NARROW else result
+            self._whole = wide.clone() if self._whole is None else self._whole.add_(wide)
+            return
+        if self._whole is None:
+            shape = list(result.shape)
+            shape[self._axis] = self._rows
+            # Zeros, since a chunk that the output does not depend on leaves its place empty.
+            self._whole = result.new_zeros(shape)
+        self._whole.narrow(self._axis, start, result.shape[self._axis]).copy_(result)
+
+    def value(self) -> Tensor | None:
+        if self._whole is None or self._dtype is None:
+            return self._whole
+        return self._whole.to(self._dtype)
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: ChunkMap, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        outputs = plan.run(inputs)
+        ctx.plan = plan
+        ctx.out_axes = (
+            plan.out_axes if isinstance(plan.out_axes, tuple) else (plan.out_axes,) * len(outputs)
+        )
+        ctx.save_for_backward(*inputs)  # rule 3
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o in outputs if o is not None and not o.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: ChunkMap = ctx.plan
+        inputs: tuple[Tensor, ...] = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        if wanted and given:
+            product = ChunkMap(
+                function=_vector_jacobian(plan, len(inputs), wanted, given),
+                in_axes=(*plan.in_axes, *(ctx.out_axes[i] for i in given)),
+                out_axes=tuple(plan.in_axes[i] for i in wanted),
+                sizes=plan.sizes,
+                # Backward runs outside the user's autocast block; the forward inside it enters that block again.
+                autocast=plan.autocast.off(),
+            )
+            found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
+            for index, gradient in zip(wanted, found):
+                gradients[index] = gradient
+        return (None, *gradients)
+
+
+def _vector_jacobian(
+    plan: ChunkMap, count: int, wanted: Sequence[int], given: Sequence[int]
+) -> Callable[[Sequence[Tensor]], Results]:
+    """``(inputs, cotangents) -> gradients of the wanted inputs`` for one chunk of ``plan``."""
+
+    def product(arguments: Sequence[Tensor]) -> Results:
+        inputs, cotangents = list(arguments[:count]), arguments[count:]
+        # Enabled here only where this product is itself differentiated.
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            for index in wanted:
+                if not inputs[index].requires_grad:
+                    inputs[index] = inputs[index].detach().requires_grad_()
+            with plan.autocast.entered():
+                results = plan.function(inputs)
+            pairs = [
+                (result, cotangent)
+                for result, cotangent in ((results[i], c) for i, c in zip(given, cotangents))
+                if result is not None and result.requires_grad
+            ]
+            if not pairs:
+                return [None] * len(wanted)
+            return torch.autograd.grad(
+                [result for result, _ in pairs],
+                [inputs[index] for index in wanted],
+                [cotangent for _, cotangent in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+
+    return product

@@ -1,0 +1,184 @@
+"""``over``: a function of items (centers, projections, tiles), run a few items at a time, joined or reduced.
+
+    density = sg.over(score, centers, shared=(x, network), reduce="logsumexp", rows=100)
+
+Derivatives of any order hold one chunk of items at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.errors import BadInput, CannotSplit, UsageError
+from samegrad.exact import losses
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.chunk_map import Autocast, ChunkMap
+from samegrad.exact.probes import close
+from samegrad.exact.undisturbed import Generators, ModuleState
+
+Reduce = Literal["cat", "sum", "logsumexp"]
+
+
+def over(
+    fn: Callable[[Any, Any], Any],
+    items: Any,
+    *,
+    shared: Any = None,
+    reduce: Reduce = "cat",
+    rows: int,
+    process_group: Any = None,
+) -> Any:
+    """``fn(items, shared)`` with ``rows`` items at a time.
+
+    ``fn`` returns tensors whose first axis is the items: "cat" keeps that axis, "sum" and "logsumexp" reduce it, the
+    latter without ever holding all terms. ``items``: tensors, nested as you like, items on their first axis.
+    ``shared``: what every chunk sees, nested; tensors and modules in it receive gradients. Raises CannotSplit when
+    ``fn`` uses parameters that are not in ``shared``, draws random numbers or changes state.
+    """
+    if reduce not in ("cat", "sum", "logsumexp"):
+        raise UsageError(asked=f"reduce={reduce!r}", found="not a reduction", do="use 'cat', 'sum' or 'logsumexp'")
+    if process_group is not None:
+        raise UsageError(
+            asked="process_group=", found="items are not split over ranks yet", do="leave it out: one rank, all items"
+        )
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise UsageError(asked=f"rows={rows!r}", found="not a positive whole number", do="give items at a time")
+    mapped = _Over(fn, items, shared, rows)
+    if reduce == "cat":
+        return mapped(fn, 0)
+    if reduce == "sum":
+        return mapped(lambda i, s: trees.map_tensors(fn(i, s), lambda t: t.sum(0)), None)
+    return _log_sum_exp(mapped, fn)
+
+
+def _log_sum_exp(mapped: _Over, fn: Callable[[Any, Any], Any]) -> Any:
+    """max + log Σ exp(s - max): the maximum is found first and is a constant, so every order follows by composition."""
+    with torch.no_grad():
+        tops, spec = trees.flatten(mapped.maximum(fn))
+    # Where every term is -inf the shift must not make it -inf - -inf.
+    tops = [torch.where(top.isfinite(), top, torch.zeros_like(top)) for top in tops]
+
+    def shifted(items: Any, shared: Any) -> Any:
+        leaves = trees.flatten(fn(items, shared))[0]
+        return trees.unflatten([(leaf - top).exp().sum(0) for leaf, top in zip(leaves, tops, strict=True)], spec)
+
+    sums = trees.flatten(mapped(shifted, None))[0]
+    return trees.unflatten([total.log() + top for total, top in zip(sums, tops)], spec)
+
+
+class _Over:
+    """Items and what they share, ready to be mapped over by any function of both."""
+
+    def __init__(self, fn: Callable[[Any, Any], Any], items: Any, shared: Any, rows: int) -> None:
+        self._layout = trees.find_rows(items)
+        alone = [p for p, a in zip(self._layout.paths, self._layout.axes) if a is None]
+        if alone:
+            raise BadInput(
+                asked="items whose leaves have one length",
+                found=f"{alone[0]} has not {self._layout.rows} items on its first axis",
+                do="put what all items share into shared=",
+            )
+        self._sizes = tuple(trees.even_sizes(self._layout.rows, rows))
+        self._items, self._items_spec = trees.flatten(items)
+        self._shared, self._shared_spec = trees.flatten(shared)
+        self._modules = [leaf for leaf in self._shared if isinstance(leaf, nn.Module)]
+        self._aliases = ParameterAliases({f"shared[{i}]": module for i, module in enumerate(self._modules)})
+        self._places = [i for i, leaf in enumerate(self._shared) if isinstance(leaf, Tensor)]
+        self._check(fn)
+
+    def __call__(self, fn: Callable[[Any, Any], Any], out_axis: int | None) -> Any:
+        spec: list[Any] = []
+
+        def function(inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            leaves, tree = trees.flatten(self._evaluated(fn, inputs))
+            spec[:] = [tree]
+            return leaves
+
+        tensors = self._inputs()
+        items = len(self._items)
+        mapped = ChunkMap(
+            function=function,
+            in_axes=(*(0 for _ in range(items)), *(None for _ in tensors[items:])),
+            out_axes=out_axis,
+            sizes=self._sizes,
+            autocast=Autocast.now([t.device.type for t in tensors]),
+        )
+        outputs = mapped(*tensors)
+        return trees.unflatten(outputs, spec[0])
+
+    def maximum(self, fn: Callable[[Any, Any], Any]) -> Any:
+        """The largest term over all items, a chunk at a time; under no_grad."""
+        tops: list[Tensor] = []
+        spec: Any = None
+        start = 0
+        for size in self._sizes:
+            inputs = [leaf.narrow(0, start, size) for leaf in self._items] + self._inputs()[len(self._items) :]
+            leaves, spec = trees.flatten(self._evaluated(fn, inputs))
+            here = [leaf.amax(0) for leaf in leaves]
+            tops = here if not tops else [torch.maximum(a, b) for a, b in zip(tops, here, strict=True)]
+            start += size
+        return trees.unflatten(tops, spec)
+
+    def _inputs(self) -> list[Tensor]:
+        return [*self._items, *(self._shared[i] for i in self._places), *self._aliases.parameters]
+
+    def _evaluated(self, fn: Callable[[Any, Any], Any], inputs: Sequence[Tensor]) -> Any:
+        items = len(self._items)
+        shared = list(self._shared)
+        for place, tensor in zip(self._places, inputs[items:]):
+            shared[place] = tensor
+        with self._aliases.replaced(inputs[items + len(self._places) :]):
+            return fn(
+                trees.unflatten(inputs[:items], self._items_spec), trees.unflatten(shared, self._shared_spec)
+            )
+
+    def _check(self, fn: Callable[[Any, Any], Any]) -> None:
+        """One chunk of two items, to see that nothing but items and shared gets a gradient and nothing changes."""
+        generators = Generators(self._items[0].device)
+        state = ModuleState(self._modules)
+        inputs = [leaf.detach().narrow(0, 0, min(2, self._layout.rows)) for leaf in self._items]
+        inputs += [tensor.detach() for tensor in self._inputs()[len(self._items) :]]
+        inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
+        known = {id(tensor) for tensor in inputs}
+        with torch.enable_grad():
+            outputs = trees.leaves_of(self._evaluated(fn, inputs))
+        drew, changed = generators.advanced(), state.changed()
+        generators.restore()
+        state.restore()
+        if drew or changed:
+            draws = f"it draws random numbers ({', '.join(drew)})"
+            raise CannotSplit(
+                asked="a function of items that is the same for every chunk",
+                found=draws if drew else f"it changes {', '.join(changed[:3])}",
+                do="draw outside and pass the draw in items or shared",
+            )
+        self._check_alone(fn, inputs, outputs)
+        for output in outputs:
+            missing = [leaf for leaf in losses.leaves_under(output) if id(leaf) not in known]
+            if missing:
+                raise CannotSplit(
+                    asked="gradients of everything that the function uses",
+                    found=f"it uses a tensor of shape {tuple(missing[0].shape)} that requires grad and is neither in "
+                    "items nor in shared",
+                    do="pass the tensor, or the module it belongs to, in shared=",
+                )
+
+    def _check_alone(self, fn: Callable[[Any, Any], Any], inputs: Sequence[Tensor], pair: Sequence[Tensor]) -> None:
+        """The first item alone must give what it gives beside the second one."""
+        items = len(self._items)
+        single = [leaf.narrow(0, 0, 1) for leaf in inputs[:items]]
+        with torch.no_grad():
+            alone = trees.leaves_of(self._evaluated(fn, [*single, *inputs[items:]]))
+        for place, (mine, both) in enumerate(zip(alone, pair, strict=True)):
+            here = isinstance(mine, Tensor) and mine.dim() > 0 and mine.shape[0] == 1
+            if not here or not close(both.detach()[:1], mine):
+                raise CannotSplit(
+                    asked="a function whose output has one entry an item, each its own",
+                    found=f"output {place} of one item is {tuple(mine.shape)}, or changes when another item is there",
+                    do="return tensors whose first axis is the items, and reduce over items with reduce=",
+                )

@@ -1,0 +1,199 @@
+"""``rowwise``: a module or function of rows, run a few rows at a time; the code around it stays full-batch.
+
+    encode = sg.rowwise(encoder, rows=64)
+    loss = contrastive(encode(images), encode_text(texts))      # any code: sorts, N x N, prototypes
+    loss.backward()                                             # hooks, scaler and DistributedDataParallel as usual
+
+Values and gradients of any order are those of ``encoder(images)``; what is kept for backward is the rows' outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit, UsageError
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.chunk_map import Autocast, ChunkMap
+from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach
+from samegrad.exact.undisturbed import Generators, undisturbed
+from samegrad.trees import RowLayout
+
+
+def rowwise(
+    fn: Callable[..., Any],
+    *,
+    rows: int,
+    axes: int | Any = None,
+    groups: Sequence[int] | None = None,
+    shared: Sequence[nn.Module] = (),
+) -> Rowwise:
+    """``fn`` run ``rows`` rows at a time, as a module that can be called, wrapped in DDP and differentiated.
+
+    ``fn``: a module, or a function with the modules it uses in ``shared``. ``axes``: where rows are in its arguments
+    and outputs, when that is not their first axis: one axis for all of them, or a nesting of axes and None for the
+    arguments ``(args, kwargs)``. ``groups``: lengths of consecutive rows that must stay in one chunk. At the first
+    call of each kind ``fn`` is examined on a few rows; what mixes rows, draws or keeps state raises CannotSplit.
+    """
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise UsageError(asked=f"rows={rows!r}", found="not a positive whole number", do="give rows at a time, say 64")
+    return Rowwise(fn, rows, axes, groups, shared)
+
+
+class Rowwise(nn.Module):
+    """What ``rowwise`` returns. ``module`` is the wrapped module; its parameters and state_dict are its own."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        rows: int,
+        axes: Any,
+        groups: Sequence[int] | None,
+        shared: Sequence[nn.Module],
+    ) -> None:
+        super().__init__()
+        own = [fn] if isinstance(fn, nn.Module) else []
+        self.module = fn if isinstance(fn, nn.Module) and not shared else nn.ModuleList([*own, *shared])
+        # A plain attribute of a module would register it twice.
+        self._fn = (fn,)
+        self._rows, self._axes, self._groups = rows, axes, None if groups is None else tuple(groups)
+        self._aliases = ParameterAliases({"": self.module})
+        self._examined: set[tuple[str, str]] = set()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        batch = (args, kwargs)
+        layout = trees.find_rows(batch, self._axes)
+        sizes = self._sizes(layout.rows)
+        if len(sizes) < 2:
+            return self._fn[0](*args, **kwargs)
+        self._aliases = self._aliases.refreshed()
+        self._examine(batch, layout)
+        return self._mapped(batch, layout, sizes)
+
+    def _mapped(self, batch: Any, layout: RowLayout, sizes: tuple[int, ...]) -> Any:
+        leaves, spec = trees.flatten(batch)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        aliases, returned = self._aliases, _Returned()
+
+        def function(inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            count = len(aliases.parameters)
+            arguments = list(leaves)
+            for place, tensor in zip(places, inputs[count:]):
+                arguments[place] = tensor
+            args, kwargs = trees.unflatten(arguments, spec)
+            with aliases.replaced(inputs[:count]):
+                return returned.take(self._fn[0](*args, **kwargs))
+
+        tensors = [leaves[i] for i in places]
+        devices = [t.device.type for t in (*tensors, *aliases.parameters)]
+        mapped = ChunkMap(
+            function=function,
+            in_axes=(*(None for _ in aliases.parameters), *(layout.axes[i] for i in places)),
+            out_axes=self._out_axis(),
+            sizes=sizes,
+            autocast=Autocast.now(devices),
+        )
+        generators = Generators(torch.device(devices[0]))
+        outputs = mapped(*aliases.parameters, *tensors)
+        if generators.advanced():
+            generators.restore()
+            raise CannotSplit(
+                asked="rows that draw nothing",
+                found="the function drew random numbers, although it did not on its first rows",
+                do="draw outside and pass the draw in",
+            )
+        return returned.rebuilt(outputs)
+
+    def _out_axis(self) -> int:
+        return self._axes if isinstance(self._axes, int) else 0
+
+    def _sizes(self, batch_rows: int) -> tuple[int, ...]:
+        if self._groups is None:
+            return tuple(trees.even_sizes(batch_rows, self._rows))
+        return tuple(grouped_sizes(self._groups, rows=self._rows, batch_rows=batch_rows))
+
+    def _examine(self, batch: Any, layout: RowLayout) -> None:
+        mode = "".join("t" if part.training else "e" for part in self.module.modules())
+        key = (layout.signature(batch), mode)
+        if key in self._examined:
+            return
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        probed = DeclaredStep(model=self.module, loss_fn=_no_loss, forward=self._rows_first, device=device)
+        with undisturbed([self.module], device) as (generators, state):
+            if self._groups is None:
+                few, others, few_layout = _probe_rows(batch, layout)
+                RowProbes(probed, few, few_layout, generators, state).run(others, few_layout)
+            else:
+                # Rows of one group may see each other, so whole groups are what is tried.
+                few = trees.take_rows(batch, layout, list(range(self._groups[0])))
+                among = trees.take_rows(batch, layout, list(range(sum(self._groups[:2]))))
+                check_alone(probed, few, among, self._groups[0], generators, state)
+            with self._aliases.swapped() as standing, torch.enable_grad():
+                check_reach(self._aliases, self._rows_first(self.module, few), standing)
+        self._examined.add(key)
+
+    def _rows_first(self, _: nn.Module, batch: Any) -> Any:
+        args, kwargs = batch
+        axis = self._out_axis()
+        return trees.map_tensors(self._fn[0](*args, **kwargs), lambda leaf: leaf.movedim(axis, 0) if axis else leaf)
+
+
+def _no_loss(outputs: Any, batch: Any) -> Tensor:
+    raise AssertionError("rows are examined without a loss")
+
+
+class _Returned:
+    """What the function returned: tensors go through the map, everything else is kept from the first chunk."""
+
+    def __init__(self) -> None:
+        self._leaves: list[Any] = []
+        self._spec: Any = None
+
+    def take(self, result: Any) -> list[Tensor | None]:
+        leaves, self._spec = trees.flatten(result)
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        return [leaves[i] for i in self._tensors]
+
+    def rebuilt(self, outputs: Sequence[Tensor | None]) -> Any:
+        leaves = list(self._leaves)
+        for index, output in zip(self._tensors, outputs, strict=True):
+            leaves[index] = output
+        return trees.unflatten(leaves, self._spec)
+
+
+def _probe_rows(batch: Any, layout: RowLayout) -> tuple[Any, Any, RowLayout]:
+    rows = min(PROBE_ROWS, layout.rows)
+    detached = trees.map_tensors(batch, Tensor.detach)
+    few = trees.take_rows(detached, layout, list(range(rows)))
+    others = trees.take_rows(detached, layout, [(i + rows) % layout.rows for i in range(rows)])
+    return few, others, dataclasses.replace(layout, rows=rows)
+
+
+def grouped_sizes(groups: Sequence[int], *, rows: int, batch_rows: int) -> list[int]:
+    """Chunks of whole groups, as many as ``rows`` hold. Raises UsageError for groups that cannot be kept whole."""
+    if sum(groups) != batch_rows or min(groups, default=0) < 1:
+        raise UsageError(
+            asked=f"groups of {list(groups)[:8]} rows",
+            found=f"they add up to {sum(groups)}, the batch has {batch_rows} rows",
+            do="give the positive length of each consecutive group",
+        )
+    if max(groups) > rows:
+        raise UsageError(
+            asked=f"{rows} rows at a time with groups kept whole",
+            found=f"a group has {max(groups)} rows",
+            do=f"give rows={max(groups)} or more",
+        )
+    sizes = [0]
+    for length in groups:
+        if sizes[-1] + length > rows:
+            sizes.append(0)
+        sizes[-1] += length
+    return sizes
+
