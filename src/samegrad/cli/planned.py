@@ -44,7 +44,8 @@ def plan_step(training: Training, given: Plan | None = None) -> Planned:
         plan,
         budget=plan.budget or step.budget or read_budget(None, step.declared.device),
         predicted_peak_bytes=predicted.peak_allocated_bytes,
-        predicted_seconds=predicted.seconds,
+        # A settled plan's time was measured at its own rows; the footprint's is drawn out from a few rows.
+        predicted_seconds=predicted.seconds if plan.predicted_seconds is None else plan.predicted_seconds,
     )
     _check_fits(training, plan)
     return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explain_plan(plan, footprint))
