@@ -7,6 +7,7 @@ is ``plain_loss(declared, batch).backward()``.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -62,6 +63,15 @@ class DeclaredStep:
 
     def layout(self, batch: Any) -> RowLayout:
         return trees.find_rows(batch, self.batch_axes)
+
+    def model_signature(self) -> str:
+        """What the model looks like to a plan: a digest of its parameters' names, shapes, dtypes and which train."""
+        lines = [
+            f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}"
+            for module in self.modules
+            for name, p in module.named_parameters()
+        ]
+        return f"model {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
 
     def mode(self) -> str:
         """Which parts of the model are in training mode; checks made in one mode do not hold in another."""

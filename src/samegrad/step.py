@@ -90,6 +90,7 @@ class Step:
         self._aliases = aliases_for(self.declared)
         self._examined: dict[tuple[str, str], Examination] = {}
         self._given = plan
+        self._model_accepted = False
         self._plans: dict[str, tuple[Plan, Footprint]] = {}
         self._closed = False
 
@@ -204,7 +205,7 @@ class Step:
         signature = layout.signature(batch)
         if measurement.split is not None:
             self._examined[signature, self.declared.mode()] = measurement.split.examination
-        return dataclasses.replace(plan, signature=signature), footprint
+        return dataclasses.replace(plan, signature=f"{signature} | {self.declared.model_signature()}"), footprint
 
     def _pinned_plan(self, layout: RowLayout) -> Plan:
         if (isinstance(self._rows, int) and self._rows >= layout.rows) or self._rows is None:
@@ -227,18 +228,31 @@ class Step:
             )
 
     def _check_given(self, plan: Plan, signature: str, layout: RowLayout) -> None:
-        if plan.signature and plan.signature != signature:
-            raise CannotSplit(
-                asked="apply a plan made for another batch",
-                found=f"planned for {plan.signature}; this batch is {signature}",
-                do="plan again for this batch (leave out plan=)",
-            )
         if layout.rows > plan.batch_rows:
             raise CannotSplit(
                 asked=f"apply a plan made for {plan.batch_rows} rows",
                 found=f"this batch has {layout.rows} rows",
                 do="plan again with the largest batch: step.prepare(worst_batch)",
             )
+        planned_batch, _, planned_model = plan.signature.partition(" | ")
+        if planned_batch and planned_batch != signature:
+            raise CannotSplit(
+                asked="apply a plan made for another batch",
+                found=f"planned for {planned_batch}; this batch is {signature}",
+                do="plan again for this batch (leave out plan=)",
+            )
+        # Once a step: what trains may change later, and the bytes of a plan do not grow with that.
+        if self._model_accepted:
+            return
+        model = self.declared.model_signature() if planned_model else ""
+        if planned_model != model:
+            raise CannotSplit(
+                asked="apply a plan made for another model",
+                found=f"planned for {planned_model}, this is {model}: parameters' names, shapes, dtypes, or which of "
+                "them train, are others",
+                do="plan again for this model (leave out plan=)",
+            )
+        self._model_accepted = True
 
     def _check_open(self) -> None:
         if self._closed:

@@ -218,3 +218,23 @@ def test_a_batch_that_does_not_fit_the_model_raises_the_models_own_error() -> No
     model = mlp()
     with left_alone(model), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         sg.Step(model, cross_entropy, rows=4).backward((X[:, :5], Y))
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    batch = (torch.randn(64, 6), torch.randint(0, 3, (64,)))
+
+    def declared(width: int, **how: object) -> sg.Step:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.ReLU(), torch.nn.Linear(width, 3))
+        return sg.Step(model, lambda o, b: torch.nn.functional.cross_entropy(o, b[1]), **how)  # type: ignore[arg-type]
+
+    plan = declared(64, budget="14KiB").prepare(batch)
+    again = sg.Plan.from_json(plan.to_json())
+    assert "split_rows" in again.levers
+    declared(64, plan=again).backward(batch)
+    with pytest.raises(sg.CannotSplit, match="another model"):
+        declared(65, plan=again).backward(batch)
+    frozen = declared(64, plan=again)
+    next(frozen.declared.model.parameters()).requires_grad_(False)
+    with pytest.raises(sg.CannotSplit, match="which of them train"):
+        frozen.backward(batch)
