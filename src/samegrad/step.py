@@ -241,7 +241,7 @@ class Step:
                 found=f"planned for {planned_batch}; this batch is {signature}",
                 do="plan again for this batch (leave out plan=)",
             )
-        # Once a step: what trains may change later, and the bytes of a plan do not grow with that.
+        # Once for each Step: freezing more later only lowers what the plan needs.
         if self._model_accepted:
             return
         model = self.declared.model_signature() if planned_model else ""
