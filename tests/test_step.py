@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -260,3 +261,38 @@ def test_a_layer_thawed_after_declaring_is_planned_with() -> None:
     model[0].requires_grad_(True)
     step.backward((X, Y))
     assert step.footprint is not None and "split_rows" not in step.footprint.refusals
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("rows", [5, 1000])
+def test_backward_where_gradients_are_off_is_refused_and_not_silently_empty(block: Any, rows: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    batch = (torch.randn(24, 6), torch.randn(24, 3))
+    step = sg.Step(model, lambda o, b: nn.functional.mse_loss(o, b[1]).sqrt(), rows=rows)
+    with block(), pytest.raises(UsageError, match="gradients are switched off"):
+        step.backward(batch)
+    assert all(p.grad is None for p in model.parameters())
+    step.backward(batch)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_sparse_gradients_are_the_plain_ones_and_are_measured_and_verified(coupled: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 8, sparse=True), nn.Flatten(), nn.Linear(32, 3)).double()
+    twin = copy.deepcopy(model)
+    ids, y = torch.randint(0, 50, (29, 4)), torch.randint(0, 3, (29,))
+
+    def loss_fn(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = nn.functional.cross_entropy(outputs, batch[1])
+        return loss.sqrt() if coupled else loss
+
+    loss_fn(twin(ids), (ids, y)).backward()
+    step = sg.Step(model, loss_fn, rows=5)
+    step.backward((ids, y))
+    for mine, reference in zip(model.parameters(), twin.parameters()):
+        assert mine.grad is not None and reference.grad is not None
+        assert mine.grad.is_sparse == reference.grad.is_sparse
+        torch.testing.assert_close(mine.grad.to_dense(), reference.grad.to_dense(), rtol=1e-12, atol=1e-16)
+    assert sg.verify_step(step, (ids, y)).same
+    assert sg.measure_step(step, (ids, y)).peak_allocated_bytes > 0

@@ -101,6 +101,13 @@ class Step:
         before the gradients are handed over, ``.grad`` is as it was.
         """
         self._check_open()
+        if not torch.is_grad_enabled():
+            # Two passes would otherwise leave no gradient and say nothing.
+            raise UsageError(
+                asked="step.backward(batch)",
+                found="gradients are switched off (torch.no_grad or inference_mode)",
+                do="call it outside that block",
+            )
         layout = self.declared.layout(batch)
         sizes = self._sizes(batch, layout)
         if sizes is None:

@@ -248,3 +248,67 @@ def test_under_ddp_one_reduction_a_step() -> None:
     found = on_two_ranks(_rank)
     assert found["collectives"] == 1
     assert found["error"] < 1e-13
+
+
+def _switched(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 3)).to(D).eval()
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Identity()])
+@pytest.mark.parametrize("way", ["rowwise", "over"])
+def test_a_mode_switched_before_backward_is_an_error_and_changes_nothing(layer: nn.Module, way: str) -> None:
+    """What runs again in backward would be another function, and would draw or update statistics besides."""
+    model = _switched(copy.deepcopy(layer))
+    x = rows()
+    y = sg.rowwise(model, rows=5)(x) if way == "rowwise" else sg.over(lambda i, s: s(i), x, shared=model, rows=5)
+    model.train()
+    before, drawn = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(sg.GradientsDiffer, match="switched between training and eval"):
+        y.sum().backward()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(p.grad is None for p in model.parameters())
+    model.eval()
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_buffers_changed_before_backward_are_an_error() -> None:
+    model = _switched(nn.BatchNorm1d(4))
+    y = sg.rowwise(model, rows=5)(rows())
+    model[1].running_mean.add_(1)
+    with pytest.raises(sg.GradientsDiffer, match=r"1\.running_mean"):
+        y.sum().backward()
+
+
+def test_state_and_draws_that_begin_after_the_first_call_are_refused() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 3, dtype=D)
+            self.register_buffer("calls", torch.zeros(()))
+            self.armed = ["nothing"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.armed[0] == "counts":
+                self.calls.add_(1)
+            z = self.inner(x)
+            return z + torch.randn_like(z) if self.armed[0] == "draws" else z
+
+    for armed, named in (("counts", "calls"), ("draws", "draws random numbers")):
+        model = Late()
+        wrapped = sg.rowwise(model, rows=5)
+        wrapped(rows())
+        model.armed[0] = armed
+        before = torch.get_rng_state()
+        with pytest.raises(sg.CannotSplit, match=named):
+            wrapped(rows())
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("groups", [None, [3] * 7])
+def test_the_length_of_a_chunk_never_passes_for_the_batchs(groups: list[int] | None) -> None:
+    model = net()
+    wrapped = sg.rowwise(lambda x: (model(x), len(x)), rows=6, groups=groups, shared=[model])
+    with pytest.raises(sg.CannotSplit, match=r"outputs\[1\]"):
+        wrapped(rows(count=21))

@@ -7,6 +7,7 @@ and every order of derivative holds one chunk at a time.
 1. Forward keeps no graph; backward runs each chunk again. Both enter the autocast blocks that were open at the call.
 2. Inputs are detached: a view taken without grad of a leaf that requires grad claims to require it and is in no graph.
 3. Inputs are saved as autograd saves them, so that one changed in place before backward is an error.
+4. Modes, buffers and generators are watched in every run, so that what runs again is what ran.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from samegrad.exact.aliases import NARROW
+from samegrad.exact.watch import Watch
 
 Results = Sequence[Tensor | None]
 
@@ -62,6 +64,7 @@ class ChunkMap:
     out_axes: tuple[int | None, ...] | int | None
     sizes: tuple[int, ...]
     autocast: Autocast
+    watch: Watch
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         # autograd.Function.apply carries no types.
@@ -69,6 +72,10 @@ class ChunkMap:
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """The outputs, without a graph."""
+        with self.watch.held():  # rule 4
+            return self._joined(inputs)
+
+    def _joined(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         joined: list[_Joined] = []
         start = 0
         for size in self.sizes:
@@ -144,6 +151,7 @@ class _Node(torch.autograd.Function):
                 sizes=plan.sizes,
                 # Backward runs outside the user's autocast block; the forward inside it enters that block again.
                 autocast=plan.autocast.off(),
+                watch=plan.watch,
             )
             found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
             for index, gradient in zip(wanted, found):

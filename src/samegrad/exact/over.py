@@ -20,6 +20,7 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
 from samegrad.exact.probes import close
 from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.exact.watch import Watch
 
 Reduce = Literal["cat", "sum", "logsumexp"]
 
@@ -107,6 +108,7 @@ class _Over:
             out_axes=out_axis,
             sizes=self._sizes,
             autocast=Autocast.now([t.device.type for t in tensors]),
+            watch=Watch.of(self._modules, tensors[0].device),
         )
         outputs = mapped(*tensors)
         return trees.unflatten(outputs, spec[0])

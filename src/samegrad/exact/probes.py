@@ -253,6 +253,13 @@ def check_alone(
             found=f"the forward draws random numbers ({', '.join(drew)})" if drew else f"it changes {changed[:3]}",
             do=_WAYS_OUT,
         )
+    for (path, mine), whole in zip(trees.flatten_with_paths(outputs[0], "outputs"), trees.leaves_of(outputs[1])):
+        if not isinstance(mine, Tensor) and mine != whole:
+            raise CannotSplit(
+                asked="split groups of rows",
+                found=f"{path} is {mine!r} for one group and {whole!r} for two, so no chunk has the batch's",
+                do=f"{_WAYS_OUT}, or compute it outside the function",
+            )
     for path, mine, whole in _row_pairs(outputs[0], outputs[1]):
         program.check_row_output(path, mine, rows)
         if mine.is_floating_point() and not close(whole[:rows], mine):

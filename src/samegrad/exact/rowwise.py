@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
-from samegrad.errors import CannotSplit, UsageError
+from samegrad.errors import UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach
-from samegrad.exact.undisturbed import Generators, undisturbed
+from samegrad.exact.undisturbed import undisturbed
+from samegrad.exact.watch import Watch
 from samegrad.trees import RowLayout
 
 
@@ -98,17 +99,9 @@ class Rowwise(nn.Module):
             out_axes=self._out_axis(),
             sizes=sizes,
             autocast=Autocast.now(devices),
+            watch=Watch.of([self.module], tensors[0].device),
         )
-        generators = Generators(torch.device(devices[0]))
-        outputs = mapped(*aliases.parameters, *tensors)
-        if generators.advanced():
-            generators.restore()
-            raise CannotSplit(
-                asked="rows that draw nothing",
-                found="the function drew random numbers, although it did not on its first rows",
-                do="draw outside and pass the draw in",
-            )
-        return returned.rebuilt(outputs)
+        return returned.rebuilt(mapped(*aliases.parameters, *tensors))
 
     def _out_axis(self) -> int:
         return self._axes if isinstance(self._axes, int) else 0

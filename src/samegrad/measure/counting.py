@@ -87,9 +87,9 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Counts ``tensors`` no more: their step is over, and whoever still holds them does so for other reasons."""
         for tensor in tensors:
-            key = tensor.untyped_storage()._cdata
-            if key in self._known:
-                self._free(key)
+            for storage in _storages(tensor):
+                if storage._cdata in self._known:
+                    self._free(storage._cdata)
 
     def stand(self, amount_bytes: int, category: Category) -> None:
         """Counts ``amount_bytes`` that no tensor shows, in place of what stood there before."""
@@ -123,7 +123,10 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     def _see(self, tensor: Tensor, category: Category, *, relabel: bool = False) -> None:
         if tensor.device.type != self._device_type:
             return
-        storage = tensor.untyped_storage()
+        for storage in _storages(tensor):
+            self._see_storage(storage, category, relabel=relabel)
+
+    def _see_storage(self, storage: torch.UntypedStorage, category: Category, *, relabel: bool) -> None:
         key = storage._cdata
         if key in self._known:
             if relabel:
@@ -167,8 +170,15 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
 
     def _stood_before(self, result: Tensor, args: tuple[Any, ...]) -> bool:
         """Whether ``result`` only looks at memory that an argument brought and nobody claimed: a mapped file, say."""
-        key = result.untyped_storage()._cdata
-        if key in self._known:
+        keys = {storage._cdata for storage in _storages(result)}
+        if keys <= self._known.keys():
             return False
-        leaves = trees.leaves_of(args)
-        return any(isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata == key for leaf in leaves)
+        leaves = [leaf for leaf in trees.leaves_of(args) if isinstance(leaf, Tensor)]
+        return any(storage._cdata in keys for leaf in leaves for storage in _storages(leaf))
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The memory under ``tensor``; a sparse gradient has that of its indices and of its values."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
+    return [tensor.untyped_storage()]

@@ -299,11 +299,12 @@ def _by_name(
     declared: DeclaredStep, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> dict[str, Tensor | None]:
     names = _names(declared)
-    return {
-        names.get(id(leaf), f"a parameter of the loss, shape {tuple(leaf.shape)}"): gradient
-        for leaf, gradient in zip(leaves, gradients)
-        if gradient is not None
-    }
+    found: dict[str, Tensor | None] = {}
+    for leaf, gradient in zip(leaves, gradients):
+        if gradient is not None:
+            name = names.get(id(leaf), f"a parameter of the loss, shape {tuple(leaf.shape)}")
+            found[name] = gradient.to_dense() if gradient.is_sparse else gradient
+    return found
 
 
 def _verdict(declared: DeclaredStep, comparison: _Comparison, checked: int, batch_rows: int) -> Verdict:

@@ -9,7 +9,7 @@ loss    |L_split − L_plain| ≤ 16 u Σ|ℓ_i| / N; Σ|ℓ_i| / N is |L| for l
 
 The scale is G and not |g|, because gradients that are zero by structure (a bias before a translation-invariant loss)
 are pure rounding on their own scale. Where even each part's gradient is zero by structure (a convolution's bias
-before an instance norm), G is rounding too: what is left there was up to 0.7 u of the largest Ĝ of all tensors, so a
+before an instance norm), G is rounding too: what is left there was up to 0.7 u of the largest of all tensors, so a
 tensor's scale is at least a tenth of that.
 
 Some steps are worse conditioned than that: near an optimum each row's own gradient is what is left of terms that
