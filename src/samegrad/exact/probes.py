@@ -29,6 +29,14 @@ _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
 def refuse_known_layers(module: nn.Module) -> None:
     """Raises CannotSplit for layers whose kind alone forbids splitting in the mode they are in."""
+    for name, parameter in module.named_parameters():
+        # What fully_shard makes of a parameter; its hooks gather it in forward and would pass the chunks by.
+        if hasattr(parameter, "device_mesh"):
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{name} is sharded over ranks (fully_shard, DTensor)",
+                do=f"{_WAYS_OUT}, or use DistributedDataParallel",
+            )
     for name, part in module.named_modules():
         kind = type(part).__name__
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(
