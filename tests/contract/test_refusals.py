@@ -64,16 +64,8 @@ class Keeps(nn.Module):
         return z
 
 
-def _count_privately(self: Any, z: Tensor) -> None:
-    self._private += 1
-
-
-def _average(self: Any, z: Tensor) -> None:
-    self.kept = 0.9 * self.kept + 0.1 * z.mean(0)
-
-
-def _average_in_place(self: Any, z: Tensor) -> None:
-    self.kept.mul_(0.9).add_(z.mean(0))
+def _largest(self: Any, z: Tensor) -> None:
+    self.kept.copy_(torch.maximum(self.kept, z.amax(0)))
 
 
 def _append(self: Any, z: Tensor) -> None:
@@ -113,12 +105,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an output without rows": (lambda: Then(lambda z: (z, z.mean())), r"outputs\[1\] has shape \(\)"),
     "an output with other rows": (lambda: Then(lambda z: (z, z.T)), r"outputs\[1\] has shape \(3, "),
     "an output class": (lambda: Then(Unseen), "uses outputs, a Unseen, and the tensors inside it"),
-    "a counter buffer": (lambda: Keeps(torch.zeros(()), lambda s, z: s.kept.add_(1), buffer=True), "changes kept"),
-    "an average buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average_in_place, buffer=True), "changes kept"),
-    "an average that is no buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average), "changes kept"),
-    "an average in place, no buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average_in_place), "changes kept"),
-    "a counter": (lambda: Keeps(0, lambda s, z: setattr(s, "kept", s.kept + 1)), "changes kept"),
-    "a private counter": (lambda: Keeps(0, _count_privately), "changes _private"),
+    "a largest value seen": (lambda: Keeps(torch.zeros(3, dtype=D), _largest, buffer=True), "changes kept"),
     "a queue": (lambda: Keeps([], _append), "changes kept"),
     "parameters in a list": (Held, r"shape \(3,\)"),
     "a parameter in a closure": (lambda: Then(lambda z: z * CLOSED), r"shape \(3,\)"),
@@ -234,15 +221,6 @@ def test_weights_set_from_the_first_batch_are_refused_and_put_back() -> None:
 
     model = Initialised()
     with left_alone(model), pytest.raises(CannotSplit, match=r"parameters inner\.bias"):
-        sg.Step(model, cross_entropy, rows=4).backward((X, Y))
-
-
-def test_a_switch_that_is_thrown_at_the_first_call_is_refused() -> None:
-    def throw(self: Any, z: Tensor) -> None:
-        self.kept = True
-
-    model = Keeps(False, throw)
-    with left_alone(model), pytest.raises(CannotSplit, match="changes kept"):
         sg.Step(model, cross_entropy, rows=4).backward((X, Y))
 
 

@@ -1,4 +1,4 @@
-"""A zoo of modules with known truth: what mixes rows, draws or keeps state is refused by name, the rest is not."""
+"""A zoo of modules with known truth: what mixes rows or draws is refused by name, the rest is not."""
 
 from __future__ import annotations
 
@@ -93,9 +93,10 @@ class Images(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.convolution = nn.Conv1d(2, 4, 2, dtype=D)
+        # Three positions are left: normalised over two, every signal would be plus and minus one, its gradient nothing.
+        self.convolution = nn.Conv1d(2, 4, 1, dtype=D)
         self.norm = norm.to(D)
-        self.head = nn.Linear(8, zoo.CLASSES, dtype=D)
+        self.head = nn.Linear(12, zoo.CLASSES, dtype=D)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.convolution(x.reshape(len(x), 2, 3))).flatten(1))
@@ -119,6 +120,12 @@ SAFE: dict[str, Callable[[], nn.Module]] = {
     "attention": Attending,
     "softmax over features": lambda: Applied(lambda z: z.softmax(1)),
     "sort over features": lambda: Applied(lambda z: z.sort(1).values),
+    "instance norm with running statistics": lambda: Images(nn.InstanceNorm1d(4, track_running_stats=True)),
+    "counter": Counting,
+    "moving average": Averaging,
+    "spectral norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(6, zoo.CLASSES, dtype=D))
+    ),
     "tied weights": lambda: _tied(),
     "frozen layer": lambda: _frozen(),
 }
@@ -128,10 +135,6 @@ UNSAFE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch norm without running statistics in eval mode": (
         lambda: _layers(nn.BatchNorm1d(8, track_running_stats=False)).eval(),
         "BatchNorm1d",
-    ),
-    "instance norm with running statistics": (
-        lambda: Images(nn.InstanceNorm1d(4, track_running_stats=True)),
-        "norm.running_mean",
     ),
     "dropout": (lambda: _layers(nn.Dropout(0.1)), r"1 \(Dropout\) draws"),
     "functional dropout": (lambda: Applied(lambda z: F.dropout(z, 0.1)), "draws random numbers"),
@@ -147,12 +150,6 @@ UNSAFE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mixup by rolling": (lambda: Applied(lambda z: 0.5 * z + 0.5 * z.roll(1, 0)), "mixes rows"),
     "divided by the batch's length": (lambda: Applied(lambda z: z / len(z)), "how many rows"),
     "position in the batch": (lambda: Applied(lambda z: z + torch.arange(len(z))[:, None]), "position"),
-    "counter": (Counting, "calls"),
-    "moving average": (Averaging, "running"),
-    "spectral norm": (
-        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, zoo.CLASSES, dtype=D))),
-        "changes",
-    ),
     "parameters in a list": (Listed, "reached past its place"),
     "mean output": (lambda: Applied(lambda z: z.mean(0)), "not one entry a row"),
     "scalar output": (lambda: Applied(lambda z: z.sum()), "not one entry a row"),
@@ -200,8 +197,6 @@ def test_what_does_not_is_refused_by_name_and_left_as_it_was(name: str) -> None:
     assert modes == [m.training for m in model.modules()]
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
-    if isinstance(model, Counting):
-        assert model.calls == 0
 
 
 def test_a_draw_that_starts_after_the_first_rows_is_refused_before_hand_over() -> None:

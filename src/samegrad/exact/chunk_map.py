@@ -13,6 +13,7 @@ and every order of derivative holds one chunk at a time.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -24,6 +25,36 @@ from samegrad.exact.aliases import NARROW
 from samegrad.exact.watch import Watch
 
 Results = Sequence[Tensor | None]
+
+
+class Magnitudes:
+    """Sums over chunks of the absolute gradients of shared inputs: the scale on which rounding is judged."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, shared: int, size: Tensor | None) -> None:
+        if size is not None:
+            before = self._sums.get(shared)
+            self._sums[shared] = size if before is None else before + size
+
+    def of(self, shared: Tensor, gradient: Tensor | None) -> Tensor | None:
+        """What was summed for ``shared``; the size of its gradient where no chunk gave it one."""
+        return self._sums.get(id(shared), None if gradient is None else gradient.abs())
+
+
+_magnitudes: contextvars.ContextVar[Magnitudes | None] = contextvars.ContextVar("samegrad_magnitudes", default=None)
+
+
+@contextlib.contextmanager
+def kept_magnitudes(asked: bool) -> Iterator[Magnitudes]:
+    """Maps called inside the block keep the magnitudes of their shared inputs, if ``asked``."""
+    kept = Magnitudes()
+    token = _magnitudes.set(kept if asked else None)
+    try:
+        yield kept
+    finally:
+        _magnitudes.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +162,8 @@ class _Node(torch.autograd.Function):
         ctx.out_axes = (
             plan.out_axes if isinstance(plan.out_axes, tuple) else (plan.out_axes,) * len(outputs)
         )
+        # Backward may run in another thread, where the variable is not set.
+        ctx.magnitudes, ctx.input_ids = _magnitudes.get(), [id(x) for x in inputs]
         ctx.save_for_backward(*inputs)  # rule 3
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o in outputs if o is not None and not o.is_floating_point()))
@@ -144,10 +177,11 @@ class _Node(torch.autograd.Function):
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         gradients: list[Tensor | None] = [None] * len(inputs)
         if wanted and given:
+            shared = [i for i in wanted if plan.in_axes[i] is None] if ctx.magnitudes is not None else []
             product = ChunkMap(
-                function=_vector_jacobian(plan, len(inputs), wanted, given),
+                function=_vector_jacobian(plan, len(inputs), wanted, given, shared),
                 in_axes=(*plan.in_axes, *(ctx.out_axes[i] for i in given)),
-                out_axes=tuple(plan.in_axes[i] for i in wanted),
+                out_axes=(*(plan.in_axes[i] for i in wanted), *(None for _ in shared)),
                 sizes=plan.sizes,
                 # Backward runs outside the user's autocast block; the forward inside it enters that block again.
                 autocast=plan.autocast.off(),
@@ -156,13 +190,18 @@ class _Node(torch.autograd.Function):
             found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
             for index, gradient in zip(wanted, found):
                 gradients[index] = gradient
+            for index, size in zip(shared, found[len(wanted) :]):
+                ctx.magnitudes.add(ctx.input_ids[index], size)
         return (None, *gradients)
 
 
 def _vector_jacobian(
-    plan: ChunkMap, count: int, wanted: Sequence[int], given: Sequence[int]
+    plan: ChunkMap, count: int, wanted: Sequence[int], given: Sequence[int], sized: Sequence[int]
 ) -> Callable[[Sequence[Tensor]], Results]:
-    """``(inputs, cotangents) -> gradients of the wanted inputs`` for one chunk of ``plan``."""
+    """``(inputs, cotangents) -> gradients of the wanted inputs`` for one chunk of ``plan``.
+
+    Followed by the absolute values of those of ``sized``.
+    """
 
     def product(arguments: Sequence[Tensor]) -> Results:
         inputs, cotangents = list(arguments[:count]), arguments[count:]
@@ -180,13 +219,15 @@ def _vector_jacobian(
                 if result is not None and result.requires_grad
             ]
             if not pairs:
-                return [None] * len(wanted)
-            return torch.autograd.grad(
+                return [None] * (len(wanted) + len(sized))
+            gradients = torch.autograd.grad(
                 [result for result, _ in pairs],
                 [inputs[index] for index in wanted],
                 [cotangent for _, cotangent in pairs],
                 create_graph=create_graph,
                 allow_unused=True,
             )
+        by_place = dict(zip(wanted, gradients))
+        return [*gradients, *(None if (g := by_place[i]) is None else g.detach().abs() for i in sized)]
 
     return product

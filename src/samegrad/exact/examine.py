@@ -18,9 +18,12 @@ from samegrad.errors import CannotSplit, FalseNormalise
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.audit import audit
+from samegrad.exact.forward import StepForward
 from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.passes import FirstPass, as_in_first_pass
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach, same_rows
+from samegrad.exact.randomness import DrawSites
+from samegrad.exact.state import StateRule
 from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
 from samegrad.trees import RowLayout
 
@@ -31,6 +34,7 @@ class Examination:
 
     ``form`` COUPLED means two passes. ``declared``: the form rests on normalise=. ``count_per_row``: the count of a
     COUNTED loss that a row brings, as seen on the probe rows. ``module_hooks``: the user's hooks that run per chunk.
+    ``sites``: where the model draws, None where it does not. ``rules``: how the state that it changes is reduced.
     """
 
     form: Form
@@ -39,6 +43,8 @@ class Examination:
     count_per_row: float = 1.0
     module_hooks: tuple[str, ...] = ()
     first_pass: FirstPass = FirstPass.WITHOUT_GRAPH
+    sites: DrawSites | None = None
+    rules: tuple[StateRule, ...] = ()
 
     @property
     def passes(self) -> int:
@@ -56,21 +62,27 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
     hooks = _module_hooks(declared.network)
     with undisturbed(declared.modules, declared.device) as (generators, state):
         probes = RowProbes(declared, few, few_layout, generators, state)
-        outputs = probes.run(others, few_layout)
+        found = probes.run(others, few_layout)
+        outputs = found.outputs
+        forward = StepForward.of(declared, rows, probes.draws, found.rules)
         with aliases.swapped() as standing, torch.enable_grad():
-            with_graph = program.seen(declared.forward(declared.network, few))
+            with_graph = forward.again(few, forward.ids(slice(0, rows)))
             check_reach(aliases, with_graph, standing)
             with as_in_first_pass(declared.device.type, FirstPass.WITHOUT_GRAPH):
-                without_graph = program.seen(declared.forward(declared.network, few))
+                without_graph = forward.again(few, forward.ids(slice(0, rows)))
         first_pass = FirstPass.WITHOUT_GRAPH if same_rows(with_graph, without_graph) else FirstPass.WITH_GRAPH
         del with_graph, without_graph
         if declared.normalise is not None:
             _check_declared(declared, outputs, few, few_layout, state)
             _check_loss_reach(declared, aliases, outputs, few)
-            return Examination(Form.ROW_SUM, "declared by normalise=", declared=True, module_hooks=hooks)
+            return Examination(
+                Form.ROW_SUM, "declared by normalise=", declared=True, module_hooks=hooks, sites=found.sites,
+                rules=found.rules,
+            )  # fmt: skip
         form, count = _recognised(declared, outputs, few, few_layout, state)
     return Examination(
-        form.form, form.reason, count_per_row=count / rows, module_hooks=hooks, first_pass=first_pass
+        form.form, form.reason, count_per_row=count / rows, module_hooks=hooks, first_pass=first_pass,
+        sites=found.sites, rules=found.rules,
     )  # fmt: skip
 
 
@@ -184,3 +196,14 @@ def _module_hooks(network: nn.Module) -> tuple[str, ...]:
         for name, part in network.named_modules()
         if any(getattr(part, kind) for kind in kinds)
     )
+
+
+def find_draws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:
+    """Where the model draws, None where it does not or where its draws cannot be keyed, so that it cannot be split."""
+    rows = min(PROBE_ROWS, layout.rows)
+    few = trees.move(trees.take_rows(batch, layout, _chosen(layout.rows, rows)[0]), declared.device)
+    with undisturbed(declared.modules, declared.device) as (generators, state):
+        try:
+            return RowProbes(declared, few, dataclasses.replace(layout, rows=rows), generators, state).draw_sites()
+        except CannotSplit:
+            return None

@@ -1,7 +1,7 @@
 """What in a model forbids splitting its rows, found by experiment on a few rows and named by module.
 
-draws    the forward advances a random generator: a chunk would draw other numbers than the whole batch
-state    the forward changes a buffer or an attribute: as many updates as chunks instead of one
+draws    draws are keyed by row where they can be; any other would be another draw than the whole batch's
+state    what the forward changes must have a rule by which chunks' states become the batch's (``state.py``)
 replace  other rows are replaced, same shapes: kept rows must stay the same bit for bit
 subset   a few rows alone must give what they give among others (up to rounding)
 reach    every leaf the outputs depend on must be a parameter in its slot, else its gradient would be lost
@@ -9,6 +9,9 @@ reach    every leaf the outputs depend on must be a parameter in its slot, else 
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +23,10 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.audit import splits_of
+from samegrad.exact.draws import StepDraws
+from samegrad.exact.randomness import BatchWideDraw, DrawSites, StepKey, learn_sites, recording
+from samegrad.exact.state import Reducer, StateRule, Values, learn_rules
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.trees import RowLayout
 
@@ -56,6 +63,15 @@ def refuse_known_layers(module: nn.Module) -> None:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What the experiments found of a model that can be split: its outputs on the probe rows, draws, and state."""
+
+    outputs: Any
+    sites: DrawSites | None = None
+    rules: tuple[StateRule, ...] = ()
+
+
 class RowProbes:
     """The experiments, on ``batch`` of ``layout.rows`` <= PROBE_ROWS rows on the model's device."""
 
@@ -66,56 +82,128 @@ class RowProbes:
         self._batch, self._layout = batch, layout
         self._generators, self._state = generators, state
         self._rows = layout.rows
+        self._draws = StepDraws()
         self.kept = list(range(1, self._rows, 2)) or [0]
 
-    def run(self, others: Any, others_layout: RowLayout) -> Any:
-        """The outputs on the probe rows. ``others``: as many other rows, to replace with. Raises CannotSplit."""
+    def run(self, others: Any, others_layout: RowLayout) -> Findings:
+        """What is found. ``others``: as many other rows, to replace with. Raises CannotSplit."""
         refuse_known_layers(self._declared.network)
         with torch.no_grad():
-            versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
-            weights = [(n, p, p.detach().clone()) for n, p in self._declared.network.named_parameters()]
+            sites = self.draw_sites()
+            self._draws = StepDraws(sites, StepKey.fixed(0))
             outputs = self._forward(self._batch)
-            _check_weights(weights)
-            del weights
-            self._check_draws()
-            _check_untouched(versions)
-            self._check_state(others)
+            rules = self._state_rules(others)
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
             if self._rows > 1:
                 self._check_replace(outputs, others, others_layout)
                 self._check_subset(outputs)
-        return outputs
+        return Findings(outputs, sites, tuple(rules))
 
-    def _forward(self, batch: Any) -> Any:
-        return program.seen(self._declared.forward(self._declared.network, batch))
+    @property
+    def draws(self) -> StepDraws:
+        """The draws under which the outputs were made."""
+        return self._draws
 
-    def _check_draws(self) -> None:
+    def _forward(self, batch: Any, rows: Sequence[int] | None = None) -> Any:
+        """The outputs of ``batch``: the probe rows ``rows``, or all of them."""
+        chosen = range(self._rows) if rows is None else rows
+        ids = torch.tensor(list(chosen), device=self._declared.device)
+        with self._draws.rows(ids):
+            return program.seen(self._declared.forward(self._declared.network, batch))
+
+    def draw_sites(self) -> DrawSites | None:
+        """Where the model draws and on which axis of each draw the rows are. Raises CannotSplit naming the module."""
+        versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
+        weights = [(n, p, p.detach().clone()) for n, p in self._declared.network.named_parameters()]
+        with torch.no_grad():
+            self._forward(self._batch)
+            _check_weights(weights)
+            del weights
+            _check_untouched(versions)
+            drew = self._generators.advanced()
+            self._restored()
+            if not drew:
+                return None
+            fewer = list(range(self._rows - max(1, 3 * self._rows // 8)))
+            runs = [(self._batch, self._rows)]
+            if fewer:
+                runs.append((trees.take_rows(self._batch, self._layout, fewer), len(fewer)))
+            try:
+                records = [self._recorded(batch) for batch, _ in runs]
+                return learn_sites(*records, rows=tuple(rows for _, rows in runs))
+            except BatchWideDraw as draw:
+                raise self._refused_draw(draw) from None
+
+    def _recorded(self, batch: Any) -> Any:
+        with recording() as record:
+            self._declared.forward(self._declared.network, batch)
         drew = self._generators.advanced()
-        if not drew:
-            return
-        self._generators.restore()
-        place = self._first_module(lambda: bool(self._generators.advanced()))
-        raise CannotSplit(
-            asked="split the rows of a step",
-            found=f"{place} draws random numbers (generator: {', '.join(drew)}); each chunk would draw its own",
-            do=f"{_WAYS_OUT}, put that module in eval mode, or draw outside the model and pass the draw in the batch",
-        )
-
-    def _check_state(self, others: Any) -> None:
-        changed = self._state.changed()
-        if not changed:
-            return
-        built_once = self._built_once(others)
         self._restored()
-        if built_once:
-            return
-        raise CannotSplit(
-            asked="split the rows of a step",
-            found=f"the forward changes {', '.join(changed[:3])}: it would be updated once a chunk, not once a step",
-            do=f"{_WAYS_OUT}, or update that state outside the forward",
-        )
+        if drew:
+            # Not a draw that goes through torch's functions: numpy's, Python's, or one inside a kernel.
+            place = self._first_module(lambda: bool(self._generators.advanced()), recorded=True)
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{place} draws random numbers (generator: {', '.join(drew)}) that cannot be keyed by row; each "
+                "chunk would draw its own",
+                do=f"{_WAYS_OUT}, put that module in eval mode, or draw outside the model and pass the draw in the batch",
+            )
+        return record
+
+    def _state_rules(self, others: Any) -> list[StateRule]:
+        """How what the forward changed is reduced over chunks; the state is as before afterwards."""
+        changed = self._state.changed_places()
+        if not changed:
+            return []
+        if self._built_once(others):
+            self._restored()
+            return []
+        whole = self._values(changed)
+        self._restored()
+        before = self._values(changed)
+        rules = learn_rules(changed, whole, self._parted(changed, self._state), before)
+        fresh = [rule for rule in rules if rule.reducer is Reducer.SUM and not _any(before[rule.name])]
+        if fresh:
+            # A sum that is zero shows nothing of its decay: look again after a first update.
+            self._forward(self._batch)
+            warm = ModuleState([self._declared.network])
+            names = [(rule.path, rule.key) for rule in fresh]
+            start = self._values(names)
+            self._forward(self._batch)
+            later = self._values(names)
+            warm.restore()
+            warmed = {rule.name: rule for rule in learn_rules(names, later, self._parted(names, warm), start)}
+            rules = [warmed.get(rule.name, rule) for rule in rules]
+            self._restored()
+        return rules
+
+    def _parted(self, names: Sequence[tuple[str, str]], state: ModuleState) -> list[list[tuple[float, Values]]]:
+        """For several ways to part the rows: each part's share, and the state after a forward of it."""
+        ways = []
+        for sizes in splits_of(self._rows):
+            parts, start = [], 0
+            for size in sizes:
+                chosen = list(range(start, start + size))
+                self._forward(trees.take_rows(self._batch, self._layout, chosen), chosen)
+                parts.append((size / self._rows, self._values(names)))
+                state.restore()
+                start += size
+            ways.append(parts)
+        return ways
+
+    def _values(self, names: Sequence[tuple[str, str]]) -> Values:
+        values: Values = {}
+        for path, key in names:
+            part = self._declared.network.get_submodule(path)
+            mine = part._buffers if key in part._buffers else vars(part)
+            if key in mine:
+                value = mine[key]
+                values[f"{path}.{key}" if path else key] = (
+                    value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+                )
+        return values
 
     def _built_once(self, others: Any) -> bool:
         """Whether all that the forward changed is a table that it builds at first and that no row enters."""
@@ -124,10 +212,13 @@ class RowProbes:
         built = ModuleState([self._declared.network])
         self._forward(others)
         if built.changed():
+            built.restore()
             return False
+        here = self._values(built_places := self._state.changed_places())
         self._restored()
         self._forward(others)
-        return not built.changed()
+        there = self._values(built_places)
+        return all(name in there and _equal(value, there[name]) for name, value in here.items())
 
     def _check_replace(self, outputs: Any, others: Any, others_layout: RowLayout) -> None:
         replaced = self._mixed_in(others, others_layout)
@@ -143,7 +234,7 @@ class RowProbes:
         )
 
     def _check_subset(self, outputs: Any) -> None:
-        alone = self._forward(trees.take_rows(self._batch, self._layout, self.kept))
+        alone = self._forward(trees.take_rows(self._batch, self._layout, self.kept), self.kept)
         self._restored()
         for path, among, apart in _leaf_pairs(outputs, alone):
             if not isinstance(among, Tensor):
@@ -201,7 +292,17 @@ class RowProbes:
                 return name
         return "code outside its leaf modules"
 
-    def _first_module(self, happened: Callable[[], bool]) -> str:
+    def _refused_draw(self, draw: BatchWideDraw) -> CannotSplit:
+        """A draw without rows, by the module that makes it."""
+        with recording() as record:
+            place = self._first_module(lambda: record.draws > draw.call)
+        return CannotSplit(
+            asked="split the rows of a step",
+            found=f"{place} draws {draw}, which is one draw for the whole batch",
+            do=f"draw it outside the model and pass it in the batch, or {_WAYS_OUT}",
+        )
+
+    def _first_module(self, happened: Callable[[], bool], *, recorded: bool = False) -> str:
         found: list[str] = []
 
         def look(name: str, _: Tensor) -> None:
@@ -209,9 +310,20 @@ class RowProbes:
                 found.append(name)
 
         with _hooked(self._declared.network, look, leaves_only=False):
-            self._forward(self._batch)
+            with recording() if recorded else contextlib.nullcontext():
+                self._declared.forward(self._declared.network, self._batch)
         self._restored()
         return found[0] if found else "the forward"
+
+
+def _any(value: Any) -> bool:
+    return bool(value.any()) if isinstance(value, Tensor) else bool(value)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return _same_bits(a, b)
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
 
 
 def _collector(seen: list[tuple[str, Tensor]]) -> Callable[[str, Tensor], None]:

@@ -23,7 +23,9 @@ from samegrad.exact.losses import Form
 from samegrad.exact.phases import announce
 from samegrad.records import Phase
 
-Forward = Callable[[Any], Any]
+# forward(chunk, ids): the model's outputs; ids (rows,) int64 on the device, each row's place in the batch, or None
+# where nothing is drawn.
+Forward = Callable[[Any, Tensor | None], Any]
 
 
 def backward_outside_autocast(roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
@@ -94,17 +96,17 @@ class LossSums:
 
 def single_pass_body(
     forward: Forward, loss_fn: Callable[[Any, Any], Tensor], form: Form, sums: LossSums
-) -> Callable[[Any, Tensor, Tensor], None]:
-    """Body of one chunk when the loss is a sum over rows: ``(chunk, weight, cotangent)``.
+) -> Callable[[Any, Tensor | None, Tensor, Tensor], None]:
+    """Body of one chunk when the loss is a sum over rows: ``(chunk, ids, weight, cotangent)``.
 
     weight: () float64, the chunk's share of the loss (rows over batch rows, or 1); COUNTED losses bring their own.
     cotangent: () float64, what the gradient of the chunk's loss is multiplied by, loss scaling included; for COUNTED
     the cotangent of one unit of the count.
     """
 
-    def body(chunk: Any, weight: Tensor, cotangent: Tensor) -> None:
+    def body(chunk: Any, ids: Tensor | None, weight: Tensor, cotangent: Tensor) -> None:
         announce(Phase.FORWARD)
-        outputs = forward(chunk)
+        outputs = forward(chunk, ids)
         announce(Phase.LOSS)
         loss = loss_fn(outputs, chunk).reshape(())
         del outputs
@@ -197,15 +199,15 @@ def tensors_in(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in trees.leaves_of(outputs) if isinstance(leaf, Tensor)]
 
 
-def first_pass_body(forward: Forward) -> Callable[[Any, Sequence[Tensor]], None]:
-    """Body of one chunk of the first of two passes: ``(chunk, places)``, the outputs written into ``places``.
+def first_pass_body(forward: Forward) -> Callable[[Any, Tensor | None, Sequence[Tensor]], None]:
+    """Body of one chunk of the first of two passes: ``(chunk, ids, places)``, the outputs written into ``places``.
 
     Before the first chunk nothing is known of the outputs; the caller runs ``forward`` itself then.
     """
 
-    def body(chunk: Any, places: Sequence[Tensor]) -> None:
+    def body(chunk: Any, ids: Tensor | None, places: Sequence[Tensor]) -> None:
         announce(Phase.FORWARD)
-        for place, leaf in zip(places, tensors_in(forward(chunk))):
+        for place, leaf in zip(places, tensors_in(forward(chunk, ids))):
             place.copy_(leaf.detach())
 
     return body
@@ -222,21 +224,28 @@ def _bits(values: Tensor) -> Tensor:
 
 def second_pass_body(
     forward: Forward, mismatches: Tensor
-) -> Callable[[Any, Sequence[Tensor], Sequence[Tensor | None]], None]:
-    """Body of one chunk of the second pass: ``(chunk, first-pass rows, cotangents)``.
+) -> Callable[[Any, Tensor | None, Sequence[Tensor], Sequence[Tensor | None]], None]:
+    """Body of one chunk of the second pass: ``(chunk, ids, first-pass rows, cotangents)``.
 
     mismatches: () int64 on the device, grows by the number of entries that differ in any bit from the first pass.
     """
 
-    def body(chunk: Any, first: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> None:
+    def body(
+        chunk: Any, ids: Tensor | None, first: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    ) -> None:
         announce(Phase.FORWARD)
-        leaves = tensors_in(forward(chunk))
+        leaves = tensors_in(forward(chunk, ids))
         for again, before in zip(leaves, first):
             mismatches.add_((_bits(again.detach()) != _bits(before)).sum())
-        announce(Phase.BACKWARD)
-        live = [(leaf, c) for leaf, c in zip(leaves, cotangents) if c is not None and leaf.requires_grad]
-        del leaves
-        if live:
-            backward_outside_autocast([leaf for leaf, _ in live], [c for _, c in live])
+        backward_of_rows(leaves, cotangents)
 
     return body
+
+
+def backward_of_rows(leaves: list[Tensor], cotangents: Sequence[Tensor | None]) -> None:
+    """Backward from output rows with a graph; ``leaves`` is emptied, so that each graph goes as it is used."""
+    announce(Phase.BACKWARD)
+    live = [(leaf, c) for leaf, c in zip(leaves, cotangents) if c is not None and leaf.requires_grad]
+    leaves.clear()
+    if live:
+        backward_outside_autocast([leaf for leaf, _ in live], [c for _, c in live])

@@ -84,16 +84,20 @@ class ModuleState:
 
     def changed(self) -> list[str]:
         """What changed since this snapshot, as ``module.buffer`` or ``module.attribute``."""
+        return [f"{path}.{key}" if path else key for path, key in self.changed_places()]
+
+    def changed_places(self) -> list[tuple[str, str]]:
+        """The same as (module path, name of the buffer or attribute)."""
         found = []
         for part, name, key, _, before in self._buffers:
             now = part._buffers.get(key)
             if now is None or not _same_tensor(now, before):
-                found.append(f"{name}.{key}" if name else key)
+                found.append((name, key))
         for part, name, attributes in self._attributes:
             mine = vars(part)
             keys = [key for key, kept in attributes.items() if key not in mine or not kept.same(mine[key])]
             keys += [key for key in mine if key not in attributes and key not in _MODULES_OWN and _kept(mine[key])]
-            found += [f"{name}.{key}" if name else key for key in keys]
+            found += [(name, key) for key in keys]
         return found
 
     def switched(self) -> bool:

@@ -1,0 +1,126 @@
+"""A step whose model couples rows: parts of the model run in chunks, the rest and the loss on the whole batch.
+
+The model's own code runs once on all rows; what a scheme puts in place of its parts runs a few rows at a time and again
+in backward. So any loss is exact, in one pass over the rest. Gradients are taken on aliases and handed over once, as
+in a split step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep, checked_loss
+from samegrad.errors import CannotSplit
+from samegrad.exact import losses, program
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.chunk_map import kept_magnitudes
+from samegrad.exact.draws import StepDraws
+from samegrad.exact.handoff import hand_over, hooks_silenced
+from samegrad.exact.passes import StepTotals
+from samegrad.exact.phases import announce, arriving_chunks
+from samegrad.exact.randomness import DrawSites, StepKey
+from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.records import Phase
+from samegrad.trees import RowLayout
+
+# scheme(network, sizes, draws): the network with parts of it in chunks of these sizes, as before on every way out.
+Scheme = Callable[[nn.Module, Sequence[int], StepDraws], AbstractContextManager[None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedExamination:
+    """How a step is mapped. ``reason``: what couples rows and what runs in chunks, in words for ``explain``."""
+
+    reason: str
+    sites: DrawSites | None = None
+    module_hooks: tuple[str, ...] = ()
+    forwards: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedStep:
+    """A step under ``scheme``; ``name`` is the lever's that plans it."""
+
+    declared: DeclaredStep
+    aliases: ParameterAliases
+    examination: MappedExamination
+    scheme: Scheme
+    name: str
+    with_magnitudes: bool = False
+
+    def keeping_magnitudes(self) -> MappedStep:
+        """The same step, whose totals bring the sums of the chunks' absolute gradients."""
+        return dataclasses.replace(self, with_magnitudes=True)
+
+    def totals(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
+    ) -> StepTotals:
+        """The step's gradients, not handed over. Buffers are written; when anything raises they are put back."""
+        device = self.declared.device
+        state = ModuleState(self.declared.modules)
+        with Generators(device).restored_on_failure():
+            draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
+            if draws.sites is not None:
+                draws.key.take()
+            try:
+                return self._summed(batch, layout, sizes, scaler, draws)
+            except BaseException:
+                state.restore()
+                raise
+
+    def backward(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> Tensor:
+        """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
+        totals = self.totals(batch, layout, sizes, scaler)
+        announce(Phase.HANDOFF)
+        hand_over(self.declared.model, totals.parameters, totals.totals)
+        return totals.loss
+
+    def _summed(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, draws: StepDraws
+    ) -> StepTotals:
+        declared, device = self.declared, self.declared.device
+        [whole] = arriving_chunks([trees.move(trees.slice_rows(batch, layout, 0, layout.rows), device)])
+        ids = torch.arange(layout.rows, device=device) if draws.sites is not None else None
+        with self.aliases.swapped() as swapped, kept_magnitudes(self.with_magnitudes) as magnitudes:
+            with torch.enable_grad(), self.scheme(declared.network, sizes, draws):
+                announce(Phase.FORWARD)
+                with draws.rows(ids):
+                    outputs = declared.forward(declared.network, whole)
+                announce(Phase.LOSS)
+                loss = checked_loss(declared.loss_fn(outputs, whole))
+                del outputs
+                announce(Phase.BACKWARD)
+                owner_of = dict(zip(map(id, swapped), self.aliases.parameters))
+                leaves = losses.leaves_under(loss)
+                scaled = loss if scaler is None else scaler.scale(loss)
+                with hooks_silenced(leaves):
+                    gradients = program.gradients_outside_autocast(scaled, torch.ones_like(scaled), leaves)
+            sizes_of = {id(leaf): magnitudes.of(leaf, gradient) for leaf, gradient in zip(leaves, gradients)}
+        by_owner = {id(owner_of.get(id(leaf), leaf)): g for leaf, g in zip(leaves, gradients)}
+        by_owner_sizes = {id(owner_of.get(id(leaf), leaf)): sizes_of[id(leaf)] for leaf in leaves}
+        known = {id(p) for p in self.aliases.parameters}
+        owned = [leaf for leaf in leaves if id(leaf) not in owner_of and id(leaf) not in known]
+        parameters = [*self.aliases.parameters, *(_parameter(leaf) for leaf in owned)]
+        return StepTotals(
+            loss.detach(),
+            parameters,
+            [by_owner.get(id(p)) for p in parameters],
+            magnitudes=[by_owner_sizes.get(id(p)) for p in parameters] if self.with_magnitudes else None,
+        )
+
+
+def _parameter(leaf: Tensor) -> nn.Parameter:
+    if isinstance(leaf, nn.Parameter):
+        return leaf
+    raise CannotSplit(
+        asked="a loss of the outputs, the batch and parameters",
+        found=f"the loss also depends on a plain tensor of shape {tuple(leaf.shape)} that requires grad",
+        do="make it a torch.nn.Parameter, detach it, or run the step whole with rows=<the batch's rows>",
+    )

@@ -1,0 +1,100 @@
+"""A call of rows as a chunked map: arguments cut where their rows are, parameters and everything else shared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.chunk_map import Autocast, ChunkMap
+from samegrad.exact.draws import StepDraws
+from samegrad.exact.watch import Watch
+from samegrad.trees import RowLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCall:
+    """``function(*args, **kwargs)`` with parameters that stand in ``aliases``' modules.
+
+    ``out_axis``: where the outputs' rows are. ``draws``: made for each row by its place among all rows, again in
+    recomputation.
+    """
+
+    function: Callable[..., Any]
+    aliases: ParameterAliases
+    modules: Sequence[nn.Module]
+    out_axis: int = 0
+    draws: StepDraws = dataclasses.field(default_factory=StepDraws)
+    stream: int = 0
+
+    def in_chunks(self, batch: Any, layout: RowLayout, sizes: tuple[int, ...], ids: Tensor | None = None) -> Any:
+        """The call's outputs for ``batch``, (args, kwargs), with gradients of any order.
+
+        ``ids``: (rows,) int64, what draws are keyed by; the rows' places here when not given.
+        """
+        leaves, spec = trees.flatten(batch)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[i] for i in places]
+        device = tensors[0].device
+        if self.draws.sites is not None:
+            self.draws.key.take()
+            ids = torch.arange(layout.rows, device=device) if ids is None else ids
+        else:
+            ids = None
+        returned = _Returned()
+        parameters = self.aliases.parameters
+
+        def function(inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            arguments = list(leaves)
+            for place, tensor in zip(places, inputs[len(parameters) :]):
+                arguments[place] = tensor
+            args, kwargs = trees.unflatten(arguments, spec)
+            mine = None if ids is None else inputs[len(parameters) + len(places)]
+            with self.aliases.replaced(inputs[: len(parameters)]), self.draws.rows(mine, stream=self.stream):
+                return returned.take(self.function(*args, **kwargs))
+
+        mapped = ChunkMap(
+            function=function,
+            in_axes=(*(None for _ in parameters), *(layout.axes[i] for i in places), *((0,) if ids is not None else ())),
+            out_axes=self.out_axis,
+            sizes=sizes,
+            autocast=Autocast.now([t.device.type for t in (*tensors, *parameters)]),
+            watch=Watch.of(self.modules, device),
+        )
+        inputs = [*parameters, *tensors] if ids is None else [*parameters, *tensors, ids]
+        return returned.rebuilt(mapped(*inputs))
+
+    def whole(self, batch: Any, rows: int, ids: Tensor | None = None) -> Any:
+        """The plain call, under the same draws."""
+        args, kwargs = batch
+        if self.draws.sites is None:
+            return self.function(*args, **kwargs)
+        device = next(leaf.device for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor))
+        ids = torch.arange(rows, device=device) if ids is None else ids
+        with self.draws.rows(ids, stream=self.stream):
+            return self.function(*args, **kwargs)
+
+
+class _Returned:
+    """What the function returned: tensors go through the map, everything else is kept from the first chunk."""
+
+    def __init__(self) -> None:
+        self._leaves: list[Any] = []
+        self._spec: Any = None
+
+    def take(self, result: Any) -> list[Tensor | None]:
+        leaves, self._spec = trees.flatten(result)
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        return [leaves[i] for i in self._tensors]
+
+    def rebuilt(self, outputs: Sequence[Tensor | None]) -> Any:
+        leaves = list(self._leaves)
+        for index, output in zip(self._tensors, outputs, strict=True):
+            leaves[index] = output
+        return trees.unflatten(leaves, self._spec)

@@ -1,0 +1,166 @@
+"""Parts of a model that treat rows alone, run in chunks, while everything outside them sees the whole batch.
+
+For models that couple rows inside: prototypes, codebooks, routers, a ``.loss``. What is between the segments is the
+plain code on all rows; inside one, rows run a few at a time and are run again in backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit, UsageError
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.draws import StepDraws
+from samegrad.exact.probes import RowProbes
+from samegrad.exact.row_map import RowCall
+from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.trees import RowLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """The submodule at ``path``, whose arguments hold ``per_row`` rows for each row of the batch."""
+
+    path: str
+    per_row: int = 1
+
+
+def find_segments(
+    declared: DeclaredStep, few: Any, layout: RowLayout, named: Sequence[str] | None = None
+) -> tuple[Segment, ...]:
+    """The largest submodules with parameters that treat rows alone, or the ``named`` ones.
+
+    ``few``: the probe rows, on the device. Raises CannotSplit naming a submodule that was named and does not, and
+    UsageError for a name that is not there.
+    """
+    network = declared.network
+    if named is not None:
+        for path in named:
+            if path not in dict(network.named_modules()):
+                raise UsageError(
+                    asked=f"segments={list(named)}", found=f"the model has no submodule {path!r}",
+                    do="give names as model.named_modules() shows them",
+                )  # fmt: skip
+    calls = _first_calls(declared, few)
+    found: list[Segment] = []
+    todo = [path for path, _ in network.named_children()] if named is None else list(named)
+    while todo:
+        path = todo.pop(0)
+        part = network.get_submodule(path)
+        try:
+            found.append(_examined(path, part, calls.get(path), layout.rows))
+        except CannotSplit as refusal:
+            if named is not None:
+                raise CannotSplit(
+                    asked=f"{path} as a segment", found=refusal.found,
+                    do="name smaller parts that treat rows alone, or leave segments= out",
+                ) from None  # fmt: skip
+            todo[:0] = [f"{path}.{name}" for name, child in part.named_children() if any(child.parameters())]
+    return tuple(found)
+
+
+def _first_calls(declared: DeclaredStep, few: Any) -> dict[str, tuple[Any, Any]]:
+    """The arguments of every submodule's first call, detached; nothing is left changed."""
+    calls: dict[str, tuple[Any, Any]] = {}
+    handles = []
+
+    def note(path: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.setdefault(path, trees.map_tensors((args, kwargs), lambda leaf: leaf.detach().clone()))
+
+        return hook
+
+    generators, state = Generators(declared.device), ModuleState(declared.modules)
+    try:
+        for path, part in declared.network.named_modules():
+            if path:
+                handles.append(part.register_forward_pre_hook(note(path), with_kwargs=True))
+        with torch.no_grad():
+            declared.forward(declared.network, few)
+    finally:
+        for handle in handles:
+            handle.remove()
+        state.restore()
+        generators.restore()
+    return calls
+
+
+def _examined(path: str, part: nn.Module, call: tuple[Any, Any] | None, rows: int) -> Segment:
+    """The segment that ``part`` is. Raises CannotSplit when it is none."""
+    layout = None if call is None else trees.find_rows(call)
+    if call is None or layout is None or layout.rows % rows or not any(part.parameters()):
+        raise CannotSplit(
+            asked=f"{path} as a segment",
+            found="it is not called on rows of the batch" if call is None or layout is None or layout.rows % rows
+            else "it has no parameters, so nothing in it is worth running again",
+            do="name another part of the model",
+        )  # fmt: skip
+    device = next(part.parameters()).device
+    probed = DeclaredStep(model=part, loss_fn=_no_loss, forward=_called, device=device)
+    generators, state = Generators(device), ModuleState([part])
+    try:
+        # Every second row is kept, so rows of one sample are tried against each other as well.
+        others = trees.take_rows(call, layout, [(i + 1) % layout.rows for i in range(layout.rows)])
+        found = RowProbes(probed, call, layout, generators, state).run(others, layout)
+    finally:
+        state.restore()
+        generators.restore()
+    if found.rules:
+        raise CannotSplit(
+            asked=f"{path} as a segment",
+            found=f"it changes {found.rules[0].name}, and backward runs rows again",
+            do="leave it outside the segments",
+        )
+    return Segment(path, layout.rows // rows)
+
+
+def _called(part: nn.Module, call: Any) -> Any:
+    args, kwargs = call
+    return part(*args, **kwargs)
+
+
+def _no_loss(outputs: Any, batch: Any) -> Tensor:
+    raise AssertionError("segments are examined without a loss")
+
+
+@contextlib.contextmanager
+def in_segments(
+    network: nn.Module, segments: Sequence[Segment], sizes: Sequence[int], draws: StepDraws
+) -> Iterator[None]:
+    """``network`` with its segments run in chunks of ``sizes`` rows of the batch; as before on every way out."""
+    with contextlib.ExitStack() as stack:
+        for segment in segments:
+            stack.enter_context(_patched(network.get_submodule(segment.path), segment, tuple(sizes), draws))
+        yield
+
+
+@contextlib.contextmanager
+def _patched(part: nn.Module, segment: Segment, sizes: tuple[int, ...], draws: StepDraws) -> Iterator[None]:
+    plain = part.forward
+    own = vars(part).get("forward")
+    mine = tuple(size * segment.per_row for size in sizes)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = (args, kwargs)
+        layout = trees.find_rows(call)
+        if layout.rows != sum(mine):
+            # Not the rows of the batch: prototypes, say. Those are shared, and few.
+            return plain(*args, **kwargs)
+        return RowCall(plain, ParameterAliases({"": part}), [part], draws=draws).in_chunks(call, layout, mine)
+
+    part.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del part.forward
+        else:
+            part.forward = own
