@@ -121,7 +121,7 @@ def test_whole_numbers_beside_floats_come_through() -> None:
     values.sum().backward()
     assert items.grad is not None and bool((items.grad == 2).all())
     with pytest.raises(sg.CannotSplit, match="output 0 of one item"):
-        sg.over(lambda i, _: i > i.mean(0), items, rows=7)
+        sg.over(lambda i, _: i < i.mean(0), items, rows=7)
 
 
 def test_what_is_not_there_yet_or_wrong_is_refused() -> None:
