@@ -26,6 +26,7 @@ from samegrad.exact.losses import Form
 from samegrad.exact.on_use import arriving
 from samegrad.exact.passes import GradientSums, StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
+from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.undisturbed import Generators
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
@@ -76,8 +77,9 @@ class SplitStep:
             scale = scaler.scale(torch.ones((), device=device)).to(torch.float64)
         generators = Generators(device)
         versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
+        batch, aliases = stood_in(batch, layout, self.aliases)
         with generators.restored_on_failure():
-            totals = self._summed(batch, layout, sizes, scale)
+            totals = dataclasses.replace(self, aliases=aliases)._summed(batch, layout, sizes, scale)
             self._check_untouched(generators, versions)
             _check_repeated(totals)
         return totals
