@@ -97,6 +97,9 @@ class Step:
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
         """The step's loss, () detached and unscaled; ``.grad`` grows by the plain step's gradients.
 
+        A tensor of the batch that all rows share may require grad (prototypes, say): it gets its total, and passes it
+        on through the graph it came from, once.
+
         ``scaler``: a GradScaler; it scales the loss only, unscale, step and update stay yours. If anything raises
         before the gradients are handed over, ``.grad`` is as it was.
         """

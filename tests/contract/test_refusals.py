@@ -227,7 +227,7 @@ def test_weights_set_from_the_first_batch_are_refused_and_put_back() -> None:
 def test_a_batch_leaf_that_requires_grad_is_refused_by_its_place() -> None:
     x = X.clone().requires_grad_()
     model = mlp()
-    with left_alone(model), pytest.raises(CannotSplit, match=r"batch\[0\] requires grad"):
+    with left_alone(model), pytest.raises(CannotSplit, match=r"batch\[0\] carries rows and requires grad"):
         sg.Step(model, cross_entropy, rows=4).backward((x, Y))
     assert x.grad is None
 

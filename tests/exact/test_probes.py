@@ -223,7 +223,7 @@ def test_a_draw_that_starts_after_the_first_rows_is_refused_before_hand_over() -
 def test_a_batch_leaf_that_requires_grad_is_refused() -> None:
     rows = zoo.batch()
     rows["x"].requires_grad_()
-    with pytest.raises(CannotSplit, match=r"batch\['x'\] requires grad"):
+    with pytest.raises(CannotSplit, match=r"batch\['x'\] carries rows and requires grad"):
         zoo.split_step(zoo.mlp(), zoo.LOSSES["mse"][0], rows)
 
 

@@ -11,6 +11,7 @@ chunks run on aliases: parameters of their own that share the storage. The swap 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
@@ -31,6 +32,7 @@ class ParameterAliases:
         self.roots = dict(roots)
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
+        self._beside: list[nn.Parameter] = []
         self._slots: list[tuple[nn.Module, str, int]] = []
         index_of: dict[int, int] = {}
         for root, module in self.roots.items():
@@ -53,12 +55,20 @@ class ParameterAliases:
         )
         return self if same else fresh
 
+    def beside(self, tensors: Sequence[Tensor], stand_ins: Sequence[nn.Parameter]) -> ParameterAliases:
+        """These aliases and, after them, ``stand_ins`` for ``tensors``: parameters that stand in no module."""
+        both = copy.copy(self)
+        both.parameters = [*self.parameters, *(cast(nn.Parameter, tensor) for tensor in tensors)]
+        both._beside = [*self._beside, *stand_ins]
+        return both
+
     @contextlib.contextmanager
     def swapped(self) -> Iterator[list[nn.Parameter]]:
         """The aliases, standing in the module in place of the parameters."""
-        aliases = [nn.Parameter(p.detach()) for p in self.parameters]
+        own = self.parameters[: len(self.parameters) - len(self._beside)]
+        aliases = [nn.Parameter(p.detach()) for p in own]
         with self.replaced(aliases):
-            yield aliases
+            yield [*aliases, *self._beside]
 
     @contextlib.contextmanager
     def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:

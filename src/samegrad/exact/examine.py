@@ -23,6 +23,7 @@ from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.passes import FirstPass, as_in_first_pass
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach, same_rows
 from samegrad.exact.randomness import DrawSites
+from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.state import StateRule
 from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
 from samegrad.trees import RowLayout
@@ -54,6 +55,7 @@ class Examination:
 def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Examination:
     """How the step may be split. Raises CannotSplit or FalseNormalise, with the module or the residual named."""
     _refuse_batch_gradients(batch, layout)
+    batch, aliases = stood_in(batch, layout, aliases)
     rows = min(PROBE_ROWS, layout.rows)
     few, others = (
         trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in _chosen(layout.rows, rows)
@@ -96,12 +98,14 @@ def _chosen(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:
 
 
 def _refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
-    for path, leaf in zip(layout.paths, trees.leaves_of(batch)):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
+    for path, leaf, axis in zip(layout.paths, trees.leaves_of(batch), layout.axes):
+        if axis is not None and isinstance(leaf, Tensor) and leaf.requires_grad:
             raise CannotSplit(
                 asked="split the rows of a step",
-                found=f"{path} requires grad, and only parameters receive gradients from chunks",
-                do="detach it, or run the step whole with rows=<the batch's rows>",
+                found=f"{path} carries rows and requires grad; only parameters and leaves that all rows share receive "
+                "gradients from chunks",
+                do="detach it, mark it as shared with None in batch_axes=, or run the step whole with "
+                "rows=<the batch's rows>",
             )
 
 

@@ -2,13 +2,13 @@
 
     density = sg.over(score, centers, shared=(x, network), reduce="logsumexp", rows=100)
 
-Derivatives of any order hold one chunk of items at a time.
+Derivatives of any order hold one chunk of items at a time; "softmax_mean" is a closed form with a first one only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from samegrad.exact import losses
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
 from samegrad.exact.probes import close
+from samegrad.exact.softmax_mean import checked, softmax_mean
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.exact.watch import Watch
 
-Reduce = Literal["cat", "sum", "logsumexp"]
+Reduce = Literal["cat", "sum", "logsumexp", "softmax_mean"]
 
 
 def over(
@@ -37,12 +38,16 @@ def over(
     """``fn(items, shared)`` with ``rows`` items at a time.
 
     ``fn`` returns tensors whose first axis is the items: "cat" keeps that axis, "sum" and "logsumexp" reduce it, the
-    latter without ever holding all terms. ``items``: tensors, nested as you like, items on their first axis.
-    ``shared``: what every chunk sees, nested; tensors and modules in it receive gradients. Raises CannotSplit when
-    ``fn`` uses parameters that are not in ``shared``, draws random numbers or changes state.
+    latter without ever holding all terms. "softmax_mean": ``fn`` returns ``(scores, values)``, scores (items, B) and
+    values (items, B, ...), nested as you like; the result is ``(lse, means)``, the scores' log-sum-exp (B,) and the
+    values averaged with their softmax (B, ...), with a first derivative only, at 2F + B.
+
+    ``items``: tensors, nested as you like, items on their first axis. ``shared``: what every chunk sees, nested;
+    tensors and modules in it receive gradients. Raises CannotSplit when ``fn`` uses parameters that are not in
+    ``shared``, draws random numbers or changes state.
     """
-    if reduce not in ("cat", "sum", "logsumexp"):
-        raise UsageError(asked=f"reduce={reduce!r}", found="not a reduction", do="use 'cat', 'sum' or 'logsumexp'")
+    if reduce not in get_args(Reduce):
+        raise UsageError(asked=f"reduce={reduce!r}", found="not a reduction", do=f"use one of {get_args(Reduce)}")
     if process_group is not None:
         raise UsageError(
             asked="process_group=", found="items are not split over ranks yet", do="leave it out: one rank, all items"
@@ -50,6 +55,8 @@ def over(
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UsageError(asked=f"rows={rows!r}", found="not a positive whole number", do="give items at a time")
     mapped = _Over(fn, items, shared, rows)
+    if reduce == "softmax_mean":
+        return mapped.softmax_mean(fn)
     if reduce == "cat":
         return mapped(fn, 0)
     if reduce == "sum":
@@ -94,6 +101,16 @@ class _Over:
 
     def __call__(self, fn: Callable[[Any, Any], Any], out_axis: int | None) -> Any:
         spec: list[Any] = []
+        outputs = self._chunks(fn, out_axis, spec)(*self._inputs())
+        return trees.unflatten(outputs, spec[0])
+
+    def softmax_mean(self, fn: Callable[[Any, Any], Any]) -> Any:
+        spec: list[Any] = []
+        chunks = self._chunks(lambda items, shared: checked(fn(items, shared)), None, spec)
+        return trees.unflatten(softmax_mean(chunks, self._inputs()), spec[0])
+
+    def _chunks(self, fn: Callable[[Any, Any], Any], out_axis: int | None, spec: list[Any]) -> ChunkMap:
+        """``fn`` by chunks of items; ``spec`` will hold how what it returned was nested."""
 
         def function(inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
             leaves, tree = trees.flatten(self._evaluated(fn, inputs))
@@ -102,7 +119,7 @@ class _Over:
 
         tensors = self._inputs()
         items = len(self._items)
-        mapped = ChunkMap(
+        return ChunkMap(
             function=function,
             in_axes=(*(0 for _ in range(items)), *(None for _ in tensors[items:])),
             out_axes=out_axis,
@@ -110,8 +127,6 @@ class _Over:
             autocast=Autocast.now([t.device.type for t in tensors]),
             watch=Watch.of(self._modules, tensors[0].device),
         )
-        outputs = mapped(*tensors)
-        return trees.unflatten(outputs, spec[0])
 
     def maximum(self, fn: Callable[[Any, Any], Any]) -> Any:
         """The largest term over all items, a chunk at a time; under no_grad."""

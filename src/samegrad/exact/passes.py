@@ -225,12 +225,12 @@ def _loss_gradients(
         loss = checked_loss(declared.loss_fn(outputs.tree(), batch))
     known = {id(leaf) for leaf in live}
     owned = [leaf for leaf in losses.leaves_under(loss) if id(leaf) not in known]
-    owners = [owner_of.get(id(leaf), leaf) for leaf in owned]
+    owners = [owner_of[id(leaf)] if id(leaf) in owner_of else _parameter(leaf) for leaf in owned]
     with hooks_silenced(owned):
         gradients = program.gradients_outside_autocast(loss, scale.to(loss.dtype), live + owned)
     by_leaf = {id(leaf): g for leaf, g in zip(live, gradients)}
     cotangents = [by_leaf.get(id(leaf)) for leaf in leaves]
-    return loss.detach(), cotangents, [_parameter(p) for p in owners], gradients[len(live) :]
+    return loss.detach(), cotangents, owners, gradients[len(live) :]
 
 
 def _parameter(leaf: Tensor) -> nn.Parameter:

@@ -29,6 +29,7 @@ from samegrad.exact.on_use import arriving
 from samegrad.exact.passes import GradientSums, StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import StepKey
+from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
@@ -108,6 +109,8 @@ class SplitStep:
         versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
         owned = [] if self.declared.loss_module is None else [self.declared.loss_module]
         loss_state = ModuleState(owned)
+        batch, aliases = stood_in(batch, layout, self.aliases)
+        standing = dataclasses.replace(self, aliases=aliases)
         with Generators(device).restored_on_failure():
             draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
             if draws.sites is not None:
@@ -115,7 +118,7 @@ class SplitStep:
             generators = Generators(device)
             forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
             try:
-                totals = self._summed(forward, batch, layout, sizes, scale)
+                totals = standing._summed(forward, batch, layout, sizes, scale)
                 self._check_untouched(generators, versions)
                 forward.state.check()
                 _check_repeated(totals)

@@ -15,6 +15,7 @@ from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.phases import announce, arriving_chunks, listening
+from samegrad.exact.shared_leaves import cut_loose
 from samegrad.exact.split import SplitStep, sliced_chunks
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.measure import census, counters
@@ -116,7 +117,7 @@ def _standing_in(declared: DeclaredStep, missing_state_bytes: int) -> list[Tenso
 
 def probe_plain(declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int) -> Probe:
     """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped."""
-    few, _ = _first_rows(batch, layout, batch_rows)
+    few, _ = _first_rows(cut_loose(batch), layout, batch_rows)
     before = trees.map_tensors(few, Tensor.clone)
 
     def run() -> None:
