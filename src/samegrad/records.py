@@ -253,11 +253,34 @@ class TimelinePoint(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant(Record):
+    """One way to run parts of the model in chunks, as measured: a lever's name, its knobs but for the rows, its laws.
+
+    ``forwards_per_step``: how often a row is run forward. ``seconds_per_row`` and ``seconds_per_chunk`` as in a
+    Footprint.
+    """
+
+    lever: str
+    knobs: dict[str, Any]
+    laws: tuple[PhaseLaw, ...]
+    forwards_per_step: float = 2.0
+    seconds_per_row: float | None = None
+    seconds_per_chunk: float | None = None
+
+    def predicted_seconds(self, *, rows: int, batch_rows: int) -> float | None:
+        if self.seconds_per_row is None or self.seconds_per_chunk is None:
+            return None
+        return self.seconds_per_row * batch_rows + self.seconds_per_chunk * -(-batch_rows // min(rows, batch_rows))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Footprint(Record):
     """What a step holds and how long it takes, at a number of rows at a time.
 
     ``rows`` of ``batch_rows`` at a time. ``by_category`` is what is live at the peak, ``by_phase`` the peak inside
-    each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step.
+    each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step;
+    ``variants`` are the ways to run a model in chunks that cannot be split by rows. ``kept_row_bytes``: what a row's
+    graph holds when it is kept from the first of two passes.
     ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.
     ``resident_bytes`` (parameters, gradients, optimizer
     state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
@@ -284,6 +307,8 @@ class Footprint(Record):
     resident_bytes: dict[Category, int] = dataclasses.field(default_factory=dict)
     laws: tuple[PhaseLaw, ...] = ()
     plain_laws: tuple[PhaseLaw, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    kept_row_bytes: float | None = None
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
     timeline: tuple[TimelinePoint, ...] = ()

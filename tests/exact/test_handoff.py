@@ -89,6 +89,8 @@ def _on_rank(work: Callable[[int], dict[str, Any]], rank: int, port: int, result
         results.put(found)
     dist.barrier()
     dist.destroy_process_group()
+    # Interpreter shutdown now and then aborts in a thread of gloo's, long after the work was done.
+    os._exit(0)
 
 
 def on_two_ranks(work: Callable[[int], dict[str, Any]]) -> dict[str, Any]:

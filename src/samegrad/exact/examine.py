@@ -52,20 +52,37 @@ class Examination:
         return 2 if self.form is Form.COUPLED else 1
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelFindings:
+    """What was found of a model whose rows can be split: its outputs on the probe rows ``few``, and how it runs."""
+
+    outputs: Any
+    few: Any
+    layout: RowLayout
+    first_pass: FirstPass
+    sites: DrawSites | None
+    rules: tuple[StateRule, ...]
+
+
 def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Examination:
     """How the step may be split. Raises CannotSplit or FalseNormalise, with the module or the residual named."""
-    _refuse_batch_gradients(batch, layout)
+    refuse_batch_gradients(batch, layout)
+    return examine_loss(declared, aliases, examine_model(declared, aliases, batch, layout))
+
+
+def examine_model(
+    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout
+) -> ModelFindings:
+    """That rows can be split through the whole model. Raises CannotSplit naming the module that forbids it."""
     batch, aliases = stood_in(batch, layout, aliases)
     rows = min(PROBE_ROWS, layout.rows)
     few, others = (
-        trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in _chosen(layout.rows, rows)
+        trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in chosen_rows(layout.rows, rows)
     )
     few_layout = dataclasses.replace(layout, rows=rows)
-    hooks = _module_hooks(declared.network)
     with undisturbed(declared.modules, declared.device) as (generators, state):
         probes = RowProbes(declared, few, few_layout, generators, state)
         found = probes.run(others, few_layout)
-        outputs = found.outputs
         forward = StepForward.of(declared, rows, probes.draws, found.rules)
         with aliases.swapped() as standing, torch.enable_grad():
             with_graph = forward.again(few, forward.ids(slice(0, rows)))
@@ -73,22 +90,29 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
             with as_in_first_pass(declared.device.type, FirstPass.WITHOUT_GRAPH):
                 without_graph = forward.again(few, forward.ids(slice(0, rows)))
         first_pass = FirstPass.WITHOUT_GRAPH if same_rows(with_graph, without_graph) else FirstPass.WITH_GRAPH
-        del with_graph, without_graph
+    return ModelFindings(found.outputs, few, few_layout, first_pass, found.sites, found.rules)
+
+
+def examine_loss(declared: DeclaredStep, aliases: ParameterAliases, model: ModelFindings) -> Examination:
+    """One pass or two, by the loss of the probe rows. Raises CannotSplit or FalseNormalise."""
+    hooks = _module_hooks(declared.network)
+    few, layout = model.few, model.layout
+    with undisturbed(declared.modules, declared.device) as (_, state):
         if declared.normalise is not None:
-            _check_declared(declared, outputs, few, few_layout, state)
-            _check_loss_reach(declared, aliases, outputs, few)
+            _check_declared(declared, model.outputs, few, layout, state)
+            _check_loss_reach(declared, aliases, model.outputs, few)
             return Examination(
-                Form.ROW_SUM, "declared by normalise=", declared=True, module_hooks=hooks, sites=found.sites,
-                rules=found.rules,
+                Form.ROW_SUM, "declared by normalise=", declared=True, module_hooks=hooks, sites=model.sites,
+                rules=model.rules,
             )  # fmt: skip
-        form, count = _recognised(declared, outputs, few, few_layout, state)
+        form, count = _recognised(declared, model.outputs, few, layout, state)
     return Examination(
-        form.form, form.reason, count_per_row=count / rows, module_hooks=hooks, first_pass=first_pass,
-        sites=found.sites, rules=found.rules,
+        form.form, form.reason, count_per_row=count / layout.rows, module_hooks=hooks, first_pass=model.first_pass,
+        sites=model.sites, rules=model.rules,
     )  # fmt: skip
 
 
-def _chosen(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:
+def chosen_rows(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:
     """``rows`` rows spread over the batch, and as many to replace them with: others where the batch has them."""
     stride = batch_rows // rows
     few = [i * stride for i in range(rows)]
@@ -97,7 +121,7 @@ def _chosen(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:
     return few, [few[(i + 1) % rows] for i in range(rows)]
 
 
-def _refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
+def refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
     for path, leaf, axis in zip(layout.paths, trees.leaves_of(batch), layout.axes):
         if axis is not None and isinstance(leaf, Tensor) and leaf.requires_grad:
             raise CannotSplit(
@@ -205,7 +229,7 @@ def _module_hooks(network: nn.Module) -> tuple[str, ...]:
 def find_draws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:
     """Where the model draws, None where it does not or where its draws cannot be keyed, so that it cannot be split."""
     rows = min(PROBE_ROWS, layout.rows)
-    few = trees.move(trees.take_rows(batch, layout, _chosen(layout.rows, rows)[0]), declared.device)
+    few = trees.move(trees.take_rows(batch, layout, chosen_rows(layout.rows, rows)[0]), declared.device)
     with undisturbed(declared.modules, declared.device) as (generators, state):
         try:
             return RowProbes(declared, few, dataclasses.replace(layout, rows=rows), generators, state).draw_sites()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from samegrad.declared import DeclaredStep
 from samegrad.exact import program
-from samegrad.exact.draws import StepDraws
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.state import StateRule, StateTransaction
 
 

@@ -8,9 +8,9 @@ in a split step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +21,43 @@ from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import kept_magnitudes
-from samegrad.exact.draws import StepDraws
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.handoff import hand_over, hooks_silenced
 from samegrad.exact.passes import StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import DrawSites, StepKey
+from samegrad.exact.shared_leaves import stood_in
+from samegrad.exact.split import SplitStep
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
 
-# scheme(network, sizes, draws): the network with parts of it in chunks of these sizes, as before on every way out.
-Scheme = Callable[[nn.Module, Sequence[int], StepDraws], AbstractContextManager[None]]
+
+
+class Scheme(Protocol):
+    """The network with parts of it in chunks of these sizes, as before on every way out."""
+
+    def __call__(
+        self, network: nn.Module, *, sizes: Sequence[int], draws: StepDraws
+    ) -> AbstractContextManager[object]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedExamination:
-    """How a step is mapped. ``reason``: what couples rows and what runs in chunks, in words for ``explain``."""
+    """What is known of a step that is mapped. ``reason``: what couples its rows, in words. ``sites``: where it draws."""
 
     reason: str
     sites: DrawSites | None = None
-    module_hooks: tuple[str, ...] = ()
-    forwards: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedStep:
-    """A step under ``scheme``; ``name`` is the lever's that plans it."""
+    """A step under ``scheme``."""
 
     declared: DeclaredStep
     aliases: ParameterAliases
     examination: MappedExamination
     scheme: Scheme
-    name: str
     with_magnitudes: bool = False
 
     def keeping_magnitudes(self) -> MappedStep:
@@ -86,10 +91,11 @@ class MappedStep:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, draws: StepDraws
     ) -> StepTotals:
         declared, device = self.declared, self.declared.device
+        batch, aliases = stood_in(batch, layout, self.aliases)
         [whole] = arriving_chunks([trees.move(trees.slice_rows(batch, layout, 0, layout.rows), device)])
         ids = torch.arange(layout.rows, device=device) if draws.sites is not None else None
-        with self.aliases.swapped() as swapped, kept_magnitudes(self.with_magnitudes) as magnitudes:
-            with torch.enable_grad(), self.scheme(declared.network, sizes, draws):
+        with aliases.swapped() as swapped, kept_magnitudes(self.with_magnitudes) as magnitudes:
+            with torch.enable_grad(), self.scheme(declared.network, sizes=sizes, draws=draws):
                 announce(Phase.FORWARD)
                 with draws.rows(ids):
                     outputs = declared.forward(declared.network, whole)
@@ -97,23 +103,35 @@ class MappedStep:
                 loss = checked_loss(declared.loss_fn(outputs, whole))
                 del outputs
                 announce(Phase.BACKWARD)
-                owner_of = dict(zip(map(id, swapped), self.aliases.parameters))
+                owner_of = dict(zip(map(id, swapped), aliases.parameters))
                 leaves = losses.leaves_under(loss)
                 scaled = loss if scaler is None else scaler.scale(loss)
                 with hooks_silenced(leaves):
                     gradients = program.gradients_outside_autocast(scaled, torch.ones_like(scaled), leaves)
-            sizes_of = {id(leaf): magnitudes.of(leaf, gradient) for leaf, gradient in zip(leaves, gradients)}
-        by_owner = {id(owner_of.get(id(leaf), leaf)): g for leaf, g in zip(leaves, gradients)}
-        by_owner_sizes = {id(owner_of.get(id(leaf), leaf)): sizes_of[id(leaf)] for leaf in leaves}
-        known = {id(p) for p in self.aliases.parameters}
-        owned = [leaf for leaf in leaves if id(leaf) not in owner_of and id(leaf) not in known]
-        parameters = [*self.aliases.parameters, *(_parameter(leaf) for leaf in owned)]
+            sizes_of = [magnitudes.of(leaf, gradient) for leaf, gradient in zip(leaves, gradients)]
+        owners = [owner_of[id(leaf)] if id(leaf) in owner_of else _parameter(leaf) for leaf in leaves]
+        # A parameter may be reached past its place as well: then it has two leaves.
+        parameters = list(dict.fromkeys([*aliases.parameters, *owners]))
         return StepTotals(
             loss.detach(),
             parameters,
-            [by_owner.get(id(p)) for p in parameters],
-            magnitudes=[by_owner_sizes.get(id(p)) for p in parameters] if self.with_magnitudes else None,
+            _added_up(parameters, owners, gradients),
+            magnitudes=_added_up(parameters, owners, sizes_of) if self.with_magnitudes else None,
         )
+
+
+def _added_up(
+    parameters: Sequence[nn.Parameter], owners: Sequence[nn.Parameter], parts: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """For each of ``parameters`` the sum of the ``parts`` that it owns, None where it owns none."""
+    sums: dict[nn.Parameter, Tensor] = {}
+    for owner, part in zip(owners, parts):
+        if part is not None:
+            sums[owner] = part if owner not in sums else sums[owner] + part
+    return [sums.get(parameter) for parameter in parameters]
+
+
+ChunkedStep = SplitStep | MappedStep
 
 
 def _parameter(leaf: Tensor) -> nn.Parameter:

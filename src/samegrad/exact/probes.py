@@ -24,7 +24,7 @@ from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.audit import splits_of
-from samegrad.exact.draws import StepDraws
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.randomness import BatchWideDraw, DrawSites, StepKey, learn_sites, recording
 from samegrad.exact.state import Reducer, StateRule, Values, learn_rules
 from samegrad.exact.undisturbed import Generators, ModuleState

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
-from samegrad.exact.draws import StepDraws
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.watch import Watch
 from samegrad.trees import RowLayout
 

@@ -20,7 +20,7 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.draws import StepDraws
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.row_map import RowCall

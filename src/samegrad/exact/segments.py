@@ -18,8 +18,8 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.draws import StepDraws
-from samegrad.exact.probes import RowProbes
+from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.probes import RowProbes, check_reach
 from samegrad.exact.row_map import RowCall
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.trees import RowLayout
@@ -63,7 +63,7 @@ def find_segments(
                     asked=f"{path} as a segment", found=refusal.found,
                     do="name smaller parts that treat rows alone, or leave segments= out",
                 ) from None  # fmt: skip
-            todo[:0] = [f"{path}.{name}" for name, child in part.named_children() if any(child.parameters())]
+            todo[:0] = [f"{path}.{name}" for name, child in part.named_children() if _has_parameters(child)]
     return tuple(found)
 
 
@@ -95,14 +95,16 @@ def _first_calls(declared: DeclaredStep, few: Any) -> dict[str, tuple[Any, Any]]
 
 def _examined(path: str, part: nn.Module, call: tuple[Any, Any] | None, rows: int) -> Segment:
     """The segment that ``part`` is. Raises CannotSplit when it is none."""
-    layout = None if call is None else trees.find_rows(call)
-    if call is None or layout is None or layout.rows % rows or not any(part.parameters()):
+    layout = None if call is None or not _tensors(call) else trees.find_rows(call)
+    if call is None or layout is None or layout.rows % rows or not _has_parameters(part):
+        called = call is not None and layout is not None and not layout.rows % rows
         raise CannotSplit(
             asked=f"{path} as a segment",
-            found="it is not called on rows of the batch" if call is None or layout is None or layout.rows % rows
-            else "it has no parameters, so nothing in it is worth running again",
+            found="it has no parameters, so nothing in it is worth running again"
+            if called
+            else "it is not called on rows of the batch",
             do="name another part of the model",
-        )  # fmt: skip
+        )
     device = next(part.parameters()).device
     probed = DeclaredStep(model=part, loss_fn=_no_loss, forward=_called, device=device)
     generators, state = Generators(device), ModuleState([part])
@@ -110,6 +112,9 @@ def _examined(path: str, part: nn.Module, call: tuple[Any, Any] | None, rows: in
         # Every second row is kept, so rows of one sample are tried against each other as well.
         others = trees.take_rows(call, layout, [(i + 1) % layout.rows for i in range(layout.rows)])
         found = RowProbes(probed, call, layout, generators, state).run(others, layout)
+        aliases = ParameterAliases({"": part})
+        with aliases.swapped() as standing, torch.enable_grad():
+            check_reach(aliases, _called(part, call), standing)
     finally:
         state.restore()
         generators.restore()
@@ -120,6 +125,14 @@ def _examined(path: str, part: nn.Module, call: tuple[Any, Any] | None, rows: in
             do="leave it outside the segments",
         )
     return Segment(path, layout.rows // rows)
+
+
+def _tensors(call: Any) -> list[Tensor]:
+    return [leaf for leaf in trees.leaves_of(call) if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf)]
+
+
+def _has_parameters(part: nn.Module) -> bool:
+    return any(True for _ in part.parameters())
 
 
 def _called(part: nn.Module, call: Any) -> Any:
@@ -133,7 +146,7 @@ def _no_loss(outputs: Any, batch: Any) -> Tensor:
 
 @contextlib.contextmanager
 def in_segments(
-    network: nn.Module, segments: Sequence[Segment], sizes: Sequence[int], draws: StepDraws
+    network: nn.Module, *, segments: Sequence[Segment], sizes: Sequence[int], draws: StepDraws
 ) -> Iterator[None]:
     """``network`` with its segments run in chunks of ``sizes`` rows of the batch; as before on every way out."""
     with contextlib.ExitStack() as stack:
@@ -150,8 +163,8 @@ def _patched(part: nn.Module, segment: Segment, sizes: tuple[int, ...], draws: S
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = (args, kwargs)
-        layout = trees.find_rows(call)
-        if layout.rows != sum(mine):
+        layout = trees.find_rows(call) if _tensors(call) else None
+        if layout is None or layout.rows != sum(mine):
             # Not the rows of the batch: prototypes, say. Those are shared, and few.
             return plain(*args, **kwargs)
         return RowCall(plain, ParameterAliases({"": part}), [part], draws=draws).in_chunks(call, layout, mine)

@@ -20,7 +20,7 @@ from samegrad.declared import DeclaredStep, plain_loss
 from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
 from samegrad.exact import passes, program
 from samegrad.exact.aliases import NARROW, GradientMagnitudes, GradientTotals, ParameterAliases
-from samegrad.exact.draws import StepDraws
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.examine import Examination
 from samegrad.exact.forward import StepForward
 from samegrad.exact.handoff import hand_over
@@ -56,20 +56,20 @@ def plain_backward(
     whole = trees.slice_rows(batch, layout, 0, layout.rows) if _needs_reading(batch) else batch
     [whole] = arriving_chunks([trees.move(whole, declared.device)])
     announce(Phase.FORWARD)
-    loss = plain_loss(under_draws(declared, layout.rows, draws), whole)
+    loss = plain_loss(under_draws(declared, draws), whole)
     announce(Phase.BACKWARD)
     scaled = loss if scaler is None else scaler.scale(loss)
     program.backward_outside_autocast([scaled], [torch.ones_like(scaled)])
     return loss.detach()
 
 
-def under_draws(declared: DeclaredStep, rows: int, draws: StepDraws | None) -> DeclaredStep:
-    """``declared`` whose forward of ``rows`` rows makes the draws of a split step."""
+def under_draws(declared: DeclaredStep, draws: StepDraws | None) -> DeclaredStep:
+    """``declared`` whose forward of a whole batch makes the draws that its chunks make."""
     if draws is None or draws.sites is None:
         return declared
-    ids = torch.arange(rows, device=declared.device)
 
     def forward(network: nn.Module, batch: Any) -> Any:
+        ids = torch.arange(declared.layout(batch).rows, device=declared.device)
         with draws.rows(ids):
             return declared.forward(network, batch)
 

@@ -16,7 +16,9 @@ from samegrad.exact import losses
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.phases import announce, arriving_chunks, listening
 from samegrad.exact.shared_leaves import cut_loose
-from samegrad.exact.split import SplitStep, sliced_chunks
+from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.split import sliced_chunks, under_draws
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.measure import census, counters
 from samegrad.measure.counting import ByteCounter
@@ -51,7 +53,7 @@ class Probe:
         return -(-self.batch_rows // self.rows)
 
 
-def probe_split(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int) -> Probe:
+def probe_split(split: ChunkedStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int) -> Probe:
     """The split step on the first ``batch_rows`` rows of ``batch``, up to but without the hand-over."""
     few, few_layout = _first_rows(batch, layout, batch_rows)
     sizes = trees.even_sizes(batch_rows, rows)
@@ -67,7 +69,7 @@ class Rung:
 
 
 def measure_rung(
-    split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int, missing_state_bytes: int
+    split: ChunkedStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int, missing_state_bytes: int
 ) -> Rung | None:
     """Peak and time of that run; nothing of the user's changes. Optimizer state that is still to come is counted.
 
@@ -115,8 +117,11 @@ def _standing_in(declared: DeclaredStep, missing_state_bytes: int) -> list[Tenso
     return pieces
 
 
-def probe_plain(declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int) -> Probe:
+def probe_plain(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int, draws: StepDraws | None = None
+) -> Probe:
     """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped."""
+    declared = under_draws(declared, draws)
     few, _ = _first_rows(cut_loose(batch), layout, batch_rows)
     before = trees.map_tensors(few, Tensor.clone)
 

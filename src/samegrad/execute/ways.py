@@ -1,0 +1,179 @@
+"""The ways a step can run a few rows at a time: by rows through the whole model, or parts of the model in chunks.
+
+What cannot be split by rows is tried part by part, each way on a few rows against the plain forward; what no way can
+do is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit
+from samegrad.exact import program
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.examine import (
+    Examination,
+    chosen_rows,
+    examine_loss,
+    examine_model,
+    find_draws,
+    refuse_batch_gradients,
+)
+from samegrad.exact.mapped import MappedExamination, Scheme
+from samegrad.exact.probes import PROBE_ROWS, close
+from samegrad.exact.randomness import DrawSites, StepKey
+from samegrad.exact.segments import find_segments
+from samegrad.exact.undisturbed import undisturbed
+from samegrad.levers.segments import Segments
+from samegrad.trees import RowLayout
+
+
+class MappingLever(Protocol):
+    """A lever that puts parts of a model into chunks."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def forwards(self) -> float:
+        """How often a row is run forward."""
+        ...
+
+    def scheme(self) -> Scheme: ...
+
+    def knobs(self) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ways:
+    """What was found: the examination of a step split by rows, or why it cannot be and the other ways there are.
+
+    ``mapped``: levers that put parts of the model into chunks, each tried against the plain forward. ``sites``: where
+    the model draws. ``refusals``: lever to why this step cannot take it, or need not.
+    """
+
+    by_rows: Examination | None
+    refusal: CannotSplit | None = None
+    mapped: tuple[MappingLever, ...] = ()
+    sites: DrawSites | None = None
+    refusals: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def mapped_examination(self) -> MappedExamination:
+        return MappedExamination("" if self.refusal is None else self.refusal.found, self.sites)
+
+
+def find_ways(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    batch: Any,
+    layout: RowLayout,
+    segments: Sequence[str] | None = None,
+) -> Ways:
+    """The ways to run the step in chunks. ``segments``: submodules named by the user; they are the only way then.
+
+    Raises FalseNormalise, and CannotSplit for what is not the model's: rows of the batch that require grad, parameters
+    of a declared loss that cannot be held back, named segments that are none.
+    """
+    refuse_batch_gradients(batch, layout)
+    refusals = {}
+    if segments is None:
+        try:
+            model = examine_model(declared, aliases, batch, layout)
+        except CannotSplit as refused:
+            refusal = refused
+        else:
+            examination = examine_loss(declared, aliases, model)
+            return Ways(examination, sites=examination.sites, refusals={Segments.name: "not needed: rows split through the whole model"})
+    else:
+        refusal = CannotSplit(
+            asked="split rows through the whole model", found="segments= names parts of it", do="leave segments= out"
+        )
+    mapped = []
+    sites = find_draws(declared, batch, layout)
+    for lever in _mapping_levers(declared, batch, layout, segments, refusals):
+        try:
+            examine_mapped(declared, aliases, batch, layout, lever, sites)
+            mapped.append(lever)
+        except CannotSplit as refused:
+            if segments is not None:
+                raise
+            refusals[lever.name] = refused.found
+    return Ways(None, refusal, tuple(mapped), sites, refusals)
+
+
+def _mapping_levers(
+    declared: DeclaredStep,
+    batch: Any,
+    layout: RowLayout,
+    segments: Sequence[str] | None,
+    refusals: dict[str, str],
+) -> Iterator[MappingLever]:
+    rows = min(PROBE_ROWS, layout.rows)
+    few, few_layout = _few(declared, batch, layout)
+    found = find_segments(declared, few, few_layout, segments)
+    if found:
+        yield Segments(max(1, rows // 2), {segment.path: segment.per_row for segment in found})
+    else:
+        refusals[Segments.name] = "no part of the model with parameters treats rows alone"
+
+
+def _few(declared: DeclaredStep, batch: Any, layout: RowLayout) -> tuple[Any, RowLayout]:
+    rows = min(PROBE_ROWS, layout.rows)
+    few = trees.move(trees.take_rows(batch, layout, chosen_rows(layout.rows, rows)[0]), declared.device)
+    return few, dataclasses.replace(layout, rows=rows)
+
+
+def examine_mapped(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    batch: Any,
+    layout: RowLayout,
+    lever: MappingLever,
+    sites: DrawSites | None,
+) -> None:
+    """That the lever's scheme computes the plain forward, on a few rows in uneven chunks. Raises CannotSplit."""
+    few, few_layout = _few(declared, batch, layout)
+    first = max(1, 3 * few_layout.rows // 8)
+    sizes = [first, few_layout.rows - first] if few_layout.rows > 1 else [1]
+    plain = _outputs(declared, aliases, few, few_layout, None, sizes, sites)
+    ours = _outputs(declared, aliases, few, few_layout, lever.scheme(), sizes, sites)
+    for (path, a), b in zip(trees.flatten_with_paths(plain, "outputs"), trees.leaves_of(ours)):
+        if isinstance(a, Tensor) and not (a.shape == b.shape and close(a, b)):
+            raise CannotSplit(
+                asked=f"run parts of the model in chunks by {lever.name}",
+                found=f"{path} changes: something inside the parts sees other rows, or draws in another "
+                "order",
+                do="name smaller parts with segments=, or run the step whole (rows=<the batch's rows>)",
+            )
+
+
+def _outputs(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    few: Any,
+    layout: RowLayout,
+    scheme: Scheme | None,
+    sizes: Sequence[int],
+    sites: DrawSites | None,
+) -> Any:
+    """The model's outputs on the probe rows, by ``scheme`` or plainly, under one draw; nothing is left changed."""
+    draws = StepDraws(sites, StepKey.fixed(0))
+    ids = torch.arange(layout.rows, device=declared.device)
+    with undisturbed(declared.modules, declared.device), aliases.swapped(), torch.enable_grad():
+        if scheme is None:
+            with draws.rows(ids):
+                return _detached(declared.forward(declared.network, few))
+        with scheme(declared.network, sizes=sizes, draws=draws), draws.rows(ids):
+            return _detached(declared.forward(declared.network, few))
+
+
+def _detached(outputs: Any) -> Any:
+    return trees.map_tensors(program.seen(outputs), Tensor.detach)
