@@ -139,7 +139,7 @@ def normal(draws: Draws, mean: float | Tensor = 0.0, std: float | Tensor = 1.0, 
     _options("torch.normal", options)
     with torch.no_grad():
         tensors = [part for part in (mean, std) if isinstance(part, Tensor)]
-        shape = torch.broadcast_shapes(*(part.shape for part in tensors))
+        shape = torch.broadcast_shapes(*(part.shape for part in tensors))  # type: ignore[no-untyped-call]
         draw = draws.next("torch.normal", shape, tensors[0].device)
         return draw.numbers("normal", tensors[0].dtype) * std + mean
 

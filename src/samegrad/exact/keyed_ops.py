@@ -12,14 +12,14 @@ position ``e`` of (before, inner) in row-major order. Registered when this modul
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from samegrad.exact import elementary, philox
 
-_library = torch.library.Library("samegrad", "DEF")
+_library: Any = cast(Any, torch.library.Library)("samegrad", "DEF")
 _WHERE = "Tensor key, Tensor ids, int stream, int call, SymInt before, SymInt inner"
 
 # Elements whose float64 work stays in a core's cache.
@@ -83,7 +83,8 @@ def _numbers(
 ) -> Tensor:  # fmt: skip
     planes = 4 if distribution in ("normal", "log_normal") else 2
     words = [_words(key, ids, stream, call, before, inner, plane) for plane in range(planes)]
-    stretches = zip(*(plane.flatten().split(_STRETCH if plane.is_cpu else max(plane.numel(), 1)) for plane in words))
+    stretch = _STRETCH if ids.is_cpu else max(words[0].numel(), 1)
+    stretches = zip(*(torch.split(plane.flatten(), stretch) for plane in words))
     numbers = [_DISTRIBUTIONS[distribution](part, scale, shift) for part in stretches]
     return torch.cat(numbers).view(before, len(ids), inner)
 

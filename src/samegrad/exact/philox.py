@@ -93,7 +93,7 @@ def keyed_words(key: int, ids: npt.NDArray[np.int64], stream: int, call: int, pl
 
 def keep_threshold(drop_probability: float) -> int:
     """A word at or above it keeps: a share of ``drop_probability`` of all words, to 2**-32, is below."""
-    return min(round(drop_probability * 2**WORD_BITS), 2**WORD_BITS - 1)
+    return min(round(drop_probability * float(2**WORD_BITS)), 0xFFFFFFFF)
 
 
 def keyed_keep(

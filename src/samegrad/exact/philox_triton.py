@@ -6,6 +6,7 @@ key and sample ids are read from device memory, so a captured graph draws anew w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_jit: Callable[..., Callable[..., Any]] = triton.jit
+_device_of: Any = torch.cuda.device_of
+
 _TILE_COUNTERS = 256
 
 # Numbers that differ between calls, layers and chunks; a kernel for each value would be compiled otherwise.
 _PLAIN = ["stream", "call", "plane", "rows", "counters", "elements", "inner", "threshold"]
 
 
-@triton.jit
+@_jit
 def _philox(block, sample, key, call, place):  # type: ignore[no-untyped-def]
     """The four words of every lane. Lanes: block uint32, sample int64; the rest are scalars."""
     k0 = (key & 0xFFFFFFFF).to(tl.uint32)
@@ -42,11 +46,13 @@ def _philox(block, sample, key, call, place):  # type: ignore[no-untyped-def]
     return c0, c1, c2, c3
 
 
-@triton.jit
+@_jit
 def _tile(  # type: ignore[no-untyped-def]
     key_at, ids_at, stream, call, plane, rows, counters, elements, inner, FLAT: tl.constexpr, TILE: tl.constexpr
 ):
-    """Words (4 * TILE,) uint32 of this program, the offset of each in the draw (before, rows, inner), and whether it is.
+    """Words (4 * TILE,) uint32 of this program, the offset of each in the draw, and whether there is such a place.
+
+    The draw is (before, rows, inner), contiguous.
 
     FLAT: a row's elements lie together and fill whole counters, so that neighbouring words are neighbours in memory.
     """
@@ -72,7 +78,7 @@ def _tile(  # type: ignore[no-untyped-def]
     return words, offset, valid
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@_jit(do_not_specialize=_PLAIN)
 def _words_kernel(  # type: ignore[no-untyped-def]
     out_at, key_at, ids_at, stream, call, plane, rows, counters, elements, inner,
     FLAT: tl.constexpr, TILE: tl.constexpr,
@@ -83,7 +89,7 @@ def _words_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_at + offset, words.to(tl.int64), mask=valid)
 
 
-@triton.jit(do_not_specialize=[*_PLAIN, "scale"])
+@_jit(do_not_specialize=[*_PLAIN, "scale"])
 def _dropout_kernel(  # type: ignore[no-untyped-def]
     in_at, out_at, keep_at, key_at, ids_at, stream, call, plane, rows, counters, elements, inner, threshold, scale,
     FLAT: tl.constexpr, TILE: tl.constexpr,
@@ -138,7 +144,7 @@ def _launch(
     if rows * counters >= 2**31:
         raise ValueError(f"a draw of {rows} x {elements} numbers is more than one kernel counts")
     grid = (triton.cdiv(rows * counters, _TILE_COUNTERS),)
-    with torch.cuda.device_of(ids):
+    with _device_of(ids):
         kernel[grid](
             *pointers, key, ids.contiguous(), *place, rows, counters, elements, inner, *extra,
             FLAT=before == 1 and elements % 4 == 0, TILE=_TILE_COUNTERS,
