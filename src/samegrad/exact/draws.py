@@ -1,0 +1,115 @@
+"""One draw after the other, each keyed by (step key, stream, call, sample id, element).
+
+``Draws`` counts the calls of one run and knows whose rows are drawn for; ``Draw`` is one of them and gives its words
+as masks, whole numbers or numbers of a distribution.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from samegrad.exact import keyed_ops as keyed_ops  # registers torch.ops.samegrad
+from samegrad.exact import philox
+from samegrad.exact.draw_sites import Sites
+
+# How many random bits a uniform number of a dtype has: all of them are numbers below one.
+_UNIFORM_BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+_ops = torch.ops.samegrad
+
+
+class StepKey:
+    """One int64 of torch's default CPU generator, taken when a draw first needs it and the same from then on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._on: dict[torch.device, Tensor] = {}
+
+    @property
+    def taken(self) -> bool:
+        return bool(self._on)
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """() int64 on ``device``."""
+        with self._lock, torch._C.DisableTorchFunction():
+            host = torch.device("cpu")
+            if host not in self._on:
+                self._on[host] = torch.empty((), dtype=torch.int64, device=host).random_()
+            if device not in self._on:
+                self._on[device] = self._on[host].to(device)
+            return self._on[device]
+
+
+class Draws:
+    """The draws of one run on rows ``ids`` (n,) int64, counted from 0. ``stream``: 0 to 255."""
+
+    def __init__(self, key: StepKey | Tensor, ids: Tensor, sites: Sites, stream: int) -> None:
+        if not 0 <= stream <= philox.LARGEST_STREAM:
+            raise ValueError(f"stream is 0 to {philox.LARGEST_STREAM}, not {stream}")
+        self._key, self._ids, self.sites, self._stream = key, ids, sites, stream
+        self.calls = 0
+
+    def next(self, function: str, shape: Sequence[int], device: torch.device) -> Draw:
+        """The next draw: of ``shape``, made by ``function``. Raises CannotSplit where its rows cannot be told."""
+        sizes = tuple(shape)
+        place = self.sites.place(self.calls, function, sizes, self._ids.shape[0])
+        key = self._key.tensor(device) if isinstance(self._key, StepKey) else self._key.to(device)
+        if place is None:
+            ids = torch.full((1,), philox.WHOLE_BATCH, dtype=torch.int64, device=device)
+            layout = 1, math.prod(sizes)
+        else:
+            ids = self._ids.to(device)
+            layout = math.prod(sizes[: place.axis]), place.multiple * math.prod(sizes[place.axis + 1 :])
+        call, self.calls = self.calls, self.calls + 1
+        return Draw(sizes, key, ids, self._stream, call, *layout)
+
+
+class Draw:
+    """One draw. Tensors it gives are contiguous, of ``shape``, on the device it was asked for."""
+
+    def __init__(
+        self, shape: tuple[int, ...], key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int
+    ) -> None:
+        self._shape = shape
+        self._where = (key, ids, stream, call, before, inner)
+
+    def words(self, plane: int = 0) -> Tensor:
+        """int64 in [0, 2**32)."""
+        words: Tensor = _ops.keyed_words(*self._where, plane)
+        return words.view(self._shape)
+
+    def keep(self, drop: float) -> Tensor:
+        """bool, False with probability ``drop``."""
+        keep: Tensor = _ops.keyed_keep(*self._where, drop)
+        return keep.view(self._shape)
+
+    def dropout(self, values: Tensor, drop: float) -> tuple[Tensor, Tensor]:
+        """``values`` (of this draw's shape) kept and divided by ``1 - drop``, or zero; and the mask."""
+        kept: tuple[Tensor, Tensor] = _ops.keyed_dropout(values, *self._where, drop)
+        return kept
+
+    def uniform(self, dtype: torch.dtype) -> Tensor:
+        """Numbers in [0, 1), as many bits as the dtype holds."""
+        bits = _UNIFORM_BITS[dtype]
+        if bits > philox.WORD_BITS:
+            return self.numbers("uniform", dtype)
+        return (self.words() >> (philox.WORD_BITS - bits)).to(dtype) * 2.0**-bits
+
+    def numbers(self, distribution: str, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        """Numbers of a distribution of ``keyed_ops``, computed in float64 and rounded once."""
+        numbers: Tensor = _ops.keyed_numbers(*self._where, distribution, float(scale), float(shift))
+        return numbers.view(self._shape).to(dtype)
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """int64 in [low, high)."""
+        span = high - low
+        if span <= 2**31:
+            return ((self.words() * span) >> philox.WORD_BITS) + low
+        wide = (self.words() << 30) | (self.words(plane=1) >> 2)
+        return (wide % span + low) if span < 2**63 else (wide << 2) | (self.words(plane=2) & 3)
+
+
