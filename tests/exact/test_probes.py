@@ -33,6 +33,20 @@ class Applied(nn.Module):
         return self.function(self.inner(x))
 
 
+class Alone(nn.Module):
+    """``function`` alone."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+HEAD = nn.Linear(8, zoo.CLASSES, dtype=D)
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -136,13 +150,13 @@ UNSAFE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: _layers(nn.BatchNorm1d(8, track_running_stats=False)).eval(),
         "BatchNorm1d",
     ),
-    "dropout": (lambda: _layers(nn.Dropout(0.1)), r"1 \(Dropout\) draws"),
-    "functional dropout": (lambda: Applied(lambda z: F.dropout(z, 0.1)), "draws random numbers"),
-    "added noise": (lambda: Applied(lambda z: z + torch.randn_like(z)), "draws random numbers"),
+    "one draw for the batch": (
+        lambda: nn.Sequential(nn.Linear(6, 8, dtype=D), Alone(lambda z: z * torch.rand(8, dtype=D)), HEAD),
+        r"1 \(Alone\) draws random numbers: torch.rand draws \(8,\): no axis follows the rows",
+    ),
+    "a permutation of rows": (lambda: Applied(lambda z: z[torch.randperm(len(z))]), "the model .* draws random numbers"),
     "numpy noise": (lambda: Applied(lambda z: z + float(np.random.rand())), "generator: numpy"),
     "python noise": (lambda: Applied(lambda z: z + random.random()), "generator: python"),
-    "gumbel": (lambda: Applied(lambda z: F.gumbel_softmax(z)), "draws random numbers"),
-    "lstm dropout": (lambda: nn.LSTM(6, 5, 2, dropout=0.1, batch_first=True, dtype=D), "draws random numbers"),
     "batch mean": (lambda: Applied(lambda z: z - z.mean(0)), "mixes rows"),
     "detached batch statistic": (lambda: Applied(lambda z: z / z.detach().abs().max()), "mixes rows"),
     "softmax over the batch": (lambda: Applied(lambda z: z.softmax(0)), "mixes rows"),
@@ -199,7 +213,8 @@ def test_what_does_not_is_refused_by_name_and_left_as_it_was(name: str) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_a_draw_that_starts_after_the_first_rows_is_refused_before_hand_over() -> None:
+@pytest.mark.parametrize("draw", [torch.randn_like, lambda z: float(np.random.rand())], ids=["torch", "numpy"])
+def test_a_draw_that_starts_after_the_first_rows_is_refused_before_hand_over(draw: Callable[[Tensor], Tensor]) -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -208,7 +223,7 @@ def test_a_draw_that_starts_after_the_first_rows_is_refused_before_hand_over() -
 
         def forward(self, x: Tensor) -> Tensor:
             z = self.inner(x)
-            return z + torch.randn_like(z) if self.noisy[0] else z
+            return z + draw(z) if self.noisy[0] else z
 
     model, rows = Late(), zoo.batch()
     split, layout = zoo.split_step(model, zoo.LOSSES["mse"][0], rows)

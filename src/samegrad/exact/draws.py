@@ -29,6 +29,17 @@ class StepKey:
         self._lock = threading.Lock()
         self._on: dict[torch.device, Tensor] = {}
 
+    @classmethod
+    def fixed(cls, value: int) -> StepKey:
+        """A key that is taken from no generator, for trials."""
+        key = cls()
+        key._on[torch.device("cpu")] = torch.tensor(value, dtype=torch.int64)
+        return key
+
+    def take(self) -> None:
+        """Takes it now, so that whatever advances a generator afterwards is something else."""
+        self.tensor(torch.device("cpu"))
+
     @property
     def taken(self) -> bool:
         return bool(self._on)

@@ -97,7 +97,7 @@ class MappedStep:
         with aliases.swapped() as swapped, kept_magnitudes(self.with_magnitudes) as magnitudes:
             with torch.enable_grad(), self.scheme(declared.network, sizes=sizes, draws=draws):
                 announce(Phase.FORWARD)
-                with draws.rows(ids):
+                with draws.all_rows(ids):
                     outputs = declared.forward(declared.network, whole)
                 announce(Phase.LOSS)
                 loss = checked_loss(declared.loss_fn(outputs, whole))

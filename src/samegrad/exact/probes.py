@@ -9,8 +9,6 @@ reach    every leaf the outputs depend on must be a parameter in its slot, else 
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,10 +21,13 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.audit import splits_of
+from samegrad.exact.draw_probe import check_sites, find_sites
+from samegrad.exact.draw_sites import DrawSites
+from samegrad.exact.draws import StepKey
+from samegrad.exact.module_names import looked_at
+from samegrad.exact.state import StateRule
+from samegrad.exact.state_probe import StateProbe
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.randomness import BatchWideDraw, DrawSites, StepKey, learn_sites, recording
-from samegrad.exact.state import Reducer, StateRule, Values, learn_rules
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.trees import RowLayout
 
@@ -55,12 +56,6 @@ def refuse_known_layers(module: nn.Module) -> None:
                     found=f"{name or 'the model'} ({kind} in training mode) normalises with the statistics of all rows",
                     do=f"{_WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
                 )
-        elif isinstance(part, nn.RNNBase) and part.training and part.dropout > 0 and part.num_layers > 1:
-            raise CannotSplit(
-                asked="split the rows of a step",
-                found=f"{name or 'the model'} ({kind}, dropout={part.dropout}) draws random numbers inside its kernel",
-                do=f"{_WAYS_OUT}, or set its dropout to 0",
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +85,13 @@ class RowProbes:
         refuse_known_layers(self._declared.network)
         with torch.no_grad():
             sites = self.draw_sites()
+            if sites is not None:
+                check_sites(sites, self._declared.network, self._plain_forward, self._restored)
             self._draws = StepDraws(sites, StepKey.fixed(0))
             outputs = self._forward(self._batch)
-            rules = self._state_rules(others)
+            rules = StateProbe(
+                self._declared.network, self._rows, self._forward_rows, lambda: self._forward(others), self._state
+            ).rules()
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
@@ -106,119 +105,41 @@ class RowProbes:
         """The draws under which the outputs were made."""
         return self._draws
 
+    def draw_sites(self) -> DrawSites | None:
+        """Where the model draws, None where it draws nothing. Raises CannotSplit naming what cannot be keyed by row."""
+        versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
+        weights = [(n, p, p.detach().clone()) for n, p in self._declared.network.named_parameters()]
+
+        def first() -> None:
+            self._plain_forward()
+            _check_weights(weights)
+            weights.clear()
+            _check_untouched(versions)
+
+        fewer = max(1, self._rows - max(1, 3 * self._rows // 8))
+
+        def second() -> None:
+            self._declared.forward(
+                self._declared.network, trees.take_rows(self._batch, self._layout, list(range(fewer)))
+            )
+
+        with torch.no_grad():
+            return find_sites(
+                self._declared.network, (first, second), (self._rows, fewer), self._generators, self._restored
+            )
+
+    def _plain_forward(self) -> None:
+        self._declared.forward(self._declared.network, self._batch)
+
     def _forward(self, batch: Any, rows: Sequence[int] | None = None) -> Any:
         """The outputs of ``batch``: the probe rows ``rows``, or all of them."""
-        chosen = range(self._rows) if rows is None else rows
-        ids = torch.tensor(list(chosen), device=self._declared.device)
+        ids = torch.tensor(list(range(self._rows) if rows is None else rows), device=self._declared.device)
         with self._draws.rows(ids):
             return program.seen(self._declared.forward(self._declared.network, batch))
 
-    def draw_sites(self) -> DrawSites | None:
-        """Where the model draws and on which axis of each draw the rows are. Raises CannotSplit naming the module."""
-        versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
-        weights = [(n, p, p.detach().clone()) for n, p in self._declared.network.named_parameters()]
-        with torch.no_grad():
-            self._forward(self._batch)
-            _check_weights(weights)
-            del weights
-            _check_untouched(versions)
-            drew = self._generators.advanced()
-            self._restored()
-            if not drew:
-                return None
-            fewer = list(range(self._rows - max(1, 3 * self._rows // 8)))
-            runs = [(self._batch, self._rows)]
-            if fewer:
-                runs.append((trees.take_rows(self._batch, self._layout, fewer), len(fewer)))
-            try:
-                records = [self._recorded(batch) for batch, _ in runs]
-                return learn_sites(*records, rows=tuple(rows for _, rows in runs))
-            except BatchWideDraw as draw:
-                raise self._refused_draw(draw) from None
-
-    def _recorded(self, batch: Any) -> Any:
-        with recording() as record:
-            self._declared.forward(self._declared.network, batch)
-        drew = self._generators.advanced()
-        self._restored()
-        if drew:
-            # Not a draw that goes through torch's functions: numpy's, Python's, or one inside a kernel.
-            place = self._first_module(lambda: bool(self._generators.advanced()), recorded=True)
-            raise CannotSplit(
-                asked="split the rows of a step",
-                found=f"{place} draws random numbers (generator: {', '.join(drew)}) that cannot be keyed by row; each "
-                "chunk would draw its own",
-                do=f"{_WAYS_OUT}, put that module in eval mode, or draw outside the model and pass the draw in the batch",
-            )
-        return record
-
-    def _state_rules(self, others: Any) -> list[StateRule]:
-        """How what the forward changed is reduced over chunks; the state is as before afterwards."""
-        changed = self._state.changed_places()
-        if not changed:
-            return []
-        if self._built_once(others):
-            self._restored()
-            return []
-        whole = self._values(changed)
-        self._restored()
-        before = self._values(changed)
-        rules = learn_rules(changed, whole, self._parted(changed, self._state), before)
-        fresh = [rule for rule in rules if rule.reducer is Reducer.SUM and not _any(before[rule.name])]
-        if fresh:
-            # A sum that is zero shows nothing of its decay: look again after a first update.
-            self._forward(self._batch)
-            warm = ModuleState([self._declared.network])
-            names = [(rule.path, rule.key) for rule in fresh]
-            start = self._values(names)
-            self._forward(self._batch)
-            later = self._values(names)
-            warm.restore()
-            warmed = {rule.name: rule for rule in learn_rules(names, later, self._parted(names, warm), start)}
-            rules = [warmed.get(rule.name, rule) for rule in rules]
-            self._restored()
-        return rules
-
-    def _parted(self, names: Sequence[tuple[str, str]], state: ModuleState) -> list[list[tuple[float, Values]]]:
-        """For several ways to part the rows: each part's share, and the state after a forward of it."""
-        ways = []
-        for sizes in splits_of(self._rows):
-            parts, start = [], 0
-            for size in sizes:
-                chosen = list(range(start, start + size))
-                self._forward(trees.take_rows(self._batch, self._layout, chosen), chosen)
-                parts.append((size / self._rows, self._values(names)))
-                state.restore()
-                start += size
-            ways.append(parts)
-        return ways
-
-    def _values(self, names: Sequence[tuple[str, str]]) -> Values:
-        values: Values = {}
-        for path, key in names:
-            part = self._declared.network.get_submodule(path)
-            mine = part._buffers if key in part._buffers else vars(part)
-            if key in mine:
-                value = mine[key]
-                values[f"{path}.{key}" if path else key] = (
-                    value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
-                )
-        return values
-
-    def _built_once(self, others: Any) -> bool:
-        """Whether all that the forward changed is a table that it builds at first and that no row enters."""
-        if self._state.switched():
-            return False
-        built = ModuleState([self._declared.network])
-        self._forward(others)
-        if built.changed():
-            built.restore()
-            return False
-        here = self._values(built_places := self._state.changed_places())
-        self._restored()
-        self._forward(others)
-        there = self._values(built_places)
-        return all(name in there and _equal(value, there[name]) for name, value in here.items())
+    def _forward_rows(self, rows: Sequence[int]) -> None:
+        few = self._batch if len(rows) == self._rows else trees.take_rows(self._batch, self._layout, list(rows))
+        self._forward(few, rows)
 
     def _check_replace(self, outputs: Any, others: Any, others_layout: RowLayout) -> None:
         replaced = self._mixed_in(others, others_layout)
@@ -282,7 +203,7 @@ class RowProbes:
         first: list[list[tuple[str, Tensor]]] = []
         for batch in (self._batch, replaced):
             seen: list[tuple[str, Tensor]] = []
-            with _hooked(self._declared.network, _collector(seen)):
+            with looked_at(self._declared.network, _collector(seen)):
                 self._forward(batch)
             self._restored()
             first.append(seen)
@@ -292,71 +213,13 @@ class RowProbes:
                 return name
         return "code outside its leaf modules"
 
-    def _refused_draw(self, draw: BatchWideDraw) -> CannotSplit:
-        """A draw without rows, by the module that makes it."""
-        with recording() as record:
-            place = self._first_module(lambda: record.draws > draw.call)
-        return CannotSplit(
-            asked="split the rows of a step",
-            found=f"{place} draws {draw}, which is one draw for the whole batch",
-            do=f"draw it outside the model and pass it in the batch, or {_WAYS_OUT}",
-        )
 
-    def _first_module(self, happened: Callable[[], bool], *, recorded: bool = False) -> str:
-        found: list[str] = []
+def _collector(seen: list[tuple[str, Tensor]]) -> Callable[[str, Tensor | None], None]:
+    def look(name: str, output: Tensor | None) -> None:
+        if output is not None:
+            seen.append((name, output))
 
-        def look(name: str, _: Tensor) -> None:
-            if not found and happened():
-                found.append(name)
-
-        with _hooked(self._declared.network, look, leaves_only=False):
-            with recording() if recorded else contextlib.nullcontext():
-                self._declared.forward(self._declared.network, self._batch)
-        self._restored()
-        return found[0] if found else "the forward"
-
-
-def _any(value: Any) -> bool:
-    return bool(value.any()) if isinstance(value, Tensor) else bool(value)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return _same_bits(a, b)
-    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
-
-
-def _collector(seen: list[tuple[str, Tensor]]) -> Callable[[str, Tensor], None]:
-    return lambda name, output: seen.append((name, output))
-
-
-class _hooked:
-    """Calls ``look(module path and kind, first output tensor)`` after every module's forward."""
-
-    def __init__(
-        self, network: nn.Module, look: Callable[[str, Tensor], None], *, leaves_only: bool = True
-    ) -> None:
-        self._handles = []
-        for name, part in network.named_modules():
-            if leaves_only and any(True for _ in part.children()):
-                continue
-            label = f"{name or 'the model'} ({type(part).__name__})"
-            self._handles.append(part.register_forward_hook(self._hook(label, look)))
-
-    @staticmethod
-    def _hook(label: str, look: Callable[[str, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            for leaf in program.tensors_in(output)[:1]:
-                look(label, leaf.detach())
-
-        return hook
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    return look
 
 
 def check_alone(

@@ -48,20 +48,23 @@ _UNCOVERED = {
 
 @contextlib.contextmanager
 def keyed(
-    key: StepKey | Tensor, row_ids: Tensor, *, sites: Sites, stream: int = 0
+    key: StepKey | Tensor, row_ids: Tensor, *, sites: Sites, stream: int = 0, first_call: int | None = None
 ) -> Iterator[Draws]:
     """A block whose draws are keyed; yields them, and ``.calls`` says how many were made.
 
     key: the step's, the same for all chunks. row_ids: (n,) int64 on the device, the chunk's rows in the whole batch.
     sites: ``DrawSites`` for a chunk, ``DrawSites.for_all_rows()`` for a step that is not split, ``LeadingRows()`` for
     a loss on all rows. stream: 0 to 255, another for each part of a step that counts its calls from 0.
+    first_call: for a part of the run that makes the sites' draws from this one on.
     Raises CannotSplit for a draw that cannot be keyed by rows, and at the end if it drew more or less often than when
     its sites were learnt.
     """
     draws = Draws(key, row_ids, sites, stream)
+    draws.calls = first_call or 0
     with _KeyedDraws(draws):
         yield draws
-    sites.finish(draws.calls)
+    if first_call is None:
+        sites.finish(draws.calls)
 
 
 @contextlib.contextmanager

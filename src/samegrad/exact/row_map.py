@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
-from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.watch import Watch
 from samegrad.trees import RowLayout
 
@@ -21,31 +21,24 @@ from samegrad.trees import RowLayout
 class RowCall:
     """``function(*args, **kwargs)`` with parameters that stand in ``aliases``' modules.
 
-    ``out_axis``: where the outputs' rows are. ``draws``: made for each row by its place among all rows, again in
-    recomputation.
+    ``out_axis``: where the outputs' rows are. ``drawing``: entered for every chunk, first or again, with its rows' ids.
     """
 
     function: Callable[..., Any]
     aliases: ParameterAliases
     modules: Sequence[nn.Module]
     out_axis: int = 0
-    draws: StepDraws = dataclasses.field(default_factory=StepDraws)
-    stream: int = 0
+    drawing: Callable[[Tensor], AbstractContextManager[object]] | None = None
 
     def in_chunks(self, batch: Any, layout: RowLayout, sizes: tuple[int, ...], ids: Tensor | None = None) -> Any:
         """The call's outputs for ``batch``, (args, kwargs), with gradients of any order.
 
-        ``ids``: (rows,) int64, what draws are keyed by; the rows' places here when not given.
+        ``ids``: (rows,) int64 on the rows' device, what draws are keyed by, where something is drawn.
         """
         leaves, spec = trees.flatten(batch)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[i] for i in places]
         device = tensors[0].device
-        if self.draws.sites is not None:
-            self.draws.key.take()
-            ids = torch.arange(layout.rows, device=device) if ids is None else ids
-        else:
-            ids = None
         returned = _Returned()
         parameters = self.aliases.parameters
 
@@ -54,8 +47,10 @@ class RowCall:
             for place, tensor in zip(places, inputs[len(parameters) :]):
                 arguments[place] = tensor
             args, kwargs = trees.unflatten(arguments, spec)
-            mine = None if ids is None else inputs[len(parameters) + len(places)]
-            with self.aliases.replaced(inputs[: len(parameters)]), self.draws.rows(mine, stream=self.stream):
+            drawing = contextlib.nullcontext()
+            if ids is not None and self.drawing is not None:
+                drawing = self.drawing(inputs[len(parameters) + len(places)])
+            with self.aliases.replaced(inputs[: len(parameters)]), drawing:
                 return returned.take(self.function(*args, **kwargs))
 
         mapped = ChunkMap(
@@ -68,16 +63,6 @@ class RowCall:
         )
         inputs = [*parameters, *tensors] if ids is None else [*parameters, *tensors, ids]
         return returned.rebuilt(mapped(*inputs))
-
-    def whole(self, batch: Any, rows: int, ids: Tensor | None = None) -> Any:
-        """The plain call, under the same draws."""
-        args, kwargs = batch
-        if self.draws.sites is None:
-            return self.function(*args, **kwargs)
-        device = next(leaf.device for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor))
-        ids = torch.arange(rows, device=device) if ids is None else ids
-        with self.draws.rows(ids, stream=self.stream):
-            return self.function(*args, **kwargs)
 
 
 class _Returned:

@@ -74,11 +74,17 @@ class Rowwise(nn.Module):
         layout = trees.find_rows(batch, self._axes)
         sizes = self._sizes(layout.rows)
         self._aliases = self._aliases.refreshed()
-        call = self._call(self._sites(batch, layout, len(sizes) > 1))
-        return call.in_chunks(batch, layout, sizes) if len(sizes) > 1 else call.whole(batch, layout.rows)
-
-    def _call(self, sites: DrawSites | None) -> RowCall:
-        return RowCall(self._fn[0], self._aliases, [self.module], self._out_axis(), StepDraws(sites))
+        draws = StepDraws(self._sites(batch, layout, len(sizes) > 1))
+        ids = None
+        if draws.sites is not None:
+            draws.key.take()
+            device = next(leaf.device for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor))
+            ids = torch.arange(layout.rows, device=device)
+        if len(sizes) < 2:
+            with draws.all_rows(ids):
+                return self._fn[0](*args, **kwargs)
+        call = RowCall(self._fn[0], self._aliases, [self.module], self._out_axis(), draws.rows)
+        return call.in_chunks(batch, layout, sizes, ids)
 
     def _out_axis(self) -> int:
         return self._axes if isinstance(self._axes, int) else 0

@@ -167,7 +167,15 @@ def _patched(part: nn.Module, segment: Segment, sizes: tuple[int, ...], draws: S
         if layout is None or layout.rows != sum(mine):
             # Not the rows of the batch: prototypes, say. Those are shared, and few.
             return plain(*args, **kwargs)
-        return RowCall(plain, ParameterAliases({"": part}), [part], draws=draws).in_chunks(call, layout, mine)
+        ids, drawing = None, draws.part()
+        if draws.sites is not None:
+            device = next(leaf.device for leaf in _tensors(call))
+            ids = torch.arange(sum(sizes), device=device).repeat_interleave(segment.per_row)
+        # Draws are keyed by the batch's rows, of which a segment may see several entries each.
+        mapped = RowCall(
+            plain, ParameterAliases({"": part}), [part], drawing=lambda rows: drawing(rows[:: segment.per_row])
+        )
+        return mapped.in_chunks(call, layout, mine, ids)
 
     part.forward = forward
     try:

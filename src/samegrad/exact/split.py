@@ -70,7 +70,7 @@ def under_draws(declared: DeclaredStep, draws: StepDraws | None) -> DeclaredStep
 
     def forward(network: nn.Module, batch: Any) -> Any:
         ids = torch.arange(declared.layout(batch).rows, device=declared.device)
-        with draws.rows(ids):
+        with draws.all_rows(ids):
             return declared.forward(network, batch)
 
     return dataclasses.replace(declared, forward=forward)

@@ -7,23 +7,59 @@ loss runs once on all rows in every plan, so what it draws is the plain step's o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from samegrad.exact.randomness import DrawSites, StepKey, keyed
+from samegrad.exact.draw_sites import DrawSites
+from samegrad.exact.draws import Draws, StepKey
+from samegrad.exact.randomness import keyed
 
 
-@dataclasses.dataclass(frozen=True)
 class StepDraws:
     """The draws of one step, the same for every split. ``sites`` None: the model draws nothing."""
 
-    sites: DrawSites | None = None
-    key: StepKey = dataclasses.field(default_factory=StepKey)
+    def __init__(self, sites: DrawSites | None = None, key: StepKey | None = None) -> None:
+        self.sites = sites
+        self.key = StepKey() if key is None else key
+        self._running: Draws | None = None
 
-    def rows(self, ids: Tensor | None, *, stream: int = 0) -> AbstractContextManager[object]:
+    def rows(self, ids: Tensor | None) -> AbstractContextManager[object]:
         """A forward of the rows ``ids``, (rows,) int64 on the device: their places in the batch."""
         if self.sites is None or ids is None:
             return contextlib.nullcontext()
-        return keyed(self.key, ids, sites=self.sites, stream=stream)
+        return keyed(self.key, ids, sites=self.sites)
+
+    @contextlib.contextmanager
+    def all_rows(self, ids: Tensor | None) -> Iterator[None]:
+        """A forward of the whole batch, parts of which may draw in chunks (``part``)."""
+        if self.sites is None or ids is None:
+            yield
+            return
+        with keyed(self.key, ids, sites=self.sites.for_all_rows()) as running:
+            self._running = running
+            try:
+                yield
+            finally:
+                self._running = None
+
+    def part(self) -> Callable[[Tensor], AbstractContextManager[object]]:
+        """For the part of the model that runs now, in chunks and again in backward: its draws, given a chunk's rows.
+
+        The first chunk moves the whole forward's count of draws past the part.
+        """
+        running, sites, key = self._running, self.sites, self.key
+        if running is None or sites is None:
+            return lambda _: contextlib.nullcontext()
+        first_call, counted = running.calls, []
+
+        @contextlib.contextmanager
+        def drawing(ids: Tensor) -> Iterator[None]:
+            with keyed(key, ids, sites=sites, first_call=first_call) as mine:
+                yield
+            if not counted:
+                counted.append(mine.calls)
+                running.calls = mine.calls
+
+        return drawing

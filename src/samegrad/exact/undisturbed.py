@@ -91,7 +91,7 @@ class ModuleState:
         found = []
         for part, name, key, _, before in self._buffers:
             now = part._buffers.get(key)
-            if now is None or not _same_tensor(now, before):
+            if now is None or not same_tensor(now, before):
                 found.append((name, key))
         for part, name, attributes in self._attributes:
             mine = vars(part)
@@ -112,7 +112,7 @@ class ModuleState:
     def restore(self) -> None:
         for part, _, key, buffer, before in self._buffers:
             part._buffers[key] = buffer
-            if not _same_tensor(buffer, before):
+            if not same_tensor(buffer, before):
                 buffer.copy_(before)
         for part, _, attributes in self._attributes:
             mine = vars(part)
@@ -135,13 +135,13 @@ class _Attribute:
 
     def same(self, now: Any) -> bool:
         if isinstance(self.value, Tensor):
-            return isinstance(now, Tensor) and _same_tensor(now, self.content)
+            return isinstance(now, Tensor) and same_tensor(now, self.content)
         if isinstance(self.value, (list, tuple, dict)):
             return isinstance(now, (list, tuple, dict)) and len(now) == len(self.content)
         return now is self.value or (isinstance(now, _PLAIN) and bool(now == self.value))
 
     def restored(self) -> Any:
-        if isinstance(self.value, Tensor) and not _same_tensor(self.value, self.content):
+        if isinstance(self.value, Tensor) and not same_tensor(self.value, self.content):
             self.value.detach().copy_(self.content)
         elif isinstance(self.value, list) and len(self.value) != len(self.content):
             self.value[:] = self.content
@@ -169,7 +169,7 @@ def _kept(value: Any) -> bool:
     return isinstance(value, (*_PLAIN, Tensor, list, tuple, dict))
 
 
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
+def same_tensor(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     # NaN is no change.

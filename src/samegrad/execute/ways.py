@@ -169,9 +169,9 @@ def _outputs(
     ids = torch.arange(layout.rows, device=declared.device)
     with undisturbed(declared.modules, declared.device), aliases.swapped(), torch.enable_grad():
         if scheme is None:
-            with draws.rows(ids):
+            with draws.all_rows(ids):
                 return _detached(declared.forward(declared.network, few))
-        with scheme(declared.network, sizes=sizes, draws=draws), draws.rows(ids):
+        with scheme(declared.network, sizes=sizes, draws=draws), draws.all_rows(ids):
             return _detached(declared.forward(declared.network, few))
 
 
