@@ -244,7 +244,8 @@ def test_the_mask_scales_values_and_gradients_of_any_order() -> None:
             return F.dropout(values, 0.4)
 
     kept = dropped(x) / x
-    assert set(kept.detach().unique().tolist()) == {0.0, 1 / 0.6}
+    assert 0 < int((kept == 0).sum()) < 30
+    torch.testing.assert_close(kept[kept != 0], torch.full_like(kept[kept != 0], 1 / 0.6), rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.autograd.grad(dropped(x).sum(), x)[0], kept.detach(), rtol=1e-12, atol=0)
     assert torch.autograd.gradcheck(dropped, x)
     assert torch.autograd.gradgradcheck(dropped, x)
@@ -285,9 +286,8 @@ def test_one_number_of_the_default_generator_a_step_and_none_if_nothing_is_drawn
     before = torch.get_rng_state()
     key = StepKey()
     with keyed(key, torch.arange(4), sites=DrawSites(())):
-        nn.Linear(6, 3)
-        torch.get_rng_state()
-    torch.set_rng_state(before)
+        model[0](make(4))
+    assert torch.equal(torch.get_rng_state(), before)
     assert not key.taken
     gradients(model, make(ROWS), axis, key, sites, [8, 8, 13])
     assert key.taken
@@ -346,6 +346,7 @@ def varying(x: Tensor) -> Tensor:
 
 
 kept_generator = torch.Generator()
+stacked = nn.LSTM(5, 4, 2, dropout=0.1)
 
 REFUSED: dict[str, tuple[Function, str]] = {
     "batch-wide": (scaled_by_batch_draw, r"torch.rand draws \(1, 6, 5\)"),
@@ -361,7 +362,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "kept generator": (lambda x: torch.rand(3, generator=kept_generator) + x[:, :3, 0], "generator that is kept"),
     "checkpoint": (lambda x: checkpoint(F.dropout, x, use_reentrant=False), "torch.utils.checkpoint"),
     "packed": (
-        lambda x: nn.LSTM(5, 4, 2, dropout=0.1)(nn.utils.rnn.pack_padded_sequence(x, [6] * len(x), batch_first=True)),
+        lambda x: stacked(nn.utils.rnn.pack_padded_sequence(x, [6] * len(x), batch_first=True)),
         "packed",
     ),
 }

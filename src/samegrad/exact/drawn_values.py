@@ -44,8 +44,9 @@ def _fresh(
 ) -> Tensor:
     """A new tensor as torch's factories make one. ``dtype`` is the default; ``options`` are the call's."""
     options = _options(function, options)
-    device = torch.device(options.pop("device", None) or torch.get_default_device())
-    draw = draws.next(function, sizes, device)
+    place = options.pop("device", None)
+    # Asked of a tensor: compilers do not follow torch.get_default_device.
+    draw = draws.next(function, sizes, torch.empty(0).device if place is None else torch.device(place))
     values = make(draw, options.pop("dtype", None) or dtype)
     return values.requires_grad_() if options.pop("requires_grad", False) else values
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def _is_composite(func: Any) -> bool:
     return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
 
 
-def _unhidden(func: types.FunctionType) -> Callable[..., Any]:
+def _unhidden(func: types.FunctionType) -> types.FunctionType:
     """``func`` of torch.nn.functional as it runs where nothing overrides it.
 
     Those functions ask first whether a mode is on and hand themselves over if so; run from a mode they would do so for
@@ -113,13 +113,19 @@ def _unhidden(func: types.FunctionType) -> Callable[..., Any]:
     """
     twin = _twins.get(func)
     if twin is None:
-        twin = types.FunctionType(func.__code__, _twin_globals(), func.__name__, func.__defaults__, func.__closure__)
+        # Some only choose between two others, which they hold in their closure.
+        cells = func.__closure__ and tuple(
+            types.CellType(_unhidden(cell.cell_contents)) if _is_composite(cell.cell_contents) else cell
+            for cell in func.__closure__
+        )
+        names = _twin_globals() if func.__globals__ is vars(F) else func.__globals__
+        twin = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, cells)
         twin.__kwdefaults__ = func.__kwdefaults__
         _twins[func] = twin
     return twin
 
 
-_twins: dict[types.FunctionType, Callable[..., Any]] = {}
+_twins: dict[types.FunctionType, types.FunctionType] = {}
 _globals: dict[str, Any] = {}
 
 
