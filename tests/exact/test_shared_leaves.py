@@ -200,6 +200,24 @@ def test_a_leaf_that_begins_to_require_grad_is_examined_as_such() -> None:
     assert_same([ours], [leaf.grad])
 
 
+@pytest.mark.parametrize("owner", ["leaf", "loss"])
+def test_a_term_without_a_value_that_chunks_would_count_again_is_refused(owner: str) -> None:
+    """Its gradient would come once a chunk, and the value of the loss does not show it."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.5, dtype=D))
+
+        def forward(self, z: Tensor, b: dict[str, Tensor]) -> Tensor:
+            term = b["scale"].sum() if owner == "leaf" else self.scale
+            return (z * self.scale - b["t"] * b["scale"]).pow(2).sum() + term - term.detach()
+
+    rows = {**zoo.batch(), "scale": torch.full((zoo.CLASSES,), 0.3, dtype=D).requires_grad_()}
+    with pytest.raises(sg.FalseNormalise, match="its gradient differs by"):
+        sg.Step(zoo.mlp(), Loss(), forward=zoo.forward, rows=8, normalise="sum").backward(rows)
+
+
 def test_the_graph_behind_a_leaf_runs_outside_autocast() -> None:
     encoder, seen = zoo.mlp(torch.float32), []
     support, queries, classes = (t.float() if t.is_floating_point() else t for t in episode())
