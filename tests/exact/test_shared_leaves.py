@@ -218,6 +218,22 @@ def test_a_term_without_a_value_that_chunks_would_count_again_is_refused(owner: 
         sg.Step(zoo.mlp(), Loss(), forward=zoo.forward, rows=8, normalise="sum").backward(rows)
 
 
+def test_a_parameter_of_the_loss_whose_gradient_is_zero_by_structure_is_no_reason_to_refuse() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.scale = (nn.Parameter(torch.tensor(v, dtype=D)) for v in (0.5, 1.5))
+
+        def forward(self, z: Tensor, b: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(z * self.scale + self.shift, b["y"])
+
+    model, rows, loss_fn = zoo.mlp(), zoo.batch(), Shifted()
+    sg.Step(model, loss_fn, forward=zoo.forward, rows=8, normalise="mean").backward(rows)
+    everything = [*model.parameters(), *loss_fn.parameters()]
+    plain = torch.autograd.grad(loss_fn(model(rows["x"]), rows), everything)
+    assert_same([p.grad for p in everything if p.grad is not None], list(plain))
+
+
 def test_the_graph_behind_a_leaf_runs_outside_autocast() -> None:
     encoder, seen = zoo.mlp(torch.float32), []
     support, queries, classes = (t.float() if t.is_floating_point() else t for t in episode())

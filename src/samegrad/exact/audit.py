@@ -180,5 +180,5 @@ def _gradients(declared: DeclaredStep, outputs: Any, batch: Any, form: Form | No
     others = [leaf for leaf in losses.leaves_under(loss) if id(leaf) not in known and leaf.numel()]
     with hooks_silenced(others):
         gradients = torch.autograd.grad(loss.reshape(()), [*live, *others], allow_unused=True)
-    beside = {id(leaf): g for leaf, g in zip(others, gradients[len(live) :]) if g is not None}
+    beside = {id(leaf): g.to_dense() for leaf, g in zip(others, gradients[len(live) :]) if g is not None}
     return _Gradients(gradients[: len(live)], beside, float(loss.detach()), count)
