@@ -183,6 +183,68 @@ def test_a_failure_leaves_the_graph_and_the_gradients_as_they_were() -> None:
     assert_same([p.grad for p in encoder.parameters() if p.grad is not None], gradients(plainly)[1:])
 
 
+def test_a_leaf_that_begins_to_require_grad_is_examined_as_such() -> None:
+    """As a constant the leaf leaves the loss a mean over rows; with a gradient of its own it needs two passes."""
+    model, rows = zoo.mlp(), zoo.batch()
+    leaf = torch.full((zoo.CLASSES,), 0.3, dtype=D)
+
+    def loss_fn(z: Tensor, b: dict[str, Tensor]) -> Tensor:
+        return (z * b["scale"] - b["t"]).pow(2).sum() + (b["scale"] - b["scale"].detach()).sum()
+
+    step = sg.Step(model, loss_fn, forward=zoo.forward, rows=8)
+    step.backward({**rows, "scale": leaf})
+    leaf.requires_grad_()
+    step.backward({**rows, "scale": leaf})
+    ours, leaf.grad = leaf.grad, None
+    loss_fn(model(rows["x"]), {**rows, "scale": leaf}).backward()
+    assert_same([ours], [leaf.grad])
+
+
+@pytest.mark.parametrize("owner", ["leaf", "loss"])
+def test_a_term_without_a_value_that_chunks_would_count_again_is_refused(owner: str) -> None:
+    """Its gradient would come once a chunk, and the value of the loss does not show it."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.5, dtype=D))
+
+        def forward(self, z: Tensor, b: dict[str, Tensor]) -> Tensor:
+            term = b["scale"].sum() if owner == "leaf" else self.scale
+            return (z * self.scale - b["t"] * b["scale"]).pow(2).sum() + term - term.detach()
+
+    rows = {**zoo.batch(), "scale": torch.full((zoo.CLASSES,), 0.3, dtype=D).requires_grad_()}
+    with pytest.raises(sg.FalseNormalise, match="its gradient differs by"):
+        sg.Step(zoo.mlp(), Loss(), forward=zoo.forward, rows=8, normalise="sum").backward(rows)
+
+
+def test_a_parameter_of_the_loss_whose_gradient_is_zero_by_structure_is_no_reason_to_refuse() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.scale = (nn.Parameter(torch.tensor(v, dtype=D)) for v in (0.5, 1.5))
+
+        def forward(self, z: Tensor, b: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(z * self.scale + self.shift, b["y"])
+
+    model, rows, loss_fn = zoo.mlp(), zoo.batch(), Shifted()
+    sg.Step(model, loss_fn, forward=zoo.forward, rows=8, normalise="mean").backward(rows)
+    everything = [*model.parameters(), *loss_fn.parameters()]
+    plain = torch.autograd.grad(loss_fn(model(rows["x"]), rows), everything)
+    assert_same([p.grad for p in everything if p.grad is not None], list(plain))
+
+
+def test_the_graph_behind_a_leaf_runs_outside_autocast() -> None:
+    encoder, seen = zoo.mlp(torch.float32), []
+    support, queries, classes = (t.float() if t.is_floating_point() else t for t in episode())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        means = prototypes(encoder, support)
+        means.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+        sg.Step(encoder, nearest, rows=8, normalise="mean").backward((queries, classes, means))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]
+
+
 def test_a_leaf_that_carries_rows_is_still_refused_and_can_be_marked_as_shared() -> None:
     encoder = zoo.mlp()
     generator = torch.Generator().manual_seed(0)

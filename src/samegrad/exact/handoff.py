@@ -62,7 +62,9 @@ def hand_over(model: nn.Module, parameters: Sequence[nn.Parameter], totals: list
     with torch.enable_grad():
         root = _through_reducer(model, stub) if isinstance(model, DistributedDataParallel) else stub()
     del stub
-    root.backward()
+    # What a shared leaf came from is behind it, and runs as after the user's autocast block.
+    with torch.autocast(root.device.type, enabled=False):
+        root.backward()
 
 
 def _through_reducer(ddp: DistributedDataParallel, stub: _Stub) -> Tensor:
