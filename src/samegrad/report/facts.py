@@ -91,7 +91,8 @@ def judge(verdict: Verdict | None) -> Statement:
     evidence = f"{_largest_error(verdict)}, {_comparison(verdict)}, {_precision(verdict)}"
     tally = _tally(verdict.checks, failed)
     if verdict.answer is Same.DIFFERS:
-        end = "results of this plan are not those of the plain step"
+        at_fault = f"at fault: {verdict.fault}; " if verdict.fault else ""
+        end = f"{at_fault}results of this plan are not those of the plain step"
         return Statement(tone=Tone.BAD, answer="Not the same", sentence=f"{evidence}; {tally}{end}")
     if verdict.answer is Same.UNPROVEN:
         why = f"compared only in {verdict.dtype}, which proves nothing by itself"
@@ -111,10 +112,28 @@ def judge(verdict: Verdict | None) -> Statement:
     return Statement(tone=Tone.GOOD, answer="Same gradients", sentence=evidence)
 
 
+_TIERS = {
+    0: "bit for bit",
+    1: "the same function",
+    2: "directly in its own dtype",
+    3: "rounding against float64",
+}
+
+
+def check_title(check: Check) -> str:
+    """A check's name with its tier of the contract before it."""
+    return check.name if check.tier is None else f"tier {check.tier}, {check.name}"
+
+
+def describe_tiers(verdict: Verdict) -> str:
+    """The tiers that were compared, in words; empty where the checks name none."""
+    return ", ".join(f"{tier} {_TIERS[tier]}" for tier in verdict.tiers if tier in _TIERS)
+
+
 def _tally(checks: tuple[Check, ...], failed: list[Check]) -> str:
     if not failed:
         return ""
-    names = ", ".join(check.name for check in failed[:3]) + (" …" if len(failed) > 3 else "")
+    names = ", ".join(check_title(check) for check in failed[:3]) + (" …" if len(failed) > 3 else "")
     return f"{len(failed)} of {len(checks)} checks failed ({names}); "
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from samegrad.records import Footprint, Plan, Verdict
 from samegrad.report.facts import (
     category_name,
+    check_title,
     describe_budget,
     describe_plan,
     describe_training,
@@ -131,7 +132,7 @@ def _plan(plan: Plan, story: Story) -> list[str]:
 def _checks(verdict: Verdict) -> list[str]:
     rows = [
         (
-            check.name,
+            check_title(check),
             "✓ passed" if check.passed else "✗ failed",
             format_number(check.error),
             format_number(check.allowed),

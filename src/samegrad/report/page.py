@@ -13,6 +13,7 @@ from samegrad.report.facts import (
     LeverUse,
     Peak,
     Statement,
+    check_title,
     describe_budget,
     describe_plan,
     describe_training,
@@ -226,7 +227,7 @@ def _check_row(check: Check) -> str:
     )
     cells = "".join(f'<td class="number" data-name="{name}">{value}</td>' for name, value in numbers)
     return (
-        f'<tr><th scope="row">{escape_line(check.name)}{detail}</th>'
+        f'<tr><th scope="row">{escape_line(check_title(check))}{detail}</th>'
         f'<td><span class="{tone}-text">{result}</span></td>{cells}'
         f'<td data-name="largest at">{escape_line(check.worst)}</td></tr>\n'
     )

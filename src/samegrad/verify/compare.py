@@ -73,6 +73,10 @@ def _not_finite(gradient: Tensor | None) -> bool:
     return gradient is not None and not bool(torch.isfinite(gradient).all())
 
 
+def same_bits(plain: Gradients, ours: Gradients) -> bool:
+    return largest_error(plain.by_name, ours.by_name, plain.by_name)[0] == 0
+
+
 def bits_check(name: str, different: Sequence[str], detail: str) -> Check:
     """A check of tier 0: nothing may differ; what does is named."""
     return Check(

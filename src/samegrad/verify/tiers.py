@@ -31,6 +31,7 @@ from samegrad.verify.compare import (
     largest_error,
     no_further_from_float64,
     norm_of,
+    same_bits,
     same_finiteness,
     same_function,
     same_parameters,
@@ -71,7 +72,9 @@ def compare(planned: Planned, rows: Any) -> Compared:
         left = LeftBehind.after(declared, state)
         try:
             ours = bench.run(planned.gradients)
-            behind = left.checks(precision)
+            exactly = planned.split is None and same_bits(plain, ours)
+            # Where nothing is split, no addition has another order.
+            behind = (dataclasses.replace(left, sums={}) if exactly else left).checks(precision)
             if planned.split is None:
                 checks, judged = [_spread(bench, planned, plain, ours)], precision
             else:
