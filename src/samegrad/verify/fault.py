@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,17 +26,21 @@ from samegrad.execute.apply import applied
 from samegrad.levers import levers_of
 from samegrad.records import Check
 from samegrad.verify.sides import Planned
-from samegrad.verify.tiers import compare
 from samegrad.verify.twin import float64_twin, widened
 
+Recheck = Callable[[Planned, Any], Sequence[Check]]
 
-def name_fault(planned: Planned, rows: Any, checks: Sequence[Check]) -> str:
-    """The lever and the module at fault, in words; ``checks`` are those of a step that differs."""
+
+def name_fault(planned: Planned, rows: Any, checks: Sequence[Check], recheck: Recheck) -> str:
+    """The lever and the module at fault, in words; ``checks`` are those of a step that differs, ``recheck`` makes them.
+
+    Takes a verification for each lever, and forwards.
+    """
     failed = [check for check in checks if not check.passed]
     if any(not check.error < float("inf") for check in failed):
         # Nothing to look for with: whatever is left out, what is not a number stays it.
         return _owner(planned, failed[0].worst)
-    lever = _lever_at_fault(planned, rows)
+    lever = _lever_at_fault(planned, rows, recheck)
     place = _first_different_rows(planned, rows)
     if place:
         return "; ".join(filter(None, (lever, f"{place}, the first whose rows are others in a chunk")))
@@ -54,7 +58,7 @@ def parts_of(sizes: Sequence[int], checked: int, batch_rows: int) -> tuple[int, 
     return tuple(trees.even_sizes(checked, max(1, 2 * checked // 5)))
 
 
-def _lever_at_fault(planned: Planned, rows: Any) -> str:
+def _lever_at_fault(planned: Planned, rows: Any, recheck: Recheck) -> str:
     if planned.split is None and not planned.plan.levers:
         return ""
     without: list[tuple[str, Planned]] = []
@@ -63,10 +67,19 @@ def _lever_at_fault(planned: Planned, rows: Any) -> str:
         with contextlib.suppress(SamegradError):
             without.append((lever.name, _left_out(planned, lever.name)))
     for name, rest in sorted(without, key=lambda pair: pair[1].split is None):
-        with contextlib.suppress(SamegradError):
-            if all(check.passed for check in compare(rest, rows).checks):
-                return f"lever {name}: without it the step passes"
+        if _passes(rest, rows, recheck):
+            return f"lever {name}: without it the step passes"
     return "no single lever: it differs whichever is left out"
+
+
+def _passes(planned: Planned, rows: Any, recheck: Recheck) -> bool:
+    try:
+        return all(check.passed for check in recheck(planned, rows))
+    except torch.OutOfMemoryError:
+        # What runs whole is the plain call, which does not fit.
+        return planned.split is None
+    except SamegradError:
+        return False
 
 
 def _left_out(planned: Planned, name: str) -> Planned:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
 from samegrad.exact.split import SplitStep
-from samegrad.records import Exactness, Plan, Same, Verdict
+from samegrad.records import Check, Exactness, Plan, Same, Verdict
 from samegrad.trees import RowLayout
 from samegrad.verify import tolerance
 from samegrad.verify.fault import name_fault, parts_of
@@ -63,17 +64,34 @@ def verify_step(
     sizes = step.sizes_for(batch)
     chosen = on_device(step.declared, batch, layout, asked)
     planned = _planned(step, batch, layout, sizes)
-    few = trees.slice_rows(batch, layout, 0, chosen.rows)
-    shown = _shown(planned, sizes, chosen.rows)
-    compared = compare(shown, few)
-    wanted = layout.rows if asked is None else asked
-    chosen, compared = _on_cpu(_shown(planned, sizes, wanted), batch, chosen, compared, reference)
-    verdict = _verdict(step.declared, compared, chosen, layout.rows)
+    few = _Rows(_shown(planned, sizes, chosen.rows), trees.slice_rows(batch, layout, 0, chosen.rows))
+    compared = compare(few.planned, few.rows)
+    whole = _shown(planned, sizes, layout.rows if asked is None else asked)
+    cpu_checks, chosen = _on_cpu(whole, batch, (chosen, compared.draws), reference)
+    verdict = _verdict(step.declared, compared, cpu_checks, (chosen, layout.rows))
     if verdict.answer is Same.DIFFERS:
-        verdict = dataclasses.replace(verdict, fault=name_fault(shown, few, compared.checks))
+        verdict = dataclasses.replace(verdict, fault=_fault(few, compared, _Rows(whole, batch), cpu_checks))
     verdict = dataclasses.replace(verdict, seconds=time.perf_counter() - started)
     step.verdict = verdict
     return verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The planned step on some rows, and those rows or a batch that begins with them."""
+
+    planned: Planned
+    rows: Any
+
+
+def _fault(few: _Rows, compared: Compared, whole: _Rows, cpu_checks: Sequence[Check]) -> str:
+    """What is at fault, looked for where it was seen: on the device's rows, else on those the CPU was asked for."""
+    if not all(check.passed for check in compared.checks):
+        return name_fault(few.planned, few.rows, compared.checks, lambda rest, rows: compare(rest, rows).checks)
+    layout = whole.planned.layout
+    return name_fault(
+        whole.planned, trees.slice_rows(whole.rows, layout, 0, layout.rows), cpu_checks, compare_with_cpu
+    )
 
 
 def _planned(step: Verifiable, batch: Any, layout: RowLayout, sizes: tuple[int, ...]) -> Planned:
@@ -90,39 +108,51 @@ def _shown(planned: Planned, sizes: tuple[int, ...], rows: int) -> Planned:
 
 
 def _on_cpu(
-    planned: Planned, batch: Any, chosen: Reference, compared: Compared, where: Where | None
-) -> tuple[Reference, Compared]:
-    """The comparison with the CPU added, where it was asked for or is the next rung."""
+    planned: Planned, batch: Any, on_device: tuple[Reference, bool], where: Where | None
+) -> tuple[list[Check], Reference]:
+    """The checks against the CPU, where it was asked for or is the next rung, and the reference with it.
+
+    ``on_device``: what was compared on the device, and whether the step draws random numbers.
+    """
     rows, declared = planned.layout.rows, planned.declared
-    fits = chosen.rows >= rows
-    if where == "device" or (where is None and (fits or planned.split is None or declared.device.type == "cpu")):
-        return chosen, compared
+    chosen, draws = on_device
+    next_rung = chosen.rows < rows and planned.split is not None and not _is_host(declared.device)
+    if where == "device" or (where is None and not next_rung):
+        return [], chosen
     refusal = ""
-    if compared.draws and declared.device.type != "cpu":
+    if draws and not _is_host(declared.device):
         refusal = "the step draws random numbers, and the CPU's generator draws others"
     elif not cpu_is_possible(declared, batch, planned.layout, rows):
         refusal = f"{rows} rows in float64 do not fit the host, take too long there, or cannot run there"
-    if not refusal:
+    else:
         try:
             checks = compare_with_cpu(planned, trees.slice_rows(batch, planned.layout, 0, rows))
-            return chosen.with_cpu(rows), dataclasses.replace(compared, checks=[*checks, *compared.checks])
+            return checks, chosen.with_cpu(rows)
         except torch.OutOfMemoryError:
             refusal = "the planned step in float64 does not fit the device"
         except (RuntimeError, TypeError) as error:
             refusal = f"the step cannot run in float64 on the CPU: {error}"
     if where == "cpu":
         raise UsageError(asked="verify against the plain step on the CPU", found=refusal, do="leave out reference=")
-    return chosen, compared
+    return [], chosen
 
 
-def _verdict(declared: DeclaredStep, compared: Compared, reference: Reference, batch_rows: int) -> Verdict:
-    checks = compared.checks
+def _is_host(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _verdict(
+    declared: DeclaredStep, compared: Compared, cpu_checks: Sequence[Check], where: tuple[Reference, int]
+) -> Verdict:
+    """The verdict of all checks; ``where``: the reference, and the rows of the whole batch."""
+    reference, batch_rows = where
+    checks = [*cpu_checks, *compared.checks]
     passed = all(check.passed for check in checks)
     # A step that runs whole is the plain call: there is nothing that a low precision could hide.
     whole = any(check.name == PLAIN_TWICE for check in checks)
     proven = whole or tolerance.proves_logic(compared.precision) or reference.cpu_rows > 0
     answer = Same.DIFFERS if not passed else Same.SAME if proven else Same.UNPROVEN
-    # The entries of the lowest tier, which is the sharpest; where it passed and another did not, that one.
+    # The first that failed, or the first: the sharpest.
     entries = [check for check in checks if check.name.startswith(("gradient entries", PLAIN_TWICE))]
     entries = [check for check in entries if not check.passed] or entries
     main = entries[0] if entries else next((check for check in checks if not check.passed), checks[0])

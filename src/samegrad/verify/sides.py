@@ -58,7 +58,14 @@ class Planned:
     parts: tuple[int, ...]
 
     def gradients(self, rows: Any) -> Gradients:
-        """What the planned step hands over for ``rows``, with Σ|g_k| of small parts of them beside it."""
+        """What the planned step would hand over for ``rows``, with Σ|g_k| of small parts of them beside it."""
+        return self._run(rows, _totals)
+
+    def handed_over(self, rows: Any) -> Gradients:
+        """The same as it arrives in ``.grad``. For copies of a model only, since that is where it is left."""
+        return self._run(rows, _arrived)
+
+    def _run(self, rows: Any, side: Callable[[SplitStep, Any, RowLayout, Sequence[int]], Gradients]) -> Gradients:
         with applied(self.plan, self.declared, self.plan_rows) as execution:
             if self.split is None:
                 whole = plain_gradients(execution.declared, rows)
@@ -67,7 +74,10 @@ class Planned:
             split = self.split
             if execution.declared is not split.declared:
                 split = dataclasses.replace(split, declared=execution.declared)
-            return _split_gradients(split, rows, self.layout, self.parts)
+            found = side(split, rows, self.layout, self.parts)
+            # Gradients that the loss itself adds have no chunks; their own size is their scale.
+            sizes = {name: None if g is None else g.abs() for name, g in found.by_name.items()}
+            return dataclasses.replace(found, magnitudes=sizes | _magnitudes(split, rows, self.layout))
 
 
 def plain_gradients(declared: DeclaredStep, batch: Any) -> Gradients:
@@ -81,21 +91,30 @@ def plain_gradients(declared: DeclaredStep, batch: Any) -> Gradients:
     return Gradients(_by_name(declared, leaves, gradients), float(loss.detach()))
 
 
-def _split_gradients(split: SplitStep, batch: Any, layout: RowLayout, parts: Sequence[int]) -> Gradients:
+def _totals(split: SplitStep, batch: Any, layout: RowLayout, parts: Sequence[int]) -> Gradients:
     totals = split.totals(batch, layout, parts)
+    return Gradients(_by_name(split.declared, totals.parameters, totals.totals), float(totals.loss))
+
+
+def _arrived(split: SplitStep, batch: Any, layout: RowLayout, parts: Sequence[int]) -> Gradients:
+    parameters = [p for module in split.declared.modules for p in module.parameters()]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        loss = split.backward(batch, layout, parts)
+        return Gradients(_by_name(split.declared, parameters, [p.grad for p in parameters]), float(loss))
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def _magnitudes(split: SplitStep, batch: Any, layout: RowLayout) -> dict[str, Tensor | None]:
     # Near an optimum a chunk's own gradient is what is left of terms that cancel, while rounding grows with the
     # terms: their size is taken from parts much smaller than the plan's.
     fine = trees.even_sizes(layout.rows, max(1, layout.rows // _MAGNITUDE_PARTS))
     with undisturbed(split.declared.modules, split.declared.device):
         small = dataclasses.replace(split, sums_of=GradientMagnitudes).totals(batch, layout, fine)
-    magnitudes = list(small.magnitudes or [])
-    # Gradients that the loss itself adds have no chunks; their own size is their scale.
-    magnitudes += [None if t is None else t.abs() for t in totals.totals[len(magnitudes) :]]
-    return Gradients(
-        _by_name(split.declared, totals.parameters, totals.totals),
-        float(totals.loss),
-        _by_name(split.declared, totals.parameters, magnitudes),
-    )
+    return _by_name(split.declared, small.parameters, small.magnitudes or [])
 
 
 def parameter_names(declared: DeclaredStep) -> dict[int, str]:

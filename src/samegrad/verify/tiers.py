@@ -87,7 +87,7 @@ def compare(planned: Planned, rows: Any) -> Compared:
 
 
 def compare_with_cpu(planned: Planned, rows: Any) -> list[Check]:
-    """Tiers 0 and 1 in float64 on ``rows``, the plain step on the CPU; raises what the float64 copies raise."""
+    """Tiers 0 and 1 in float64 on ``rows``, the plain step on the CPU; raises what copies in float64 raise."""
     cpu = torch.device("cpu")
     reference, twin = float64_declared(planned.declared, cpu), float64_twin(planned)
     wide = widened(rows)
@@ -96,7 +96,7 @@ def compare_with_cpu(planned: Planned, rows: Any) -> list[Check]:
     our_bench = Bench(generators, ModuleState(twin.declared.modules), wide)
     with undisturbed([], planned.declared.device), _no_autocast(planned.declared):
         plain = plain_bench.run(lambda rows: plain_gradients(reference, rows))
-        ours = our_bench.run(twin.gradients)
+        ours = our_bench.run(twin.handed_over)
         allowance = dataclasses.replace(
             _allowance(1, tolerance.precision_of(torch.float64), planned), place=", against the cpu"
         )
@@ -127,12 +127,13 @@ def _judge(
     if split.examination.passes == 2:
         # Totals raise where that is not so.
         checks.append(bits_check(_SECOND_PASS, [], _REPEATS))
-    wide = precision.dtype is torch.float64
-    twin = None if wide else _Twin.run(planned, bench, plain)
+    twin = _Twin.run(planned, bench, plain)
+    allowance = _allowance(1 if tolerance.proves_logic(precision) else 2, precision, planned)
     if twin is None:
-        allowance = _allowance(1 if tolerance.proves_logic(precision) else 2, precision, planned)
-        unrest = (lambda: _own_unrest(planned.declared, bench, plain)) if wide else Unrest
-        return checks + _widened_if_needed(plain, ours, allowance, unrest), precision
+        return checks + _widened_if_needed(plain, ours, allowance, Unrest), precision
+    if precision.dtype is torch.float64:
+        handed = twin.checks(dataclasses.replace(allowance, place=", as handed over"))
+        return [*checks, *_widened_if_needed(plain, ours, allowance, twin.unrest), *handed], precision
     judged_in = tolerance.precision_of(torch.float64)
     logic = twin.checks(_allowance(1, judged_in, planned))
     if twin.narrowest is not torch.float64 and not all(check.passed for check in logic):
@@ -198,14 +199,16 @@ class _Twin:
 
             with _no_autocast(planned.declared):
                 oracle = wide.run(watched)
-                again = wide.run(twin.gradients)
+                if oracle.by_name.keys() != plain.by_name.keys():
+                    # A forward that closes over the user's model would leave gradients there.
+                    return None
+                again = wide.run(twin.handed_over)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError):
             # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
             return None
-        same = oracle.by_name.keys() == plain.by_name.keys()
-        return cls(oracle, again, seen.dtype, twin.declared, wide) if same else None
+        return cls(oracle, again, seen.dtype, twin.declared, wide)
 
     def unrest(self) -> Unrest:
         with _no_autocast(self.declared):
