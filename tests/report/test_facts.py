@@ -9,10 +9,9 @@ import pytest
 
 from samegrad.records import Check, Counting, Origin, Same, Verdict
 from samegrad.report import Story
+from samegrad.report.checks import check_title, describe_tiers
 from samegrad.report.facts import (
     Tone,
-    check_title,
-    describe_tiers,
     find_peaks,
     judge,
     judge_fit,

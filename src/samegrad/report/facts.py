@@ -13,6 +13,7 @@ import math
 import statistics
 
 from samegrad.records import Budget, Category, Check, Counting, Footprint, Origin, Plan, Same, Verdict
+from samegrad.report.checks import check_title
 from samegrad.report.story import Story
 from samegrad.report.words import capitalised, format_number, format_percent, format_rows
 from samegrad.units import format_bytes, format_seconds
@@ -110,24 +111,6 @@ def judge(verdict: Verdict | None) -> Statement:
             tone=Tone.OPEN, answer="Unproven", sentence=f"the verdict says same without a finite error; {evidence}"
         )
     return Statement(tone=Tone.GOOD, answer="Same gradients", sentence=evidence)
-
-
-_TIERS = {
-    0: "bit for bit",
-    1: "the same function",
-    2: "directly in its own dtype",
-    3: "rounding against float64",
-}
-
-
-def check_title(check: Check) -> str:
-    """A check's name with its tier of the contract before it."""
-    return check.name if check.tier is None else f"tier {check.tier}, {check.name}"
-
-
-def describe_tiers(verdict: Verdict) -> str:
-    """The tiers that were compared, in words; empty where the checks name none."""
-    return ", ".join(f"{tier} {_TIERS[tier]}" for tier in verdict.tiers if tier in _TIERS)
 
 
 def _tally(checks: tuple[Check, ...], failed: list[Check]) -> str:

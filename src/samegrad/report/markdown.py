@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from samegrad.records import Footprint, Plan, Verdict
+from samegrad.report.checks import check_title
 from samegrad.report.facts import (
     category_name,
-    check_title,
     describe_budget,
     describe_plan,
     describe_training,

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from samegrad.records import Budget, Check, Counting, Origin
 from samegrad.report.bars import Bar, bars_svg
+from samegrad.report.checks import check_title
 from samegrad.report.curves import Series, curve_svg, suits_log_scale
 from samegrad.report.facts import (
     LeverUse,
     Peak,
     Statement,
-    check_title,
     describe_budget,
     describe_plan,
     describe_training,

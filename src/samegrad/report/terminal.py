@@ -11,13 +11,12 @@ import textwrap
 from typing import TYPE_CHECKING, TypeVar
 
 from samegrad.records import Budget, Check, Counting, Footprint, Plan, Same, StepResult, Verdict
+from samegrad.report.checks import check_title, describe_tiers
 from samegrad.report.facts import (
     LeverUse,
     allocated,
     category_name,
-    check_title,
     describe_plan,
-    describe_tiers,
     judge,
     levers_left_out,
     levers_used,
