@@ -368,7 +368,9 @@ class StepResult(Record):
 class Check(Record):
     """One comparison of a verification: the largest error found, the error the contract allows, and where.
 
-    Errors are relative to the scale the contract names; ``passed`` is ``error <= allowed``.
+    Errors are relative to the scale the contract names; ``passed`` is ``error <= allowed``. ``tier`` of the contract:
+    0 bit for bit, 1 the same function (float64 or float32), 2 directly in the dtype that runs, 3 no further from
+    float64 than the plain step is.
     """
 
     name: str
@@ -377,16 +379,17 @@ class Check(Record):
     allowed: float
     worst: str = ""
     detail: str = ""
+    tier: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict(Record):
     """Whether the planned step's gradients, loss and buffers are those of the plain step.
 
-    ``reference`` names what the planned step was compared with, on ``rows_checked`` of ``batch_rows`` rows: as many as
-    fit. ``dtype`` is the narrowest that the step's gradients pass through, ``compared_dtype`` the one in which
+    ``reference`` names what the planned step was compared with, on ``rows_checked`` of ``batch_rows`` rows.
+    ``dtype`` is the narrowest that the step's gradients pass through, ``compared_dtype`` the one in which
     ``max_relative_error`` was found. UNPROVEN means that only a low precision could be compared, which proves nothing
-    by itself.
+    by itself. ``fault``: where the step differs, which lever and which module, as far as that could be found.
     """
 
     answer: Same
@@ -401,7 +404,13 @@ class Verdict(Record):
     buffers_checked: int
     checks: tuple[Check, ...] = ()
     seconds: float | None = None
+    fault: str = ""
 
     @property
     def same(self) -> bool:
         return self.answer is Same.SAME
+
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        """The tiers of the contract that were compared, in order."""
+        return tuple(sorted({check.tier for check in self.checks if check.tier is not None}))

@@ -33,6 +33,10 @@ class Planted:
     def declared(self) -> Any:
         return self.step.declared
 
+    @property
+    def plan(self) -> Any:
+        return self.step.plan
+
     def sizes_for(self, batch: Any) -> tuple[int, ...]:
         return self.step.sizes_for(batch)
 

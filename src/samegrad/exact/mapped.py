@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class MappedExamination:
 
     reason: str
     sites: DrawSites | None = None
+    passes: ClassVar[int] = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +81,11 @@ class MappedStep:
                 state.restore()
                 raise
 
-    def backward(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> Tensor:
+    def backward(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
+    ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
-        totals = self.totals(batch, layout, sizes, scaler)
+        totals = self.totals(batch, layout, sizes, scaler, key)
         announce(Phase.HANDOFF)
         hand_over(self.declared.model, totals.parameters, totals.totals)
         return totals.loss

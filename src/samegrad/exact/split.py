@@ -152,9 +152,11 @@ class SplitStep:
             self.sums_of, first_pass=self.examination.first_pass, kept=min(self.kept, len(sizes)),
         )  # fmt: skip
 
-    def backward(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> Tensor:
+    def backward(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
+    ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
-        totals = self.totals(batch, layout, sizes, scaler)
+        totals = self.totals(batch, layout, sizes, scaler, key)
         announce(Phase.HANDOFF)
         totals.commit()
         hand_over(self.declared.model, totals.parameters, totals.totals)
