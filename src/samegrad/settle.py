@@ -19,6 +19,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, FalseNormalise, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import Examination, examine
+from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
 from samegrad.execute.apply import applied
 from samegrad.measure import counters
@@ -82,6 +83,12 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
 
     Rows come through buffers that are given back after each run, so that no larger one is still there in the next.
     """
+    refuse_sharded(
+        declared.modules,
+        asked="plan a step from a budget",
+        do="say how many rows run at a time: rows= or plan=; ranks would each measure and choose for themselves, and "
+        "wait for each other where they chose differently",
+    )
     layout = declared.layout(batch)
     residents = count_residents(declared)
     refusals: dict[str, str] = {}
@@ -97,6 +104,12 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
             refusals["split_rows"] = refusal.found
     else:
         refusals["split_rows"] = "the batch has one row"
+    if split is not None and split.examination.collectives:
+        raise CannotSplit(
+            asked="plan a step from a budget",
+            found="the loss calls collectives, and each rank would run it as often as its own measurements ask",
+            do="say how many rows run at a time: rows= or plan=",
+        )
     if not _rows_are_elsewhere(batch, layout, declared.device):
         refusals["host_rows"] = "the batch is on the model's device already"
     plain = _plain_probes(declared, batch, layout)

@@ -22,6 +22,8 @@ from samegrad.data.prefetch import Prefetcher
 from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.examine import Examination, examine
+from samegrad.exact.loop import agreed_cut
+from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import SplitStep, plain_backward
 from samegrad.execute.apply import applied
 from samegrad.levers import levers_of
@@ -108,8 +110,8 @@ class Step:
                 found="gradients are switched off (torch.no_grad or inference_mode)",
                 do="call it outside that block",
             )
-        layout = self.declared.layout(batch)
-        sizes = self._sizes(batch, layout)
+        ranks = ranks_of(self.declared.modules)
+        layout, sizes = self._cut(batch) if ranks is None else agreed_cut(ranks, lambda: self._cut(batch))
         if sizes is None:
             return plain_backward(self.declared, batch, layout, scaler)
         return self.split_for(batch, layout).backward(batch, layout, sizes, scaler)
@@ -161,7 +163,10 @@ class Step:
         """The engine for batches like this one, examined on its first rows. Raises CannotSplit."""
         self._refresh_aliases()
         key = (layout.signature(batch), self.declared.mode())
-        if key not in self._examined:
+        ranks = ranks_of(self.declared.modules)
+        unknown = key not in self._examined
+        # With sharded parameters ranks examine together: when one must, all do.
+        if unknown if ranks is None else ranks.largest(unknown) != [0]:
             self._examined[key] = examine(self.declared, self._aliases, batch, layout)
         return SplitStep(self.declared, self._aliases, self._examined[key], self._chunks)
 
@@ -175,6 +180,10 @@ class Step:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], device: torch.device
     ) -> Iterable[Any]:
         return self._prefetcher.stream(batch, layout, sizes)
+
+    def _cut(self, batch: Any) -> tuple[RowLayout, tuple[int, ...] | None]:
+        layout = self.declared.layout(batch)
+        return layout, self._sizes(batch, layout)
 
     def _sizes(self, batch: Any, layout: RowLayout) -> tuple[int, ...] | None:
         """The rows of each chunk, or None for the plain call. Plans first where that is still to be done."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
@@ -68,7 +69,8 @@ def single_pass(
     """Totals of a step whose loss is a sum over rows.
 
     ``shares[k]`` is chunk k's part of the loss: its rows or its count over the batch's for a mean, 1 for a sum. A
-    chunk whose share is 0 (no valid target) adds nothing and is not run. ``scale``: () float64, the loss scale.
+    chunk whose share is 0 (no valid target) adds nothing and is not run, unless other ranks wait for it. ``scale``: ()
+    float64, the loss scale.
     ``divisor``: what the shares were divided by, where that matters for narrow dtypes.
     """
     device = declared.device
@@ -91,8 +93,12 @@ def single_pass(
         body = program.single_pass_body(_forward(declared), loss_of_chunk, form, sums)
         gradients = sums_of(swapped)
         chunk_program = program.ChunkProgram(body, gradients)
+        idle = program.ChunkProgram(program.idle_body(_forward(declared), _used_by(declared)), gradients)
         for index, chunk in enumerate(chunks):
             if shares[index] == 0:
+                if aliases.sharded:
+                    idle.bind(chunk)
+                    idle.run()
                 continue
             chunk_program.bind(chunk, weights[index], cotangents[index])
             chunk_program.run()
@@ -118,7 +124,8 @@ def two_passes(
     """Totals of a step with any loss of the outputs.
 
     ``chunks_twice`` yields the same chunks in the same order, once for each pass. ``batch_for_loss`` is the whole
-    batch as the loss is to see it.
+    batch as the loss is to see it. A chunk of size 0 has rows that other chunks bring: it is run for the ranks that
+    wait for it and adds nothing.
     """
     forward = _forward(declared)
     mismatches = torch.zeros((), dtype=torch.int64, device=declared.device)
@@ -129,9 +136,16 @@ def two_passes(
         )
         gradients = sums_of(swapped)
         second = program.ChunkProgram(program.second_pass_body(forward, mismatches), gradients)
+        idle = program.ChunkProgram(
+            program.idle_body(forward, lambda *_: [c is not None for c in cotangents]), gradients
+        )
         start = 0
         rows = [leaf.detach() for leaf in outputs.leaves()]
         for size, chunk in zip(sizes, chunks_twice[1], strict=True):
+            if size == 0:
+                idle.bind(chunk)
+                idle.run()
+                continue
             part = slice(start, start + size)
             second.bind(
                 chunk, [leaf[part] for leaf in rows], [None if c is None else c[part] for c in cotangents]
@@ -165,7 +179,9 @@ def _first_pass(
     start = 0
     with as_in_first_pass(declared.device.type, first_pass):
         for size, chunk in zip(sizes, chunks, strict=True):
-            if start == 0:
+            if size == 0:
+                forward(chunk)
+            elif start == 0:
                 announce(Phase.FORWARD)
                 first = forward(chunk)
                 outputs.allocate(first, size)
@@ -205,6 +221,22 @@ def _parameter(leaf: Tensor) -> nn.Parameter:
         found=f"the loss also depends on a plain tensor of shape {tuple(leaf.shape)} that requires grad",
         do="make it a torch.nn.Parameter, detach it, or run the step whole with rows=<the batch's rows>",
     )
+
+
+def _used_by(declared: DeclaredStep) -> Callable[[Any, Any], list[bool]]:
+    """Which output tensors of a chunk the loss depends on."""
+
+    def used(outputs: Any, chunk: Any) -> list[bool]:
+        leaves, spec = trees.flatten(outputs)
+        apart = [
+            leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
+        with torch.enable_grad():
+            loss = checked_loss(declared.loss_fn(trees.unflatten(apart, spec), chunk))
+        reached = {id(leaf) for leaf in losses.leaves_under(loss)}
+        return [id(leaf) in reached for leaf in apart if isinstance(leaf, Tensor)]
+
+    return used
 
 
 def _forward(declared: DeclaredStep) -> program.Forward:

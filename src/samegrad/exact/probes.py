@@ -9,7 +9,8 @@ reach    every leaf the outputs depend on must be a parameter in its slot, else 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
-from samegrad.exact import losses, program
+from samegrad.exact import collectives, losses, program
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.trees import RowLayout
 
@@ -29,16 +31,14 @@ _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
 def refuse_known_layers(module: nn.Module) -> None:
     """Raises CannotSplit for layers whose kind alone forbids splitting in the mode they are in."""
-    for name, parameter in module.named_parameters():
-        # What fully_shard makes of a parameter; its hooks gather it in forward and would pass the chunks by.
-        if hasattr(parameter, "device_mesh"):
-            raise CannotSplit(
-                asked="split the rows of a step",
-                found=f"{name} is sharded over ranks (fully_shard, DTensor)",
-                do=f"{_WAYS_OUT}, or use DistributedDataParallel",
-            )
     for name, part in module.named_modules():
         kind = type(part).__name__
+        if kind == "FullyShardedDataParallel":
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{name or 'the model'} is a FullyShardedDataParallel, with parts of one flat parameter",
+                do=f"{_WAYS_OUT}, or shard with torch.distributed.fsdp.fully_shard",
+            )
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(
             part, nn.modules.instancenorm._InstanceNorm
         ):
@@ -73,8 +73,8 @@ class RowProbes:
         refuse_known_layers(self._declared.network)
         with torch.no_grad():
             versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
-            weights = [(n, p, p.detach().clone()) for n, p in self._declared.network.named_parameters()]
-            outputs = self._forward(self._batch)
+            weights = [(n, p, local(p).clone()) for n, p in self._declared.network.named_parameters()]
+            outputs = self._forward_alone()
             _check_weights(weights)
             del weights
             self._check_draws()
@@ -90,6 +90,22 @@ class RowProbes:
 
     def _forward(self, batch: Any) -> Any:
         return program.seen(self._declared.forward(self._declared.network, batch))
+
+    def _forward_alone(self) -> Any:
+        """The outputs, of a forward that needs no other rank; ``fully_shard`` may gather its parameters."""
+        network = self._declared.network
+        sharded = any(is_sharded(p) for p in network.parameters())
+        inside: list[str] = []
+        try:
+            with _entered(network, inside), collectives.watched(*[collectives.GATHER_INTO_TENSOR] * sharded):
+                return self._forward(self._batch)
+        except collectives.CollectiveSeen as seen:
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{inside[-1] if inside else 'the forward'} calls a collective ({seen}): it would see a chunk's "
+                "rows, and ranks with other chunk counts would wait for each other",
+                do=f"{_WAYS_OUT}, or move the collective into loss_fn, which sees all rows of this rank once a step",
+            ) from None
 
     def _check_draws(self) -> None:
         drew = self._generators.advanced()
@@ -218,6 +234,27 @@ def _collector(seen: list[tuple[str, Tensor]]) -> Callable[[str, Tensor], None]:
     return lambda name, output: seen.append((name, output))
 
 
+@contextlib.contextmanager
+def _entered(network: nn.Module, inside: list[str]) -> Iterator[None]:
+    """Keeps in ``inside`` the modules, outer ones first, whose forward has begun and not ended."""
+
+    def enter(label: str) -> Callable[..., None]:
+        return lambda *_: inside.append(label)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    handles = []
+    for name, part in network.named_modules():
+        handles.append(part.register_forward_pre_hook(enter(f"{name or 'the model'} ({type(part).__name__})")))
+        handles.append(part.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _hooked:
     """Calls ``look(module path and kind, first output tensor)`` after every module's forward."""
 
@@ -306,9 +343,9 @@ def _check_weights(weights: Sequence[tuple[str, Tensor, Tensor]]) -> None:
     """Raises CannotSplit, the weights as they were, when a forward changed some: set from its first batch, say."""
     changed = []
     for name, now, before in weights:
-        if not _same_bits(now.detach(), before):
+        if not _same_bits(local(now), before):
             changed.append(name)
-            now.detach().copy_(before)
+            local(now).copy_(before)
     if changed:
         raise CannotSplit(
             asked="split the rows of a step",

@@ -22,6 +22,7 @@ from samegrad.errors import UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach
+from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.exact.watch import Watch
 from samegrad.trees import RowLayout
@@ -116,6 +117,11 @@ class Rowwise(nn.Module):
         key = (layout.signature(batch), mode)
         if key in self._examined:
             return
+        refuse_sharded(
+            [self.module],
+            asked="run a function of rows in chunks that are recomputed in backward",
+            do="use Step(model, loss_fn, rows=...), whose chunks go through fully_shard's hooks",
+        )
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         probed = DeclaredStep(model=self.module, loss_fn=_no_loss, forward=self._rows_first, device=device)
         with undisturbed([self.module], device) as (generators, state):

@@ -21,6 +21,7 @@ from samegrad.errors import UsageError
 from samegrad.exact import losses
 from samegrad.exact.aliases import GradientMagnitudes
 from samegrad.exact.handoff import hooks_silenced
+from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
 from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
 from samegrad.measure import counters
@@ -69,6 +70,12 @@ def verify_step(step: Verifiable, batch: Any, *, rows: int | None = None) -> Ver
     """
     started = time.perf_counter()
     declared = step.declared
+    refuse_sharded(
+        declared.modules,
+        asked="verify a step against the plain step",
+        do="verify the same model before fully_shard is applied to it, on one process or under "
+        "DistributedDataParallel; gradients of sharded parameters exist only after they are reduced",
+    )
     layout = declared.layout(batch)
     sizes = step.sizes_for(batch)
     checked = _rows_to_check(declared, batch, layout, rows)
