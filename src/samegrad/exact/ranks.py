@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -56,19 +56,15 @@ class Ranks:
         return value, largest
 
 
-def ranks_of_group(group: Any, device: torch.device) -> Ranks:
-    """The ranks of one process group, whose collectives take tensors on ``device``."""
-    return Ranks((group,), device)
-
-
 class _SumOverRanks(torch.autograd.Function):
     """Parts in, their sum over the ranks out, the same on every rank. Its gradient is that of each part: the same."""
 
     @staticmethod
     def forward(ctx: Any, group: Any, *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
-        ctx.set_materialize_grads(True)
-        return tuple(_reduced(part, dist.ReduceOp.SUM, group) for part in parts)
+        sums = tuple(_reduced(part, dist.ReduceOp.SUM, group) for part in parts)
+        ctx.mark_non_differentiable(*(total for total in sums if not total.is_floating_point()))
+        return sums
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
@@ -80,9 +76,8 @@ class _SameOnRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, group: Any, *values: Tensor) -> tuple[Tensor, ...]:
+        # Gradients that this rank does not have come as zeros: others may have them, and every rank enters the sum.
         ctx.group = group
-        # Zeros where this rank has no gradient: others may have one, and every rank enters the sum.
-        ctx.set_materialize_grads(True)
         return tuple(value.view_as(value) for value in values)
 
     @staticmethod
@@ -119,3 +114,44 @@ def _reduced(value: Tensor, operation: Any, group: Any) -> Tensor:
     wide = (value.detach().float() if narrow else value.detach().clone()).contiguous()
     dist.all_reduce(wide, op=operation, group=group)
     return wide.to(value.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitItems:
+    """Items of ``over`` that are split over the ranks of ``group``, and what all ranks share.
+
+    Every rank computes the same loss from the same shared values. What the items are reduced to is then the same on
+    every rank, and the gradient of a shared value is summed over the ranks inside the graph: each rank holds all of it,
+    for gradients of any order. Items have their gradient on their own rank.
+    ``summed[i]``: whether shared value i receives a gradient, which is agreed.
+    """
+
+    group: Any
+    summed: tuple[bool, ...]
+
+    @classmethod
+    def agreed(cls, ranks: Ranks, shared: Sequence[Tensor], reached: Sequence[bool]) -> SplitItems:
+        """Raises CannotSplit, on all ranks, when they share other numbers of values or want other gradients."""
+        most, fewest = ranks.largest(len(shared), -len(shared))
+        if most != -fewest:
+            _refuse_unequal(f"ranks share other numbers of tensors and trainable parameters: {-fewest} to {most}")
+        wanted = [int(value.requires_grad and torch.is_grad_enabled()) for value in shared]
+        agreed = ranks.largest(*map(int, reached), *wanted, *(-w for w in wanted))
+        used, some, none = (agreed[i * most : (i + 1) * most] for i in range(3))
+        for place, (here, there) in enumerate(zip(some, none)):
+            if here != -there:
+                _refuse_unequal(f"shared value {place} requires grad on some ranks and not on others")
+        return cls(ranks.groups[0], tuple(bool(u and w) for u, w in zip(used, some)))
+
+    def entering(self, shared: Sequence[Tensor]) -> list[Tensor]:
+        """``shared``, on their way to this rank's items."""
+        summed = iter(same_on_ranks([v for v, here in zip(shared, self.summed) if here], self.group))
+        return [next(summed) if here else value for value, here in zip(shared, self.summed)]
+
+
+def _refuse_unequal(found: str) -> NoReturn:
+    raise CannotSplit(
+        asked="items split over ranks (process_group=)",
+        found=found,
+        do="give every rank the same shared values, modules and requires_grad; only the items may differ",
+    )
