@@ -21,7 +21,7 @@ from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
 from samegrad.exact import passes, program
 from samegrad.exact.aliases import NARROW, GradientTotals, ParameterAliases
 from samegrad.exact.examine import Examination
-from samegrad.exact.handoff import hand_over
+from samegrad.exact.handoff import begin_step, hand_over
 from samegrad.exact.loop import with_idle_chunks
 from samegrad.exact.losses import Form
 from samegrad.exact.on_use import arriving
@@ -122,6 +122,7 @@ class SplitStep:
 
     def backward(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
+        begin_step(self.declared.model)
         totals = self.totals(batch, layout, sizes, scaler)
         announce(Phase.HANDOFF)
         hand_over(self.declared.model, totals.parameters, totals.totals)
