@@ -14,11 +14,12 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 import samegrad as sg
+from samegrad import trees
 from samegrad.exact import handoff, split
 from samegrad.verify import tolerance
 
 from . import zoo
-from .processes import on_ranks
+from .processes import here, on_ranks
 
 Rows = dict[str, Tensor]
 D = torch.float64
@@ -31,7 +32,7 @@ def rows_of(rank: int, counts: Sequence[int]) -> Rows:
 
 def wrapped(network: nn.Module, **options: Any) -> tuple[DistributedDataParallel, list[int]]:
     """``network`` under DDP, and a count of the reductions of its gradients."""
-    model, count = DistributedDataParallel(network, **options), [0]
+    model, count = DistributedDataParallel(network.to(here()), **options), [0]
 
     # DDP compares annotations with types, and here they are text: leave them out.
     def hook(state, bucket):  # type: ignore[no-untyped-def]
@@ -56,7 +57,7 @@ def error(model: nn.Module, reference: Sequence[Tensor], sizes: Sequence[Tensor]
     for parameter, plain, size in zip(model.parameters(), reference, sizes):
         assert parameter.grad is not None
         allowed = tolerance.entry_allowed(plain.dtype) * tolerance.entry_scale(size.max().item(), largest)
-        worst = max(worst, (parameter.grad - plain).abs().max().item() / allowed)
+        worst = max(worst, (parameter.grad.cpu() - plain).abs().max().item() / allowed)
     return worst
 
 
@@ -102,7 +103,7 @@ class Contrastive(nn.Module):
 
 def _info_nce(z: Tensor, temperature: Tensor) -> Tensor:
     z = F.normalize(z, dim=1)
-    return F.cross_entropy(z @ z.T * temperature.exp(), torch.arange(len(z)))
+    return F.cross_entropy(z @ z.T * temperature.exp(), torch.arange(len(z), device=z.device))
 
 
 def gathered(rank: int) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def gathered(rank: int) -> dict[str, Any]:
     rows = {key: value[:28] for key, value in zoo.batch().items()}
     alone = Contrastive()
     plain = zoo.plain_gradients(zoo.mlp(), lambda z, _: _info_nce(z, alone.temperature), rows)[1]
-    (model, count), loss_fn = wrapped(zoo.mlp()), Contrastive()
+    (model, count), loss_fn = wrapped(zoo.mlp()), Contrastive().to(here())
     step = sg.Step(model, loss_fn, rows=(3, 5)[rank], forward=zoo.forward)
     mine = rows_of(rank, counts)
     step.backward(mine)
@@ -120,7 +121,7 @@ def gathered(rank: int) -> dict[str, Any]:
     temperature = loss_fn.temperature.grad
     assert temperature is not None
     assert alone.temperature.grad is not None
-    found["temperature"] = ((temperature - alone.temperature.grad) / alone.temperature.grad).abs().item()
+    found["temperature"] = ((temperature.cpu() - alone.temperature.grad) / alone.temperature.grad).abs().item()
     if rank == 1:
         # Examined again on this rank only: nobody waits.
         mine = {**mine, "more": torch.zeros(14)}
@@ -177,7 +178,7 @@ class WithBuffer(nn.Module):
 def buffers(rank: int, split_ranks: tuple[int, ...]) -> dict[str, Any]:
     """Buffers that ranks changed on their own are the first rank's in the next step; some ranks may run whole."""
     loss_fn = zoo.LOSSES["mse"][0]
-    rows = rows_of(rank, [15, 14])
+    rows = trees.move(rows_of(rank, [15, 14]), here())
     plain, ours = wrapped(WithBuffer(0.5))[0], wrapped(WithBuffer(0.5))[0]
     step = sg.Step(ours, loss_fn, rows=4 if rank in split_ranks else 64, forward=zoo.forward)
     worst = 0.0

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import samegrad as sg
+from samegrad import trees
 from samegrad.exact.loop import equal_count
 from samegrad.exact.split import SplitStep
 from samegrad.verify import tolerance
 
 from . import zoo
-from .processes import on_ranks
+from .processes import here, on_ranks
 
 Rows = dict[str, Tensor]
 
@@ -35,6 +36,7 @@ class Net(nn.Module):
 
 
 def sharded(net: nn.Module, **options: Any) -> nn.Module:
+    net.to(here())
     for part in net.modules():
         if isinstance(part, nn.Linear):
             fully_shard(part, **options)
@@ -92,7 +94,7 @@ def error(model: nn.Module, reference: tuple[list[Tensor], list[Tensor]]) -> flo
     largest = max(size.max().item() for size in reference[1])
     for parameter, plain, size in zip(model.parameters(), *reference):
         assert parameter.grad is not None
-        ours = parameter.grad.full_tensor()  # type: ignore[attr-defined]
+        ours = parameter.grad.full_tensor().cpu()  # type: ignore[attr-defined]
         allowed = tolerance.entry_allowed(plain.dtype) * tolerance.entry_scale(size.max().item(), largest)
         worst = max(worst, (ours - plain).abs().max().item() / allowed)
     return worst
@@ -106,6 +108,7 @@ def compared(name: str, cut: str, rank: int) -> dict[str, Any]:
     ours, plain = sharded(Net()), sharded(Net())
     step = step_for(ours, name, at_a_time[rank % 2])
     loss = step.backward(rows)
+    rows = trees.move(rows, here())
     theirs = zoo.LOSSES[STEPS[name][0]][0](zoo.forward(plain, rows), rows)
     theirs.backward()
     expected = reference(name, counts) if len(counts) == 2 else _from(plain, name)
@@ -127,7 +130,7 @@ def _doubled() -> Rows:
 
 
 def _from(plain: nn.Module, name: str) -> tuple[list[Tensor], list[Tensor]]:
-    full = [p.grad.full_tensor() for p in plain.parameters()]  # type: ignore[union-attr]
+    full = [p.grad.full_tensor().cpu() for p in plain.parameters()]  # type: ignore[union-attr]
     return full, [g.abs().max() * torch.ones_like(g) * 8 for g in full]
 
 

@@ -14,7 +14,7 @@ import samegrad as sg
 from samegrad.exact import ranks
 from samegrad.verify import tolerance
 
-from .processes import on_ranks
+from .processes import here, on_ranks
 from .test_over import ITEMS, PLAIN, net, points, score
 
 D = torch.float64
@@ -33,7 +33,8 @@ class WithUnused(nn.Module):
 
 def gradients(value: Value, centers: Tensor, order: int) -> list[Tensor | None]:
     """Of the network, x and the centers, of a loss of derivatives up to ``order``."""
-    network, x = WithUnused(), points(11, 2)
+    network = WithUnused().to(centers.device)
+    x = points(11, 2).detach().to(centers.device).requires_grad_()
     result = value(centers, x, network)
     loss = result.pow(2).mean()
     if order >= 2:
@@ -51,7 +52,7 @@ def compared(reduce: str, order: int, counts: list[int], rank: int) -> dict[str,
     mine = slice(start, start + counts[rank])
     everything = points(ITEMS, 1)
     plain = gradients(lambda c, x, n: PLAIN[reduce](score(c, (x, n))), everything, order)
-    centers = everything.detach()[mine].clone().requires_grad_()
+    centers = everything.detach()[mine].clone().to(here()).requires_grad_()
     # Ranks run 4 and 7 items at a time, so their chunk counts differ as well.
     rows = (4, 7)[rank]
 
@@ -68,7 +69,7 @@ def compared(reduce: str, order: int, counts: list[int], rank: int) -> dict[str,
 
 
 def _error(ours: Tensor, plain: Tensor) -> float:
-    return float((ours - plain).abs().max() / plain.abs().max())
+    return float((ours.cpu() - plain).abs().max() / plain.abs().max())
 
 
 def raised(run: Callable[[], Any]) -> str:
