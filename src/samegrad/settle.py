@@ -20,6 +20,7 @@ from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, Usa
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import Examination
 from samegrad.exact.mapped import MappedStep
+from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step
@@ -98,10 +99,22 @@ def measure(
 
     Rows come through buffers that are given back after each run, so that no larger one is still there in the next.
     """
+    refuse_sharded(
+        declared.modules,
+        asked="plan a step from a budget",
+        do="say how many rows run at a time: rows= or plan=; ranks would each measure and choose for themselves, and "
+        "wait for each other where they chose differently",
+    )
     layout = declared.layout(batch)
     residents = count_residents(declared)
     one_row = CannotSplit(asked="split the rows of a step", found="the batch has one row", do="nothing is to be done")
     ways = find_ways(declared, aliases, batch, layout, segments) if layout.rows > 1 else Ways(None, one_row)
+    if ways.by_rows is not None and ways.by_rows.collectives:
+        raise CannotSplit(
+            asked="plan a step from a budget",
+            found="the loss calls collectives, and each rank would run it as often as its own measurements ask",
+            do="say how many rows run at a time: rows= or plan=",
+        )
     refusals = dict(ways.refusals)
     if ways.refusal is not None:
         refusals["split_rows"] = ways.refusal.found

@@ -22,8 +22,10 @@ from samegrad.data.prefetch import Prefetcher
 from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.examine import find_draws
+from samegrad.exact.loop import agreed_cut
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.randomness import DrawSites
+from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step
@@ -118,8 +120,7 @@ class Step:
                 found="gradients are switched off (torch.no_grad or inference_mode)",
                 do="call it outside that block",
             )
-        layout = self.declared.layout(batch)
-        execution = self._execution(batch, layout)
+        layout, execution = self._agreed_execution(batch)
         chunked = self._chunked(execution, batch, layout)
         if chunked is None or execution.sizes is None:
             return plain_backward(self.declared, batch, layout, scaler, self.draws_for(batch, layout))
@@ -193,7 +194,10 @@ class Step:
     def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
         self._refresh_aliases()
         key = (layout.signature(batch), self.declared.mode())
-        if key not in self._ways:
+        ranks = ranks_of(self.declared.modules)
+        unknown = key not in self._ways
+        # With sharded parameters ranks examine together: when one must, all do.
+        if unknown if ranks is None else ranks.largest(unknown) != [0]:
             self._ways[key] = find_ways(self.declared, self._aliases, batch, layout, self._segments)
         return self._ways[key]
 
@@ -207,6 +211,20 @@ class Step:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], device: torch.device
     ) -> Iterable[Any]:
         return self._prefetcher.stream(batch, layout, sizes)
+
+    def _agreed_execution(self, batch: Any) -> tuple[RowLayout, Execution]:
+        """How this batch runs; with sharded parameters in as many chunks as on the other ranks."""
+        ranks = ranks_of(self.declared.modules)
+        if ranks is None:
+            layout = self.declared.layout(batch)
+            return layout, self._execution(batch, layout)
+
+        def cut() -> tuple[RowLayout, tuple[int, ...] | None]:
+            layout = self.declared.layout(batch)
+            return layout, self._execution(batch, layout).sizes
+
+        layout, sizes = agreed_cut(ranks, cut)
+        return layout, dataclasses.replace(self._execution(batch, layout), sizes=sizes, kept_chunks=0)
 
     def _execution(self, batch: Any, layout: RowLayout) -> Execution:
         """How the plan runs this batch. Plans first where that is still to be done."""

@@ -126,6 +126,6 @@ def test_whole_numbers_beside_floats_come_through() -> None:
 
 def test_what_is_not_there_yet_or_wrong_is_refused() -> None:
     items = points(ITEMS, 1)
-    for wrong in ({"rows": 0}, {"rows": 5, "reduce": "mean"}, {"rows": 5, "process_group": object()}):
+    for wrong in ({"rows": 0}, {"rows": 5, "reduce": "mean"}, {"rows": 5, "process_group": object(), "reduce": "cat"}):
         with pytest.raises(sg.UsageError):
             sg.over(lambda i, _: i, items, **wrong)

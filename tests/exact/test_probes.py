@@ -8,11 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from samegrad.errors import CannotSplit
 
@@ -240,16 +237,3 @@ def test_a_batch_leaf_that_requires_grad_is_refused() -> None:
     rows["x"].requires_grad_()
     with pytest.raises(CannotSplit, match=r"batch\['x'\] carries rows and requires grad"):
         zoo.split_step(zoo.mlp(), zoo.LOSSES["mse"][0], rows)
-
-
-def test_sharded_parameters_are_refused_by_name() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = zoo.mlp()
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        for loss in ("mse", "rmse"):
-            with pytest.raises(CannotSplit, match=r"0\.weight is sharded over ranks"):
-                zoo.split_step(model, zoo.LOSSES[loss][0], zoo.batch())
-        assert all(p.grad is None for p in model.parameters())
-    finally:
-        dist.destroy_process_group()

@@ -19,7 +19,7 @@ import samegrad as sg
 from samegrad.verify import tolerance
 
 from . import zoo
-from .test_handoff import on_two_ranks
+from .processes import on_two_ranks
 
 D = torch.float64
 N = 23

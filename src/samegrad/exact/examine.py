@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.errors import CannotSplit, FalseNormalise
-from samegrad.exact import losses, program
-from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact import collectives, losses, program
+from samegrad.exact.aliases import NARROW, ParameterAliases
 from samegrad.exact.audit import audit
 from samegrad.exact.forward import StepForward
 from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.passes import FirstPass, as_in_first_pass
-from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach, same_rows
+from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach, refuse_known_layers, same_rows
 from samegrad.exact.randomness import DrawSites
+from samegrad.exact.sharded import is_sharded, ranks_of, refuse_unsafe, reshard
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.state import StateRule
 from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
@@ -36,6 +37,7 @@ class Examination:
     ``form`` COUPLED means two passes. ``declared``: the form rests on normalise=. ``count_per_row``: the count of a
     COUNTED loss that a row brings, as seen on the probe rows. ``module_hooks``: the user's hooks that run per chunk.
     ``sites``: where the model draws, None where it does not. ``rules``: how the state that it changes is reduced.
+    ``collectives``: the loss calls some, so ranks must run it equally often.
     """
 
     form: Form
@@ -46,6 +48,7 @@ class Examination:
     first_pass: FirstPass = FirstPass.WITHOUT_GRAPH
     sites: DrawSites | None = None
     rules: tuple[StateRule, ...] = ()
+    collectives: bool = False
 
     @property
     def passes(self) -> int:
@@ -65,17 +68,46 @@ class ModelFindings:
 
 
 def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Examination:
-    """How the step may be split. Raises CannotSplit or FalseNormalise, with the module or the residual named."""
-    refuse_batch_gradients(batch, layout)
-    return examine_loss(declared, aliases, examine_model(declared, aliases, batch, layout))
+    """How the step may be split. Raises CannotSplit or FalseNormalise, with the module or the residual named.
+
+    With sharded parameters every forward is a collective: all ranks must examine at the same time. They then examine
+    as many rows, and what one rank refuses is refused on all.
+    """
+    rows = min(PROBE_ROWS, layout.rows)
+    ranks = ranks_of(declared.modules)
+    if ranks is None:
+        refuse_batch_gradients(batch, layout)
+        return examine_loss(declared, aliases, examine_model(declared, aliases, batch, layout, rows))
+
+    def at_sight() -> tuple[None, int]:
+        refuse_batch_gradients(batch, layout)
+        refuse_known_layers(declared.network)
+        refuse_unsafe(declared.modules, dict(zip(aliases.names, aliases.parameters)))
+        return None, -rows
+
+    def tried() -> tuple[Examination, int]:
+        found = examine_loss(declared, aliases, examine_model(declared, aliases, batch, layout, -negative))
+        return found, found.passes
+
+    _, negative = ranks.together(at_sight)
+    try:
+        examination, passes = ranks.together(tried)
+    finally:
+        reshard(declared.modules)
+    if passes > examination.passes:
+        return _two_passes(examination, "another rank needs two passes")
+    return examination
+
+
+def _two_passes(examination: Examination, reason: str) -> Examination:
+    return dataclasses.replace(examination, form=Form.COUPLED, reason=reason)
 
 
 def examine_model(
-    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout
+    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, rows: int
 ) -> ModelFindings:
-    """That rows can be split through the whole model. Raises CannotSplit naming the module that forbids it."""
+    """That rows can be split through the whole model, on ``rows`` of them. Raises CannotSplit naming the module."""
     batch, aliases = stood_in(batch, layout, aliases)
-    rows = min(PROBE_ROWS, layout.rows)
     few, others = (
         trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in chosen_rows(layout.rows, rows)
     )
@@ -84,32 +116,98 @@ def examine_model(
         probes = RowProbes(declared, few, few_layout, generators, state)
         found = probes.run(others, few_layout)
         forward = StepForward.of(declared, rows, probes.draws, found.rules)
-        with aliases.swapped() as standing, torch.enable_grad():
-            with_graph = forward.again(few, forward.ids(slice(0, rows)))
-            check_reach(aliases, with_graph, standing)
-            with as_in_first_pass(declared.device.type, FirstPass.WITHOUT_GRAPH):
-                without_graph = forward.again(few, forward.ids(slice(0, rows)))
-        first_pass = FirstPass.WITHOUT_GRAPH if same_rows(with_graph, without_graph) else FirstPass.WITH_GRAPH
+        first_pass = _first_pass(aliases, forward, few, declared.device)
     return ModelFindings(found.outputs, few, few_layout, first_pass, found.sites, found.rules)
+
+
+def _first_pass(aliases: ParameterAliases, forward: StepForward, few: Any, device: torch.device) -> FirstPass:
+    """How rows are to be computed first. Raises CannotSplit when the outputs depend on leaves that have no alias."""
+    ids = forward.ids(slice(0, forward.batch_rows))
+    with aliases.swapped() as standing, torch.enable_grad():
+        with_graph = forward.again(few, ids)
+        if aliases.sharded:
+            # A forward that no backward follows would stay in the order in which fully_shard gathers ahead.
+            program.backward_of_nothing(program.tensors_in(with_graph))
+        else:
+            check_reach(aliases, with_graph, standing)
+        with as_in_first_pass(device.type, FirstPass.WITHOUT_GRAPH):
+            without_graph = forward.again(few, ids)
+    return FirstPass.WITHOUT_GRAPH if same_rows(with_graph, without_graph) else FirstPass.WITH_GRAPH
 
 
 def examine_loss(declared: DeclaredStep, aliases: ParameterAliases, model: ModelFindings) -> Examination:
     """One pass or two, by the loss of the probe rows. Raises CannotSplit or FalseNormalise."""
-    hooks = _module_hooks(declared.network)
-    few, layout = model.few, model.layout
     with undisturbed(declared.modules, declared.device) as (_, state):
-        if declared.normalise is not None:
-            _check_declared(declared, model.outputs, few, layout, state)
-            _check_loss_reach(declared, aliases, model.outputs, few)
-            return Examination(
-                Form.ROW_SUM, "declared by normalise=", declared=True, module_hooks=hooks, sites=model.sites,
-                rules=model.rules,
-            )  # fmt: skip
-        form, count = _recognised(declared, model.outputs, few, layout, state)
-    return Examination(
-        form.form, form.reason, count_per_row=count / layout.rows, module_hooks=hooks, first_pass=model.first_pass,
-        sites=model.sites, rules=model.rules,
+        examination = _of_loss(declared, aliases, model, state)
+        if aliases.sharded and examination.passes == 1:
+            examination = _per_rank(declared, examination, model)
+    return dataclasses.replace(
+        examination, module_hooks=_module_hooks(declared.network), first_pass=model.first_pass, sites=model.sites,
+        rules=model.rules,
     )  # fmt: skip
+
+
+def _of_loss(
+    declared: DeclaredStep, aliases: ParameterAliases, model: ModelFindings, state: ModuleState
+) -> Examination:
+    outputs, few, layout = model.outputs, model.few, model.layout
+    try:
+        with collectives.watched():
+            if aliases.sharded:
+                _refuse_sharded_in_loss(declared, aliases, outputs, few)
+            if declared.normalise is not None:
+                _check_declared(declared, outputs, few, layout, state)
+                _check_loss_reach(declared, aliases, outputs, few)
+                return Examination(Form.ROW_SUM, "declared by normalise=", declared=True)
+            form, count = _recognised(declared, outputs, few, layout, state)
+    except collectives.CollectiveSeen as seen:
+        if declared.normalise is None:
+            return Examination(Form.COUPLED, f"the loss calls a collective ({seen}), once a step", collectives=True)
+        raise FalseNormalise(
+            asked=f"normalise={_named(declared.normalise)}",
+            found=f"the loss calls a collective ({seen}): in one pass it would run once a chunk, and ranks with other "
+            "chunk counts would wait for each other",
+            do="remove normalise= (two passes run the loss once a step), or reduce the count before the step, pass it "
+            "in the batch as a tensor without axes, divide by it and declare normalise='sum'",
+        ) from None
+    return Examination(form.form, form.reason, count_per_row=count / layout.rows)
+
+
+def _refuse_sharded_in_loss(declared: DeclaredStep, aliases: ParameterAliases, outputs: Any, few: Any) -> None:
+    """Raises CannotSplit when the loss reaches a sharded parameter: its gradient would be reduced with no chunk."""
+    _, rows = _with_grad(outputs)
+    sharded = {name for name, p in zip(aliases.names, aliases.parameters) if is_sharded(p)}
+    # As they stand after a forward: the outermost ones gathered, under the same names.
+    standing = {id(p): name for name, p in declared.network.named_parameters() if name in sharded}
+    with torch.enable_grad():
+        loss = checked_loss(declared.loss_fn(rows, few))
+    for leaf in losses.leaves_under(loss):
+        if id(leaf) in standing or is_sharded(leaf):
+            raise CannotSplit(
+                asked="split the rows of a step whose parameters are sharded",
+                found=f"the loss uses {standing.get(id(leaf), 'a parameter')}, which is sharded over ranks",
+                do="compute what needs it in the model's forward, keep that parameter out of fully_shard "
+                "(ignored_params=), or run the step whole (rows=<the batch's rows>)",
+            )
+
+
+def _per_rank(declared: DeclaredStep, examination: Examination, model: ModelFindings) -> Examination:
+    """One pass is left where each chunk's share is known before it runs: ranks reduce it as soon as it has run."""
+    if examination.form is Form.COUNTED:
+        return _two_passes(
+            examination,
+            "it is divided by this rank's count of targets, and chunks are reduced over ranks before that is known; "
+            "normalise=lambda batch: <that count> gives one pass",
+        )
+    _, rows = _with_grad(model.outputs)
+    with torch.enable_grad():
+        loss = declared.loss_fn(rows, model.few)
+    if loss.dtype in NARROW:
+        kind = str(loss.dtype).removeprefix("torch.")
+        return _two_passes(
+            examination, f"it is a {kind} number, which a chunk's share of the rows would round; float32 gives one pass"
+        )
+    return examination
 
 
 def chosen_rows(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:
@@ -222,8 +320,13 @@ def _module_hooks(network: nn.Module) -> tuple[str, ...]:
     return tuple(
         f"{name or 'the model'} ({type(part).__name__})"
         for name, part in network.named_modules()
-        if any(getattr(part, kind) for kind in kinds)
+        # fully_shard's own are no hooks of the user's.
+        if any(not _of_torch(hook) for kind in kinds for hook in getattr(part, kind).values())
     )
+
+
+def _of_torch(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def find_draws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:

@@ -48,6 +48,11 @@ class StepForward:
     def again(self, chunk: Any, ids: Tensor | None) -> Any:
         return self._run(chunk, ids, None)
 
+    def idle(self, chunk: Any) -> Any:
+        """A chunk that is run for other ranks' sake, on rows that another chunk brings."""
+        ids = None if self.row_ids is None else self.row_ids[:1]
+        return self._run(chunk, ids, None)
+
     def only_state(self, chunk: Any, ids: Tensor | None) -> None:
         """A chunk without a share of the loss: run only for what it makes of the state."""
         if self.state.kept:

@@ -22,7 +22,7 @@ from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import kept_magnitudes
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.handoff import hand_over, hooks_silenced
+from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
 from samegrad.exact.passes import StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import DrawSites, StepKey
@@ -85,6 +85,7 @@ class MappedStep:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
     ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
+        begin_step(self.declared.model)
         totals = self.totals(batch, layout, sizes, scaler, key)
         announce(Phase.HANDOFF)
         hand_over(self.declared.model, totals.parameters, totals.totals)

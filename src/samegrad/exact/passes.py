@@ -75,7 +75,8 @@ def single_pass(
     """Totals of a step whose loss is a sum over rows.
 
     ``shares[k]`` is chunk k's part of the loss: its rows or its count over the batch's for a mean, 1 for a sum. A
-    chunk whose share is 0 (no valid target) adds nothing; it is not run unless its forward changes state.
+    chunk whose share is 0 (no valid target) adds nothing; it is run only when its forward changes state or other
+    ranks wait for it.
     ``scale``: () float64, the loss scale. ``divisor``: what the shares were divided by, where that matters for narrow
     dtypes.
     """
@@ -99,9 +100,14 @@ def single_pass(
         body = program.single_pass_body(forward.first, loss_of_chunk, form, sums)
         gradients = sums_of(swapped)
         chunk_program = program.ChunkProgram(body, gradients)
+        idle = program.ChunkProgram(program.idle_body(forward.idle, _used_by(declared)), gradients)
         for index, (chunk, part) in enumerate(zip(chunks, parts_of(sizes), strict=True)):
             if shares[index] == 0:
-                forward.only_state(chunk, forward.ids(part))
+                if aliases.sharded:
+                    idle.bind(chunk)
+                    idle.run()
+                else:
+                    forward.only_state(chunk, forward.ids(part))
                 continue
             chunk_program.bind(chunk, forward.ids(part), weights[index], cotangents[index])
             chunk_program.run()
@@ -139,7 +145,8 @@ def two_passes(
     """Totals of a step with any loss of the outputs.
 
     ``chunks(sizes)`` yields the batch's chunks of these sizes from its first row on; it is asked for all of them and
-    then, without the last ``kept``, again. ``batch_for_loss`` is the whole batch as the loss is to see it.
+    then, without the last ``kept``, again. ``batch_for_loss`` is the whole batch as the loss is to see it. A chunk of
+    size 0 has rows that other chunks bring: it is run for the ranks that wait for it and adds nothing.
     """
     mismatches = torch.zeros((), dtype=torch.int64, device=declared.device)
     again = len(sizes) - kept
@@ -155,8 +162,15 @@ def two_passes(
             program.backward_of_rows(leaves, [None if c is None else c[part] for c in cotangents])
             gradients.fold()
         second = program.ChunkProgram(program.second_pass_body(forward.again, mismatches), gradients)
+        idle = program.ChunkProgram(
+            program.idle_body(forward.idle, lambda *_: [c is not None for c in cotangents]), gradients
+        )
         rows = [leaf.detach() for leaf in outputs.leaves()]
         for chunk, part in zip(chunks(sizes[:again]) if again else (), parts[:again], strict=True):
+            if part.start == part.stop:
+                idle.bind(chunk)
+                idle.run()
+                continue
             second.bind(
                 chunk, forward.ids(part), [leaf[part] for leaf in rows],
                 [None if c is None else c[part] for c in cotangents],
@@ -192,6 +206,9 @@ def _first_pass(
     again = len(sizes) - kept
     with as_in_first_pass(declared.device.type, first_pass):
         for index, (chunk, part) in enumerate(zip(chunks, parts_of(sizes), strict=True)):
+            if part.start == part.stop:
+                forward.idle(chunk)
+                continue
             if index and index < again:
                 body(chunk, forward.ids(part), [leaf[part] for leaf in outputs.leaves()])
                 continue
@@ -241,6 +258,22 @@ def _parameter(leaf: Tensor) -> nn.Parameter:
         found=f"the loss also depends on a plain tensor of shape {tuple(leaf.shape)} that requires grad",
         do="make it a torch.nn.Parameter, detach it, or run the step whole with rows=<the batch's rows>",
     )
+
+
+def _used_by(declared: DeclaredStep) -> Callable[[Any, Any], list[bool]]:
+    """Which output tensors of a chunk the loss depends on."""
+
+    def used(outputs: Any, chunk: Any) -> list[bool]:
+        leaves, spec = trees.flatten(outputs)
+        apart = [
+            leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
+        with torch.enable_grad():
+            loss = checked_loss(declared.loss_fn(trees.unflatten(apart, spec), chunk))
+        reached = {id(leaf) for leaf in losses.leaves_under(loss)}
+        return [id(leaf) in reached for leaf in apart if isinstance(leaf, Tensor)]
+
+    return used
 
 
 @contextlib.contextmanager

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
-from samegrad.exact import losses, program
+from samegrad.exact import collectives, losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.draw_probe import check_sites, find_sites
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
-from samegrad.exact.module_names import looked_at
+from samegrad.exact.module_names import entered, looked_at
+from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.state import StateRule
 from samegrad.exact.state_probe import StateProbe
 from samegrad.exact.step_draws import StepDraws
@@ -37,16 +38,14 @@ _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
 def refuse_known_layers(module: nn.Module) -> None:
     """Raises CannotSplit for layers whose kind alone forbids splitting in the mode they are in."""
-    for name, parameter in module.named_parameters():
-        # What fully_shard makes of a parameter; its hooks gather it in forward and would pass the chunks by.
-        if hasattr(parameter, "device_mesh"):
-            raise CannotSplit(
-                asked="split the rows of a step",
-                found=f"{name} is sharded over ranks (fully_shard, DTensor)",
-                do=f"{_WAYS_OUT}, or use DistributedDataParallel",
-            )
     for name, part in module.named_modules():
         kind = type(part).__name__
+        if kind == "FullyShardedDataParallel":
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{name or 'the model'} is a FullyShardedDataParallel, with parts of one flat parameter",
+                do=f"{_WAYS_OUT}, or shard with torch.distributed.fsdp.fully_shard",
+            )
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(
             part, nn.modules.instancenorm._InstanceNorm
         ):
@@ -108,10 +107,10 @@ class RowProbes:
     def draw_sites(self) -> DrawSites | None:
         """Where the model draws, None where it draws nothing. Raises CannotSplit naming what cannot be keyed by row."""
         versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
-        weights = [(n, p, p.detach().clone()) for n, p in self._declared.network.named_parameters()]
+        weights = [(n, p, local(p).clone()) for n, p in self._declared.network.named_parameters()]
 
         def first() -> None:
-            self._plain_forward()
+            self._forward_alone()
             _check_weights(weights)
             weights.clear()
             _check_untouched(versions)
@@ -127,6 +126,22 @@ class RowProbes:
             return find_sites(
                 self._declared.network, (first, second), (self._rows, fewer), self._generators, self._restored
             )
+
+    def _forward_alone(self) -> None:
+        """A forward that needs no other rank; ``fully_shard`` may gather its parameters."""
+        network = self._declared.network
+        sharded = any(is_sharded(p) for p in network.parameters())
+        running: list[str] = []
+        try:
+            with entered(network) as running, collectives.watched(*[collectives.GATHER_INTO_TENSOR] * sharded):
+                self._plain_forward()
+        except collectives.CollectiveSeen as seen:
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{running[-1] if running else 'the forward'} calls a collective ({seen}): it would see a chunk's "
+                "rows, and ranks with other chunk counts would wait for each other",
+                do=f"{_WAYS_OUT}, or move the collective into loss_fn, which sees all rows of this rank once a step",
+            ) from None
 
     def _plain_forward(self) -> None:
         self._declared.forward(self._declared.network, self._batch)
@@ -281,9 +296,9 @@ def _check_weights(weights: Sequence[tuple[str, Tensor, Tensor]]) -> None:
     """Raises CannotSplit, the weights as they were, when a forward changed some: set from its first batch, say."""
     changed = []
     for name, now, before in weights:
-        if not _same_bits(now.detach(), before):
+        if not _same_bits(local(now), before):
             changed.append(name)
-            now.detach().copy_(before)
+            local(now).copy_(before)
     if changed:
         raise CannotSplit(
             asked="split the rows of a step",

@@ -122,6 +122,34 @@ def single_pass_body(
     return body
 
 
+def idle_body(
+    forward: Callable[[Any], Any], used_by_loss: Callable[[Any, Any], Sequence[bool]]
+) -> Callable[[Any], None]:
+    """Body of a chunk of zero weight, run since other ranks wait for its collectives: ``(chunk,)``.
+
+    ``used_by_loss(outputs, chunk)``: for every output tensor whether the loss depends on it. Zeros go in where the
+    loss's gradient would, not through the loss, in which they can meet an infinity.
+    """
+
+    def body(chunk: Any) -> None:
+        announce(Phase.FORWARD)
+        outputs = forward(chunk)
+        used = used_by_loss(outputs, chunk)
+        live = [leaf for leaf, here in zip(tensors_in(outputs), used, strict=True) if here]
+        del outputs
+        announce(Phase.BACKWARD)
+        backward_of_nothing(live)
+
+    return body
+
+
+def backward_of_nothing(outputs: Sequence[Tensor]) -> None:
+    """Backward with zeros, for its hooks and collectives."""
+    live = [leaf for leaf in outputs if leaf.requires_grad]
+    if live:
+        backward_outside_autocast(live, [torch.zeros_like(leaf) for leaf in live])
+
+
 @dataclasses.dataclass
 class OutputRows:
     """The outputs of all chunks joined: row leaves of ``rows`` rows each, and what else the model returned."""

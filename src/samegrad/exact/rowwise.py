@@ -24,6 +24,7 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.row_map import RowCall
+from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.state import StateRule
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.trees import RowLayout
@@ -109,6 +110,11 @@ class Rowwise(nn.Module):
         return self._examined[key]
 
     def _examine(self, batch: Any, layout: RowLayout, split: bool) -> DrawSites | None:
+        refuse_sharded(
+            [self.module],
+            asked="run a function of rows in chunks that are recomputed in backward",
+            do="use Step(model, loss_fn, rows=...), whose chunks go through fully_shard's hooks",
+        )
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         probed = DeclaredStep(model=self.module, loss_fn=_no_loss, forward=self._rows_first, device=device)
         sites = None

@@ -23,13 +23,15 @@ from samegrad.exact.aliases import NARROW, GradientMagnitudes, GradientTotals, P
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.examine import Examination
 from samegrad.exact.forward import StepForward
-from samegrad.exact.handoff import hand_over
+from samegrad.exact.handoff import begin_step, hand_over
+from samegrad.exact.loop import with_idle_chunks
 from samegrad.exact.losses import Form
 from samegrad.exact.on_use import arriving
 from samegrad.exact.passes import GradientSums, StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import StepKey
 from samegrad.exact.shared_leaves import stood_in
+from samegrad.exact.sharded import ranks_of
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
@@ -119,9 +121,16 @@ class SplitStep:
             forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
             try:
                 totals = standing._summed(forward, batch, layout, sizes, scale)
-                self._check_untouched(generators, versions)
-                forward.state.check()
-                _check_repeated(totals)
+
+                def checked() -> tuple[None, int]:
+                    self._check_untouched(generators, versions)
+                    forward.state.check()
+                    _check_repeated(totals)
+                    return None, 0
+
+                ranks = ranks_of(self.declared.modules)
+                # A rank that raised alone would leave the others with gradients that it does not have.
+                checked() if ranks is None else ranks.together(checked)
             except BaseException:
                 loss_state.restore()
                 raise
@@ -132,35 +141,49 @@ class SplitStep:
     ) -> StepTotals:
         device = self.declared.device
         if self.examination.passes == 1:
-            shares = self._shares(batch, layout, sizes)
-            chunks = arriving_chunks(self.chunks(batch, layout, sizes, device))
+            shares = self._agreed_shares(batch, layout, sizes)
+            chunks = arriving_chunks(self._all_chunks(batch, layout, sizes))
             form = self.examination.form
             narrow = any(p.dtype in NARROW for p in self.aliases.parameters)
             by_rows = form is Form.ROW_MEAN or (self.examination.declared and self.declared.normalise == "mean")
             return passes.single_pass(
                 self.declared, self.aliases, forward, form, chunks, sizes, shares, scale, self.sums_of,
-                divisor=layout.rows if narrow and by_rows else 1.0,
+                # What is left of the divisor is this rank's own, and sharded gradients are summed over ranks by then.
+                divisor=layout.rows if narrow and by_rows and not self.aliases.sharded else 1.0,
             )  # fmt: skip
 
         def first_chunks(some: Sequence[int]) -> Iterable[Any]:
             rows = sum(some)
             head = trees.first_rows(batch, layout, rows)
-            return arriving_chunks(self.chunks(head, dataclasses.replace(layout, rows=rows), some, device))
+            return arriving_chunks(self._all_chunks(head, dataclasses.replace(layout, rows=rows), some))
 
         return passes.two_passes(
             self.declared, self.aliases, forward, arriving(batch, layout, device), first_chunks, sizes, scale,
             self.sums_of, first_pass=self.examination.first_pass, kept=min(self.kept, len(sizes)),
         )  # fmt: skip
 
+    def _all_chunks(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> Iterable[Any]:
+        if all(sizes):
+            return self.chunks(batch, layout, sizes, self.declared.device)
+        return with_idle_chunks(self.chunks, batch, layout, sizes, self.declared.device)
+
     def backward(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
     ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
+        begin_step(self.declared.model)
         totals = self.totals(batch, layout, sizes, scaler, key)
         announce(Phase.HANDOFF)
         totals.commit()
         hand_over(self.declared.model, totals.parameters, totals.totals)
         return totals.loss
+
+    def _agreed_shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:
+        ranks = ranks_of(self.declared.modules) if callable(self.declared.normalise) else None
+        if ranks is None:
+            return self._shares(batch, layout, sizes)
+        # A rank without a valid target raises, and the others wait in their first chunk.
+        return ranks.together(lambda: (self._shares(batch, layout, sizes), 0))[0]
 
     def _shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:
         if not self.examination.declared:
@@ -169,10 +192,10 @@ class SplitStep:
                 # A power of two, so that n / expected is exact in every dtype.
                 return [2.0 ** -round(math.log2(expected))] * len(sizes)
             mean = self.examination.form is Form.ROW_MEAN
-            return [size / layout.rows if mean else 1.0 for size in sizes]
+            return [size / layout.rows if mean else float(size > 0) for size in sizes]
         normalise = self.declared.normalise
         if normalise == "sum":
-            return [1.0] * len(sizes)
+            return [float(size > 0) for size in sizes]
         if normalise == "mean" or normalise is None or isinstance(normalise, str):
             return [size / layout.rows for size in sizes]
         return _counted_shares(normalise, batch, layout, sizes)
@@ -205,7 +228,7 @@ def _counted_shares(
 ) -> list[float]:
     counts, start = [], 0
     for size in sizes:
-        counts.append(normalise(trees.slice_rows(batch, layout, start, start + size)))
+        counts.append(normalise(trees.slice_rows(batch, layout, start, start + size)) if size else 0)
         start += size
     # One transfer for all chunks when the counts are device tensors.
     on_host = torch.stack([torch.as_tensor(c, dtype=torch.float64) for c in counts]).tolist()

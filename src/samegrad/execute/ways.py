@@ -22,6 +22,7 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.examine import (
     Examination,
     chosen_rows,
+    examine,
     examine_loss,
     examine_model,
     find_draws,
@@ -82,11 +83,14 @@ def find_ways(
     Raises FalseNormalise, and CannotSplit for what is not the model's: rows of the batch that require grad, parameters
     of a declared loss that cannot be held back, named segments that are none.
     """
+    if aliases.sharded:
+        refuse_sharded_segments(segments)
+        return Ways(examine(declared, aliases, batch, layout))
     refuse_batch_gradients(batch, layout)
     refusals = {}
     if segments is None:
         try:
-            model = examine_model(declared, aliases, batch, layout)
+            model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows))
         except CannotSplit as refused:
             refusal = refused
         else:
@@ -107,6 +111,15 @@ def find_ways(
                 raise
             refusals[lever.name] = refused.found
     return Ways(None, refusal, tuple(mapped), sites, refusals)
+
+
+def refuse_sharded_segments(segments: Sequence[str] | None) -> None:
+    if segments is not None:
+        raise CannotSplit(
+            asked=f"segments={list(segments)}",
+            found="parameters are sharded over ranks (fully_shard), whose hooks do not see parts run again in backward",
+            do="leave segments= out, or use DistributedDataParallel",
+        )
 
 
 def _mapping_levers(

@@ -18,6 +18,7 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
 from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.sharded import refuse_sharded
 from samegrad.records import Check, Exactness, Plan, Same, Verdict
 from samegrad.trees import RowLayout
 from samegrad.verify import tolerance
@@ -55,6 +56,12 @@ def verify_step(
     the batch has, or when the CPU is asked for and cannot be the reference.
     """
     started = time.perf_counter()
+    refuse_sharded(
+        step.declared.modules,
+        asked="verify a step against the plain step",
+        do="verify the same model before fully_shard is applied to it, on one process or under "
+        "DistributedDataParallel; gradients of sharded parameters exist only after they are reduced",
+    )
     layout = step.declared.layout(batch)
     asked = checked_rows(layout, rows)
     if reference not in (None, "device", "cpu"):
