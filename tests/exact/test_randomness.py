@@ -375,6 +375,33 @@ def test_what_rows_do_not_own_is_refused_by_name(name: str) -> None:
         sites_of(function).check_split()
 
 
+def gradient_of(outputs: Tensor, x: Tensor) -> Tensor:
+    x.grad = None
+    outputs.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    return x.grad
+
+
+def test_a_checkpoint_around_the_block_runs_the_block_again() -> None:
+    x, key = rows_of_batch().requires_grad_(), StepKey()
+
+    def block(values: Tensor) -> Tensor:
+        with keyed(key, torch.arange(ROWS), sites=LeadingRows()):
+            return F.dropout(F.dropout(values, 0.3) * 2, 0.3)
+
+    for reentrant in (False, True):
+        outputs = checkpoint(block, x, use_reentrant=reentrant)
+        gradient = gradient_of(outputs, x)
+        assert torch.equal(gradient == 0, outputs == 0)
+    # The twin with the fault: what runs again draws by itself.
+    again = checkpoint(
+        lambda values: F.dropout(values, 0.3) * block(values), x, use_reentrant=False, preserve_rng_state=False
+    )
+    assert not torch.equal(gradient_of(again, x) == 0, again == 0)
+    with pytest.raises(CannotSplit, match="checkpoint"), keyed(key, torch.arange(ROWS), sites=LeadingRows()):
+        checkpoint(F.dropout, x, use_reentrant=True)
+
+
 def test_a_draw_for_the_whole_batch_is_made_when_the_step_is_not_split() -> None:
     sites, x, key = sites_of(scaled_by_batch_draw), rows_of_batch(), StepKey()
     with pytest.raises(CannotSplit, match="no axis follows the rows"), keyed(key, torch.arange(5), sites=sites):

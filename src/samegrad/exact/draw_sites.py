@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 from typing import Protocol
 
 import torch
@@ -17,7 +16,6 @@ import torch
 from samegrad.errors import CannotSplit
 
 _WAY_OUT = "draw it outside the model and pass it in the batch"
-_CHECKPOINT_FILE = "torch/utils/checkpoint.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +126,6 @@ class Recorder:
         return [draw.shape for draw in self.draws]
 
     def place(self, call: int, function: str, shape: tuple[int, ...], rows: int) -> Place | None:
-        if _inside_checkpoint():
-            raise refused(
-                f"{function} (in torch.utils.checkpoint)",
-                f"draws {shape}: when it runs again in backward its mask would be another",
-                "take the checkpoint out of the model: chunks save memory in its place",
-            )
         self.draws.append(Site(function, shape, None))
         return None
 
@@ -186,12 +178,3 @@ def _site(first: Site, second: Site, rows: tuple[int, int]) -> Site:
 
 def _uncovered(function: str) -> CannotSplit:
     return refused(function, "draws random numbers and has no form that is keyed by rows")
-
-
-def _inside_checkpoint() -> bool:
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.replace("\\", "/").endswith(_CHECKPOINT_FILE):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
