@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,6 +117,24 @@ def test_every_split_and_order_draws_the_same_bits(name: str) -> None:
     with keyed(key, restarted[2], sites=sites):
         wrong = tensors(function(x[16:]))
     assert any(not torch.equal(mine, all_rows[16:]) for mine, all_rows in zip(wrong, whole))
+
+
+RANGES = [(-3, 4), (0, 2**31), (5, 2**31 + 9), (-(2**40), 2**40), (0, 2**63), (-(2**62), 2**62)]
+
+
+@pytest.mark.parametrize("low, high", RANGES)
+def test_whole_numbers_fill_their_range(low: int, high: int) -> None:
+    with keyed(torch.tensor(3), torch.arange(4000), sites=LeadingRows()):
+        values = torch.empty(4000, 4, dtype=torch.int64)
+        values.random_(*([low, high] if high < 2**63 else []))
+    share = (values.double() - low) / (high - low)
+    assert int(values.min()) >= low
+    assert int(values.max()) < high
+    assert abs(float(share.mean()) - 0.5 + 0.5 / (high - low)) < 5 / math.sqrt(12 * values.numel())
+    if high - low < 10:
+        counts = torch.bincount((values - low).flatten(), minlength=high - low).double()
+        expected = values.numel() / (high - low)
+        assert float(((counts - expected) ** 2 / expected).sum()) < high - low - 1 + 5 * math.sqrt(2 * (high - low))
 
 
 def perceptron() -> tuple[nn.Module, int]:

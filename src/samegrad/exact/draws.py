@@ -125,8 +125,10 @@ class Draw:
         span = high - low
         if span <= 2**31:
             return ((self.words() * span) >> philox.WORD_BITS) + low
-        wide = (self.words() << 30) | (self.words(plane=1) >> 2)
-        return (wide % span + low) if span < 2**63 else (wide << 2) | (self.words(plane=2) & 3)
+        if span > 2**63:
+            raise refused("torch.Tensor.random_", f"draws from {span} whole numbers, more than 63 bits name")
+        wide = (self.words() << 31) | (self.words(plane=1) >> 1)
+        return (wide % span if span < 2**63 else wide) + low
 
 
 def _runs_again_alone(entered_from: int) -> bool:
