@@ -433,6 +433,21 @@ def test_a_draw_for_the_whole_batch_is_made_when_the_step_is_not_split() -> None
     assert results[0].unique().numel() > 100
 
 
+@pytest.mark.parametrize("time_first", [False, True])
+def test_rows_flattened_after_time_show_when_a_few_rows_run_alone(time_first: bool) -> None:
+    axis = int(time_first)
+
+    def dropped(values: Tensor) -> Tensor:
+        flat = values.transpose(0, axis).flatten(0, 1)
+        return F.dropout(flat, 0.5).unflatten(0, (6, -1) if time_first else (-1, 6)).transpose(0, axis)
+
+    x, key, kept, sites = rows_of_batch(), StepKey(), torch.arange(1, ROWS, 2), sites_of(dropped)
+    sites.check_split()
+    (among,) = in_parts(dropped, x, key, sites, [torch.arange(ROWS)])
+    (alone,) = in_parts(dropped, x, key, sites, [kept])
+    assert torch.equal(among[kept], alone) == (not time_first)
+
+
 def test_a_generator_that_is_seeded_anew_is_left_to_draw() -> None:
     def projected(x: Tensor) -> Tensor:
         return F.dropout(x @ torch.randn(5, 2, generator=torch.Generator().manual_seed(3)), 0.2)

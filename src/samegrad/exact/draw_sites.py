@@ -20,7 +20,12 @@ _WAY_OUT = "draw it outside the model and pass it in the batch"
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The axis of a draw that holds the rows, ``multiple`` entries for each, one row after the other."""
+    """The axis of a draw that holds the rows, ``multiple`` entries for each, one row after the other.
+
+    A shape does not tell that order: time and rows flattened into one axis, time first, look the same and would be
+    drawn for the wrong rows. A few rows run alone then give other outputs than among others, so it is to be checked
+    once that they do not.
+    """
 
     axis: int
     multiple: int
