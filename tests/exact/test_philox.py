@@ -121,8 +121,12 @@ def test_elementary_functions_are_good_to_a_few_units() -> None:
     u = torch.rand(100_000, generator=generator, dtype=torch.float64).clamp_min(2.0**-53)
     eps = torch.finfo(torch.float64).eps
     for values in (u, u * 1e-15, u * 50):
+        assert torch.equal(elementary.log(values), torch.from_numpy(elementary.log(values.numpy())))
         torch.testing.assert_close(elementary.log(values), values.log(), rtol=4 * eps, atol=4 * eps)
     x = (u - 0.5) * 200
+    assert torch.equal(elementary.exp(x), torch.from_numpy(elementary.exp(x.numpy())))
+    for mine, numpys in zip(elementary.sine_and_cosine(u), elementary.sine_and_cosine(u.numpy())):
+        assert torch.equal(mine, torch.from_numpy(numpys))
     torch.testing.assert_close(elementary.exp(x), x.exp(), rtol=4 * eps, atol=0)
     sine, cosine = elementary.sine_and_cosine(u)
     torch.testing.assert_close(sine, (2 * math.pi * u).sin(), rtol=0, atol=8 * eps)

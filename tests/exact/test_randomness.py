@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,6 +117,24 @@ def test_every_split_and_order_draws_the_same_bits(name: str) -> None:
     with keyed(key, restarted[2], sites=sites):
         wrong = tensors(function(x[16:]))
     assert any(not torch.equal(mine, all_rows[16:]) for mine, all_rows in zip(wrong, whole))
+
+
+RANGES = [(-3, 4), (0, 2**31), (5, 2**31 + 9), (-(2**40), 2**40), (0, 2**63), (-(2**62), 2**62)]
+
+
+@pytest.mark.parametrize("low, high", RANGES)
+def test_whole_numbers_fill_their_range(low: int, high: int) -> None:
+    with keyed(torch.tensor(3), torch.arange(4000), sites=LeadingRows()):
+        values = torch.empty(4000, 4, dtype=torch.int64)
+        values.random_(*([low, high] if high < 2**63 else []))
+    share = (values.double() - low) / (high - low)
+    assert int(values.min()) >= low
+    assert int(values.max()) < high
+    assert abs(float(share.mean()) - 0.5 + 0.5 / (high - low)) < 5 / math.sqrt(12 * values.numel())
+    if high - low < 10:
+        counts = torch.bincount((values - low).flatten(), minlength=high - low).double()
+        expected = values.numel() / (high - low)
+        assert float(((counts - expected) ** 2 / expected).sum()) < high - low - 1 + 5 * math.sqrt(2 * (high - low))
 
 
 def perceptron() -> tuple[nn.Module, int]:
@@ -375,6 +394,33 @@ def test_what_rows_do_not_own_is_refused_by_name(name: str) -> None:
         sites_of(function).check_split()
 
 
+def gradient_of(outputs: Tensor, x: Tensor) -> Tensor:
+    x.grad = None
+    outputs.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    return x.grad
+
+
+def test_a_checkpoint_around_the_block_runs_the_block_again() -> None:
+    x, key = rows_of_batch().requires_grad_(), StepKey()
+
+    def block(values: Tensor) -> Tensor:
+        with keyed(key, torch.arange(ROWS), sites=LeadingRows()):
+            return F.dropout(F.dropout(values, 0.3) * 2, 0.3)
+
+    for reentrant in (False, True):
+        outputs = checkpoint(block, x, use_reentrant=reentrant)
+        gradient = gradient_of(outputs, x)
+        assert torch.equal(gradient == 0, outputs == 0)
+    # The twin with the fault: what runs again draws by itself.
+    again = checkpoint(
+        lambda values: F.dropout(values, 0.3) * block(values), x, use_reentrant=False, preserve_rng_state=False
+    )
+    assert not torch.equal(gradient_of(again, x) == 0, again == 0)
+    with pytest.raises(CannotSplit, match="checkpoint"), keyed(key, torch.arange(ROWS), sites=LeadingRows()):
+        checkpoint(F.dropout, x, use_reentrant=True)
+
+
 def test_a_draw_for_the_whole_batch_is_made_when_the_step_is_not_split() -> None:
     sites, x, key = sites_of(scaled_by_batch_draw), rows_of_batch(), StepKey()
     with pytest.raises(CannotSplit, match="no axis follows the rows"), keyed(key, torch.arange(5), sites=sites):
@@ -385,6 +431,21 @@ def test_a_draw_for_the_whole_batch_is_made_when_the_step_is_not_split() -> None
             results.append(scaled_by_batch_draw(x))
     assert torch.equal(results[0], results[1])
     assert results[0].unique().numel() > 100
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_rows_flattened_after_time_show_when_a_few_rows_run_alone(time_first: bool) -> None:
+    axis = int(time_first)
+
+    def dropped(values: Tensor) -> Tensor:
+        flat = values.transpose(0, axis).flatten(0, 1)
+        return F.dropout(flat, 0.5).unflatten(0, (6, -1) if time_first else (-1, 6)).transpose(0, axis)
+
+    x, key, kept, sites = rows_of_batch(), StepKey(), torch.arange(1, ROWS, 2), sites_of(dropped)
+    sites.check_split()
+    (among,) = in_parts(dropped, x, key, sites, [torch.arange(ROWS)])
+    (alone,) = in_parts(dropped, x, key, sites, [kept])
+    assert torch.equal(among[kept], alone) == (not time_first)
 
 
 def test_a_generator_that_is_seeded_anew_is_left_to_draw() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 from typing import Protocol
 
 import torch
@@ -17,12 +16,16 @@ import torch
 from samegrad.errors import CannotSplit
 
 _WAY_OUT = "draw it outside the model and pass it in the batch"
-_CHECKPOINT_FILE = "torch/utils/checkpoint.py"
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The axis of a draw that holds the rows, ``multiple`` entries for each, one row after the other."""
+    """The axis of a draw that holds the rows, ``multiple`` entries for each, one row after the other.
+
+    A shape does not tell that order: time and rows flattened into one axis, time first, look the same and would be
+    drawn for the wrong rows. A few rows run alone then give other outputs than among others, so it is to be checked
+    once that they do not.
+    """
 
     axis: int
     multiple: int
@@ -128,12 +131,6 @@ class Recorder:
         return [draw.shape for draw in self.draws]
 
     def place(self, call: int, function: str, shape: tuple[int, ...], rows: int) -> Place | None:
-        if _inside_checkpoint():
-            raise refused(
-                f"{function} (in torch.utils.checkpoint)",
-                f"draws {shape}: when it runs again in backward its mask would be another",
-                "take the checkpoint out of the model: chunks save memory in its place",
-            )
         self.draws.append(Site(function, shape, None))
         return None
 
@@ -186,12 +183,3 @@ def _site(first: Site, second: Site, rows: tuple[int, int]) -> Site:
 
 def _uncovered(function: str) -> CannotSplit:
     return refused(function, "draws random numbers and has no form that is keyed by rows")
-
-
-def _inside_checkpoint() -> bool:
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.replace("\\", "/").endswith(_CHECKPOINT_FILE):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

@@ -7,6 +7,7 @@ as masks, whole numbers or numbers of a distribution.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from samegrad.exact import keyed_ops as keyed_ops  # registers torch.ops.samegrad
 from samegrad.exact import philox
-from samegrad.exact.draw_sites import Sites
+from samegrad.exact.draw_sites import Sites, refused
 
 # How many random bits a uniform number of a dtype has: all of them are numbers below one.
 _UNIFORM_BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -55,18 +56,33 @@ class StepKey:
             return self._on[device]
 
 
-class Draws:
-    """The draws of one run on rows ``ids`` (n,) int64, counted from 0. ``stream``: 0 to 255."""
+def caller_id(levels: int) -> int:
+    """Identity of the frame ``levels`` above the caller's, for as long as that frame runs. Compilers see no frames."""
+    return 0 if torch.compiler.is_compiling() else id(sys._getframe(levels + 1))
 
-    def __init__(self, key: StepKey | Tensor, ids: Tensor, sites: Sites, stream: int) -> None:
+
+class Draws:
+    """The draws of one run on rows ``ids`` (n,) int64, counted from 0. ``stream``: 0 to 255.
+
+    ``entered_from`` is the ``caller_id`` of whoever runs the block, and runs all of it when it runs it again.
+    """
+
+    def __init__(self, key: StepKey | Tensor, ids: Tensor, sites: Sites, stream: int, entered_from: int) -> None:
         if not 0 <= stream <= philox.LARGEST_STREAM:
             raise ValueError(f"stream is 0 to {philox.LARGEST_STREAM}, not {stream}")
         self._key, self._ids, self.sites, self._stream = key, ids, sites, stream
+        self._entered_from = entered_from
         self.calls = 0
 
     def next(self, function: str, shape: Sequence[int], device: torch.device) -> Draw:
         """The next draw: of ``shape``, made by ``function``. Raises CannotSplit where its rows cannot be told."""
         sizes = tuple(shape)
+        if not torch.compiler.is_compiling() and _runs_again_alone(self._entered_from):
+            raise refused(
+                f"{function} (in torch.utils.checkpoint)",
+                f"draws {sizes}: when that part runs again in backward it would draw something else",
+                "take the checkpoint out of the model: chunks save memory in its place",
+            )
         place = self.sites.place(self.calls, function, sizes, self._ids.shape[0])
         key = self._key.tensor(device) if isinstance(self._key, StepKey) else self._key.to(device)
         if place is None:
@@ -120,7 +136,17 @@ class Draw:
         span = high - low
         if span <= 2**31:
             return ((self.words() * span) >> philox.WORD_BITS) + low
-        wide = (self.words() << 30) | (self.words(plane=1) >> 2)
-        return (wide % span + low) if span < 2**63 else (wide << 2) | (self.words(plane=2) & 3)
+        if span > 2**63:
+            raise refused("torch.Tensor.random_", f"draws from {span} whole numbers, more than 63 bits name")
+        wide = (self.words() << 31) | (self.words(plane=1) >> 1)
+        return (wide % span if span < 2**63 else wide) + low
 
 
+def _runs_again_alone(entered_from: int) -> bool:
+    """Whether a checkpoint lies between here and who entered the block: it would run this again without the block."""
+    frame = sys._getframe(2)
+    while frame is not None and id(frame) != entered_from:
+        if frame.f_code.co_filename.replace("\\", "/").endswith("torch/utils/checkpoint.py"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

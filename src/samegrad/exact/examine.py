@@ -57,8 +57,12 @@ class Examination:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFindings:
-    """What was found of a model whose rows can be split: its outputs on the probe rows ``few``, and how it runs."""
+    """What was found of a model whose rows can be split: its outputs on the probe rows ``few``, and how it runs.
 
+    ``aliases``: with stand-ins for leaves of the batch that all rows share.
+    """
+
+    aliases: ParameterAliases
     outputs: Any
     few: Any
     layout: RowLayout
@@ -77,7 +81,7 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
     ranks = ranks_of(declared.modules)
     if ranks is None:
         refuse_batch_gradients(batch, layout)
-        return examine_loss(declared, aliases, examine_model(declared, aliases, batch, layout, rows))
+        return examine_loss(declared, examine_model(declared, aliases, batch, layout, rows))
 
     def at_sight() -> tuple[None, int]:
         refuse_batch_gradients(batch, layout)
@@ -86,7 +90,7 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
         return None, -rows
 
     def tried() -> tuple[Examination, int]:
-        found = examine_loss(declared, aliases, examine_model(declared, aliases, batch, layout, -negative))
+        found = examine_loss(declared, examine_model(declared, aliases, batch, layout, -negative))
         return found, found.passes
 
     _, negative = ranks.together(at_sight)
@@ -117,7 +121,7 @@ def examine_model(
         found = probes.run(others, few_layout)
         forward = StepForward.of(declared, rows, probes.draws, found.rules)
         first_pass = _first_pass(aliases, forward, few, declared.device)
-    return ModelFindings(found.outputs, few, few_layout, first_pass, found.sites, found.rules)
+    return ModelFindings(aliases, found.outputs, few, few_layout, first_pass, found.sites, found.rules)
 
 
 def _first_pass(aliases: ParameterAliases, forward: StepForward, few: Any, device: torch.device) -> FirstPass:
@@ -135,11 +139,11 @@ def _first_pass(aliases: ParameterAliases, forward: StepForward, few: Any, devic
     return FirstPass.WITHOUT_GRAPH if same_rows(with_graph, without_graph) else FirstPass.WITH_GRAPH
 
 
-def examine_loss(declared: DeclaredStep, aliases: ParameterAliases, model: ModelFindings) -> Examination:
+def examine_loss(declared: DeclaredStep, model: ModelFindings) -> Examination:
     """One pass or two, by the loss of the probe rows. Raises CannotSplit or FalseNormalise."""
     with undisturbed(declared.modules, declared.device) as (_, state):
-        examination = _of_loss(declared, aliases, model, state)
-        if aliases.sharded and examination.passes == 1:
+        examination = _of_loss(declared, model, state)
+        if model.aliases.sharded and examination.passes == 1:
             examination = _per_rank(declared, examination, model)
     return dataclasses.replace(
         examination, module_hooks=_module_hooks(declared.network), first_pass=model.first_pass, sites=model.sites,
@@ -147,10 +151,8 @@ def examine_loss(declared: DeclaredStep, aliases: ParameterAliases, model: Model
     )  # fmt: skip
 
 
-def _of_loss(
-    declared: DeclaredStep, aliases: ParameterAliases, model: ModelFindings, state: ModuleState
-) -> Examination:
-    outputs, few, layout = model.outputs, model.few, model.layout
+def _of_loss(declared: DeclaredStep, model: ModelFindings, state: ModuleState) -> Examination:
+    aliases, outputs, few, layout = model.aliases, model.outputs, model.few, model.layout
     try:
         with collectives.watched():
             if aliases.sharded:

@@ -12,18 +12,21 @@ position ``e`` of (before, inner) in row-major order. Registered when this modul
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from samegrad.exact import elementary, philox
+from samegrad.exact.elementary import Array
 
 _library: Any = cast(Any, torch.library.Library)("samegrad", "DEF")
 _WHERE = "Tensor key, Tensor ids, int stream, int call, SymInt before, SymInt inner"
 
 # Elements whose float64 work stays in a core's cache.
-_STRETCH = 32768
+_STRETCH = 16384
 
 
 def _on_host(words: Any, before: int, inner: int) -> Tensor:
@@ -72,62 +75,82 @@ def _dropout_cuda(
 
 
 def _scaled(values: Tensor, keep: Tensor, drop: float) -> Tensor:
-    # Named for what torch uses it for: values * keep * scale in one kernel, differentiable twice.
+    if not values.is_cuda:
+        return values * keep * (1 / (1 - drop))
+    # Named for what torch uses it for: the same product in one kernel, differentiable twice.
     scaled: Tensor = torch.ops.aten.native_dropout_backward(values, keep, 1 / (1 - drop))
     return scaled
 
 
-def _numbers(
+def _numbers_cpu(
     key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, distribution: str, scale: float,
     shift: float,
 ) -> Tensor:  # fmt: skip
-    planes = 4 if distribution in ("normal", "log_normal") else 2
-    words = [_words(key, ids, stream, call, before, inner, plane) for plane in range(planes)]
-    stretch = _STRETCH if ids.is_cpu else max(words[0].numel(), 1)
-    stretches = zip(*(torch.split(plane.flatten(), stretch) for plane in words))
-    numbers = [_DISTRIBUTIONS[distribution](part, scale, shift) for part in stretches]
-    return torch.cat(numbers).view(before, len(ids), inner)
+    planes = [
+        philox.keyed_words(int(key), ids.numpy(), stream, call, plane, before * inner).ravel()
+        for plane in range(_planes(distribution))
+    ]
+    numbers = np.empty(planes[0].size)
+    for start in range(0, numbers.size, _STRETCH):
+        part = slice(start, start + _STRETCH)
+        words = [plane[part].astype(np.int64) for plane in planes]
+        numbers[part] = _DISTRIBUTIONS[distribution](words, scale, shift)
+    return _on_host(numbers.reshape(len(ids), before * inner), before, inner)
 
 
-def _words(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, plane: int) -> Tensor:
-    compute = _words_cpu if ids.is_cpu else _words_cuda
-    return compute(key, ids, stream, call, before, inner, plane)
+def _numbers_cuda(
+    key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, distribution: str, scale: float,
+    shift: float,
+) -> Tensor:  # fmt: skip
+    words = [_words_cuda(key, ids, stream, call, before, inner, plane) for plane in range(_planes(distribution))]
+    numbers: Tensor = _DISTRIBUTIONS[distribution](words, scale, shift)
+    return numbers
 
 
-def _uniform(words: tuple[Tensor, ...], scale: float, shift: float) -> Tensor:
-    return _fraction(*words[:2]).mul_(scale).add_(shift)
+def _planes(distribution: str) -> int:
+    return 4 if distribution in ("normal", "log_normal") else 2
 
 
-def _normal(words: tuple[Tensor, ...], scale: float, shift: float) -> Tensor:
+# Words are int64 arrays below 2**32, numpy's or torch's, one for each plane. Results are float64.
+
+
+def _uniform(words: Sequence[Array], scale: float, shift: float) -> Array:
+    return _fraction(*words) * scale + shift
+
+
+def _normal(words: Sequence[Array], scale: float, shift: float) -> Array:
     # Box and Muller 1958, one of the two numbers, so that an element needs no neighbour.
-    radius = elementary.log(_open_fraction(*words[:2])).mul_(-2).sqrt_()
-    return elementary.sine_and_cosine(_fraction(*words[2:]))[1].mul_(radius).mul_(scale).add_(shift)
+    square = elementary.log(_open_fraction(*words[:2])) * -2
+    cosine = elementary.sine_and_cosine(_fraction(*words[2:]))[1]
+    return elementary.library_of(square).sqrt(square) * cosine * scale + shift
 
 
-def _log_normal(words: tuple[Tensor, ...], scale: float, shift: float) -> Tensor:
+def _log_normal(words: Sequence[Array], scale: float, shift: float) -> Array:
     return elementary.exp(_normal(words, scale, shift))
 
 
-def _exponential(words: tuple[Tensor, ...], scale: float, shift: float) -> Tensor:
-    return elementary.log(_open_fraction(*words)).mul_(-scale).add_(shift)
+def _exponential(words: Sequence[Array], scale: float, shift: float) -> Array:
+    return elementary.log(_open_fraction(*words)) * -scale + shift
 
 
-def _cauchy(words: tuple[Tensor, ...], scale: float, shift: float) -> Tensor:
-    sine, cosine = elementary.sine_and_cosine(_open_fraction(*words).mul_(0.5))
-    return (-cosine / sine).mul_(scale).add_(shift)
+def _cauchy(words: Sequence[Array], scale: float, shift: float) -> Array:
+    sine, cosine = elementary.sine_and_cosine(_open_fraction(*words) * 0.5)
+    return -cosine / sine * scale + shift
 
 
-def _fraction(high: Tensor, low: Tensor) -> Tensor:
+def _fraction(high: Array, low: Array) -> Array:
     """Multiples of 2**-53 in [0, 1)."""
-    return ((high << 21) | (low >> 11)).to(torch.float64).mul_(2.0**-53)
+    bits = (high << 21) | (low >> 11)
+    return elementary.cast(bits, elementary.library_of(bits).float64) * 2.0**-53
 
 
-def _open_fraction(high: Tensor, low: Tensor) -> Tensor:
+def _open_fraction(high: Array, low: Array) -> Array:
     """Odd multiples of 2**-53 in (0, 1): neither log 0 nor log 1."""
-    return ((high << 20) | (low >> 12)).to(torch.float64).add_(0.5).mul_(2.0**-52)
+    bits = (high << 20) | (low >> 12)
+    return (elementary.cast(bits, elementary.library_of(bits).float64) + 0.5) * 2.0**-52
 
 
-_DISTRIBUTIONS = {
+_DISTRIBUTIONS: dict[str, Callable[[Sequence[Array], float, float], Array]] = {
     "uniform": _uniform,
     "normal": _normal,
     "log_normal": _log_normal,
@@ -166,7 +189,7 @@ def _register() -> None:
         ("keyed_words", _words_cpu, _words_cuda),
         ("keyed_keep", _keep_cpu, _keep_cuda),
         ("keyed_dropout", _dropout_cpu, _dropout_cuda),
-        ("keyed_numbers", _numbers, _numbers),
+        ("keyed_numbers", _numbers_cpu, _numbers_cuda),
     ):
         _library.impl(name, on_cpu, "CPU")
         _library.impl(name, on_cuda, "CUDA")

@@ -34,7 +34,7 @@ _Lanes = npt.NDArray[np.uint64]
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(WORD_BITS)
 # Counters worked on at a time: their lanes of 8 bytes, about eight of them, stay in a core's cache.
-_TILE_COUNTERS = 16384
+_TILE_COUNTERS = 8192
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _launch(
     before, inner = layout
     rows, elements = len(ids), before * inner
     counters = -(-elements // 4)
-    if rows * counters >= 2**31:
+    if rows * counters > 2**31 - 2 * _TILE_COUNTERS:
         raise ValueError(f"a draw of {rows} x {elements} numbers is more than one kernel counts")
     grid = (triton.cdiv(rows * counters, _TILE_COUNTERS),)
     with _device_of(ids):

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from samegrad.exact import drawn_layers, drawn_values
 from samegrad.exact.draw_sites import DrawSites, LeadingRows, Recorder, Sites, learn_sites
-from samegrad.exact.draws import Draws, StepKey
+from samegrad.exact.draws import Draws, StepKey, caller_id
 
 __all__ = ["DrawSites", "LeadingRows", "Recorder", "StepKey", "keyed", "learn_sites", "recording"]
 
@@ -59,7 +59,8 @@ def keyed(
     Raises CannotSplit for a draw that cannot be keyed by rows, and at the end if it drew more or less often than when
     its sites were learnt.
     """
-    draws = Draws(key, row_ids, sites, stream)
+    # Above this generator is contextlib, and above that who runs the block.
+    draws = Draws(key, row_ids, sites, stream, caller_id(2))
     draws.calls = first_call or 0
     with _KeyedDraws(draws):
         yield draws
@@ -72,7 +73,7 @@ def recording() -> Iterator[Recorder]:
     """A block whose draws are recorded for ``learn_sites``. It draws numbers of key 0; generators are left alone."""
     recorder = Recorder()
     nothing = torch.zeros((), dtype=torch.int64)
-    with _KeyedDraws(Draws(nothing, nothing.new_empty(0), recorder, 0)):
+    with _KeyedDraws(Draws(nothing, nothing.new_empty(0), recorder, 0, caller_id(2))):
         yield recorder
 
 

@@ -94,7 +94,7 @@ def find_ways(
         except CannotSplit as refused:
             refusal = refused
         else:
-            examination = examine_loss(declared, aliases, model)
+            examination = examine_loss(declared, model)
             return Ways(examination, sites=examination.sites, refusals={Segments.name: "not needed: rows split through the whole model"})
     else:
         refusal = CannotSplit(
