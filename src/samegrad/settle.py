@@ -305,10 +305,11 @@ def settle(
     tried: list[str] = []
     for plan in choose_plan(footprint, options, budget):
         with applied(plan, declared, layout.rows) as execution:
-            chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
-        if chunked is None or execution.sizes is None:
+            sizes = execution.sizes
+        if sizes is None or (len(sizes) < 2 and execution.scheme is None):
             return plan, footprint, None
-        rows = max(execution.sizes)
+        chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
+        rows = max(sizes)
         # A graph that is kept shows beside one that is not.
         chunks = max(_MEASURED_CHUNKS[budget.counting], execution.kept_chunks + 2 if execution.kept_chunks else 0)
         shown = min(chunks * rows, layout.rows)

@@ -172,18 +172,25 @@ class Step:
         return self._execution(batch, layout).sizes or (layout.rows,)
 
     def split_for(self, batch: Any, layout: RowLayout) -> ChunkedStep:
-        """What runs batches like this one in chunks under the plan, examined on its first rows. Raises CannotSplit."""
-        chunked = self._chunked(self._execution(batch, layout), batch, layout)
-        if chunked is None:
-            raise UsageError(asked="a step in chunks", found="the plan runs it whole", do="give rows= or a budget")
-        return chunked
+        """What runs batches like this one in chunks under the plan, examined on its first rows. Raises CannotSplit.
+
+        Where the plan runs whole: what would run it in chunks.
+        """
+        execution = self._execution(batch, layout)
+        if execution.scheme is None and (execution.sizes is None or len(execution.sizes) < 2):
+            execution = dataclasses.replace(execution, sizes=(1,) * layout.rows)
+        return chunked_step(execution, self._aliases, self._ways_for(batch, layout), self._chunks)
 
     def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
         """The draws of the next step: the same for every plan."""
         key = (layout.signature(batch), self.declared.mode())
         if key not in self._draws:
             known = self._ways.get(key)
-            self._draws[key] = find_draws(self.declared, batch, layout) if known is None else known.sites
+            if known is not None:
+                self._draws[key] = known.sites
+            else:
+                # Sharded steps that draw are not split; what a whole one draws is the plain step's own.
+                self._draws[key] = None if self._aliases.sharded else find_draws(self.declared, batch, layout)
         return StepDraws(self._draws[key])
 
     def _chunked(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep | None:
@@ -270,8 +277,9 @@ class Step:
         if isinstance(rows, int) and rows >= layout.rows:
             return Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=layout.rows)
         levers: dict[str, dict[str, Any]] = {"host_rows": {}, "split_rows": {"rows": rows}}
-        ways = self._ways_for(batch, layout)
-        if ways.by_rows is None:
+        # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
+        ways = None if self._aliases.sharded else self._ways_for(batch, layout)
+        if ways is not None and ways.by_rows is None:
             if not ways.mapped:
                 assert ways.refusal is not None
                 raise ways.refusal

@@ -21,7 +21,7 @@ from samegrad.exact.audit import audit
 from samegrad.exact.forward import StepForward
 from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.passes import FirstPass, as_in_first_pass
-from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach, refuse_known_layers, same_rows
+from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, check_reach, refuse_known_layers, same_rows
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import is_sharded, ranks_of, refuse_unsafe, reshard
 from samegrad.exact.shared_leaves import stood_in
@@ -119,9 +119,22 @@ def examine_model(
     with undisturbed(declared.modules, declared.device) as (generators, state):
         probes = RowProbes(declared, few, few_layout, generators, state)
         found = probes.run(others, few_layout)
+        if aliases.sharded:
+            _refuse_beside_shards(found)
         forward = StepForward.of(declared, rows, probes.draws, found.rules)
         first_pass = _first_pass(aliases, forward, few, declared.device)
     return ModelFindings(aliases, found.outputs, few, few_layout, first_pass, found.sites, found.rules)
+
+
+def _refuse_beside_shards(found: Findings) -> None:
+    if found.sites is None and not found.rules:
+        return
+    what = "draws random numbers" if found.sites is not None else f"changes {found.rules[0].name}"
+    raise CannotSplit(
+        asked="split the rows of a step whose parameters are sharded",
+        found=f"the forward {what}, which chunks of zero weight on some ranks would do as well",
+        do="run the step whole (rows=<the batch's rows>), or use DistributedDataParallel",
+    )
 
 
 def _first_pass(aliases: ParameterAliases, forward: StepForward, few: Any, device: torch.device) -> FirstPass:

@@ -26,15 +26,13 @@ def applied(plan: Plan, declared: DeclaredStep, batch_rows: int) -> Iterator[Exe
 
 def chunked_step(
     execution: Execution, aliases: ParameterAliases, ways: Ways, chunks: Chunks
-) -> ChunkedStep | None:
-    """What runs ``execution`` in chunks, or None where it is the plain call. ``chunks`` brings rows to the device.
+) -> ChunkedStep:
+    """What runs ``execution`` in chunks. ``chunks`` brings rows to the device.
 
     Raises CannotSplit when the step was examined and cannot run that way.
     """
     if execution.scheme is not None:
         return MappedStep(execution.declared, aliases, ways.mapped_examination(), execution.scheme)
-    if execution.sizes is None or len(execution.sizes) < 2:
-        return None
     if ways.by_rows is None:
         assert ways.refusal is not None
         raise ways.refusal
