@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import samegrad as sg
@@ -155,6 +157,43 @@ def raised(run: Callable[[], Any]) -> str:
     return "nothing was raised"
 
 
+def in_bfloat16(rank: int, kind: str) -> dict[str, Any]:
+    """Distances to float64, of ours and of plain fully_shard, in the parameters' own or in the compute dtype."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    dtype, options = (torch.bfloat16, {}) if kind == "parameters" else (torch.float32, {"mp_policy": policy})
+    counts, at_a_time = CUTS["5 chunks and 3"]
+    rows = {k: v.to(dtype) if v.is_floating_point() else v for k, v in zoo.batch().items()}
+    mine = trees.move(rows_of(rows, rank, counts), here())
+    ours, plain = (sharded(Net().to(dtype), **options) for _ in range(2))
+    step = sg.Step(ours, in_float, rows=at_a_time[rank], forward=zoo.forward)
+    step.backward(mine)
+    in_float(zoo.forward(plain, mine), mine).backward()
+    oracle, sizes = zip(*[in_float64(rows, dtype, r, counts) for r in range(len(counts))])
+    exact = [torch.stack(g).mean(0) for g in zip(*oracle)]
+    scale = torch.cat([torch.stack(s).mean(0).flatten() for s in zip(*sizes)]).norm()
+    distances = []
+    for model in (ours, plain):
+        pairs = zip(model.parameters(), exact)
+        parts = [(p.grad.full_tensor().cpu().double() - g).flatten() for p, g in pairs]  # type: ignore[union-attr]
+        distances.append(float(torch.cat(parts).norm() / scale))
+    passes = step.split_for(mine, step.declared.layout(mine)).examination.passes
+    return {"ours": distances[0], "plain": distances[1], "passes": passes}
+
+
+def in_float(z: Tensor, b: Rows) -> Tensor:
+    kind = torch.promote_types(z.dtype, torch.float32)
+    return F.mse_loss(z.to(kind), b["t"].to(kind))
+
+
+def in_float64(rows: Rows, dtype: torch.dtype, rank: int, counts: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    """The gradient and Σ_k |g_k| of a rank's rows, from the same cast weights and rows."""
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in rows_of(rows, rank, counts).items()}
+    network = Net().to(dtype).double()
+    split, layout = zoo.split_step(network, in_float, wide)
+    totals = split.totals(wide, layout, [1] * layout.rows)
+    return totals.totals, totals.magnitudes or []
+
+
 def transaction(rank: int) -> dict[str, Any]:
     """A loss that fails in its third chunk leaves gradients as they were, and the next step is right."""
     counts, at_a_time = CUTS["5 chunks and 3"]
@@ -232,6 +271,7 @@ class Meeting(nn.Module):
 
 def _rank(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {f"{name}, {cut}": compared(name, cut, rank) for name in STEPS for cut in CUTS}
+    found["bfloat16"] = {kind: in_bfloat16(rank, kind) for kind in ("parameters", "compute")}
     return {**found, "planted": planted(rank), "transaction": transaction(rank), "refusals": refusals(rank)}
 
 
@@ -256,6 +296,15 @@ def test_sharded_gradients_are_those_of_one_process_and_of_the_plain_step(
 
 def test_forgotten_shares_are_outside_the_contract(found: list[dict[str, Any]]) -> None:
     assert all(rank["planted"] > 1e6 for rank in found)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "compute"])
+def test_bfloat16_is_no_further_from_float64_than_the_plain_step(found: list[dict[str, Any]], kind: str) -> None:
+    for rank in found:
+        step = rank["bfloat16"][kind]
+        assert step["passes"] == 1
+        allowed = tolerance.NOISE_RATIO * step["plain"] + tolerance.norm_allowed(torch.float32)
+        assert 0 < step["ours"] <= allowed
 
 
 def test_a_failed_step_leaves_gradients_as_they_were(found: list[dict[str, Any]]) -> None:
@@ -295,7 +344,11 @@ def test_what_one_rank_raises_all_raise(found: list[dict[str, Any]], name: str) 
 
 
 def _four(rank: int) -> dict[str, Any]:
-    return {f"{name}, {cut}": compared(name, cut, rank) for name in ("mean", "contrastive") for cut in CUTS}
+    replicas = sharded(Net(), mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
+    counts, at_a_time = [9, 8, 7, 5], [2, 3, 2, 64]
+    step_for(replicas, "count declared", at_a_time[rank]).backward(rows_of(zoo.batch(), rank, counts))
+    found = {"replicas": {"error": error(replicas, reference("count declared", counts)), "parameters": 0.0}}
+    return found | {f"{name}, {cut}": compared(name, cut, rank) for name in ("mean", "contrastive") for cut in CUTS}
 
 
 @pytest.mark.slow

@@ -21,12 +21,13 @@ _WHOLE = "run the step whole (rows=<the batch's rows>)"
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh")
+    # A class that is not imported unless it is used, and asked for often: a module that never was has no instances.
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, detached; any other tensor detached."""
-    # Of a class that is not imported unless it is used.
     part: Any = tensor
     detached: Tensor = part.to_local().detach() if is_sharded(tensor) else tensor.detach()
     return detached
