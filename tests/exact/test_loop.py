@@ -240,6 +240,7 @@ def refusals(rank: int) -> dict[str, str]:
     tried("no sync", unsynced)
     model = sharded(Net())
     tried("loss", model, loss=lambda z, b: (z * model.scale).pow(2).mean())
+    tried("loss after a collective", model, loss=lambda z, b: (counted(z) * model.scale).pow(2).mean())
     tried("budget", model, rows=None, budget="1GiB")
     empty = {key: value[:0] for key, value in rows.items()}
     tried("one rank's batch", model, batch=rows if rank == 0 else empty)
@@ -254,6 +255,39 @@ def refusals(rank: int) -> dict[str, str]:
     step.backward(rows)
     found["after all of them"] = "right" if error(model, reference("mean", CUTS["equal"][0])) <= 1 else "wrong"
     return found
+
+
+def counted(z: Tensor) -> Tensor:
+    rows = torch.tensor(float(len(z)), dtype=z.dtype)
+    dist.all_reduce(rows)
+    return z / rows
+
+
+class TwoHeads(nn.Module):
+    """A second output that the loss leaves alone: its head has no gradient, in chunks of zero weight neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.other = zoo.mlp(), nn.Linear(zoo.CLASSES, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.body(x)
+        return {"other": self.other(z), "z": z}
+
+
+def two_heads(rank: int, name: str) -> dict[str, Any]:
+    counts, at_a_time = CUTS["6 chunks and 2 rows"]
+    model, plain = sharded(TwoHeads()), sharded(TwoHeads())
+    loss_fn = zoo.LOSSES[name][0]
+    rows = rows_of(zoo.batch(), rank, counts)
+    step = sg.Step(model, lambda o, b: loss_fn(o["z"], b), rows=at_a_time[rank], forward=zoo.forward)
+    step.backward(rows)
+    loss_fn(zoo.forward(plain, rows)["z"], rows).backward()
+    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters())]
+    return {
+        "pattern": [a is None for a, _ in pairs] == [b is None for _, b in pairs],
+        "error": max((a - b).full_tensor().abs().max().item() for a, b in pairs if a is not None),  # type: ignore[operator, union-attr]
+    }
 
 
 class Meeting(nn.Module):
@@ -271,6 +305,7 @@ class Meeting(nn.Module):
 
 def _rank(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {f"{name}, {cut}": compared(name, cut, rank) for name in STEPS for cut in CUTS}
+    found["two heads"] = {name: two_heads(rank, name) for name in ("mse", "info nce")}
     found["bfloat16"] = {kind: in_bfloat16(rank, kind) for kind in ("parameters", "compute")}
     return {**found, "planted": planted(rank), "transaction": transaction(rank), "refusals": refusals(rank)}
 
@@ -298,6 +333,13 @@ def test_forgotten_shares_are_outside_the_contract(found: list[dict[str, Any]]) 
     assert all(rank["planted"] > 1e6 for rank in found)
 
 
+@pytest.mark.parametrize("name", ["mse", "info nce"])
+def test_a_head_without_gradient_has_none_in_chunks_of_zero_weight(found: list[dict[str, Any]], name: str) -> None:
+    for rank in found:
+        assert rank["two heads"][name]["pattern"]
+        assert rank["two heads"][name]["error"] < 1e-14
+
+
 @pytest.mark.parametrize("kind", ["parameters", "compute"])
 def test_bfloat16_is_no_further_from_float64_than_the_plain_step(found: list[dict[str, Any]], kind: str) -> None:
     for rank in found:
@@ -321,6 +363,7 @@ def test_a_failed_step_leaves_gradients_as_they_were(found: list[dict[str, Any]]
         ("hook", ["layers.0.weight", "has a hook"]),
         ("no sync", ["switched off"]),
         ("loss", ["the loss uses scale, which is sharded"]),
+        ("loss after a collective", ["the loss uses scale, which is sharded"]),
         ("budget", ["plan a step from a budget", "is sharded"]),
         ("draws", ["1 (Dropout", "draws random numbers"]),
         ("collective", ["Meeting) calls a collective (c10d::allreduce_)"]),

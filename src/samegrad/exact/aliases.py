@@ -60,6 +60,10 @@ class ParameterAliases:
         )
         return self if same else fresh
 
+    def sharded_names(self) -> set[str]:
+        """Names of the parameters that are sharded."""
+        return {name for name, parameter in zip(self.names, self.parameters) if is_sharded(parameter)}
+
     @contextlib.contextmanager
     def swapped(self) -> Iterator[list[nn.Parameter]]:
         """The aliases in the place of the parameters, or sharded parameters themselves without their gradients."""

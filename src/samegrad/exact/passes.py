@@ -27,6 +27,7 @@ from samegrad.exact.aliases import GradientTotals, ParameterAliases
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.losses import Form
 from samegrad.exact.phases import announce
+from samegrad.exact.sharded import refuse_in_loss
 from samegrad.records import Phase
 
 
@@ -132,8 +133,9 @@ def two_passes(
     with aliases.swapped() as swapped:
         outputs = _first_pass(declared, forward, chunks_twice[0], sizes, first_pass)
         loss, cotangents, owned, owned_totals = _loss_gradients(
-            declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters))
-        )
+            declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters)),
+            aliases.sharded_names(),
+        )  # fmt: skip
         gradients = sums_of(swapped)
         second = program.ChunkProgram(program.second_pass_body(forward, mismatches), gradients)
         idle = program.ChunkProgram(
@@ -195,7 +197,12 @@ def _first_pass(
 
 
 def _loss_gradients(
-    declared: DeclaredStep, outputs: program.OutputRows, batch: Any, scale: Tensor, owner_of: dict[int, nn.Parameter]
+    declared: DeclaredStep,
+    outputs: program.OutputRows,
+    batch: Any,
+    scale: Tensor,
+    owner_of: dict[int, nn.Parameter],
+    sharded: set[str],
 ) -> tuple[Tensor, list[Tensor | None], list[nn.Parameter], list[Tensor | None]]:
     """The loss on all rows, its gradient with respect to every output leaf, and those of parameters it owns."""
     announce(Phase.LOSS)
@@ -205,6 +212,8 @@ def _loss_gradients(
         loss = checked_loss(declared.loss_fn(outputs.tree(), batch))
     known = {id(leaf) for leaf in live}
     owned = [leaf for leaf in losses.leaves_under(loss) if id(leaf) not in known]
+    if sharded:
+        refuse_in_loss(owned, declared.network, sharded)
     owners = [owner_of.get(id(leaf), leaf) for leaf in owned]
     with hooks_silenced(owned):
         gradients = program.gradients_outside_autocast(loss, scale.to(loss.dtype), live + owned)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -146,14 +146,30 @@ def gradients_set_aside(modules: Sequence[nn.Module], parameters: Sequence[nn.Pa
             parameter.grad = None
         yield
     except BaseException:
-        _give_up(modules)
+        give_up(modules)
         raise
     finally:
         for parameter, gradient in zip(parameters, before):
             parameter.grad = gradient
 
 
-def _give_up(modules: Sequence[nn.Module]) -> None:
+def refuse_in_loss(leaves: Sequence[Tensor], network: nn.Module, sharded: Container[str]) -> None:
+    """Raises CannotSplit when ``leaves`` of a loss's graph hold a sharded parameter: it is reduced with its chunk only.
+
+    ``sharded``: names of sharded parameters. Right after a forward the outermost ones stand gathered under their names.
+    """
+    standing = {id(p): name for name, p in network.named_parameters() if name in sharded}
+    for leaf in leaves:
+        if id(leaf) in standing or is_sharded(leaf):
+            _refuse(
+                f"the loss uses {standing.get(id(leaf), 'a parameter')}, which is sharded over ranks",
+                "compute what needs it in the model's forward, keep that parameter out of fully_shard "
+                f"(ignored_params=), or {_WHOLE}",
+            )
+
+
+def give_up(modules: Sequence[nn.Module]) -> None:
+    """Ends a forward or backward that an exception cut short; gradients on their way are dropped."""
     for part in sharding_modules(modules):
         state = part._get_fsdp_state()
         for group in _groups(state):
