@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import samegrad as sg
@@ -155,6 +157,43 @@ def raised(run: Callable[[], Any]) -> str:
     return "nothing was raised"
 
 
+def in_bfloat16(rank: int, kind: str) -> dict[str, Any]:
+    """Distances to float64, of ours and of plain fully_shard, in the parameters' own or in the compute dtype."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    dtype, options = (torch.bfloat16, {}) if kind == "parameters" else (torch.float32, {"mp_policy": policy})
+    counts, at_a_time = CUTS["5 chunks and 3"]
+    rows = {k: v.to(dtype) if v.is_floating_point() else v for k, v in zoo.batch().items()}
+    mine = trees.move(rows_of(rows, rank, counts), here())
+    ours, plain = (sharded(Net().to(dtype), **options) for _ in range(2))
+    step = sg.Step(ours, in_float, rows=at_a_time[rank], forward=zoo.forward)
+    step.backward(mine)
+    in_float(zoo.forward(plain, mine), mine).backward()
+    oracle, sizes = zip(*[in_float64(rows, dtype, r, counts) for r in range(len(counts))])
+    exact = [torch.stack(g).mean(0) for g in zip(*oracle)]
+    scale = torch.cat([torch.stack(s).mean(0).flatten() for s in zip(*sizes)]).norm()
+    distances = []
+    for model in (ours, plain):
+        pairs = zip(model.parameters(), exact)
+        parts = [(p.grad.full_tensor().cpu().double() - g).flatten() for p, g in pairs]  # type: ignore[union-attr]
+        distances.append(float(torch.cat(parts).norm() / scale))
+    passes = step.split_for(mine, step.declared.layout(mine)).examination.passes
+    return {"ours": distances[0], "plain": distances[1], "passes": passes}
+
+
+def in_float(z: Tensor, b: Rows) -> Tensor:
+    kind = torch.promote_types(z.dtype, torch.float32)
+    return F.mse_loss(z.to(kind), b["t"].to(kind))
+
+
+def in_float64(rows: Rows, dtype: torch.dtype, rank: int, counts: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    """The gradient and Σ_k |g_k| of a rank's rows, from the same cast weights and rows."""
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in rows_of(rows, rank, counts).items()}
+    network = Net().to(dtype).double()
+    split, layout = zoo.split_step(network, in_float, wide)
+    totals = split.totals(wide, layout, [1] * layout.rows)
+    return totals.totals, totals.magnitudes or []
+
+
 def transaction(rank: int) -> dict[str, Any]:
     """A loss that fails in its third chunk leaves gradients as they were, and the next step is right."""
     counts, at_a_time = CUTS["5 chunks and 3"]
@@ -201,6 +240,7 @@ def refusals(rank: int) -> dict[str, str]:
     tried("no sync", unsynced)
     model = sharded(Net())
     tried("loss", model, loss=lambda z, b: (z * model.scale).pow(2).mean())
+    tried("loss after a collective", model, loss=lambda z, b: (counted(z) * model.scale).pow(2).mean())
     tried("budget", model, rows=None, budget="1GiB")
     empty = {key: value[:0] for key, value in rows.items()}
     tried("one rank's batch", model, batch=rows if rank == 0 else empty)
@@ -215,6 +255,39 @@ def refusals(rank: int) -> dict[str, str]:
     step.backward(rows)
     found["after all of them"] = "right" if error(model, reference("mean", CUTS["equal"][0])) <= 1 else "wrong"
     return found
+
+
+def counted(z: Tensor) -> Tensor:
+    rows = torch.tensor(float(len(z)), dtype=z.dtype)
+    dist.all_reduce(rows)
+    return z / rows
+
+
+class TwoHeads(nn.Module):
+    """A second output that the loss leaves alone: its head has no gradient, in chunks of zero weight neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.other = zoo.mlp(), nn.Linear(zoo.CLASSES, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.body(x)
+        return {"other": self.other(z), "z": z}
+
+
+def two_heads(rank: int, name: str) -> dict[str, Any]:
+    counts, at_a_time = CUTS["6 chunks and 2 rows"]
+    model, plain = sharded(TwoHeads()), sharded(TwoHeads())
+    loss_fn = zoo.LOSSES[name][0]
+    rows = rows_of(zoo.batch(), rank, counts)
+    step = sg.Step(model, lambda o, b: loss_fn(o["z"], b), rows=at_a_time[rank], forward=zoo.forward)
+    step.backward(rows)
+    loss_fn(zoo.forward(plain, rows)["z"], rows).backward()
+    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters())]
+    return {
+        "pattern": [a is None for a, _ in pairs] == [b is None for _, b in pairs],
+        "error": max((a - b).full_tensor().abs().max().item() for a, b in pairs if a is not None),  # type: ignore[operator, union-attr]
+    }
 
 
 class Meeting(nn.Module):
@@ -232,6 +305,8 @@ class Meeting(nn.Module):
 
 def _rank(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {f"{name}, {cut}": compared(name, cut, rank) for name in STEPS for cut in CUTS}
+    found["two heads"] = {name: two_heads(rank, name) for name in ("mse", "info nce")}
+    found["bfloat16"] = {kind: in_bfloat16(rank, kind) for kind in ("parameters", "compute")}
     return {**found, "planted": planted(rank), "transaction": transaction(rank), "refusals": refusals(rank)}
 
 
@@ -258,6 +333,22 @@ def test_forgotten_shares_are_outside_the_contract(found: list[dict[str, Any]]) 
     assert all(rank["planted"] > 1e6 for rank in found)
 
 
+@pytest.mark.parametrize("name", ["mse", "info nce"])
+def test_a_head_without_gradient_has_none_in_chunks_of_zero_weight(found: list[dict[str, Any]], name: str) -> None:
+    for rank in found:
+        assert rank["two heads"][name]["pattern"]
+        assert rank["two heads"][name]["error"] < 1e-14
+
+
+@pytest.mark.parametrize("kind", ["parameters", "compute"])
+def test_bfloat16_is_no_further_from_float64_than_the_plain_step(found: list[dict[str, Any]], kind: str) -> None:
+    for rank in found:
+        step = rank["bfloat16"][kind]
+        assert step["passes"] == 1
+        allowed = tolerance.NOISE_RATIO * step["plain"] + tolerance.norm_allowed(torch.float32)
+        assert 0 < step["ours"] <= allowed
+
+
 def test_a_failed_step_leaves_gradients_as_they_were(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert rank["transaction"]["failed"].startswith("ZeroDivisionError")
@@ -272,6 +363,7 @@ def test_a_failed_step_leaves_gradients_as_they_were(found: list[dict[str, Any]]
         ("hook", ["layers.0.weight", "has a hook"]),
         ("no sync", ["switched off"]),
         ("loss", ["the loss uses scale, which is sharded"]),
+        ("loss after a collective", ["the loss uses scale, which is sharded"]),
         ("budget", ["plan a step from a budget", "is sharded"]),
         ("draws", ["1 (Dropout", "draws random numbers"]),
         ("collective", ["Meeting) calls a collective (c10d::allreduce_)"]),
@@ -295,7 +387,11 @@ def test_what_one_rank_raises_all_raise(found: list[dict[str, Any]], name: str) 
 
 
 def _four(rank: int) -> dict[str, Any]:
-    return {f"{name}, {cut}": compared(name, cut, rank) for name in ("mean", "contrastive") for cut in CUTS}
+    replicas = sharded(Net(), mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
+    counts, at_a_time = [9, 8, 7, 5], [2, 3, 2, 64]
+    step_for(replicas, "count declared", at_a_time[rank]).backward(rows_of(zoo.batch(), rank, counts))
+    found = {"replicas": {"error": error(replicas, reference("count declared", counts)), "parameters": 0.0}}
+    return found | {f"{name}, {cut}": compared(name, cut, rank) for name in ("mean", "contrastive") for cut in CUTS}
 
 
 @pytest.mark.slow

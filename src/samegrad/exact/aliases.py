@@ -62,6 +62,10 @@ class ParameterAliases:
         )
         return self if same else fresh
 
+    def sharded_names(self) -> set[str]:
+        """Names of the parameters that are sharded."""
+        return {name for name, parameter in zip(self.names, self.parameters) if is_sharded(parameter)}
+
     def beside(self, tensors: Sequence[Tensor], stand_ins: Sequence[nn.Parameter]) -> ParameterAliases:
         """These aliases and, after them, ``stand_ins`` for ``tensors``: parameters that stand in no module."""
         both = copy.copy(self)

@@ -23,7 +23,7 @@ from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.passes import FirstPass, as_in_first_pass
 from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, check_reach, refuse_known_layers, same_rows
 from samegrad.exact.randomness import DrawSites
-from samegrad.exact.sharded import is_sharded, ranks_of, refuse_unsafe, reshard
+from samegrad.exact.sharded import give_up, ranks_of, refuse_in_loss, refuse_unsafe, reshard
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.state import StateRule
 from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
@@ -96,6 +96,9 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
     _, negative = ranks.together(at_sight)
     try:
         examination, passes = ranks.together(tried)
+    except BaseException:
+        give_up(declared.modules)
+        raise
     finally:
         reshard(declared.modules)
     if passes > examination.passes:
@@ -189,21 +192,10 @@ def _of_loss(declared: DeclaredStep, model: ModelFindings, state: ModuleState) -
 
 
 def _refuse_sharded_in_loss(declared: DeclaredStep, aliases: ParameterAliases, outputs: Any, few: Any) -> None:
-    """Raises CannotSplit when the loss reaches a sharded parameter: its gradient would be reduced with no chunk."""
     _, rows = _with_grad(outputs)
-    sharded = {name for name, p in zip(aliases.names, aliases.parameters) if is_sharded(p)}
-    # As they stand after a forward: the outermost ones gathered, under the same names.
-    standing = {id(p): name for name, p in declared.network.named_parameters() if name in sharded}
     with torch.enable_grad():
         loss = checked_loss(declared.loss_fn(rows, few))
-    for leaf in losses.leaves_under(loss):
-        if id(leaf) in standing or is_sharded(leaf):
-            raise CannotSplit(
-                asked="split the rows of a step whose parameters are sharded",
-                found=f"the loss uses {standing.get(id(leaf), 'a parameter')}, which is sharded over ranks",
-                do="compute what needs it in the model's forward, keep that parameter out of fully_shard "
-                "(ignored_params=), or run the step whole (rows=<the batch's rows>)",
-            )
+    refuse_in_loss(losses.leaves_under(loss), declared.network, aliases.sharded_names())
 
 
 def _per_rank(declared: DeclaredStep, examination: Examination, model: ModelFindings) -> Examination:

@@ -29,6 +29,7 @@ from samegrad.exact.forward import StepForward
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.losses import Form
 from samegrad.exact.phases import announce
+from samegrad.exact.sharded import refuse_in_loss
 from samegrad.records import Phase
 
 
@@ -154,8 +155,9 @@ def two_passes(
         gradients = sums_of(swapped)
         outputs, graphs = _first_pass(declared, forward, chunks(sizes), sizes, first_pass, kept)
         loss, cotangents, owned, owned_totals = _loss_gradients(
-            declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters))
-        )
+            declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters)),
+            aliases.sharded_names(),
+        )  # fmt: skip
         parts = list(parts_of(sizes))
         for leaves, part in zip(graphs, parts[again:], strict=True):
             # The graphs go first, so that recomputed chunks come when they are gone.
@@ -232,7 +234,12 @@ def _lasting(chunk: Any) -> Any:
 
 
 def _loss_gradients(
-    declared: DeclaredStep, outputs: program.OutputRows, batch: Any, scale: Tensor, owner_of: dict[int, nn.Parameter]
+    declared: DeclaredStep,
+    outputs: program.OutputRows,
+    batch: Any,
+    scale: Tensor,
+    owner_of: dict[int, nn.Parameter],
+    sharded: set[str],
 ) -> tuple[Tensor, list[Tensor | None], list[nn.Parameter], list[Tensor | None]]:
     """The loss on all rows, its gradient with respect to every output leaf, and those of parameters it owns."""
     announce(Phase.LOSS)
@@ -242,6 +249,8 @@ def _loss_gradients(
         loss = checked_loss(declared.loss_fn(outputs.tree(), batch))
     known = {id(leaf) for leaf in live}
     owned = [leaf for leaf in losses.leaves_under(loss) if id(leaf) not in known]
+    if sharded:
+        refuse_in_loss(owned, declared.network, sharded)
     owners = [owner_of[id(leaf)] if id(leaf) in owner_of else _parameter(leaf) for leaf in owned]
     with hooks_silenced(owned):
         gradients = program.gradients_outside_autocast(loss, scale.to(loss.dtype), live + owned)

@@ -82,7 +82,10 @@ class _SameOnRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        return (None, *_apply(_SumOverRanks, ctx.group, cotangents))
+        # Those of every rank's same question: a derivative by x alone reduces nothing of the weights.
+        needed = ctx.needs_input_grad[1:]
+        sums = iter(_apply(_SumOverRanks, ctx.group, [c for c, here in zip(cotangents, needed) if here]))
+        return (None, *(next(sums) if here else None for here in needed))
 
 
 def _apply(function: Any, group: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

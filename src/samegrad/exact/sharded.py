@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -21,12 +21,13 @@ _WHOLE = "run the step whole (rows=<the batch's rows>)"
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh")
+    # A class that is not imported unless it is used, and asked for often: a module that never was has no instances.
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, detached; any other tensor detached."""
-    # Of a class that is not imported unless it is used.
     part: Any = tensor
     detached: Tensor = part.to_local().detach() if is_sharded(tensor) else tensor.detach()
     return detached
@@ -145,14 +146,30 @@ def gradients_set_aside(modules: Sequence[nn.Module], parameters: Sequence[nn.Pa
             parameter.grad = None
         yield
     except BaseException:
-        _give_up(modules)
+        give_up(modules)
         raise
     finally:
         for parameter, gradient in zip(parameters, before):
             parameter.grad = gradient
 
 
-def _give_up(modules: Sequence[nn.Module]) -> None:
+def refuse_in_loss(leaves: Sequence[Tensor], network: nn.Module, sharded: Container[str]) -> None:
+    """Raises CannotSplit when ``leaves`` of a loss's graph hold a sharded parameter: it is reduced with its chunk only.
+
+    ``sharded``: names of sharded parameters. Right after a forward the outermost ones stand gathered under their names.
+    """
+    standing = {id(p): name for name, p in network.named_parameters() if name in sharded}
+    for leaf in leaves:
+        if id(leaf) in standing or is_sharded(leaf):
+            _refuse(
+                f"the loss uses {standing.get(id(leaf), 'a parameter')}, which is sharded over ranks",
+                "compute what needs it in the model's forward, keep that parameter out of fully_shard "
+                f"(ignored_params=), or {_WHOLE}",
+            )
+
+
+def give_up(modules: Sequence[nn.Module]) -> None:
+    """Ends a forward or backward that an exception cut short; gradients on their way are dropped."""
     for part in sharding_modules(modules):
         state = part._get_fsdp_state()
         for group in _groups(state):
