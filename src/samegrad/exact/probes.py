@@ -136,7 +136,7 @@ class RowProbes:
             with entered(network) as running, collectives.watched(*[collectives.GATHER_INTO_TENSOR] * sharded):
                 self._plain_forward()
         except collectives.CollectiveSeen as seen:
-            raise CannotSplit(
+            raise collectives.ModelCallsCollective(
                 asked="split the rows of a step",
                 found=f"{running[-1] if running else 'the forward'} calls a collective ({seen}): it would see a chunk's "
                 "rows, and ranks with other chunk counts would wait for each other",

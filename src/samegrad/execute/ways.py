@@ -18,6 +18,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.collectives import ModelCallsCollective
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.examine import (
     Examination,
@@ -91,6 +92,8 @@ def find_ways(
     if segments is None:
         try:
             model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows))
+        except ModelCallsCollective as refused:
+            return Ways(None, refused)
         except CannotSplit as refused:
             refusal = refused
         else:
