@@ -75,6 +75,34 @@ class ChunkMap:
         with self.watch.held():  # rule 4
             return self._joined(inputs)
 
+    def pulled_back(
+        self,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+    ) -> list[Tensor | None]:
+        """The gradients of ``inputs[i]`` for i in ``wanted``, None where there is none.
+
+        ``cotangents``: one an output, None where it has none. Differentiable itself where gradients are enabled.
+        """
+        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        if not wanted or not given:
+            return [None] * len(wanted)
+        axes = self._output_axes(len(cotangents))
+        product = ChunkMap(
+            function=_vector_jacobian(self, len(inputs), wanted, given),
+            in_axes=(*self.in_axes, *(axes[i] for i in given)),
+            out_axes=tuple(self.in_axes[i] for i in wanted),
+            sizes=self.sizes,
+            # Backward runs outside the user's autocast block; the forward inside it enters that block again.
+            autocast=self.autocast.off(),
+            watch=self.watch,
+        )
+        return list(product(*inputs, *(cast(Tensor, cotangents[i]) for i in given)))
+
+    def _output_axes(self, count: int) -> tuple[int | None, ...]:
+        return self.out_axes if isinstance(self.out_axes, tuple) else (self.out_axes,) * count
+
     def _joined(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         joined: list[_Joined] = []
         start = 0
@@ -86,8 +114,7 @@ class ChunkMap:
             with self.autocast.entered():
                 results = self.function(chunk)
             if not joined:
-                axes = self.out_axes if isinstance(self.out_axes, tuple) else (self.out_axes,) * len(results)
-                joined = [_Joined(axis, sum(self.sizes)) for axis in axes]
+                joined = [_Joined(axis, sum(self.sizes)) for axis in self._output_axes(len(results))]
             for place, result in zip(joined, results, strict=True):
                 place.take(None if result is None else result.detach(), start)
             start += size
@@ -113,8 +140,7 @@ class _Joined:
         if self._whole is None:
             shape = list(result.shape)
             shape[self._axis] = self._rows
-            # Zeros, since a chunk that the output does not depend on leaves its place empty.
-            self._whole = result.new_zeros(shape)
+            self._whole = _zeros(result, shape)
         self._whole.narrow(self._axis, start, result.shape[self._axis]).copy_(result)
 
     def value(self) -> Tensor | None:
@@ -123,14 +149,19 @@ class _Joined:
         return self._whole.to(self._dtype)
 
 
+def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros, since a chunk that the output does not depend on leaves its place empty, in the layout of ``like``."""
+    for layout, dimensions in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if like.dim() == dimensions and not like.is_contiguous() and like.is_contiguous(memory_format=layout):
+            return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout).zero_()
+    return like.new_zeros(shape)
+
+
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: ChunkMap, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         outputs = plan.run(inputs)
         ctx.plan = plan
-        ctx.out_axes = (
-            plan.out_axes if isinstance(plan.out_axes, tuple) else (plan.out_axes,) * len(outputs)
-        )
         ctx.save_for_backward(*inputs)  # rule 3
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o in outputs if o is not None and not o.is_floating_point()))
@@ -141,21 +172,9 @@ class _Node(torch.autograd.Function):
         plan: ChunkMap = ctx.plan
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         gradients: list[Tensor | None] = [None] * len(inputs)
-        if wanted and given:
-            product = ChunkMap(
-                function=_vector_jacobian(plan, len(inputs), wanted, given),
-                in_axes=(*plan.in_axes, *(ctx.out_axes[i] for i in given)),
-                out_axes=tuple(plan.in_axes[i] for i in wanted),
-                sizes=plan.sizes,
-                # Backward runs outside the user's autocast block; the forward inside it enters that block again.
-                autocast=plan.autocast.off(),
-                watch=plan.watch,
-            )
-            found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
-            for index, gradient in zip(wanted, found):
-                gradients[index] = gradient
+        for index, gradient in zip(wanted, plan.pulled_back(inputs, cotangents, wanted)):
+            gradients[index] = gradient
         return (None, *gradients)
 
 
