@@ -217,6 +217,9 @@ def worst_share(ours: Left, plain: Left) -> float:
         mine, dtype = ours[key], reference.dtype if reference.is_floating_point() else D
         apart = (mine.double() - reference.double()).abs()
         size = float(reference.double().abs().max())
+        if key.endswith("running_mean"):
+            # Rounding of a mean is on the scale of the values, which may be far from their mean.
+            size += float(plain[key.replace("running_mean", "running_var")].max()) ** 0.5
         if key in gradients:
             # Chunks' absolute gradients add up to several times the gradient itself.
             size = 8 * tolerance.entry_scale(size, largest)

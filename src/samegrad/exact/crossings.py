@@ -16,7 +16,7 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.errors import CannotSplit
 
-_PLAIN = (int, float, str, type(None), enum.Enum, torch.Size, torch.dtype, torch.device, torch.memory_format)
+_PLAIN = (int, float, str, slice, type(None), enum.Enum, torch.Size, torch.dtype, torch.device, torch.memory_format)
 
 
 class Crossing:
@@ -55,8 +55,14 @@ class Crossing:
 
     def returned(self, tensors: Sequence[Tensor], rows: int) -> Any:
         """The value of all ``rows`` rows, as the network returns it. Raises CannotSplit for what is not rows."""
-        if any(n != 1 for n in self._entries or []):
+        entries = self._entries or []
+        if any(n not in (1, None) for n in entries):
             raise self._refused("is returned and is not one entry a row")
+        first = next(iter(self._plain.values()))
+        for length, plain in self._plain.items():
+            if plain != first or any(_tells(leaf, length) for leaf in plain):
+                raise self._refused("is returned and tells how many rows ran together")
+        self._plain[rows] = first
         return self.unpacked(tensors, rows)
 
     def _entries_of(self, leaf: Any, rows: int) -> int | None:
@@ -70,10 +76,15 @@ class Crossing:
 
     def _refused(self, found: str) -> CannotSplit:
         return CannotSplit(
-            asked="cut the model at its BatchNorm layers",
+            asked="run a model with BatchNorm a few rows at a time",
             found=f"{self._name} {found}",
-            do="keep rows on the first axis between BatchNorm layers, or run the step whole",
+            do="keep rows on the first axis between BatchNorm layers and in what is returned, or run the step whole",
         )
+
+
+def _tells(leaf: Any, rows: int) -> bool:
+    """Whether a plain value may be the length of a chunk, which the caller would take for the batch's."""
+    return rows in leaf if isinstance(leaf, torch.Size) else isinstance(leaf, (int, float)) and leaf == rows
 
 
 def _with_rows(leaf: Tensor, rows: int, entries: int) -> Tensor:

@@ -98,9 +98,11 @@ def check_rows(arguments: Any, sizes: Sequence[int]) -> None:
         )
 
 
-def batch_norm_buffers(network: nn.Module) -> set[int]:
-    """The ids of buffers that BatchNorm layers in training mode update themselves."""
-    return {id(b) for part in network.modules() if batchnorm.uses_batch_statistics(part) for b in part.buffers()}
+def watch_beside_batchnorm(network: nn.Module, device: torch.device) -> Watch:
+    """A watch over all of ``network`` but the running statistics, which a forward does change."""
+    own = {id(b) for part in network.modules() if batchnorm.uses_batch_statistics(part) for b in part.buffers()}
+    watch = Watch.of([network], device)
+    return dataclasses.replace(watch, buffers=tuple(kept for kept in watch.buffers if id(kept[1]) not in own))
 
 
 def _begun(
@@ -110,15 +112,14 @@ def _begun(
     rows = sum(sizes)
     tensors = [leaf for leaf in trees.leaves_of(arguments) if isinstance(leaf, Tensor)]
     device = next(t for t in tensors if is_rows(t, rows)).device
-    aliases, own = ParameterAliases({"": network}), batch_norm_buffers(network)
-    watch = Watch.of([network], device)
+    aliases = ParameterAliases({"": network})
     call = Call(
         recorded=Recorded.of(network, staged.constants),
         staged=staged,
         aliases=aliases,
         sizes=tuple(sizes),
         autocast=Autocast.now([t.device.type for t in (*tensors, *aliases.parameters)]),
-        watch=dataclasses.replace(watch, buffers=tuple(b for b in watch.buffers if id(b[1]) not in own)),
+        watch=watch_beside_batchnorm(network, device),
         chunk_context=None,
     )
     values: dict[Slot, Tensor] = {ROW_NUMBERS: torch.arange(rows, device=device)}
