@@ -202,7 +202,7 @@ def left_by(
     found = {"loss": loss.detach(), "gradient of x": x.grad}
     found |= {f"gradient of {n}": p.grad for n, p in twin.named_parameters() if p.grad is not None}
     found |= {f"buffer {n}": b for n, b in twin.named_buffers()}
-    assert [k for k in twin.state_dict()] == [k for k in network.state_dict()]
+    assert list(twin.state_dict()) == list(network.state_dict())
     assert all("forward" not in vars(part) for part in twin.modules())
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -166,9 +167,8 @@ def test_autocast_has_the_dtypes_and_the_noise_of_the_plain_step(scheme: str) ->
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 z = twin(x)
             F.cross_entropy(z.float(), torch.arange(len(z)) % 5).backward()
-        return {"z": z.detach()} | {n: p.grad for n, p in twin.named_parameters() if p.grad is not None} | {
-            n: b for n, b in twin.named_buffers()
-        }  # fmt: skip
+        gradients = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
+        return {"z": z.detach()} | gradients | dict(twin.named_buffers())
 
     ours, plain = step(lambda twin: SCHEMES[scheme](twin, [9, 10, 4])), step(lambda _: contextlib.nullcontext())
     assert ours["z"].dtype is torch.bfloat16
@@ -186,7 +186,7 @@ def test_narrow_models_keep_wide_statistics() -> None:
             network, x, lambda z: row_loss(z.float()), lambda twin, scheme=scheme: scheme(twin, [9, 10, 4])
         )
         assert all(ours[k].dtype is plain[k].dtype for k in plain)
-        assert all((ours[k] - plain[k]).norm() <= 0.1 * plain[k].norm() + 1e-2 for k in plain)
+        assert all((ours[k].double() - plain[k]).norm() <= 0.1 * plain[k].double().norm() + 1e-2 for k in plain)
 
 
 def test_evaluation_without_gradients_and_layers_in_eval_mode() -> None:
@@ -218,25 +218,42 @@ def test_only_values_that_later_stages_need_cross_a_cut() -> None:
     assert [len(stage.inputs) for stage in stages] == [1, 1, 1, 2, 1, 1, 2]
 
 
-@pytest.mark.parametrize(("scheme", "share"), [("lockstep", 0.55), ("only the input", 0.5)])
-def test_bytes_are_those_of_the_cuts_and_one_chunk(scheme: str, share: float) -> None:
-    network, _ = made("residual")
-    x = torch.randn(96, 3, 32, 32, dtype=D)
+def _deep(stages: int) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [
+        [nn.BatchNorm1d(32), nn.GELU(), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32)] for _ in range(stages)
+    ]
+    return nn.Sequential(*(layer for stage in layers for layer in stage)).to(D)
+
+
+def test_bytes_are_those_of_the_cuts_and_one_chunk() -> None:
+    network, x = _deep(16), torch.randn(512, 32, dtype=D)
+    schemes = [
+        contextlib.nullcontext(), lockstep(network, sizes=[32] * 16), lockstep(network, sizes=[32] * 16, keep_every=4)
+    ]  # fmt: skip
     peaks = []
-    for within in (contextlib.nullcontext(), SCHEMES[scheme](network, [4] * 24)):
+    for within in schemes:
         with ByteCounter(torch.device("cpu")) as counter, within:
             row_loss(network(x)).backward()
         peaks.append(counter.peak_bytes)
-    assert peaks[1] <= share * peaks[0]
+    plain, every, every_fourth = (peak / x.nbytes for peak in peaks)
+    # Plain keeps eleven times the cut's width a stage: two normalised, and three times the four times wider one.
+    assert plain > 16 * 9
+    # One width a cut, and four in flight: what is pulled back, what it becomes, the output and its gradient.
+    assert every < 16 + 5
+    # Every fourth, those of one group again, and the same four.
+    assert every_fourth < 4 + 4 + 5
+
+
+ROW_NUMBERS: ContextVar[Tensor | None] = ContextVar("ROW_NUMBERS", default=None)
 
 
 class Keyed(nn.Module):
     """Drops entries by a hash of the row's number; ``ROW_NUMBERS`` says which rows run."""
 
-    rows: Tensor = torch.arange(zoo.ROWS)
-
     def forward(self, x: Tensor) -> Tensor:
-        place = torch.arange(x.shape[1]) + 31 * Keyed.rows[:, None]
+        rows = ROW_NUMBERS.get()
+        place = torch.arange(x.shape[1]) + 31 * (torch.arange(len(x)) if rows is None else rows)[:, None]
         return x * ((place * 7919 + 13) % 5 > 1)
 
 
@@ -249,12 +266,12 @@ def test_draws_can_be_keyed_by_row(scheme: str) -> None:
 
     @contextlib.contextmanager
     def context(row_numbers: Tensor, stage: int) -> Iterator[None]:
-        before, Keyed.rows = Keyed.rows, row_numbers
+        before = ROW_NUMBERS.set(row_numbers)
         seen.add(stage)
         try:
             yield
         finally:
-            Keyed.rows = before
+            ROW_NUMBERS.reset(before)
 
     keep = 2 if scheme == "every second cut" else 1
 
@@ -311,19 +328,22 @@ class Odd(nn.Module):
             return h
         if self.way == "draw":
             h = h + torch.randn(6, dtype=h.dtype)
+        if self.way == "draw at once":
+            h = h + torch.randn(6)
         if self.way == "count":
             self.calls += 1
         if self.way == "kind" and isinstance(h, Tensor):
             h = 2 * h
         if self.way == "functional":
             h = F.batch_norm(h, None, None, training=True)
+        mean = h.mean() if self.way == "mean" else None
         y = self.norm(h)
         if self.way == "input in place":
             h.mul_(2)
         if self.way == "result in place":
             torch.relu_(y)
         if self.way == "mean":
-            y = y * h.mean()
+            y = y * mean
         z = self.after(self.second(y))
         if self.way == "length":
             return z, len(x) if isinstance(x, Tensor) else x.shape[0]
@@ -334,7 +354,8 @@ class Odd(nn.Module):
     ("way", "kind", "found"),
     [
         ("branch", Untraceable, "control flow|float"),
-        ("draw", Untraceable, "draws random numbers"),
+        ("draw", sg.CannotSplit, "draws random numbers"),
+        ("draw at once", Untraceable, "outside of leaf modules draws"),
         ("count", Untraceable, "changes calls"),
         ("kind", Untraceable, "takes another way"),
         ("functional", Untraceable, "functional.batch_norm"),

@@ -268,5 +268,7 @@ class _Node(torch.autograd.Function):
 
 def _slots(runs: Sequence[StageRun]) -> list[Slot]:
     """What the stages take from outside, in order."""
-    inner = {node for run in runs for node in (*run.stage.outputs, run.stage.barrier) if node is not None}
+    inner = {run.stage.barrier for run in runs if run.stage.barrier is not None}
+    # A normalisation that is returned has its layer's statistics as inputs all the same.
+    inner |= {node for run in runs for node in run.stage.outputs if node not in run.stage.normalised}
     return list(dict.fromkeys(slot for run in runs for slot in run.slots_beside(inner)))
