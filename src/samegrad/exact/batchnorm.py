@@ -185,11 +185,13 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, variance, weight = ctx.saved_tensors
         invstd = (variance + ctx.eps).rsqrt()
-        # The kernel itself has no derivative with respect to the statistics.
-        gradients = _composed(g, x, mean, invstd, weight) if torch.is_grad_enabled() else None
-        if gradients is None:
+        if torch.is_grad_enabled():
+            # The kernel itself has no derivative with respect to the statistics.
+            gradients = _composed(g, x, mean, invstd, weight)
+        else:
+            # Kernels differ in which of the two pairs they read; without the second, some of CUDA's fail.
             gradients = torch.ops.aten.native_batch_norm_backward(
-                g, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+                g, x, weight, mean, variance, mean, invstd, False, ctx.eps, [True, True, True]
             )
         g_x, g_weight, g_bias = gradients
         g_mean = -(weight * invstd * g_bias)
