@@ -185,26 +185,29 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, variance, weight = ctx.saved_tensors
         invstd = (variance + ctx.eps).rsqrt()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _kernel_rounds_sums(g, x):
             # The kernel itself has no derivative with respect to the statistics.
-            gradients = _composed(g, x, mean, invstd, weight)
+            axes, wide = channel_axes(x), widened(g)
+            g_bias = wide.sum(axes)
+            g_weight = (wide * (widened(x) - along_channels(mean, x))).sum(axes) * invstd
         else:
             # Kernels differ in which of the two pairs they read; without the second, some of CUDA's fail.
-            gradients = torch.ops.aten.native_batch_norm_backward(
-                g, x, weight, mean, variance, mean, invstd, False, ctx.eps, [True, True, True]
+            _, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
+                g, x, weight, mean, variance, mean, invstd, False, ctx.eps, [False, True, True]
             )
-        g_x, g_weight, g_bias = gradients
+        # Not by the kernel, which gives channels-last rows a gradient in another layout.
+        g_x = (widened(g) * along_channels(weight * invstd, x)).to(x.dtype)
         g_mean = -(weight * invstd * g_bias)
         g_variance = -0.5 * weight * invstd.square() * g_weight
         return g_x, g_mean, g_variance, g_weight, g_bias, None
 
 
-def _composed(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same gradients of rows, weight and bias from operations that can be differentiated again."""
-    wide, axes = widened(g), channel_axes(x)
-    g_x = (wide * along_channels(weight * invstd, x)).to(x.dtype)
-    g_weight = (wide * (widened(x) - along_channels(mean, x))).sum(axes) * invstd
-    return g_x, g_weight, wide.sum(axes)
+def _kernel_rounds_sums(g: Tensor, x: Tensor) -> bool:
+    """On CUDA the sums over narrow rows come out rounded to their dtype, in every layout but channels last."""
+    if not x.is_cuda or x.dtype not in NARROW or x.dim() == 2:
+        return False
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return layout is None or not all(t.is_contiguous(memory_format=layout) for t in (g, x))
 
 
 def along_channels(values: Tensor, x: Tensor) -> Tensor:
