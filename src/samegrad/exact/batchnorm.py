@@ -39,6 +39,12 @@ def has_batchnorm(network: nn.Module) -> list[str]:
 
 def coupled_layers(network: nn.Module) -> dict[str, _BatchNorm]:
     """Those layers by name. Raises CannotSplit for one that computes something else than torch's."""
+    if uses_batch_statistics(network):
+        raise CannotSplit(
+            asked="run BatchNorm exactly a few rows at a time",
+            found="the model itself is a BatchNorm, with nothing around it",
+            do="put it into an nn.Sequential",
+        )
     found = {}
     for name, part in network.named_modules():
         if not uses_batch_statistics(part):

@@ -11,6 +11,8 @@ together: 2 forwards and a backward for g = 1, at most 3 forwards and a backward
 1. Running statistics are updated once, after the whole forward; nothing is changed when something raises before.
 2. Statistics are rows' gradients too: see ``stage_run.py``. Derivatives of any order for keep_every=1, one for others.
 3. Layers in eval mode, and whatever contains no BatchNorm, run as rows within their stage.
+4. A model that calls torch.utils.checkpoint itself is recorded through it. The plain step updates statistics under it
+   twice, in forward and when it recomputes (pytorch#96136); here they are updated once. Gradients are the same.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ def lockstep(
         )
     plain = network.forward
     known = Tracings() if tracings is None else tracings
+    batchnorm.coupled_layers(network)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if len(sizes) == 1:

@@ -40,7 +40,7 @@ def _kind(leaf: Any, rows: int) -> Hashable:
 
 
 def _looks(network: nn.Module) -> Hashable:
-    return tuple((id(part), type(part), _plain_attributes(part)) for part in network.modules())
+    return tuple((name, id(part), type(part), _plain_attributes(part)) for name, part in network.named_modules())
 
 
 def _plain_attributes(part: nn.Module) -> Hashable:
