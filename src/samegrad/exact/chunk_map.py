@@ -46,6 +46,10 @@ class Magnitudes:
 _magnitudes: contextvars.ContextVar[Magnitudes | None] = contextvars.ContextVar("samegrad_magnitudes", default=None)
 
 
+def magnitudes_asked_for() -> Magnitudes | None:
+    return _magnitudes.get()
+
+
 @contextlib.contextmanager
 def kept_magnitudes(asked: bool) -> Iterator[Magnitudes]:
     """Maps called inside the block keep the magnitudes of their shared inputs, if ``asked``."""
@@ -96,6 +100,8 @@ class ChunkMap:
     sizes: tuple[int, ...]
     autocast: Autocast
     watch: Watch
+    # Looked up when the map is made: backward may run in another thread, where the variable is not set.
+    magnitudes: Magnitudes | None = dataclasses.field(default_factory=magnitudes_asked_for)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         # autograd.Function.apply carries no types.
@@ -105,6 +111,41 @@ class ChunkMap:
         """The outputs, without a graph."""
         with self.watch.held():  # rule 4
             return self._joined(inputs)
+
+    def pulled_back(
+        self,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        input_ids: Sequence[int],
+    ) -> list[Tensor | None]:
+        """The gradients of ``inputs[i]`` for i in ``wanted``, None where there is none.
+
+        ``cotangents``: one an output, None where it has none. ``input_ids``: of the inputs as their owner knows them,
+        for magnitudes. Differentiable itself where gradients are enabled.
+        """
+        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        if not wanted or not given:
+            return [None] * len(wanted)
+        axes = self._output_axes(len(cotangents))
+        sized = [] if self.magnitudes is None else [i for i in wanted if self.in_axes[i] is None]
+        product = ChunkMap(
+            function=_vector_jacobian(self, len(inputs), wanted, given, sized),
+            in_axes=(*self.in_axes, *(axes[i] for i in given)),
+            out_axes=(*(self.in_axes[i] for i in wanted), *(None for _ in sized)),
+            sizes=self.sizes,
+            # Backward runs outside the user's autocast block; the forward inside it enters that block again.
+            autocast=self.autocast.off(),
+            watch=self.watch,
+            magnitudes=None,
+        )
+        found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
+        for index, size in zip(sized, found[len(wanted) :]):
+            cast(Magnitudes, self.magnitudes).add(input_ids[index], size)
+        return list(found[: len(wanted)])
+
+    def _output_axes(self, count: int) -> tuple[int | None, ...]:
+        return self.out_axes if isinstance(self.out_axes, tuple) else (self.out_axes,) * count
 
     def _joined(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         joined: list[_Joined] = []
@@ -117,8 +158,7 @@ class ChunkMap:
             with self.autocast.entered():
                 results = self.function(chunk)
             if not joined:
-                axes = self.out_axes if isinstance(self.out_axes, tuple) else (self.out_axes,) * len(results)
-                joined = [_Joined(axis, sum(self.sizes)) for axis in axes]
+                joined = [_Joined(axis, sum(self.sizes)) for axis in self._output_axes(len(results))]
             for place, result in zip(joined, results, strict=True):
                 place.take(None if result is None else result.detach(), start)
             start += size
@@ -144,8 +184,7 @@ class _Joined:
         if self._whole is None:
             shape = list(result.shape)
             shape[self._axis] = self._rows
-            # Zeros, since a chunk that the output does not depend on leaves its place empty.
-            self._whole = result.new_zeros(shape)
+            self._whole = _zeros(result, shape)
         self._whole.narrow(self._axis, start, result.shape[self._axis]).copy_(result)
 
     def value(self) -> Tensor | None:
@@ -154,16 +193,21 @@ class _Joined:
         return self._whole.to(self._dtype)
 
 
+def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros, since a chunk that the output does not depend on leaves its place empty, in the layout of ``like``."""
+    for layout, dimensions in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if like.dim() == dimensions and not like.is_contiguous() and like.is_contiguous(memory_format=layout):
+            return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout).zero_()
+    return like.new_zeros(shape)
+
+
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: ChunkMap, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         outputs = plan.run(inputs)
         ctx.plan = plan
-        ctx.out_axes = (
-            plan.out_axes if isinstance(plan.out_axes, tuple) else (plan.out_axes,) * len(outputs)
-        )
-        # Backward may run in another thread, where the variable is not set.
-        ctx.magnitudes, ctx.input_ids = _magnitudes.get(), [id(x) for x in inputs]
+        # Saved tensors need not come back as the same objects.
+        ctx.input_ids = [id(x) for x in inputs]
         ctx.save_for_backward(*inputs)  # rule 3
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o in outputs if o is not None and not o.is_floating_point()))
@@ -174,24 +218,9 @@ class _Node(torch.autograd.Function):
         plan: ChunkMap = ctx.plan
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         gradients: list[Tensor | None] = [None] * len(inputs)
-        if wanted and given:
-            shared = [i for i in wanted if plan.in_axes[i] is None] if ctx.magnitudes is not None else []
-            product = ChunkMap(
-                function=_vector_jacobian(plan, len(inputs), wanted, given, shared),
-                in_axes=(*plan.in_axes, *(ctx.out_axes[i] for i in given)),
-                out_axes=(*(plan.in_axes[i] for i in wanted), *(None for _ in shared)),
-                sizes=plan.sizes,
-                # Backward runs outside the user's autocast block; the forward inside it enters that block again.
-                autocast=plan.autocast.off(),
-                watch=plan.watch,
-            )
-            found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
-            for index, gradient in zip(wanted, found):
-                gradients[index] = gradient
-            for index, size in zip(shared, found[len(wanted) :]):
-                ctx.magnitudes.add(ctx.input_ids[index], size)
+        for index, gradient in zip(wanted, plan.pulled_back(inputs, cotangents, wanted, ctx.input_ids)):
+            gradients[index] = gradient
         return (None, *gradients)
 
 
