@@ -73,8 +73,7 @@ class MappedStep:
         state = ModuleState(self.declared.modules)
         with Generators(device).restored_on_failure():
             draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
-            if draws.sites is not None:
-                draws.key.take()
+            draws.take()
             try:
                 return self._summed(batch, layout, sizes, scaler, draws)
             except BaseException:

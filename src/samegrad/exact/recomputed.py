@@ -6,7 +6,8 @@
 A block that runs twice must be the same function twice and leave its buffers as after one run. torch.utils.checkpoint
 alone updates running statistics again when it recomputes (pytorch#96136), and a layer whose buffers enter its result
 (spectral norm) would compute another result. Here the second run starts from copies of the buffers as they stood
-before the first, and the buffers themselves are not touched by it. Draws are replayed by torch.utils.checkpoint.
+before the first, and the buffers themselves are not touched by it. Keyed draws are made again as they were, others
+are replayed by torch.utils.checkpoint.
 
 A model that calls torch.utils.checkpoint itself is left alone: its plain step updates the statistics under it twice,
 and so does this one.
@@ -27,13 +28,21 @@ from torch.utils.checkpoint import checkpoint
 from samegrad.errors import UsageError
 from samegrad.exact.batchnorm import has_batchnorm, uses_batch_statistics
 from samegrad.exact.replaced_forward import forward_replaced
+from samegrad.exact.step_draws import StepDraws
 
 
 @contextlib.contextmanager
-def recomputed_blocks(network: nn.Module, blocks: Sequence[str] | None = None) -> Iterator[None]:
+def recomputed_blocks(
+    network: nn.Module,
+    blocks: Sequence[str] | None = None,
+    *,
+    sizes: Sequence[int] = (),
+    draws: StepDraws | None = None,
+) -> Iterator[None]:
     """Calls of the submodules ``blocks`` of ``network`` run again in backward instead of keeping what they compute.
 
-    Without ``blocks``: those of ``find_blocks``. Raises UsageError for names that are none, or where one block is part
+    Without ``blocks``: those of ``find_blocks``. ``draws``: of the step, if it has keyed ones. ``sizes`` make no
+    difference: blocks see all rows. Raises UsageError for names that are none, or where one block is part
     of another.
     """
     names = find_blocks(network) if blocks is None else list(blocks)
@@ -41,7 +50,7 @@ def recomputed_blocks(network: nn.Module, blocks: Sequence[str] | None = None) -
     _check(names, modules)
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.enter_context(forward_replaced(modules[name], _recomputing(modules[name])))
+            stack.enter_context(forward_replaced(modules[name], _recomputing(modules[name], draws or StepDraws())))
         yield
 
 
@@ -76,16 +85,21 @@ def _check(names: Sequence[str], modules: dict[str, nn.Module]) -> None:
             raise UsageError(asked=asked, found=f"{inside[0]} is part of {name}", do="name one of them")
 
 
-def _recomputing(block: nn.Module) -> Callable[..., Any]:
+def _recomputing(block: nn.Module, draws: StepDraws) -> Callable[..., Any]:
     plain = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        before = _Buffers(block)
+        before, drawing = _Buffers(block), draws.part_again()
+
+        @contextlib.contextmanager
+        def again() -> Iterator[None]:
+            with before.standing(), drawing():
+                yield
 
         def contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-            return contextlib.nullcontext(), before.standing()
+            return contextlib.nullcontext(), again()
 
         result = checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
         before.keep_changed()

@@ -115,8 +115,7 @@ class SplitStep:
         standing = dataclasses.replace(self, aliases=aliases)
         with Generators(device).restored_on_failure():
             draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
-            if draws.sites is not None:
-                draws.key.take()
+            draws.take()
             generators = Generators(device)
             forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
             try:

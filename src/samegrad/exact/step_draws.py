@@ -24,12 +24,18 @@ class StepDraws:
         self.sites = sites
         self.key = StepKey() if key is None else key
         self._running: Draws | None = None
+        self._all_ids: Tensor | None = None
 
     def rows(self, ids: Tensor | None) -> AbstractContextManager[object]:
         """A forward of the rows ``ids``, (rows,) int64 on the device: their places in the batch."""
         if self.sites is None or ids is None:
             return contextlib.nullcontext()
         return keyed(self.key, ids, sites=self.sites)
+
+    def take(self) -> None:
+        """Takes the key now, where there is anything to draw; whatever advances a generator later is something else."""
+        if self.sites is not None:
+            self.key.take()
 
     @contextlib.contextmanager
     def all_rows(self, ids: Tensor | None) -> Iterator[None]:
@@ -38,11 +44,19 @@ class StepDraws:
             yield
             return
         with keyed(self.key, ids, sites=self.sites.for_all_rows()) as running:
-            self._running = running
+            self._running, self._all_ids = running, ids
             try:
                 yield
             finally:
-                self._running = None
+                self._running = self._all_ids = None
+
+    def part_again(self) -> Callable[[], AbstractContextManager[object]]:
+        """For the part of the model that begins now on all rows: its draws when it runs again in backward."""
+        running, ids, sites, key = self._running, self._all_ids, self.sites, self.key
+        if running is None or ids is None or sites is None:
+            return contextlib.nullcontext
+        first_call = running.calls
+        return lambda: keyed(key, ids, sites=sites.for_all_rows(), first_call=first_call)
 
     def part(self) -> Callable[[Tensor], AbstractContextManager[object]]:
         """For the part of the model that runs now, in chunks and again in backward: its draws, given a chunk's rows.

@@ -6,8 +6,9 @@ do is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.batchnorm import has_batchnorm
 from samegrad.exact.collectives import ModelCallsCollective
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.examine import (
@@ -32,10 +34,17 @@ from samegrad.exact.examine import (
 from samegrad.exact.mapped import MappedExamination, Scheme
 from samegrad.exact.probes import PROBE_ROWS, close
 from samegrad.exact.randomness import DrawSites, StepKey
+from samegrad.exact.recomputed import find_blocks
 from samegrad.exact.segments import find_segments
 from samegrad.exact.undisturbed import undisturbed
+from samegrad.levers.exact_batchnorm import ExactBatchNorm
+from samegrad.levers.recompute import Recompute
 from samegrad.levers.segments import Segments
 from samegrad.trees import RowLayout
+
+
+# Boundaries of which one is kept where memory is shorter than time.
+_KEEP_EVERY = 4
 
 
 class MappingLever(Protocol):
@@ -103,17 +112,52 @@ def find_ways(
         refusal = CannotSplit(
             asked="split rows through the whole model", found="segments= names parts of it", do="leave segments= out"
         )
-    mapped = []
     sites = find_draws(declared, batch, layout)
-    for lever in _mapping_levers(declared, batch, layout, segments, refusals):
+    mapped: list[MappingLever] = []
+
+    def fits(lever: MappingLever) -> bool:
         try:
             examine_mapped(declared, aliases, batch, layout, lever, sites)
-            mapped.append(lever)
         except CannotSplit as refused:
             if segments is not None:
                 raise
             refusals[lever.name] = refused.found
+            return False
+        mapped.append(lever)
+        return True
+
+    if segments is None and has_batchnorm(declared.network):
+        _try_batchnorm(declared, fits)
+    if not mapped:
+        _try_segments(declared, batch, layout, segments, fits, refusals)
     return Ways(None, refusal, tuple(mapped), sites, refusals)
+
+
+def _try_batchnorm(declared: DeclaredStep, fits: Callable[[MappingLever], bool]) -> None:
+    """The full batch block by block, then chunks in lockstep; chunks that meet only where lockstep cannot record."""
+    if blocks := find_blocks(declared.network):
+        fits(Recompute(blocks))
+    if fits(ExactBatchNorm(1)):
+        if len(has_batchnorm(declared.network)) > _KEEP_EVERY:
+            fits(ExactBatchNorm(1, keep_every=_KEEP_EVERY))
+    else:
+        fits(ExactBatchNorm(1, scheme_name="rendezvous"))
+
+
+def _try_segments(
+    declared: DeclaredStep,
+    batch: Any,
+    layout: RowLayout,
+    named: Sequence[str] | None,
+    fits: Callable[[MappingLever], bool],
+    refusals: dict[str, str],
+) -> None:
+    few, few_layout = _few(declared, batch, layout)
+    found = find_segments(declared, few, few_layout, named)
+    if found:
+        fits(Segments(1, {segment.path: segment.per_row for segment in found}))
+    else:
+        refusals[Segments.name] = "no part of the model with parameters treats rows alone"
 
 
 def refuse_sharded_segments(segments: Sequence[str] | None) -> None:
@@ -123,22 +167,6 @@ def refuse_sharded_segments(segments: Sequence[str] | None) -> None:
             found="parameters are sharded over ranks (fully_shard), whose hooks do not see parts run again in backward",
             do="leave segments= out, or use DistributedDataParallel",
         )
-
-
-def _mapping_levers(
-    declared: DeclaredStep,
-    batch: Any,
-    layout: RowLayout,
-    segments: Sequence[str] | None,
-    refusals: dict[str, str],
-) -> Iterator[MappingLever]:
-    rows = min(PROBE_ROWS, layout.rows)
-    few, few_layout = _few(declared, batch, layout)
-    found = find_segments(declared, few, few_layout, segments)
-    if found:
-        yield Segments(max(1, rows // 2), {segment.path: segment.per_row for segment in found})
-    else:
-        refusals[Segments.name] = "no part of the model with parameters treats rows alone"
 
 
 def _few(declared: DeclaredStep, batch: Any, layout: RowLayout) -> tuple[Any, RowLayout]:
@@ -159,37 +187,47 @@ def examine_mapped(
     few, few_layout = _few(declared, batch, layout)
     first = max(1, 3 * few_layout.rows // 8)
     sizes = [first, few_layout.rows - first] if few_layout.rows > 1 else [1]
-    plain = _outputs(declared, aliases, few, few_layout, None, sizes, sites)
-    ours = _outputs(declared, aliases, few, few_layout, lever.scheme(), sizes, sites)
-    for (path, a), b in zip(trees.flatten_with_paths(plain, "outputs"), trees.leaves_of(ours)):
-        if isinstance(a, Tensor) and not (a.shape == b.shape and close(a, b)):
+    trial = _Trial(declared, aliases, few, few_layout, sizes, sites)
+    plain, ours = trial.run(None), trial.run(lever.scheme())
+    for (place, a), (_, b) in zip(plain, ours, strict=True):
+        if isinstance(a, Tensor) != isinstance(b, Tensor) or (
+            isinstance(a, Tensor) and not (a.shape == b.shape and close(a, b))
+        ):
             raise CannotSplit(
                 asked=f"run parts of the model in chunks by {lever.name}",
-                found=f"{path} changes: something inside the parts sees other rows, or draws in another "
-                "order",
+                found=f"{place} changes: something inside the parts sees other rows, or draws in another order",
                 do="name smaller parts with segments=, or run the step whole (rows=<the batch's rows>)",
             )
 
 
-def _outputs(
-    declared: DeclaredStep,
-    aliases: ParameterAliases,
-    few: Any,
-    layout: RowLayout,
-    scheme: Scheme | None,
-    sizes: Sequence[int],
-    sites: DrawSites | None,
-) -> Any:
-    """The model's outputs on the probe rows, by ``scheme`` or plainly, under one draw; nothing is left changed."""
-    draws = StepDraws(sites, StepKey.fixed(0))
-    ids = torch.arange(layout.rows, device=declared.device)
-    with undisturbed(declared.modules, declared.device), aliases.swapped(), torch.enable_grad():
-        if scheme is None:
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """The model on a few rows: its outputs, and the gradients of all parameters under fixed cotangents."""
+
+    declared: DeclaredStep
+    aliases: ParameterAliases
+    few: Any
+    layout: RowLayout
+    sizes: Sequence[int]
+    sites: DrawSites | None
+
+    def run(self, scheme: Scheme | None) -> list[tuple[str, Any]]:
+        """By ``scheme``, or plainly, under one draw. Named by place; nothing is left changed."""
+        declared, network = self.declared, self.declared.network
+        draws = StepDraws(self.sites, StepKey.fixed(0))
+        ids = torch.arange(self.layout.rows, device=declared.device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(undisturbed(declared.modules, declared.device))
+            standing = stack.enter_context(self.aliases.swapped())
+            stack.enter_context(torch.enable_grad())
+            if scheme is not None:
+                stack.enter_context(scheme(network, sizes=self.sizes, draws=draws))
             with draws.all_rows(ids):
-                return _detached(declared.forward(declared.network, few))
-        with scheme(declared.network, sizes=sizes, draws=draws), draws.all_rows(ids):
-            return _detached(declared.forward(declared.network, few))
-
-
-def _detached(outputs: Any) -> Any:
-    return trees.map_tensors(program.seen(outputs), Tensor.detach)
+                outputs = program.seen(declared.forward(network, self.few))
+            live = [leaf for leaf in program.tensors_in(outputs) if leaf.requires_grad]
+            cotangents = [torch.linspace(-1, 1, leaf.numel(), device=leaf.device).view(leaf.shape) for leaf in live]
+            cotangents = [c.to(leaf.dtype) for c, leaf in zip(cotangents, live)]
+            with torch.autocast(declared.device.type, enabled=False):
+                gradients = torch.autograd.grad(live, standing, cotangents, allow_unused=True) if live else []
+        found = trees.flatten_with_paths(trees.map_tensors(outputs, Tensor.detach), "outputs")
+        return [*found, *((f"the gradient of {name}", g) for name, g in zip(self.aliases.names, gradients))]

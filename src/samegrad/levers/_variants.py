@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from samegrad.errors import BadInput
 from samegrad.records import Footprint, Origin, Phase, PhaseLaw, Variant
@@ -62,35 +62,20 @@ def candidates_of(name: str, footprint: Footprint, budget_bytes: int) -> Iterato
                 yield variant, rows
 
 
-class Mapping(Protocol):
-    """A lever with rows at a time, whose other knobs name a variant."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def rows(self) -> int | list[int]: ...
-
-    def knobs(self) -> dict[str, Any]: ...
-
-
-def variant_of(lever: Mapping, footprint: Footprint) -> Variant:
-    """The measured variant that ``lever`` is. Raises BadInput when it was not measured."""
-    mine = {knob: value for knob, value in lever.knobs().items() if knob != "rows"}
+def variant_of(name: str, knobs: dict[str, Any], footprint: Footprint) -> Variant:
+    """The measured variant of lever ``name`` with these knobs. Raises BadInput when it was not measured."""
+    mine = {knob: value for knob, value in knobs.items() if knob != "rows"}
     for variant in footprint.variants:
-        if variant.lever == lever.name and variant.knobs == mine:
+        if variant.lever == name and variant.knobs == mine:
             return variant
     raise BadInput(
-        asked=f"predict {lever.name} with {mine}",
-        found="that was not measured for this step",
-        do="measure the step again",
+        asked=f"predict {name} with {mine}", found="that was not measured for this step", do="measure the step again"
     )
 
 
-def predicted(lever: Mapping, footprint: Footprint) -> Footprint:
-    """The footprint with ``lever`` taken, by its variant's laws."""
-    variant = variant_of(lever, footprint)
-    rows = lever.rows if isinstance(lever.rows, int) else max(lever.rows)
+def predicted(name: str, knobs: dict[str, Any], footprint: Footprint, rows: int) -> Footprint:
+    """The footprint with lever ``name`` taken at ``rows`` at a time, by its variant's laws."""
+    variant = variant_of(name, knobs, footprint)
     by_phase: dict[Phase, int] = {}
     for law in variant.laws:
         peak = law.peak_bytes(rows=rows, batch_rows=footprint.batch_rows)

@@ -46,7 +46,8 @@ class Segments:
             yield cls(rows, variant.knobs["paths"])
 
     def predict(self, footprint: Footprint) -> Footprint:
-        return predicted(self, footprint)
+        rows = self.rows if isinstance(self.rows, int) else max(self.rows)
+        return predicted(self.name, self.knobs(), footprint, rows)
 
     @property
     def forwards(self) -> float:
