@@ -126,17 +126,3 @@ def test_more_rows_than_usual_only_where_they_take_seconds(monkeypatch: Patch) -
     monkeypatch.setattr(reference, "timed", lambda *_: 3600.0)
     verdict = verified()
     assert (verdict.rows_checked, verdict.reference) == (20, f"{ON_DEVICE}, on as many rows as take seconds")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("loss_fn", [cross_entropy, spread], ids=["one pass", "two passes"])
-def test_a_step_on_the_device_against_the_cpu(monkeypatch: Patch, loss_fn: Any, dtype: torch.dtype) -> None:
-    step = sg.Step(mlp(dtype).cuda(), loss_fn, rows=8)
-    batch = labelled(N, dtype)
-    asked = sg.verify_step(step, batch, reference="cpu")
-    assert asked.same and asked.reference == ON_CPU and asked.rows_checked == N
-    monkeypatch.setattr(reference, "_largest_that_fits", lambda laws, wanted, free: 15)
-    found = sg.verify_step(step, batch)
-    assert found.same and found.reference.startswith(f"{ON_CPU} (rounding: the plain step on ")
-    assert sg.verify_step(step, batch, reference="device").rows_checked == 15

@@ -152,7 +152,8 @@ def _first_pass(aliases: ParameterAliases, forward: StepForward, few: Any, devic
             check_reach(aliases, with_graph, standing)
         with as_in_first_pass(device.type, FirstPass.WITHOUT_GRAPH):
             without_graph = forward.again(few, ids)
-    return FirstPass.WITHOUT_GRAPH if same_rows(with_graph, without_graph) else FirstPass.WITH_GRAPH
+    alike = same_rows(with_graph, without_graph) and not _has_recurrent_layers(forward.declared.network)
+    return FirstPass.WITHOUT_GRAPH if alike else FirstPass.WITH_GRAPH
 
 
 def examine_loss(declared: DeclaredStep, model: ModelFindings) -> Examination:
@@ -320,6 +321,11 @@ def _recognised(
         return LossForm(Form.COUPLED, text), 0.0
     count = losses.count_of(loss).item() if form.form is Form.COUNTED else 0.0
     return form, count
+
+
+def _has_recurrent_layers(network: nn.Module) -> bool:
+    """Their kernels without a graph give the same bits for some numbers of rows and not for others (one row, say)."""
+    return any(isinstance(part, nn.RNNBase) for part in network.modules())
 
 
 def _module_hooks(network: nn.Module) -> tuple[str, ...]:

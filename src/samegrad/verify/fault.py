@@ -17,15 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from samegrad import trees
+from samegrad.declared import DeclaredStep
 from samegrad.errors import SamegradError
 from samegrad.exact import program
-from samegrad.exact.probes import close
-from samegrad.exact.split import SplitStep, sliced_chunks
+from samegrad.exact.forward import StepForward
+from samegrad.exact.passes import as_in_first_pass
+from samegrad.exact.probes import close, same_rows
+from samegrad.exact.split import SplitStep, sliced_chunks, under_draws
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.execute.apply import applied
 from samegrad.levers import levers_of
 from samegrad.records import Check
-from samegrad.verify.sides import Planned
+from samegrad.verify.sides import Planned, step_key
+from samegrad.verify.tiers import SECOND_PASS
 from samegrad.verify.twin import float64_twin, widened
 
 Recheck = Callable[[Planned, Any], Sequence[Check]]
@@ -41,8 +46,9 @@ def name_fault(planned: Planned, rows: Any, checks: Sequence[Check], recheck: Re
         # Nothing to look for with: whatever is left out, what is not a number stays it.
         return _owner(planned, failed[0].worst)
     lever = _lever_at_fault(planned, rows, recheck)
-    place = _first_different_rows(planned, rows)
-    if place:
+    if any(check.name == SECOND_PASS for check in failed) and (place := _first_unrepeated(planned, rows)):
+        return "; ".join(filter(None, (lever, f"{place}, the first whose second pass is not its first")))
+    if place := _first_different_rows(planned, rows):
         return "; ".join(filter(None, (lever, f"{place}, the first whose rows are others in a chunk")))
     owner = next((found for check in failed if (found := _owner(planned, check.worst))), "")
     return "; ".join(filter(None, (lever, owner)))
@@ -116,6 +122,35 @@ def _first_different_rows(planned: Planned, rows: Any) -> str:
     return ""
 
 
+def _first_unrepeated(planned: Planned, rows: Any) -> str:
+    """The first module whose output bits differ between the first pass over a chunk and the second, or ""."""
+    declared, split = planned.declared, planned.split
+    if not isinstance(split, SplitStep):
+        return ""
+    with undisturbed(declared.modules, declared.device):
+        copies = trees.map_tensors(rows, Tensor.clone)
+        forward = _chunk_forward(planned, split, declared)
+        start = 0
+        for size, chunk in zip(planned.parts, split.chunks(copies, planned.layout, planned.parts, declared.device)):
+            ids = forward.ids(slice(start, start + size))
+            first_pass = as_in_first_pass(declared.device.type, split.examination.first_pass)
+            with _watched(declared.network) as first, first_pass:
+                forward.again(chunk, ids)
+            with _watched(declared.network) as second, torch.enable_grad():
+                forward.again(chunk, ids)
+            found = _first_of(first, second, (0, size, size), same_rows)
+            if found is not None:
+                return found[1]
+            start += size
+    return ""
+
+
+def _chunk_forward(planned: Planned, split: SplitStep, declared: DeclaredStep) -> StepForward:
+    """Runs chunks as the planned step does: its draws by row, and its state set aside."""
+    draws = StepDraws(planned.sites, step_key())
+    return StepForward.of(declared, planned.layout.rows, draws, split.examination.rules)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """One call of a module: its first input and output tensor, on the host."""
@@ -134,16 +169,18 @@ def _different_in_chunks(planned: Planned, rows: Any) -> str:
     with undisturbed(declared.modules, declared.device) as (generators, state), torch.no_grad():
         copies = trees.map_tensors(rows, Tensor.clone)
         with _watched(declared.network) as whole:
-            declared.forward(declared.network, trees.move(copies, declared.device))
+            drawing = under_draws(declared, StepDraws(planned.sites, step_key()))
+            drawing.forward(declared.network, trees.move(copies, declared.device))
         first: tuple[int, str] | None = None
         start = 0
         with applied(planned.plan, declared, planned.plan_rows) as execution:
             copies = trees.map_tensors(rows, Tensor.clone)
+            forward = _chunk_forward(planned, split, execution.declared)
             for size, chunk in zip(planned.parts, split.chunks(copies, planned.layout, planned.parts, declared.device)):
                 state.restore()
                 generators.restore()
                 with _watched(declared.network) as part:
-                    execution.declared.forward(declared.network, chunk)
+                    forward.again(chunk, forward.ids(slice(start, start + size)))
                 found = _first_of(whole, part, (start, start + size, planned.layout.rows))
                 if found is not None and (first is None or found[0] < first[0]):
                     first = found
@@ -151,21 +188,26 @@ def _different_in_chunks(planned: Planned, rows: Any) -> str:
     return first[1] if first is not None else ""
 
 
-def _first_of(whole: Sequence[_Call], part: Sequence[_Call], span: tuple[int, int, int]) -> tuple[int, str] | None:
-    """The place in call order and the name of the first call whose output rows ``span`` are others."""
+Alike = Callable[[Tensor, Tensor], bool]
+
+
+def _first_of(
+    whole: Sequence[_Call], part: Sequence[_Call], span: tuple[int, int, int], alike: Alike = close
+) -> tuple[int, str] | None:
+    """The place in call order and the name of the first call whose output rows ``span`` are not ``alike``."""
     for index, (all_rows, few) in enumerate(zip(whole, part)):
-        if all_rows.module == few.module and _same_rows(all_rows.output, few.output, span):
+        if all_rows.module == few.module and _same_rows(all_rows.output, few.output, span, alike):
             continue
         name = f"module {all_rows.module or 'the model'} ({all_rows.kind})"
-        if all_rows.module and not _same_rows(all_rows.input, few.input, span):
+        if all_rows.module and not _same_rows(all_rows.input, few.input, span, alike):
             parent = all_rows.module.rpartition(".")[0] or "the model"
             name = f"code of {parent} before {all_rows.module} ({all_rows.kind})"
         return index, name
     return None
 
 
-def _same_rows(whole: Tensor | None, part: Tensor | None, span: tuple[int, int, int]) -> bool:
-    """Whether ``part`` is what ``whole`` holds for the rows ``span``, up to rounding; True where rows are not first."""
+def _same_rows(whole: Tensor | None, part: Tensor | None, span: tuple[int, int, int], alike: Alike) -> bool:
+    """Whether ``part`` is what ``whole`` holds for the rows ``span``; True where rows are not first."""
     start, stop, rows = span
     if whole is None or part is None or whole.dim() == 0 or whole.shape[0] % rows:
         return True
@@ -173,7 +215,7 @@ def _same_rows(whole: Tensor | None, part: Tensor | None, span: tuple[int, int, 
     mine = whole[start * each : stop * each]
     if mine.shape != part.shape:
         return False
-    return close(mine, part) if mine.is_floating_point() else torch.equal(mine, part)
+    return alike(mine, part) if mine.is_floating_point() else torch.equal(mine, part)
 
 
 @contextlib.contextmanager

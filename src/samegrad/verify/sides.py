@@ -15,6 +15,7 @@ from torch import Tensor
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
+from samegrad.errors import GradientsDiffer
 from samegrad.exact import losses
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.draw_sites import DrawSites
@@ -86,7 +87,7 @@ class Planned:
             found = side(split, rows, self.layout, self.parts)
             # Gradients that the loss itself adds have no chunks; their own size is their scale.
             sizes = {name: None if g is None else g.abs() for name, g in found.by_name.items()}
-            return dataclasses.replace(found, magnitudes=sizes | _magnitudes(split, rows, self.layout))
+            return dataclasses.replace(found, magnitudes=sizes | _magnitudes(split, rows, self.layout, self.parts))
 
 
 def plain_gradients(declared: DeclaredStep, batch: Any, sites: DrawSites | None = None) -> Gradients:
@@ -94,7 +95,7 @@ def plain_gradients(declared: DeclaredStep, batch: Any, sites: DrawSites | None 
 
     ``sites``: where the model draws, for the draws that the planned side makes.
     """
-    declared = under_draws(declared, StepDraws(sites, _key()))
+    declared = under_draws(declared, StepDraws(sites, step_key()))
     whole = trees.move(batch, declared.device)
     with torch.enable_grad():
         loss = checked_loss(declared.loss_fn(declared.forward(declared.network, whole), whole))
@@ -104,13 +105,13 @@ def plain_gradients(declared: DeclaredStep, batch: Any, sites: DrawSites | None 
     return Gradients(_by_name(declared, leaves, gradients), float(loss.detach()))
 
 
-def _key() -> StepKey:
+def step_key() -> StepKey:
     """The key of both sides' draws; torch's generators are left alone."""
     return StepKey.fixed(0)
 
 
 def _totals(split: ChunkedStep, batch: Any, layout: RowLayout, parts: Sequence[int]) -> Gradients:
-    totals = split.totals(batch, layout, parts, key=_key())
+    totals = split.totals(batch, layout, parts, key=step_key())
     totals.commit()
     return Gradients(_by_name(split.declared, totals.parameters, totals.totals), float(totals.loss))
 
@@ -120,19 +121,26 @@ def _arrived(split: ChunkedStep, batch: Any, layout: RowLayout, parts: Sequence[
     try:
         for parameter in parameters:
             parameter.grad = None
-        loss = split.backward(batch, layout, parts, key=_key())
+        loss = split.backward(batch, layout, parts, key=step_key())
         return Gradients(_by_name(split.declared, parameters, [p.grad for p in parameters]), float(loss))
     finally:
         for parameter in parameters:
             parameter.grad = None
 
 
-def _magnitudes(split: ChunkedStep, batch: Any, layout: RowLayout) -> dict[str, Tensor | None]:
+def _magnitudes(
+    split: ChunkedStep, batch: Any, layout: RowLayout, parts: Sequence[int]
+) -> dict[str, Tensor | None]:
     # Near an optimum a chunk's own gradient is what is left of terms that cancel, while rounding grows with the
     # terms: their size is taken from parts much smaller than the plan's.
     fine = trees.even_sizes(layout.rows, max(1, layout.rows // _MAGNITUDE_PARTS))
+    keeping = split.keeping_magnitudes()
     with undisturbed(split.declared.modules, split.declared.device):
-        small = split.keeping_magnitudes().totals(batch, layout, fine, key=_key())
+        try:
+            small = keeping.totals(batch, layout, fine, key=step_key())
+        except GradientsDiffer:
+            # Of parts that the plan does not have; the plan's own are compared beside this.
+            small = keeping.totals(batch, layout, parts, key=step_key())
     return _by_name(split.declared, small.parameters, small.magnitudes or [])
 
 
