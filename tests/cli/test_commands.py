@@ -138,6 +138,26 @@ def test_verify_compares_with_the_reference_that_is_asked_for(cli: Cli) -> None:
     assert cli("verify", "steps.py:train", "--rows", "65").code == 2
 
 
+VERIFY_EXITS = {
+    "same": (("steps.py:train", *BUDGET), 0),
+    "differs": (("unequal.py:train",), 1),
+    "no such option": (("steps.py:train", "--row", "8"), 2),
+    "more rows than there are": (("steps.py:train", "--rows", "65"), 2),
+    "no such plan": (("steps.py:train", "--plan", "no.json"), 3),
+    "no such device": (("autoencoder", "--device", "cuda:99"), 4),
+    "out of memory": (("steps.py:exhausted",), 5),
+}
+
+
+@pytest.mark.parametrize("name", VERIFY_EXITS)
+def test_verify_exits_as_documented(cli: Cli, folder: Path, name: str) -> None:
+    (folder / "unequal.py").write_text(UNEQUAL)
+    line, code = VERIFY_EXITS[name]
+    ran = cli("verify", *line, "--json")
+    assert ran.code == code
+    assert ("error" in ran.document) == (code > 1)
+
+
 def test_a_step_that_runs_whole_is_compared_bit_for_bit_and_no_further(cli: Cli) -> None:
     ran = cli("verify", "steps.py:coupled", "--rows", "8", "--json")
     assert ran.code == 0
