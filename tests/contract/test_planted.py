@@ -227,6 +227,16 @@ def test_the_module_whose_rows_differ_is_named(dtype: torch.dtype, loss_fn: Any,
     assert_named(verdict, "gradient", "lever split_rows", "module 1 (Flips), the first whose rows are others")
 
 
+@pytest.mark.parametrize("loss_fn", [cross_entropy, spread], ids=["one pass", "two passes"])
+def test_draws_are_not_taken_for_the_fault(loss_fn: Any, monkeypatch: Patch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.3), Flips(), nn.Linear(9, 3)).double()
+    step = sg.Step(model, loss_fn, rows=[30, 8, 23])
+    assert sg.verify_step(step, labelled(N)).same
+    monkeypatch.setattr(Flips, "on", True)
+    assert_named(sg.verify_step(step, labelled(N)), "gradient", "module 2 (Flips), the first whose rows are others")
+
+
 def test_code_between_two_modules_is_named_as_such(monkeypatch: Patch) -> None:
     torch.manual_seed(0)
     step = sg.Step(Code().double(), cross_entropy, rows=[30, 8, 23])

@@ -17,9 +17,9 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.errors import GradientsDiffer
 from samegrad.exact import losses
-from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
+from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.shared_leaves import cut_loose
 from samegrad.exact.split import under_draws

@@ -101,7 +101,9 @@ def compare_with_cpu(planned: Planned, rows: Any) -> list[Check]:
         allowance = dataclasses.replace(
             _allowance(1, tolerance.precision_of(torch.float64), planned), place=", against the cpu"
         )
-        logic = _widened_if_needed(plain, ours, allowance, lambda: _unrest_of(reference, plain_bench, plain, planned.sites))
+        logic = _widened_if_needed(
+            plain, ours, allowance, lambda: _unrest_of(reference, plain_bench, plain, planned.sites)
+        )
     return [same_parameters(plain, ours), *logic]
 
 
