@@ -109,10 +109,11 @@ def measure(
     residents = count_residents(declared)
     one_row = CannotSplit(asked="split the rows of a step", found="the batch has one row", do="nothing is to be done")
     ways = find_ways(declared, aliases, batch, layout, segments) if layout.rows > 1 else Ways(None, one_row)
-    if ways.by_rows is not None and ways.by_rows.collectives:
+    if ways.collectives or (ways.by_rows is not None and ways.by_rows.collectives):
         raise CannotSplit(
             asked="plan a step from a budget",
-            found="the loss calls collectives, and each rank would run it as often as its own measurements ask",
+            found=f"the {'model' if ways.collectives else 'loss'} calls collectives, and each rank would run it as "
+            "often as its own measurements ask",
             do="say how many rows run at a time: rows= or plan=",
         )
     refusals = dict(ways.refusals)
@@ -279,7 +280,8 @@ def settle_plan(
     """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
 
     ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it; ``segments``
-    names the submodules that treat rows alone. Hand the plan to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
+    names the submodules that treat rows alone. Hand the plan to ``Step(plan=...)``. Raises BudgetTooSmall or
+    CannotSplit when nothing fits.
     """
     declared = step.declared
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from samegrad.data.prefetch import Prefetcher
 from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import CannotSplit, UsageError
+from samegrad.exact.batchnorm import shared_over_ranks
 from samegrad.exact.examine import find_draws
 from samegrad.exact.loop import agreed_cut
 from samegrad.exact.mapped import ChunkedStep
@@ -95,7 +96,7 @@ class Step:
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
-        self._segments = None if segments is None else tuple(segments)
+        self._segments = _checked_names(segments)
         self._ways: dict[tuple[str, str], Ways] = {}
         self._draws: dict[tuple[str, str], DrawSites | None] = {}
         self._given = plan
@@ -274,7 +275,8 @@ class Step:
     def _pinned_plan(self, batch: Any, layout: RowLayout) -> Plan:
         assert self._rows is not None
         rows = self._rows if isinstance(self._rows, int) else list(self._rows)
-        if isinstance(rows, int) and rows >= layout.rows:
+        waits = bool(shared_over_ranks(self.declared.network))
+        if isinstance(rows, int) and rows >= layout.rows and not waits:
             return Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=layout.rows)
         levers: dict[str, dict[str, Any]] = {"host_rows": {}, "split_rows": {"rows": rows}}
         # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
@@ -283,7 +285,9 @@ class Step:
             if not ways.mapped:
                 assert ways.refusal is not None
                 raise ways.refusal
-            first = ways.mapped[0]
+            first = next((lever for lever in ways.mapped if "rows" in lever.knobs()), None)
+            if first is None:
+                raise ways.refusal or AssertionError("ways that are mapped say why rows cannot be split")
             levers = {first.name: first.knobs() | {"rows": rows}}
         return Plan(
             levers=levers,
@@ -345,6 +349,19 @@ def _checked_rows(rows: int | Sequence[int] | None) -> int | tuple[int, ...] | N
         )
     whole = tuple(int(n) for n in listed)
     return whole if isinstance(rows, Iterable) else whole[0]
+
+
+def _checked_names(segments: Sequence[str] | None) -> tuple[str, ...] | None:
+    if segments is None:
+        return None
+    names = () if isinstance(segments, str) else tuple(segments)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(
+            asked=f"segments={segments!r}",
+            found="not a list of submodule names",
+            do="give names as model.named_modules() shows them, such as segments=['encoder', 'decoder']",
+        )
+    return names
 
 
 def _refuse_not_there(**options: Any) -> None:

@@ -223,11 +223,8 @@ class Meets(nn.Module):
 def refused(rank: int) -> dict[str, str]:
     """Refusals of one rank alone: no other one is asked, so nobody waits."""
     mse = zoo.LOSSES["mse"][0]
-    # DDP itself takes SyncBatchNorm on GPUs only.
-    norm = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(zoo.mlp(), nn.BatchNorm1d(zoo.CLASSES, dtype=D)))
     tried: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {
         "collective": (DistributedDataParallel(Meeting()), mse, {"rows": 4}),
-        "sync norm": (norm, mse, {"rows": 4}),
         "budget": (DistributedDataParallel(zoo.mlp()), Contrastive(), {"budget": "1GiB"}),
     }
     found = {}
@@ -298,7 +295,6 @@ def test_chunks_see_the_first_ranks_buffers(found: list[dict[str, Any]]) -> None
 def test_refusals_need_no_other_rank(found: list[dict[str, Any]]) -> None:
     refusals = found[0]["refused"]
     assert "second (Meets) calls a collective (c10d::allreduce_)" in refusals["collective"]
-    assert "SyncBatchNorm" in refusals["sync norm"]
     assert "the loss calls collectives" in refusals["budget"]
 
 

@@ -365,7 +365,7 @@ def test_a_failed_step_leaves_gradients_as_they_were(found: list[dict[str, Any]]
         ("loss", ["the loss uses scale, which is sharded"]),
         ("loss after a collective", ["the loss uses scale, which is sharded"]),
         ("budget", ["plan a step from a budget", "is sharded"]),
-        ("draws", ["1 (Dropout", "draws random numbers"]),
+        ("draws", ["the forward draws random numbers"]),
         ("collective", ["Meeting) calls a collective (c10d::allreduce_)"]),
         ("verify", ["verify a step", "before fully_shard"]),
         ("rowwise", ["is sharded"]),
@@ -375,7 +375,7 @@ def test_what_cannot_be_split_is_refused_on_every_rank(
     found: list[dict[str, Any]], name: str, texts: list[str]
 ) -> None:
     for rank in found:
-        assert rank["refusals"][name].startswith("CannotSplit")
+        assert rank["refusals"][name].startswith(("CannotSplit", "NotToBeTried"))
         assert all(text in rank["refusals"][name] for text in texts), rank["refusals"][name]
         assert rank["refusals"]["after all of them"] == "right"
 

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import samegrad as sg
 from samegrad.exact.lockstep import lockstep
 from samegrad.exact.rendezvous import rendezvous
 
 from .batchnorm_zoo import ROWS, Left, coupled_loss, made, worst_share
-from .test_handoff import on_two_ranks
+from .processes import on_two_ranks
 
 # torch's own SyncBatchNorm does not run on the CPU, so the reference is one process.
 SPLIT = 14
@@ -78,6 +79,30 @@ def _rank(rank: int) -> dict[str, Any]:
         collectives.clear()
         found[f"plain BatchNorm, {scheme}"] = len(collectives)
     return found
+
+
+def _rank_of_steps(rank: int) -> dict[str, float]:
+    """The same through Step, where one rank runs its rows whole while the other has chunks."""
+    found = {}
+    mine = slice(0, SPLIT) if rank == 0 else slice(SPLIT, ROWS)
+    for name, rows in {"chunks": SIZES[rank], "one rank whole": [5, 8, 1] if rank == 0 else ROWS}.items():
+        network, x = made("residual")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        step = sg.Step(network, lambda z, b: _loss(z, b[1]), rows=rows)
+        loss = step.backward((x[mine], _weights(x)[mine]))
+        left: Left = {"loss": loss.clone()}
+        left |= {f"gradient of {n}": p.grad for n, p in network.named_parameters() if p.grad is not None}
+        for value in left.values():
+            dist.all_reduce(value)
+        left |= {f"buffer {n}": b for n, b in network.named_buffers()}
+        plain = _reference()
+        found[name] = worst_share(left, {key: plain[key] for key in left})
+    return found
+
+
+def test_a_step_shares_the_statistics_of_all_ranks() -> None:
+    found = on_two_ranks(_rank_of_steps)
+    assert max(found.values()) <= 1
 
 
 def _all_rows(mine: Tensor, rank: int) -> Tensor:

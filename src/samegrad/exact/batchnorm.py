@@ -10,8 +10,10 @@ variance", The American Statistician 37(3), for the merge.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +24,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import NARROW
-from samegrad.exact.replaced_forward import has_own_forward
+from samegrad.exact.replaced_forward import forward_replaced, has_own_forward
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:
@@ -137,6 +139,26 @@ def group_of(layer: nn.Module) -> dist.ProcessGroup | None:
         return None
     group = layer.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+def shared_over_ranks(network: nn.Module) -> list[str]:
+    """The names of layers of ``network`` whose forward waits for other ranks."""
+    return [name for name, part in network.named_modules() if group_of(part) is not None]
+
+
+@contextlib.contextmanager
+def by_rows(network: nn.Module) -> Iterator[None]:
+    """A block in which BatchNorm layers normalise each row by fixed numbers, so that all else can be looked at."""
+    with contextlib.ExitStack() as stack:
+        for part in network.modules():
+            if uses_batch_statistics(part):
+                stack.enter_context(forward_replaced(part, functools.partial(_by_fixed_numbers, part)))
+        yield
+
+
+def _by_fixed_numbers(layer: Any, x: Tensor) -> Tensor:
+    mean = torch.zeros(x.shape[1], dtype=widened(x).dtype, device=x.device)
+    return normalised(layer, x, mean, torch.ones_like(mean))
 
 
 def gathered(moments: Moments, group: dist.ProcessGroup) -> Moments:

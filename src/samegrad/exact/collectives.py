@@ -13,17 +13,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samegrad.errors import CannotSplit
-
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 # Functional collectives wait in an operation of their own, which is none itself.
 _WAITS = ("wait_tensor", "_wrap_tensor_autograd")
 # With which fully_shard gathers parameters in forward.
 GATHER_INTO_TENSOR = "_allgather_base_"
-
-
-class ModelCallsCollective(CannotSplit):
-    """The model waits for other ranks in its forward: it may not be tried again on some rows of this one."""
 
 
 class CollectiveSeen(Exception):

@@ -67,9 +67,11 @@ def lockstep(
     plain = network.forward
     known = Tracings() if tracings is None else tracings
     batchnorm.coupled_layers(network)
+    # Other ranks may have more chunks, and wait for the collectives of this scheme.
+    alone = not batchnorm.shared_over_ranks(network)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if len(sizes) == 1:
+        if len(sizes) == 1 and alone:
             return plain(*args, **kwargs)
         check_rows((args, kwargs), sizes)
         call, values = _begun(network, known.stages_of(network, args, kwargs, rows=sum(sizes)), (args, kwargs), sizes)

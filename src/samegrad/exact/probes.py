@@ -21,15 +21,17 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import collectives, losses, program
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.batchnorm import uses_batch_statistics
 from samegrad.exact.draw_probe import check_sites, find_sites
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
 from samegrad.exact.module_names import entered, looked_at
+from samegrad.exact.replaced_forward import has_own_forward
 from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.state import StateRule
 from samegrad.exact.state_probe import StateProbe
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried
 from samegrad.trees import RowLayout
 
 PROBE_ROWS = 8
@@ -46,15 +48,12 @@ def refuse_known_layers(module: nn.Module) -> None:
                 found=f"{name or 'the model'} is a FullyShardedDataParallel, with parts of one flat parameter",
                 do=f"{_WAYS_OUT}, or shard with torch.distributed.fsdp.fully_shard",
             )
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(
-            part, nn.modules.instancenorm._InstanceNorm
-        ):
-            if part.training or part.running_mean is None:
-                raise CannotSplit(
-                    asked="split the rows of a step",
-                    found=f"{name or 'the model'} ({kind} in training mode) normalises with the statistics of all rows",
-                    do=f"{_WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
-                )
+        if uses_batch_statistics(part) and not has_own_forward(part):
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{name or 'the model'} ({kind} in training mode) normalises with the statistics of all rows",
+                do=f"{_WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +135,10 @@ class RowProbes:
             with entered(network) as running, collectives.watched(*[collectives.GATHER_INTO_TENSOR] * sharded):
                 self._plain_forward()
         except collectives.CollectiveSeen as seen:
-            raise collectives.ModelCallsCollective(
+            raise NotToBeTried(
                 asked="split the rows of a step",
-                found=f"{running[-1] if running else 'the forward'} calls a collective ({seen}): it would see a chunk's "
-                "rows, and ranks with other chunk counts would wait for each other",
+                found=f"{running[-1] if running else 'the forward'} calls a collective ({seen}): it would see a "
+                "chunk's rows, and ranks with other chunk counts would wait for each other",
                 do=f"{_WAYS_OUT}, or move the collective into loss_fn, which sees all rows of this rank once a step",
             ) from None
 
@@ -300,7 +299,7 @@ def _check_weights(weights: Sequence[tuple[str, Tensor, Tensor]]) -> None:
             changed.append(name)
             local(now).copy_(before)
     if changed:
-        raise CannotSplit(
+        raise NotToBeTried(
             asked="split the rows of a step",
             found=f"the forward changes its parameters {', '.join(changed[:3])}: from a chunk, not from the batch",
             do=f"{_WAYS_OUT}, or run one forward on a whole batch before the first step",

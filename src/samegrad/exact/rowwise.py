@@ -20,12 +20,12 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.row_map import RowCall
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.state import StateRule
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.trees import RowLayout
 

@@ -18,9 +18,9 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.probes import RowProbes, check_reach
 from samegrad.exact.row_map import RowCall
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.trees import RowLayout
 

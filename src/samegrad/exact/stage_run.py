@@ -133,7 +133,7 @@ class StageRun:
                 rows += given
                 mapped = self._mapped(self._centred, summed=2)
         parameters = self.call.aliases.parameters
-        ids = [id(parameters[int(s.key)] if s.kind == "parameter" else s) for s in slots]  # type: ignore[call-overload]
+        ids = [id(parameters[s.key] if isinstance(s.key, int) and s.kind == "parameter" else s) for s in slots]
         found = mapped.pulled_back([values[s] for s in slots], rows, [slots.index(s) for s in wanted], ids)
         return dict(zip(wanted, found))
 

@@ -13,6 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samegrad.errors import CannotSplit
+
+
+class NotToBeTried(CannotSplit):
+    """A forward on a few rows would not leave things as they are: it sets weights, or other ranks wait in it."""
+
+
 # Python attributes of modules that count or switch something are plain values of these kinds.
 _PLAIN = (int, float, str, bool, type(None))
 

@@ -19,9 +19,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.batchnorm import has_batchnorm
-from samegrad.exact.collectives import ModelCallsCollective
-from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.batchnorm import by_rows, has_batchnorm, shared_over_ranks
 from samegrad.exact.examine import (
     Examination,
     chosen_rows,
@@ -36,13 +34,14 @@ from samegrad.exact.probes import PROBE_ROWS, close
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import find_blocks
 from samegrad.exact.segments import find_segments
-from samegrad.exact.undisturbed import undisturbed
+from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.undisturbed import NotToBeTried, undisturbed
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.segments import Segments
 from samegrad.trees import RowLayout
 
-
+_MAPPING = (Segments.name, Recompute.name, ExactBatchNorm.name)
 # Boundaries of which one is kept where memory is shorter than time.
 _KEEP_EVERY = 4
 
@@ -68,7 +67,8 @@ class Ways:
     """What was found: the examination of a step split by rows, or why it cannot be and the other ways there are.
 
     ``mapped``: levers that put parts of the model into chunks, each tried against the plain forward. ``sites``: where
-    the model draws. ``refusals``: lever to why this step cannot take it, or need not.
+    the model draws. ``refusals``: lever to why this step cannot take it, or need not. ``collectives``: chunks wait for
+    other ranks.
     """
 
     by_rows: Examination | None
@@ -76,6 +76,7 @@ class Ways:
     mapped: tuple[MappingLever, ...] = ()
     sites: DrawSites | None = None
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
+    collectives: bool = False
 
     def mapped_examination(self) -> MappedExamination:
         return MappedExamination("" if self.refusal is None else self.refusal.found, self.sites)
@@ -97,17 +98,23 @@ def find_ways(
         refuse_sharded_segments(segments)
         return Ways(examine(declared, aliases, batch, layout))
     refuse_batch_gradients(batch, layout)
-    refusals = {}
+    if shared := shared_over_ranks(declared.network):
+        return _over_ranks(declared, aliases, batch, layout, shared[0])
+    refusals: dict[str, str] = {}
     if segments is None:
         try:
             model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows))
-        except ModelCallsCollective as refused:
+            examination = examine_loss(declared, model)
+        except NotToBeTried as refused:
             return Ways(None, refused)
         except CannotSplit as refused:
+            if declared.normalise is not None:
+                # Declared a sum over rows: what forbids that is not to be worked round.
+                raise
             refusal = refused
         else:
-            examination = examine_loss(declared, model)
-            return Ways(examination, sites=examination.sites, refusals={Segments.name: "not needed: rows split through the whole model"})
+            whole = "not needed: rows split through the whole model"
+            return Ways(examination, sites=examination.sites, refusals=dict.fromkeys(_MAPPING, whole))
     else:
         refusal = CannotSplit(
             asked="split rows through the whole model", found="segments= names parts of it", do="leave segments= out"
@@ -121,15 +128,20 @@ def find_ways(
         except CannotSplit as refused:
             if segments is not None:
                 raise
-            refusals[lever.name] = refused.found
+            refusals.setdefault(lever.name, refused.found)
             return False
         mapped.append(lever)
+        refusals.pop(lever.name, None)
         return True
 
     if segments is None and has_batchnorm(declared.network):
         _try_batchnorm(declared, fits)
+    else:
+        refusals |= dict.fromkeys((Recompute.name, ExactBatchNorm.name), "no BatchNorm in training mode")
     if not mapped:
         _try_segments(declared, batch, layout, segments, fits, refusals)
+    elif Segments.name not in refusals:
+        refusals[Segments.name] = "not needed beside exact BatchNorm"
     return Ways(None, refusal, tuple(mapped), sites, refusals)
 
 
@@ -158,6 +170,26 @@ def _try_segments(
         fits(Segments(1, {segment.path: segment.per_row for segment in found}))
     else:
         refusals[Segments.name] = "no part of the model with parameters treats rows alone"
+
+
+def _over_ranks(
+    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, layer: str
+) -> Ways:
+    """Lockstep over ranks and chunks. Nothing is tried that waits for another rank: statistics are left out."""
+    refusal = CannotSplit(
+        asked="split the rows of a step",
+        found=f"{layer} (SyncBatchNorm in training mode) normalises with the statistics of all ranks' rows",
+        do="give rows= or plan= on every rank; lockstep shares the statistics",
+    )
+    with by_rows(declared.network):
+        model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows))
+    if model.rules:
+        raise CannotSplit(
+            asked="run SyncBatchNorm exactly a few rows at a time",
+            found=f"the forward also changes {model.rules[0].name}, and backward runs rows again",
+            do="update that state outside the forward, or run the step whole on every rank",
+        )
+    return Ways(None, refusal, (ExactBatchNorm(1),), model.sites, collectives=True)
 
 
 def refuse_sharded_segments(segments: Sequence[str] | None) -> None:

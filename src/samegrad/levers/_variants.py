@@ -10,8 +10,8 @@ from samegrad.errors import BadInput
 from samegrad.records import Footprint, Origin, Phase, PhaseLaw, Variant
 
 
-def chunk_sizes(lever: str, rows: int | list[int], batch_rows: int) -> tuple[int, ...]:
-    """The rows of each chunk of a batch of ``batch_rows``. Raises BadInput for what cannot be, or does not add up."""
+def check_rows(lever: str, rows: int | list[int]) -> None:
+    """Raises BadInput, naming the lever, for rows at a time that cannot be."""
     listed = rows if isinstance(rows, list) else [rows]
     if not listed or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in listed):
         raise BadInput(
@@ -19,6 +19,10 @@ def chunk_sizes(lever: str, rows: int | list[int], batch_rows: int) -> tuple[int
             found="not a positive whole number, nor a list of them",
             do="plan again, or correct the plan file",
         )
+
+
+def chunk_sizes(rows: int | list[int], batch_rows: int) -> tuple[int, ...]:
+    """The rows of each chunk of a batch of ``batch_rows``. Raises BadInput for a list that does not add up."""
     if isinstance(rows, int):
         full, rest = divmod(batch_rows, rows)
         return (*[rows] * full, *[rest] * bool(rest))

@@ -28,7 +28,7 @@ from samegrad.exact.rendezvous import rendezvous
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.tracings import Tracings
 from samegrad.levers._lever import Execution, Slot
-from samegrad.levers._variants import candidates_of, chunk_sizes, predicted
+from samegrad.levers._variants import candidates_of, check_rows, chunk_sizes, predicted
 from samegrad.records import Exactness, Footprint
 
 _LOCKSTEP, _RENDEZVOUS = "lockstep", "rendezvous"
@@ -50,7 +50,7 @@ class ExactBatchNorm:
     exactness: ClassVar[Exactness] = Exactness.SAME_SUM
 
     def __post_init__(self) -> None:
-        chunk_sizes(self.name, self.rows, 1 if isinstance(self.rows, int) else sum(self.rows))
+        check_rows(self.name, self.rows)
         if self.scheme_name not in (_LOCKSTEP, _RENDEZVOUS):
             raise BadInput(
                 asked=f"{self.name} with scheme_name={self.scheme_name!r}",
@@ -85,7 +85,7 @@ class ExactBatchNorm:
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
-        sizes = chunk_sizes(self.name, self.rows, execution.batch_rows)
+        sizes = chunk_sizes(self.rows, execution.batch_rows)
         yield dataclasses.replace(execution, sizes=sizes, scheme=self.scheme())
 
     def knobs(self) -> dict[str, Any]:

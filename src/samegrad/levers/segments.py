@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 from samegrad.exact.mapped import Scheme
 from samegrad.exact.segments import Segment, in_segments
 from samegrad.levers._lever import Execution, Slot
-from samegrad.levers._variants import candidates_of, chunk_sizes, predicted
+from samegrad.levers._variants import candidates_of, check_rows, chunk_sizes, predicted
 from samegrad.records import Exactness, Footprint
 
 
@@ -34,6 +34,9 @@ class Segments:
     name: ClassVar[str] = "segments"
     slot: ClassVar[Slot] = Slot.SPLIT
     exactness: ClassVar[Exactness] = Exactness.SAME_SUM
+
+    def __post_init__(self) -> None:
+        check_rows(self.name, self.rows)
 
     @classmethod
     def refusal(cls, footprint: Footprint) -> str | None:
@@ -59,7 +62,7 @@ class Segments:
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
-        sizes = chunk_sizes(self.name, self.rows, execution.batch_rows)
+        sizes = chunk_sizes(self.rows, execution.batch_rows)
         yield dataclasses.replace(execution, sizes=sizes, scheme=self.scheme())
 
     def knobs(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 from samegrad.levers._lever import Execution, Slot
-from samegrad.levers._variants import chunk_sizes, most_rows, rungs_of
+from samegrad.levers._variants import check_rows, chunk_sizes, most_rows, rungs_of
 from samegrad.records import Exactness, Footprint, Origin, Phase
 
 # A row's first forward of two forwards and a backward, which takes about two.
@@ -41,7 +41,7 @@ class SplitRows:
     exactness: ClassVar[Exactness] = Exactness.SAME_SUM
 
     def __post_init__(self) -> None:
-        chunk_sizes(self.name, self.rows, 1 if isinstance(self.rows, int) else sum(self.rows))
+        check_rows(self.name, self.rows)
 
     @classmethod
     def refusal(cls, footprint: Footprint) -> str | None:
@@ -88,12 +88,12 @@ class SplitRows:
 
     def _sizes(self, footprint: Footprint) -> tuple[int, ...]:
         rows = self.rows if isinstance(self.rows, list) else min(self.rows, footprint.batch_rows)
-        return chunk_sizes(self.name, rows, footprint.batch_rows)
+        return chunk_sizes(rows, footprint.batch_rows)
 
     def _seconds(self, footprint: Footprint) -> float | None:
         seconds = footprint.predicted_seconds(rows=self.largest_chunk())
-        if seconds is None:
-            return None
+        if seconds is None or not self.kept_chunks:
+            return seconds
         return seconds * (1 - _FORWARD_SHARE * self.kept_chunks / len(self._sizes(footprint)))
 
     def predict(self, footprint: Footprint) -> Footprint:
@@ -121,12 +121,12 @@ class SplitRows:
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
-        sizes = chunk_sizes(self.name, self.rows, execution.batch_rows)
+        sizes = chunk_sizes(self.rows, execution.batch_rows)
         yield dataclasses.replace(execution, sizes=sizes, kept_chunks=min(self.kept_chunks, len(sizes)))
 
     def sizes(self, batch_rows: int) -> list[int]:
         """The rows of each chunk of a batch of ``batch_rows``. Raises BadInput when a list does not add up."""
-        return list(chunk_sizes(self.name, self.rows, batch_rows))
+        return list(chunk_sizes(self.rows, batch_rows))
 
     def knobs(self) -> dict[str, Any]:
         return {"rows": self.rows, "kept_chunks": self.kept_chunks}

@@ -81,7 +81,7 @@ def _how(plan: Plan, footprint: Footprint) -> str:
         return "It runs whole: the plain call, bit for bit."
     [(name, knobs)] = taken.items()
     rows = knobs.get("rows", plan.batch_rows)
-    chunks = len(chunk_sizes(name, rows, plan.batch_rows))
+    chunks = len(chunk_sizes(rows, plan.batch_rows))
     shape = f"{rows} rows at a time" if isinstance(rows, int) else "chunks of the given sizes"
     if name == SplitRows.name:
         kept = knobs.get("kept_chunks", 0)
