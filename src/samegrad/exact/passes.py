@@ -102,7 +102,7 @@ def single_pass(
         gradients = sums_of(swapped)
         chunk_program = program.ChunkProgram(body, gradients)
         idle = program.ChunkProgram(program.idle_body(forward.idle, _used_by(declared)), gradients)
-        for index, (chunk, part) in enumerate(zip(chunks, parts_of(sizes), strict=True)):
+        for index, chunk, part in numbered(chunks, sizes):
             if shares[index] == 0:
                 if aliases.sharded:
                     idle.bind(chunk)
@@ -129,6 +129,16 @@ def parts_of(sizes: Sequence[int]) -> Iterator[slice]:
     for size in sizes:
         yield slice(start, start + size)
         start += size
+
+
+def numbered(chunks: Iterable[Any], sizes: Sequence[int]) -> Iterator[tuple[int, Any, slice]]:
+    """Each chunk with its number and its place, kept by nobody else: zip would hold the first one to the end."""
+    arriving = iter(chunks)
+    for index, part in enumerate(parts_of(sizes)):
+        yield index, next(arriving), part
+    # What ends a stream properly: it looks after its places then.
+    if next(arriving, None) is not None:
+        raise AssertionError("more chunks than sizes")
 
 
 def two_passes(
@@ -168,7 +178,7 @@ def two_passes(
             program.idle_body(forward.idle, lambda *_: [c is not None for c in cotangents]), gradients
         )
         rows = [leaf.detach() for leaf in outputs.leaves()]
-        for chunk, part in zip(chunks(sizes[:again]) if again else (), parts[:again], strict=True):
+        for _, chunk, part in numbered(chunks(sizes[:again]) if again else (), sizes[:again]):
             if part.start == part.stop:
                 idle.bind(chunk)
                 idle.run()
@@ -207,7 +217,7 @@ def _first_pass(
     body = program.first_pass_body(forward.first)
     again = len(sizes) - kept
     with as_in_first_pass(declared.device.type, first_pass):
-        for index, (chunk, part) in enumerate(zip(chunks, parts_of(sizes), strict=True)):
+        for index, chunk, part in numbered(chunks, sizes):
             if part.start == part.stop:
                 forward.idle(chunk)
                 continue
