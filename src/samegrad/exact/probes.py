@@ -27,6 +27,7 @@ from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
 from samegrad.exact.module_names import entered, looked_at
 from samegrad.exact.replaced_forward import has_own_forward
+from samegrad.exact.rounding import eps_in_use
 from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.state import StateRule
 from samegrad.exact.state_probe import StateProbe
@@ -340,5 +341,5 @@ def close(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     finite = a[a.isfinite()]
     scale = max(finite.abs().max().item(), 1e-30) if finite.numel() else 1.0
-    near = (a == b) | ((a - b).abs() <= scale * torch.finfo(a.dtype).eps ** 0.5)
+    near = (a == b) | ((a - b).abs() <= scale * eps_in_use(a) ** 0.5)
     return bool(near.all() | (a != a).any())

@@ -33,6 +33,7 @@ from samegrad.exact.mapped import MappedExamination, Scheme
 from samegrad.exact.probes import PROBE_ROWS, close
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import find_blocks
+from samegrad.exact.rounding import eps_in_use
 from samegrad.exact.segments import find_segments
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import NotToBeTried, undisturbed
@@ -248,7 +249,7 @@ class _Found:
             theirs = other.gradients[name]
             apart = (mine is None) != (theirs is None)
             if mine is not None and theirs is not None and mine.numel():
-                apart = not float((mine - theirs).abs().max()) <= scale * torch.finfo(mine.dtype).eps ** 0.5
+                apart = not float((mine - theirs).abs().max()) <= scale * eps_in_use(mine) ** 0.5
             if apart:
                 found.append(f"the gradient of {name}")
         return found

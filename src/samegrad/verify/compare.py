@@ -22,6 +22,14 @@ class Gradients:
     loss: float
     magnitudes: Mapping[str, Tensor | None] = dataclasses.field(default_factory=dict)
 
+    def on(self, device: torch.device) -> Gradients:
+        """The same on ``device``."""
+
+        def moved(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+            return {name: None if t is None else t.to(device) for name, t in tensors.items()}
+
+        return dataclasses.replace(self, by_name=moved(self.by_name), magnitudes=moved(self.magnitudes))
+
 
 @dataclasses.dataclass(frozen=True)
 class Unrest:

@@ -97,7 +97,7 @@ def compare_with_cpu(planned: Planned, rows: Any) -> list[Check]:
     our_bench = Bench(generators, ModuleState(twin.declared.modules), wide)
     with undisturbed([], planned.declared.device), _no_autocast(planned.declared):
         plain = plain_bench.run(lambda rows: plain_gradients(reference, rows, planned.sites))
-        ours = our_bench.run(twin.handed_over)
+        ours = our_bench.run(twin.handed_over).on(cpu)
         allowance = dataclasses.replace(
             _allowance(1, tolerance.precision_of(torch.float64), planned), place=", against the cpu"
         )
