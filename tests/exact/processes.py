@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -54,6 +55,8 @@ def here() -> torch.device:
 
 def _on_rank(rank: int, work: Work, count: int, meeting: Path, backend: str, results: Any) -> None:
     torch.set_num_threads(1)
+    # Where ranks wait for each other, each is to say where.
+    faulthandler.dump_traceback_later(_TIMEOUT.total_seconds() * 0.7)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     store = dist.FileStore(str(meeting), count)

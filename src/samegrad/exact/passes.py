@@ -229,13 +229,17 @@ def _first_pass(
                 made = forward.first(_lasting(chunk) if index >= again else chunk, forward.ids(part))
             if index == 0:
                 outputs.allocate(made, sizes[0])
-            leaves = program.tensors_in(made)
-            for place, leaf in zip(outputs.leaves(), leaves):
-                place[part].copy_(leaf.detach())
+            _write(outputs, part, made)
             if index >= again:
-                graphs.append(leaves)
-            del made, leaves
+                graphs.append(program.tensors_in(made))
+            # Its graph holds the chunk, whose memory the next but one is read into.
+            del made
     return outputs, graphs
+
+
+def _write(outputs: program.OutputRows, part: slice, made: Any) -> None:
+    for place, leaf in zip(outputs.leaves(), program.tensors_in(made)):
+        place[part].copy_(leaf.detach())
 
 
 def _lasting(chunk: Any) -> Any:
