@@ -105,13 +105,11 @@ def single_pass(
         for index, chunk, part in numbered(chunks, sizes):
             if shares[index] == 0:
                 if aliases.sharded:
-                    idle.bind(chunk)
-                    idle.run()
+                    idle.run_once(chunk)
                 else:
                     forward.only_state(chunk, forward.ids(part))
                 continue
-            chunk_program.bind(chunk, forward.ids(part), weights[index], cotangents[index])
-            chunk_program.run()
+            chunk_program.run_once(chunk, forward.ids(part), weights[index], cotangents[index])
         loss = sums.loss
         if form is Form.COUNTED:
             loss = sums.loss / sums.count
@@ -180,14 +178,10 @@ def two_passes(
         rows = [leaf.detach() for leaf in outputs.leaves()]
         for _, chunk, part in numbered(chunks(sizes[:again]) if again else (), sizes[:again]):
             if part.start == part.stop:
-                idle.bind(chunk)
-                idle.run()
+                idle.run_once(chunk)
                 continue
-            second.bind(
-                chunk, forward.ids(part), [leaf[part] for leaf in rows],
-                [None if c is None else c[part] for c in cotangents],
-            )  # fmt: skip
-            second.run()
+            mine = [None if c is None else c[part] for c in cotangents]
+            second.run_once(chunk, forward.ids(part), [leaf[part] for leaf in rows], mine)
         totals, magnitudes = second.totals(), gradients.magnitudes()
     parameters = list(aliases.parameters)
     place = {id(p): i for i, p in enumerate(parameters)}

@@ -72,6 +72,14 @@ class ChunkProgram:
         self._body(*self._inputs)
         self._gradients.fold()
 
+    def run_once(self, *inputs: Any) -> None:
+        """Bound, run, and let go of: the memory of a chunk is needed for another one."""
+        self.bind(*inputs)
+        try:
+            self.run()
+        finally:
+            self._inputs = ()
+
     def totals(self, factor: Tensor | None = None) -> list[Tensor | None]:
         self._inputs = ()
         return self._gradients.taken(factor)
