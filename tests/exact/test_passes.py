@@ -272,27 +272,22 @@ def test_each_pass_ends_its_stream_before_the_next_begins(name: str) -> None:
     assert len(begun) == split.examination.passes
 
 
-def test_no_chunk_is_kept_while_another_but_the_next_arrives() -> None:
+@pytest.mark.parametrize("passes_wanted", [1, 2])
+def test_no_chunk_is_kept_while_another_but_the_next_arrives(passes_wanted: int) -> None:
     """A chunk without a share of the loss, a first and a last one: their memory is read into again two chunks later."""
-    model, rows = zoo.mlp(), zoo.batch()
-    split, layout = zoo.split_step(model, lambda z, b: F.cross_entropy(z, b["y_ignored"]), rows)
-    for name, (normalise, passes_wanted) in {
-        "one pass": (lambda b: (b["y_ignored"] != -100).sum(), 1),
-        "two passes": (None, 2),
-    }.items():
-        loss = zoo.LOSSES["ignored targets" if passes_wanted == 1 else "two counts"][0]
-        split, layout = zoo.split_step(model, loss, rows, normalise=normalise)
-        assert split.examination.passes == passes_wanted, name
-        alive: list[weakref.ref[Tensor]] = []
+    rows, alive = zoo.batch(), list[weakref.ref[Tensor]]()
+    loss = zoo.LOSSES["ignored targets" if passes_wanted == 1 else "two counts"][0]
+    counted = {"normalise": lambda b: (b["y_ignored"] != -100).sum()} if passes_wanted == 1 else {}
+    split, layout = zoo.split_step(zoo.mlp(), loss, rows, **counted)
+    assert split.examination.passes == passes_wanted
 
-        def watched(batch: Any, layout: Any, sizes: Any, device: Any) -> Iterator[Any]:
-            alive.clear()
-            for chunk in sliced_chunks(batch, layout, sizes, device):
-                # Of chunks handed out, only the last may still be in use.
-                assert all(ref() is None for ref in alive[:-1]), name
-                alive.append(weakref.ref(chunk["x"]))
-                yield chunk
-                del chunk
+    def watched(batch: Any, layout: Any, sizes: Any, device: Any) -> Iterator[Any]:
+        alive.clear()
+        for chunk in sliced_chunks(batch, layout, sizes, device):
+            # Of chunks handed out, only the last may still be in use.
+            assert all(ref() is None for ref in alive[:-1])
+            alive.append(weakref.ref(chunk["x"]))
+            yield chunk
+            del chunk
 
-        watching = dataclasses.replace(split, chunks=watched)
-        watching.totals(rows, layout, [8, 8, 5, 3, 5])
+    dataclasses.replace(split, chunks=watched).totals(rows, layout, [8, 8, 5, 3, 5])
