@@ -10,16 +10,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import _exact_rows
+import _exact_items
+import _exact_losses
 import _results
 import torch
-from _exact_rows import Case
+from _exact_case import Case
 from torch import Tensor
 
 from samegrad.verify import tolerance
 
 AT_A_TIME = (1, 7, 8, 28)
 PARTS = 64
+ROWS = {**_exact_losses.ROWS, **_exact_items.ROWS}
 
 
 def magnitudes(case: Case) -> list[Tensor]:
@@ -86,7 +88,7 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def main() -> int:
-    table = {name: measured(make()) for name, make in _exact_rows.ROWS.items()}
+    table = {name: measured(make()) for name, make in ROWS.items()}
     beyond = [name for name, row in table.items() if not row["share_of_contract"] <= 1]
     unseen = [name for name, row in table.items() if not row["naive_share_of_contract"] > 1]
     _results.write(

@@ -247,10 +247,14 @@ def test_float32_over_many_chunks_is_as_good_as_one_sum() -> None:
 def test_autocast_at_the_call_is_entered_again_in_backward() -> None:
     network, centers, x = net().float(), points(ITEMS, 1).detach().float(), points(SAMPLES, 2).detach().float()
     seen: list[torch.dtype] = []
+    in_backward: list[bool] = []
 
     def watched(items: Tensor, shared: Any) -> Any:
         seen.append(shared[1](items).dtype)
-        return kernels(items, shared)
+        scores, values = kernels(items, shared)
+        if scores.requires_grad:
+            scores.register_hook(lambda _: in_backward.append(torch.is_autocast_enabled("cpu")))
+        return scores, values
 
     def run(reduced: Callable[..., tuple[Tensor, Any]]) -> list[Tensor]:
         network.zero_grad()
@@ -261,6 +265,7 @@ def test_autocast_at_the_call_is_entered_again_in_backward() -> None:
 
     ours = run(streamed(7))
     assert set(seen) == {torch.bfloat16}
+    assert in_backward == [False] * 8
     for mine, reference in zip(ours, run(plain)):
         assert mine.dtype is torch.float32
         assert (mine - reference).norm() <= 0.05 * reference.norm()

@@ -43,7 +43,7 @@ def over(
     ``fn`` returns tensors whose first axis is the items: "cat" keeps that axis, "sum" and "logsumexp" reduce it, the
     latter without ever holding all terms. "softmax_mean": ``fn`` returns ``(scores, values)``, scores (items, B) and
     values (items, B, ...), nested as you like; the result is ``(lse, means)``, the scores' log-sum-exp (B,) and the
-    values averaged with their softmax (B, ...), with a first derivative only, at 2F + B.
+    values averaged with their softmax (B, ...), with a first derivative only, at 2F + B; values () give lse alone.
 
     ``items``: tensors, nested as you like, items on their first axis. ``shared``: what every chunk sees, nested;
     tensors and modules in it receive gradients. Raises CannotSplit when ``fn`` uses parameters that are not in
