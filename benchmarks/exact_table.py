@@ -12,6 +12,7 @@ from typing import Any
 
 import _exact_items
 import _exact_losses
+import _exact_models
 import _results
 import torch
 from _exact_case import Case
@@ -21,7 +22,7 @@ from samegrad.verify import tolerance
 
 AT_A_TIME = (1, 7, 8, 28)
 PARTS = 64
-ROWS = {**_exact_losses.ROWS, **_exact_items.ROWS}
+ROWS = {**_exact_losses.ROWS, **_exact_models.ROWS, **_exact_items.ROWS}
 
 
 def magnitudes(case: Case) -> list[Tensor]:
