@@ -177,7 +177,7 @@ class Step:
         Where the plan runs whole: what would run it in chunks.
         """
         execution = self._execution(batch, layout)
-        if execution.scheme is None and (execution.sizes is None or len(execution.sizes) < 2):
+        if execution.runs_whole:
             execution = dataclasses.replace(execution, sizes=(1,) * layout.rows)
         return chunked_step(execution, self._aliases, self._ways_for(batch, layout), self._chunks)
 
@@ -194,7 +194,7 @@ class Step:
         return StepDraws(self._draws[key])
 
     def _chunked(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep | None:
-        if execution.scheme is None and (execution.sizes is None or len(execution.sizes) < 2):
+        if execution.runs_whole:
             return None
         return chunked_step(execution, self._aliases, self._ways_for(batch, layout), self._chunks)
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import samegrad as sg
+from samegrad import trees
 from samegrad.cli.training import Training
 from samegrad.errors import BudgetTooSmall, UsageError
 from samegrad.levers import levers_of
@@ -122,7 +123,7 @@ def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footp
         probe = probe_plain(step.declared, batch, layout, batch_rows=layout.rows)
     else:
         split = step.split_for(batch, layout)
-        probe = probe_split(split, batch, layout, rows=max(sizes), batch_rows=measured_rows)
+        probe = probe_split(split, batch, layout, trees.even_sizes(measured_rows, max(sizes)))
     whole = measured_rows == layout.rows
     return dataclasses.replace(
         footprint,

@@ -35,7 +35,7 @@ def most_rows(laws: tuple[PhaseLaw, ...], batch_rows: int, budget_bytes: int) ->
     """The most rows at a time, below the whole batch, that ``laws`` put within a budget; 0 for none."""
     most = batch_rows - 1
     for law in laws:
-        left = budget_bytes - law.fixed_bytes - law.per_batch_row_bytes * batch_rows
+        left = budget_bytes - law.fixed_bytes - law.kept_bytes(batch_rows)
         if law.per_chunk_row_bytes > 0:
             most = int(max(0, min(most, left // law.per_chunk_row_bytes)))
         elif left < 0:
