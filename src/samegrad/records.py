@@ -228,9 +228,9 @@ class Budget(Record):
 class PhaseLaw(Record):
     """Bytes live at one moment of a phase: ``fixed + per_chunk_row · rows + per_batch_row · n + per_row_pair · n²``.
 
-    ``rows`` are a chunk's, n the batch's. A phase has as many laws as it has moments that are the largest at some number of rows. Fitted on probes of the
-    real step; ``largest_residual_bytes`` is what the fit leaves at the probes. Pairs of rows: of a loss, or of a model
-    that sees the whole batch, which compares every row with every row.
+    ``rows`` are a chunk's, n the batch's; pairs of rows are those of a loss or a model that compares all with all. A
+    phase has as many laws as it has moments that are the largest at some number of rows. Fitted on probes of the real
+    step; ``largest_residual_bytes`` is what the fit leaves at the probes.
     """
 
     phase: Phase

@@ -94,9 +94,7 @@ def measure_step(step: Declares, batch: Any, device: torch.device | str | None =
     return measure(declared, batch, aliases_for(declared)).footprint
 
 
-def measure(
-    declared: DeclaredStep, batch: Any, aliases: ParameterAliases, segments: Sequence[str] | None = None
-) -> Measurement:
+def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Measurement:
     """The footprint, and the ways to run in chunks that were probed.
 
     Rows come through buffers that are given back after each run, so that no larger one is still there in the next.
@@ -110,7 +108,7 @@ def measure(
     layout = declared.layout(batch)
     residents = count_residents(declared)
     one_row = CannotSplit(asked="split the rows of a step", found="the batch has one row", do="nothing is to be done")
-    ways = find_ways(declared, aliases, batch, layout, segments) if layout.rows > 1 else Ways(None, one_row)
+    ways = find_ways(declared, aliases, batch, layout) if layout.rows > 1 else Ways(None, one_row)
     if ways.by_rows is not None and ways.by_rows.collectives:
         raise CannotSplit(
             asked="plan a step from a budget",
@@ -293,18 +291,17 @@ def settle_plan(
     rows: int | Sequence[int] | None = None,
     rows_origin: KnobOrigin = KnobOrigin.PINNED,
     allow: Exactness = Exactness.SAME_SUM,
-    segments: Sequence[str] | None = None,
 ) -> tuple[Plan, Footprint]:
     """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
 
-    ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it; ``segments``
-    names the submodules that treat rows alone. Hand the plan to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
+    ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it. Hand the plan
+    to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
     """
     declared = step.declared
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
-    measurement = measure(declared, batch, aliases_for(declared), segments)
+    measurement = measure(declared, batch, aliases_for(declared))
     plan, footprint, _ = settle(declared, aliases_for(declared), measurement, batch, budget=limit, options=options)
     return plan, footprint
 

@@ -82,7 +82,7 @@ class Step:
         _refuse_not_there(groups=groups, head=head)
         self.declared: DeclaredStep = declare(
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
-            device=device,
+            segments=segments, device=device,
         )  # fmt: skip
         self.budget: Budget | None = None if plan is None else plan.budget
         self.plan: Plan | None = plan
@@ -95,7 +95,6 @@ class Step:
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
-        self._segments = None if segments is None else tuple(segments)
         self._ways: dict[tuple[str, str], Ways] = {}
         self._draws: dict[tuple[str, str], DrawSites | None] = {}
         self._given = plan
@@ -205,7 +204,7 @@ class Step:
         unknown = key not in self._ways
         # With sharded parameters ranks examine together: when one must, all do.
         if unknown if ranks is None else ranks.largest(unknown) != [0]:
-            self._ways[key] = find_ways(self.declared, self._aliases, batch, layout, self._segments)
+            self._ways[key] = find_ways(self.declared, self._aliases, batch, layout)
         return self._ways[key]
 
     def _refresh_aliases(self) -> None:
@@ -260,7 +259,7 @@ class Step:
             counters.release_cached(device)
             self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
         self._refresh_aliases()
-        measurement: Measurement = measure(self.declared, batch, self._aliases, self._segments)
+        measurement: Measurement = measure(self.declared, batch, self._aliases)
         options = Options(allow=self.allow)
         plan, footprint, _ = settle(
             self.declared, self._aliases, measurement, batch, budget=self.budget, options=options
@@ -283,7 +282,9 @@ class Step:
             if not ways.mapped:
                 assert ways.refusal is not None
                 raise ways.refusal
-            first = ways.mapped[0]
+            first = next((lever for lever in ways.mapped if "rows" in lever.knobs()), None)
+            if first is None:
+                raise ways.refusal or AssertionError("ways that are mapped say why rows cannot be split")
             levers = {first.name: first.knobs() | {"rows": rows}}
         return Plan(
             levers=levers,

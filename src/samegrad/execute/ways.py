@@ -86,13 +86,13 @@ def find_ways(
     aliases: ParameterAliases,
     batch: Any,
     layout: RowLayout,
-    segments: Sequence[str] | None = None,
 ) -> Ways:
-    """The ways to run the step in chunks. ``segments``: submodules named by the user; they are the only way then.
+    """The ways to run the step in chunks; segments that were declared are the only way then.
 
     Raises FalseNormalise, and CannotSplit for what is not the model's: rows of the batch that require grad, parameters
     of a declared loss that cannot be held back, named segments that are none.
     """
+    segments = declared.segments
     if aliases.sharded:
         refuse_sharded_segments(segments)
         return Ways(examine(declared, aliases, batch, layout))
