@@ -25,6 +25,7 @@ from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step
 from samegrad.execute.ways import MappingLever, Ways, find_ways
+from samegrad.levers._variants import variant_in
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.laws import fit_laws, fit_mapped_laws
@@ -354,11 +355,8 @@ def settle(
 
 def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:
     """Those of the variant that ``plan`` takes, or of the step split by rows."""
-    for variant in footprint.variants:
-        knobs = plan.levers.get(variant.lever)
-        if knobs is not None and variant.knobs == {k: v for k, v in knobs.items() if k != "rows"}:
-            return variant.laws
-    return footprint.laws
+    variant = variant_in(plan, footprint)
+    return footprint.laws if variant is None else variant.laws
 
 
 def _law_peak(laws: Sequence[PhaseLaw], rows: int, batch_rows: int) -> int:

@@ -29,7 +29,7 @@ from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step
-from samegrad.execute.ways import Ways, find_ways
+from samegrad.execute.ways import Ways, check_lever, find_ways, is_mapping
 from samegrad.levers import Execution, levers_of
 from samegrad.measure import counters
 from samegrad.plan.explain import explain_plan
@@ -99,7 +99,8 @@ class Step:
         self._draws: dict[tuple[str, str], DrawSites | None] = {}
         self._given = plan
         self._model_accepted = False
-        self._plans: dict[str, tuple[Plan, Footprint]] = {}
+        self._plans: dict[tuple[str, str], tuple[Plan, Footprint]] = {}
+        self._accepted_levers: set[tuple[str, str]] = set()
         self._closed = False
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
@@ -143,7 +144,12 @@ class Step:
                 else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
                 for ways in self._ways.values()
             ]  # fmt: skip
-            return "\n".join([f"The plan was given, not chosen: {sizes}.", *facts])
+            costs = [
+                f"{lever.name}: {lever.forwards:g} forwards a row in its parts"
+                for lever in levers_of(self.plan)
+                if is_mapping(lever)
+            ]
+            return "\n".join([f"The plan was given, not chosen: {sizes}.", *costs, *facts])
         return explain_plan(self.plan, self.footprint)
 
     def close(self) -> None:
@@ -178,7 +184,7 @@ class Step:
         execution = self._execution(batch, layout)
         if execution.runs_whole:
             execution = dataclasses.replace(execution, sizes=(1,) * layout.rows)
-        return chunked_step(execution, self._aliases, self._ways_for(batch, layout), self._chunks)
+        return self._in_chunks(execution, batch, layout)
 
     def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
         """The draws of the next step: the same for every plan."""
@@ -195,7 +201,17 @@ class Step:
     def _chunked(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep | None:
         if execution.runs_whole:
             return None
-        return chunked_step(execution, self._aliases, self._ways_for(batch, layout), self._chunks)
+        return self._in_chunks(execution, batch, layout)
+
+    def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
+        ways = self._ways_for(batch, layout)
+        key = (layout.signature(batch), self.declared.mode())
+        if execution.scheme is not None and self._given is not None and key not in self._accepted_levers:
+            for lever in levers_of(self._given):
+                if is_mapping(lever):
+                    check_lever(self.declared, self._aliases, batch, layout, lever, ways)
+            self._accepted_levers.add(key)
+        return chunked_step(execution, self._aliases, ways, self._chunks)
 
     def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
         self._refresh_aliases()
@@ -212,6 +228,7 @@ class Step:
         if fresh is not self._aliases:
             self._aliases = fresh
             self._ways.clear()
+            self._accepted_levers.clear()
 
     def _chunks(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], device: torch.device
@@ -239,10 +256,11 @@ class Step:
         elif self._given is not None:
             self._check_given(self._given, layout.signature(batch), layout)
         else:
-            signature = layout.signature(batch)
-            known = self._plans.get(signature)
+            # A layer that is frozen or switched to eval mode makes another step of it.
+            key = (layout.signature(batch), self.declared.mode())
+            known = self._plans.get(key)
             if known is None or layout.rows > known[0].batch_rows:
-                known = self._plans[signature] = self._planned(batch, layout)
+                known = self._plans[key] = self._planned(batch, layout)
             self.plan, self.footprint = known
         assert self.plan is not None
         self._check_allowed(self.plan)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from samegrad.errors import BadInput
-from samegrad.records import Footprint, Origin, Phase, PhaseLaw, Variant
+from samegrad.records import Footprint, Origin, Phase, PhaseLaw, Plan, Variant
 
 
 def chunk_sizes(lever: str, rows: int | list[int], batch_rows: int) -> tuple[int, ...]:
@@ -71,6 +71,15 @@ def variant_of(name: str, knobs: dict[str, Any], footprint: Footprint) -> Varian
     raise BadInput(
         asked=f"predict {name} with {mine}", found="that was not measured for this step", do="measure the step again"
     )
+
+
+def variant_in(plan: Plan, footprint: Footprint) -> Variant | None:
+    """The measured variant that ``plan`` takes, None where it takes none or another one."""
+    for variant in footprint.variants:
+        knobs = plan.levers.get(variant.lever)
+        if knobs is not None and variant.knobs == {k: v for k, v in knobs.items() if k != "rows"}:
+            return variant
+    return None
 
 
 def predicted(name: str, knobs: dict[str, Any], footprint: Footprint, rows: int) -> Footprint:
