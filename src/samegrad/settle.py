@@ -263,7 +263,7 @@ def _facts(ways: Ways, residents: Residents) -> dict[str, str]:
     facts = {}
     examination = ways.by_rows
     if ways.mapped and ways.refusal is not None:
-        facts["rows are coupled inside the model"] = ways.refusal.found
+        facts["rows are not split through the whole model"] = ways.refusal.found
     if examination is not None:
         if examination.sites is not None:
             facts["random draws"] = "keyed by row: the same numbers for every split, and the key is one draw a step"

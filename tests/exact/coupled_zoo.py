@@ -85,7 +85,8 @@ class Prototypes(nn.Module):
     def forward(self, support: Tensor, classes: Tensor, queries: Tensor) -> Tensor:
         z = self.encoder(support)
         means = torch.stack([z[classes == k].mean(0) for k in range(CLASSES)])
-        return -torch.cdist(self.encoder(queries), means) * self.log_scale.exp()
+        # Not cdist, whose kernels are others from 26 rows on.
+        return -(self.encoder(queries)[:, None] - means).square().sum(2) * self.log_scale.exp()
 
 
 class SelfSimilarity(nn.Module):
