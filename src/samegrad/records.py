@@ -105,10 +105,11 @@ class Budget(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseLaw(Record):
-    """Bytes live at one moment of a phase: ``fixed + per_chunk_row · rows + per_batch_row · batch rows``.
+    """Bytes live at one moment of a phase: ``fixed + per_chunk_row · rows + per_batch_row · n + per_row_pair · n²``.
 
-    A phase has as many laws as it has moments that are the largest at some number of rows. Fitted on probes of the
-    real step; ``largest_residual_bytes`` is what the fit leaves at the probes.
+    ``rows`` are a chunk's, n the batch's; pairs of rows are those of a loss or a model that compares all with all. A
+    phase has as many laws as it has moments that are the largest at some number of rows. Fitted on probes of the real
+    step; ``largest_residual_bytes`` is what the fit leaves at the probes.
     """
 
     phase: Phase
@@ -116,10 +117,14 @@ class PhaseLaw(Record):
     per_chunk_row_bytes: float
     per_batch_row_bytes: float
     largest_residual_bytes: float = 0.0
+    per_row_pair_bytes: float = 0.0
 
     def peak_bytes(self, *, rows: int, batch_rows: int) -> int:
-        per_rows = self.per_chunk_row_bytes * rows + self.per_batch_row_bytes * batch_rows
-        return math.ceil(self.fixed_bytes + per_rows)
+        return math.ceil(self.fixed_bytes + (self.per_chunk_row_bytes * rows + self.kept_bytes(batch_rows)))
+
+    def kept_bytes(self, batch_rows: int) -> float:
+        """What is there for the whole batch, however few rows run at a time."""
+        return self.per_batch_row_bytes * batch_rows + self.per_row_pair_bytes * batch_rows**2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

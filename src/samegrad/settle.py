@@ -25,9 +25,10 @@ from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step
 from samegrad.execute.ways import MappingLever, Ways, find_ways
+from samegrad.levers._variants import variant_in
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
-from samegrad.measure.laws import fit_laws
+from samegrad.measure.laws import fit_laws, fit_mapped_laws
 from samegrad.measure.probe import Probe, measure_rung, probe_plain, probe_split, standing_batch_bytes
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import usable_bytes
@@ -50,6 +51,8 @@ from samegrad.units import format_bytes
 # Rows of a probe's chunk; few enough for any card, enough for the law to show.
 _PROBE_CHUNK_ROWS = 8
 # Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
+# What a backward takes, in forwards.
+_BACKWARD_FORWARDS = 2.0
 _MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
 
 
@@ -92,9 +95,7 @@ def measure_step(step: Declares, batch: Any, device: torch.device | str | None =
     return measure(declared, batch, aliases_for(declared)).footprint
 
 
-def measure(
-    declared: DeclaredStep, batch: Any, aliases: ParameterAliases, segments: Sequence[str] | None = None
-) -> Measurement:
+def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Measurement:
     """The footprint, and the ways to run in chunks that were probed.
 
     Rows come through buffers that are given back after each run, so that no larger one is still there in the next.
@@ -108,7 +109,7 @@ def measure(
     layout = declared.layout(batch)
     residents = count_residents(declared)
     one_row = CannotSplit(asked="split the rows of a step", found="the batch has one row", do="nothing is to be done")
-    ways = find_ways(declared, aliases, batch, layout, segments) if layout.rows > 1 else Ways(None, one_row)
+    ways = find_ways(declared, aliases, batch, layout) if layout.rows > 1 else Ways(None, one_row)
     if ways.collectives or (ways.by_rows is not None and ways.by_rows.collectives):
         raise CannotSplit(
             asked="plan a step from a budget",
@@ -129,19 +130,20 @@ def measure(
     parts: list[Probe] = []
     if ways.by_rows is not None:
         parts = _split_probes(_by_rows(declared, aliases, ways.by_rows), batch, layout)
-    variants, shown = [], parts[-1] if parts else plain[-1]
+    # Where nothing is split by rows, the plain step is what there is to time.
+    seconds_per_row, seconds_per_chunk = _times(parts or plain)
+    probed, variants = [*plain, *parts], []
     for lever in ways.mapped:
         mapped = MappedStep(declared, aliases, ways.mapped_examination(), lever.scheme())
-        probes = _mapped_probes(mapped, batch, layout)
-        variants.append(_variant(lever, probes, missing, optimizer_law))
-        shown = probes[-1]
-    seconds_per_row, seconds_per_chunk = _times(parts)
-    probed = (*parts, *plain)
+        probes = _mapped_probes(mapped, lever, batch, layout)
+        variants.append(_variant(lever, probes, seconds_per_row, missing, optimizer_law))
+        probed += probes
+    shown = probed[-1]
     footprint = Footprint(
         device=counters.device_name(declared.device),
         counting=Counting.CUDA_ALLOCATOR if declared.device.type == "cuda" else Counting.TENSOR_BYTES,
         origin=Origin.MEASURED,
-        basis=f"{len(probed)} probes of the real step at {plain[0].batch_rows} to "
+        basis=f"{len(probed)} probes of the real step at {min(p.batch_rows for p in probed)} to "
         f"{max(p.batch_rows for p in probed)} rows",
         rows=shown.rows,
         batch_rows=layout.rows,
@@ -169,24 +171,39 @@ def _by_rows(declared: DeclaredStep, aliases: ParameterAliases, examination: Exa
     return SplitStep(declared, aliases, examination, stream_chunks)
 
 
-def _variant(lever: MappingLever, probes: Sequence[Probe], missing: int, optimizer_law: PhaseLaw) -> Variant:
-    per_row, per_chunk = _times(probes)
+def _variant(
+    lever: MappingLever, probes: Sequence[Probe], plain_row_seconds: float | None, missing: int, optimizer_law: PhaseLaw
+) -> Variant:
+    seconds = None
+    if plain_row_seconds is not None:
+        # By its forwards: at a few rows launches are nearly all of the time, and what a row takes is lost in it.
+        seconds = plain_row_seconds * (lever.forwards + _BACKWARD_FORWARDS) / (1 + _BACKWARD_FORWARDS)
+    largest = probes[-1]
     return Variant(
         lever=lever.name,
         knobs={knob: value for knob, value in lever.knobs().items() if knob != "rows"},
-        laws=(*fit_laws(probes, missing_bytes=missing), optimizer_law),
+        laws=(*fit_mapped_laws(probes, missing_bytes=missing), optimizer_law),
         forwards_per_step=lever.forwards,
-        seconds_per_row=per_row,
-        seconds_per_chunk=per_chunk,
+        seconds_per_row=seconds,
+        seconds_per_chunk=None
+        if seconds is None
+        else max(0.0, largest.seconds - seconds * largest.batch_rows) / largest.chunks,
     )
 
 
-def _mapped_probes(step: MappedStep, batch: Any, layout: RowLayout) -> list[Probe]:
-    """Two chunks at two sizes, and more chunks, so that the rows of a chunk are told from those of the batch."""
-    rows = max(1, min(_PROBE_CHUNK_ROWS, layout.rows // 4))
-    shapes = [(rows, 2 * rows), (rows, 4 * rows), (2 * rows, 4 * rows)]
-    possible = [(r, min(n, layout.rows)) for r, n in shapes]
-    return [probe_split(step, batch, layout, rows=r, batch_rows=n) for r, n in dict.fromkeys(possible)]
+def _mapped_probes(step: MappedStep, lever: MappingLever, batch: Any, layout: RowLayout) -> list[Probe]:
+    """Chunks of few rows, or all rows at once where the lever's parts see all of them."""
+    shapes = _few_shapes(layout)
+    if "rows" not in lever.knobs():
+        shapes = list(dict.fromkeys((n, n) for _, n in shapes))
+    return [probe_split(step, batch, layout, trees.even_sizes(n, r)) for r, n in shapes]
+
+
+def _few_shapes(layout: RowLayout) -> list[tuple[int, int]]:
+    """Rows of a chunk and of the batch: each at several sizes of the other, and three batches for pairs of rows."""
+    rows = max(1, min(_PROBE_CHUNK_ROWS // 2, layout.rows // 8))
+    shapes = [(rows, 2 * rows), (rows, 4 * rows), (2 * rows, 4 * rows), (2 * rows, 8 * rows)]
+    return list(dict.fromkeys((r, min(n, layout.rows)) for r, n in shapes))
 
 
 def _kept_row_bytes(probes: Sequence[Probe]) -> float | None:
@@ -211,19 +228,20 @@ def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> 
 
 def _plain_probes(declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws) -> list[Probe]:
     # Not one row where there are more: batch normalisation in training mode refuses it.
-    rows = min(_PROBE_CHUNK_ROWS, max(min(2, layout.rows), layout.rows // 2))
-    shapes = dict.fromkeys((rows, min(2 * rows, layout.rows)))
+    rows = min(_PROBE_CHUNK_ROWS // 2, max(min(2, layout.rows), layout.rows // 4))
+    shapes = dict.fromkeys(min(n, layout.rows) for n in (rows, 2 * rows, 4 * rows))
     return [probe_plain(declared, batch, layout, batch_rows=n, draws=draws) for n in shapes]
 
 
 def _split_probes(split: SplitStep, batch: Any, layout: RowLayout) -> list[Probe]:
-    """Two chunks at two sizes; for two passes a third probe tells the rows of a chunk from those of the batch."""
+    """Two chunks at two sizes; for two passes more, which tell the rows of a chunk from those of the batch."""
     rows = max(1, min(_PROBE_CHUNK_ROWS, layout.rows // 4))
-    shapes = [(rows, 2 * rows), (2 * rows, 4 * rows)]
-    if split.examination.passes == 2:
-        shapes.insert(1, (rows, 4 * rows))
-    possible = [(r, min(n, layout.rows)) for r, n in shapes]
-    return [probe_split(split, batch, layout, rows=r, batch_rows=n) for r, n in dict.fromkeys(possible)]
+    shapes = dict.fromkeys((r, min(2 * r, layout.rows)) for r in (rows, 2 * rows))
+    two_passes = split.examination.passes == 2
+    return [
+        probe_split(split, batch, layout, trees.even_sizes(n, r))
+        for r, n in (_few_shapes(layout) if two_passes else shapes)
+    ]
 
 
 def _times(probes: Sequence[Probe]) -> tuple[float | None, float | None]:
@@ -246,7 +264,7 @@ def _facts(ways: Ways, residents: Residents) -> dict[str, str]:
     facts = {}
     examination = ways.by_rows
     if ways.mapped and ways.refusal is not None:
-        facts["rows are coupled inside the model"] = ways.refusal.found
+        facts["rows are not split through the whole model"] = ways.refusal.found
     if examination is not None:
         if examination.sites is not None:
             facts["random draws"] = "keyed by row: the same numbers for every split, and the key is one draw a step"
@@ -275,19 +293,17 @@ def settle_plan(
     rows: int | Sequence[int] | None = None,
     rows_origin: KnobOrigin = KnobOrigin.PINNED,
     allow: Exactness = Exactness.SAME_SUM,
-    segments: Sequence[str] | None = None,
 ) -> tuple[Plan, Footprint]:
     """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
 
-    ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it; ``segments``
-    names the submodules that treat rows alone. Hand the plan to ``Step(plan=...)``. Raises BudgetTooSmall or
-    CannotSplit when nothing fits.
+    ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it. Hand the plan
+    to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
     """
     declared = step.declared
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
-    measurement = measure(declared, batch, aliases_for(declared), segments)
+    measurement = measure(declared, batch, aliases_for(declared))
     plan, footprint, _ = settle(declared, aliases_for(declared), measurement, batch, budget=limit, options=options)
     return plan, footprint
 
@@ -308,15 +324,17 @@ def settle(
     for plan in choose_plan(footprint, options, budget):
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
-        if sizes is None or (len(sizes) < 2 and execution.scheme is None):
+        if sizes is None or execution.runs_whole:
             return plan, footprint, None
         chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
         rows = max(sizes)
         # A graph that is kept shows beside one that is not.
         chunks = max(_MEASURED_CHUNKS[budget.counting], execution.kept_chunks + 2 if execution.kept_chunks else 0)
-        shown = min(chunks * rows, layout.rows)
+        # What sees the whole batch is measured on it.
+        shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
+        parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
         missing = measurement.missing_state_bytes
-        rung = measure_rung(chunked, batch, layout, rows=rows, batch_rows=shown, missing_state_bytes=missing)
+        rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
         # Not there to be measured: what the loss keeps of rows that were left out.
         laws = _laws_of(plan, footprint)
         unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
@@ -338,11 +356,8 @@ def settle(
 
 def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:
     """Those of the variant that ``plan`` takes, or of the step split by rows."""
-    for variant in footprint.variants:
-        knobs = plan.levers.get(variant.lever)
-        if knobs is not None and variant.knobs == {k: v for k, v in knobs.items() if k != "rows"}:
-            return variant.laws
-    return footprint.laws
+    variant = variant_in(plan, footprint)
+    return footprint.laws if variant is None else variant.laws
 
 
 def _law_peak(laws: Sequence[PhaseLaw], rows: int, batch_rows: int) -> int:

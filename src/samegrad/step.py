@@ -30,7 +30,7 @@ from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step
-from samegrad.execute.ways import Ways, find_ways
+from samegrad.execute.ways import Ways, check_lever, find_ways, is_mapping
 from samegrad.levers import Execution, levers_of
 from samegrad.measure import counters
 from samegrad.plan.explain import explain_plan
@@ -83,7 +83,7 @@ class Step:
         _refuse_not_there(groups=groups, head=head)
         self.declared: DeclaredStep = declare(
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
-            device=device,
+            segments=segments, device=device,
         )  # fmt: skip
         self.budget: Budget | None = None if plan is None else plan.budget
         self.plan: Plan | None = plan
@@ -96,12 +96,12 @@ class Step:
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
-        self._segments = _checked_names(segments)
         self._ways: dict[tuple[str, str], Ways] = {}
         self._draws: dict[tuple[str, str], DrawSites | None] = {}
         self._given = plan
         self._model_accepted = False
-        self._plans: dict[str, tuple[Plan, Footprint]] = {}
+        self._plans: dict[tuple[str, str], tuple[Plan, Footprint]] = {}
+        self._accepted_levers: set[tuple[str, str]] = set()
         self._closed = False
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
@@ -141,11 +141,16 @@ class Step:
         if self.footprint is None:
             sizes = ", ".join(f"{name} {knobs}" for name, knobs in self.plan.levers.items()) or "no levers"
             facts = [
-                f"rows are coupled inside the model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
+                f"rows are not split through the whole model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
                 else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
                 for ways in self._ways.values()
             ]  # fmt: skip
-            return "\n".join([f"The plan was given, not chosen: {sizes}.", *facts])
+            costs = [
+                f"{lever.name}: {lever.forwards:g} forwards a row in its parts"
+                for lever in levers_of(self.plan)
+                if is_mapping(lever)
+            ]
+            return "\n".join([f"The plan was given, not chosen: {sizes}.", *costs, *facts])
         return explain_plan(self.plan, self.footprint)
 
     def close(self) -> None:
@@ -178,9 +183,9 @@ class Step:
         Where the plan runs whole: what would run it in chunks.
         """
         execution = self._execution(batch, layout)
-        if execution.scheme is None and (execution.sizes is None or len(execution.sizes) < 2):
+        if execution.runs_whole:
             execution = dataclasses.replace(execution, sizes=(1,) * layout.rows)
-        return chunked_step(execution, self._aliases, self._ways_for(batch, layout), self._chunks)
+        return self._in_chunks(execution, batch, layout)
 
     def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
         """The draws of the next step: the same for every plan."""
@@ -195,9 +200,19 @@ class Step:
         return StepDraws(self._draws[key])
 
     def _chunked(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep | None:
-        if execution.scheme is None and (execution.sizes is None or len(execution.sizes) < 2):
+        if execution.runs_whole:
             return None
-        return chunked_step(execution, self._aliases, self._ways_for(batch, layout), self._chunks)
+        return self._in_chunks(execution, batch, layout)
+
+    def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
+        ways = self._ways_for(batch, layout)
+        key = (layout.signature(batch), self.declared.mode())
+        if execution.scheme is not None and self._given is not None and key not in self._accepted_levers:
+            for lever in levers_of(self._given):
+                if is_mapping(lever):
+                    check_lever(self.declared, self._aliases, batch, layout, lever, ways)
+            self._accepted_levers.add(key)
+        return chunked_step(execution, self._aliases, ways, self._chunks)
 
     def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
         self._refresh_aliases()
@@ -206,7 +221,7 @@ class Step:
         unknown = key not in self._ways
         # With sharded parameters ranks examine together: when one must, all do.
         if unknown if ranks is None else ranks.largest(unknown) != [0]:
-            self._ways[key] = find_ways(self.declared, self._aliases, batch, layout, self._segments)
+            self._ways[key] = find_ways(self.declared, self._aliases, batch, layout)
         return self._ways[key]
 
     def _refresh_aliases(self) -> None:
@@ -214,6 +229,7 @@ class Step:
         if fresh is not self._aliases:
             self._aliases = fresh
             self._ways.clear()
+            self._accepted_levers.clear()
 
     def _chunks(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], device: torch.device
@@ -241,10 +257,11 @@ class Step:
         elif self._given is not None:
             self._check_given(self._given, layout.signature(batch), layout)
         else:
-            signature = layout.signature(batch)
-            known = self._plans.get(signature)
+            # A layer that is frozen or switched to eval mode makes another step of it.
+            key = (layout.signature(batch), self.declared.mode())
+            known = self._plans.get(key)
             if known is None or layout.rows > known[0].batch_rows:
-                known = self._plans[signature] = self._planned(batch, layout)
+                known = self._plans[key] = self._planned(batch, layout)
             self.plan, self.footprint = known
         assert self.plan is not None
         self._check_allowed(self.plan)
@@ -261,7 +278,7 @@ class Step:
             counters.release_cached(device)
             self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
         self._refresh_aliases()
-        measurement: Measurement = measure(self.declared, batch, self._aliases, self._segments)
+        measurement: Measurement = measure(self.declared, batch, self._aliases)
         options = Options(allow=self.allow)
         plan, footprint, _ = settle(
             self.declared, self._aliases, measurement, batch, budget=self.budget, options=options
@@ -349,19 +366,6 @@ def _checked_rows(rows: int | Sequence[int] | None) -> int | tuple[int, ...] | N
         )
     whole = tuple(int(n) for n in listed)
     return whole if isinstance(rows, Iterable) else whole[0]
-
-
-def _checked_names(segments: Sequence[str] | None) -> tuple[str, ...] | None:
-    if segments is None:
-        return None
-    names = () if isinstance(segments, str) else tuple(segments)
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise UsageError(
-            asked=f"segments={segments!r}",
-            found="not a list of submodule names",
-            do="give names as model.named_modules() shows them, such as segments=['encoder', 'decoder']",
-        )
-    return names
 
 
 def _refuse_not_there(**options: Any) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from samegrad.exact.aliases import NARROW
+from samegrad.exact.phases import Listener, listener_now
 from samegrad.exact.watch import Watch
 
 Results = Sequence[Tensor | None]
@@ -102,6 +103,7 @@ class ChunkMap:
     watch: Watch
     # Looked up when the map is made: backward may run in another thread, where the variable is not set.
     magnitudes: Magnitudes | None = dataclasses.field(default_factory=magnitudes_asked_for)
+    listener: Listener | None = dataclasses.field(default_factory=listener_now)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         # autograd.Function.apply carries no types.
@@ -138,6 +140,7 @@ class ChunkMap:
             autocast=self.autocast.off(),
             watch=self.watch,
             magnitudes=None,
+            listener=self.listener,
         )
         found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
         for index, size in zip(sized, found[len(wanted) :]):
@@ -150,19 +153,24 @@ class ChunkMap:
     def _joined(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         joined: list[_Joined] = []
         start = 0
-        for size in self.sizes:
-            chunk = [
-                x.detach() if axis is None else x.detach().narrow(axis, start, size)  # rule 2
-                for x, axis in zip(inputs, self.in_axes)
-            ]
-            with self.autocast.entered():
-                results = self.function(chunk)
-            if not joined:
-                joined = [_Joined(axis, sum(self.sizes)) for axis in self._output_axes(len(results))]
-            for place, result in zip(joined, results, strict=True):
-                place.take(None if result is None else result.detach(), start)
+        for index, size in enumerate(self.sizes):
+            between = self.listener is not None and 0 < index < len(self.sizes) - 1
+            with self.listener.repeating() if self.listener is not None and between else contextlib.nullcontext():
+                self._run_chunk(inputs, slice(start, start + size), joined)
             start += size
         return tuple(place.value() for place in joined)
+
+    def _run_chunk(self, inputs: Sequence[Tensor], part: slice, joined: list[_Joined]) -> None:
+        chunk = [
+            x.detach() if axis is None else x.detach().narrow(axis, part.start, part.stop - part.start)  # rule 2
+            for x, axis in zip(inputs, self.in_axes)
+        ]
+        with self.autocast.entered():
+            results = self.function(chunk)
+        if not joined:
+            joined += [_Joined(axis, sum(self.sizes)) for axis in self._output_axes(len(results))]
+        for place, result in zip(joined, results, strict=True):
+            place.take(None if result is None else result.detach(), part.start)
 
 
 class _Joined:

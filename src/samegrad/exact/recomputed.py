@@ -93,15 +93,16 @@ def _recomputing(block: nn.Module, draws: StepDraws) -> Callable[..., Any]:
             return plain(*args, **kwargs)
         before, drawing = _Buffers(block), draws.part_again()
 
-        @contextlib.contextmanager
-        def again() -> Iterator[None]:
-            with before.standing(), drawing():
-                yield
+        def drawn(*args: Any, **kwargs: Any) -> Any:
+            with drawing() as mine:
+                result = plain(*args, **kwargs)
+            draws.passed(mine)
+            return result
 
         def contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-            return contextlib.nullcontext(), again()
+            return contextlib.nullcontext(), before.standing()
 
-        result = checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        result = checkpoint(drawn, *args, use_reentrant=False, context_fn=contexts, **kwargs)
         before.keep_changed()
         return result
 

@@ -49,7 +49,7 @@ def find_segments(
                     asked=f"segments={list(named)}", found=f"the model has no submodule {path!r}",
                     do="give names as model.named_modules() shows them",
                 )  # fmt: skip
-    calls = _first_calls(declared, few)
+    calls = _row_calls(declared, few, layout)
     found: list[Segment] = []
     todo = [path for path, _ in network.named_children()] if named is None else list(named)
     while todo:
@@ -67,14 +67,41 @@ def find_segments(
     return tuple(found)
 
 
-def _first_calls(declared: DeclaredStep, few: Any) -> dict[str, tuple[Any, Any]]:
-    """The arguments of every submodule's first call, detached; nothing is left changed."""
-    calls: dict[str, tuple[Any, Any]] = {}
+Call = tuple[Any, Any]
+# Of each submodule; cells of recurrent loops are called once for every moment.
+_MOST_CALLS = 8
+
+
+def _row_calls(declared: DeclaredStep, few: Any, layout: RowLayout) -> dict[str, Call]:
+    """For every submodule the arguments of its first call whose rows grow with the batch's, as a run of fewer shows."""
+    at_rows = _calls(declared, few)
+    if layout.rows < 3:
+        return {path: calls[0] for path, calls in at_rows.items()}
+    fewer = layout.rows - max(1, 3 * layout.rows // 8)
+    at_fewer = _calls(declared, trees.take_rows(few, layout, list(range(fewer))))
+    found = {}
+    for path, calls in at_rows.items():
+        for here, there in zip(calls, at_fewer.get(path, [])):
+            rows, rows_of_fewer = _rows_of(here), _rows_of(there)
+            if rows and not rows % layout.rows and rows_of_fewer == rows // layout.rows * fewer:
+                found[path] = here
+                break
+    return found
+
+
+def _rows_of(call: Call) -> int:
+    return trees.find_rows(call).rows if _tensors(call) else 0
+
+
+def _calls(declared: DeclaredStep, few: Any) -> dict[str, list[Call]]:
+    """The arguments of every submodule's calls, detached; nothing is left changed."""
+    calls: dict[str, list[Call]] = {}
     handles = []
 
     def note(path: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.setdefault(path, trees.map_tensors((args, kwargs), lambda leaf: leaf.detach().clone()))
+            if len(mine := calls.setdefault(path, [])) < _MOST_CALLS:
+                mine.append(trees.map_tensors((args, kwargs), lambda leaf: leaf.detach().clone()))
 
         return hook
 

@@ -50,13 +50,22 @@ class StepDraws:
             finally:
                 self._running = self._all_ids = None
 
-    def part_again(self) -> Callable[[], AbstractContextManager[object]]:
-        """For the part of the model that begins now on all rows: its draws when it runs again in backward."""
+    def part_again(self) -> Callable[[], AbstractContextManager[Draws | None]]:
+        """For the part of the model that begins now on all rows: its draws, now and when it runs again in backward.
+
+        To be entered by what runs the part, inside of torch.utils.checkpoint: what lies between the block and a draw
+        would be run again without the block.
+        """
         running, ids, sites, key = self._running, self._all_ids, self.sites, self.key
         if running is None or ids is None or sites is None:
             return contextlib.nullcontext
         first_call = running.calls
         return lambda: keyed(key, ids, sites=sites.for_all_rows(), first_call=first_call)
+
+    def passed(self, part: Draws | None) -> None:
+        """Moves the whole forward's count of draws past those of ``part``; nothing while backward runs."""
+        if part is not None and self._running is not None:
+            self._running.calls = part.calls
 
     def part(self) -> Callable[[Tensor], AbstractContextManager[object]]:
         """For the part of the model that runs now, in chunks and again in backward: its draws, given a chunk's rows.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -63,6 +63,10 @@ class MappingLever(Protocol):
     def knobs(self) -> dict[str, Any]: ...
 
 
+def is_mapping(lever: object) -> TypeGuard[MappingLever]:
+    return isinstance(lever, (Segments, Recompute, ExactBatchNorm))
+
+
 @dataclasses.dataclass(frozen=True)
 class Ways:
     """What was found: the examination of a step split by rows, or why it cannot be and the other ways there are.
@@ -88,13 +92,13 @@ def find_ways(
     aliases: ParameterAliases,
     batch: Any,
     layout: RowLayout,
-    segments: Sequence[str] | None = None,
 ) -> Ways:
-    """The ways to run the step in chunks. ``segments``: submodules named by the user; they are the only way then.
+    """The ways to run the step in chunks; segments that were declared are the only way then.
 
     Raises FalseNormalise, and CannotSplit for what is not the model's: rows of the batch that require grad, parameters
     of a declared loss that cannot be held back, named segments that are none.
     """
+    segments = declared.segments
     if aliases.sharded:
         refuse_sharded_segments(segments)
         return Ways(examine(declared, aliases, batch, layout))
@@ -228,6 +232,30 @@ def examine_mapped(
             found=f"{different[0]} changes: something inside the parts sees other rows, or draws in another order",
             do="name smaller parts with segments=, or run the step whole (rows=<the batch's rows>)",
         )
+
+
+def check_lever(
+    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, lever: MappingLever, ways: Ways
+) -> None:
+    """That ``lever``, of a plan made elsewhere, is one of the ``ways`` found or passes as they did. Raises CannotSplit."""
+    if any(way.name == lever.name and _but_rows(way) == _but_rows(lever) for way in ways.mapped):
+        return
+    if isinstance(ways.refusal, ModelCallsCollective):
+        raise ways.refusal
+    if isinstance(lever, Segments):
+        few, few_layout = _few(declared, batch, layout)
+        found = {s.path: s.per_row for s in find_segments(declared, few, few_layout, list(lever.paths))}
+        if found != lever.paths:
+            raise CannotSplit(
+                asked=f"segments {lever.paths}, as the plan has them",
+                found=f"they are called on {found} rows for each of the batch",
+                do="plan again for this model (leave out plan=)",
+            )
+    examine_mapped(declared, aliases, batch, layout, lever, ways.sites)
+
+
+def _but_rows(lever: MappingLever) -> dict[str, Any]:
+    return {knob: value for knob, value in lever.knobs().items() if knob != "rows"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,11 @@ class Execution:
     kept_chunks: int = 0
     scheme: Scheme | None = None
 
+    @property
+    def runs_whole(self) -> bool:
+        """Whether this is the plain call."""
+        return self.scheme is None and (self.sizes is None or len(self.sizes) < 2)
+
 
 class Lever(Protocol):
     """What every lever file brings, as a frozen dataclass."""

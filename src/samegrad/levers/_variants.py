@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from samegrad.errors import BadInput
-from samegrad.records import Footprint, Origin, Phase, PhaseLaw, Variant
+from samegrad.records import Footprint, Origin, Phase, PhaseLaw, Plan, Variant
 
 
 def check_rows(lever: str, rows: int | list[int]) -> None:
@@ -39,7 +39,7 @@ def most_rows(laws: tuple[PhaseLaw, ...], batch_rows: int, budget_bytes: int) ->
     """The most rows at a time, below the whole batch, that ``laws`` put within a budget; 0 for none."""
     most = batch_rows - 1
     for law in laws:
-        left = budget_bytes - law.fixed_bytes - law.per_batch_row_bytes * batch_rows
+        left = budget_bytes - law.fixed_bytes - law.kept_bytes(batch_rows)
         if law.per_chunk_row_bytes > 0:
             most = int(max(0, min(most, left // law.per_chunk_row_bytes)))
         elif left < 0:
@@ -75,6 +75,15 @@ def variant_of(name: str, knobs: dict[str, Any], footprint: Footprint) -> Varian
     raise BadInput(
         asked=f"predict {name} with {mine}", found="that was not measured for this step", do="measure the step again"
     )
+
+
+def variant_in(plan: Plan, footprint: Footprint) -> Variant | None:
+    """The measured variant that ``plan`` takes, None where it takes none or another one."""
+    for variant in footprint.variants:
+        knobs = plan.levers.get(variant.lever)
+        if knobs is not None and variant.knobs == {k: v for k, v in knobs.items() if k != "rows"}:
+            return variant
+    return None
 
 
 def predicted(name: str, knobs: dict[str, Any], footprint: Footprint, rows: int) -> Footprint:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from samegrad.levers._variants import chunk_sizes
+from typing import Any
+
+from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
 from samegrad.records import Budget, Category, Footprint, Plan
@@ -80,16 +82,27 @@ def _how(plan: Plan, footprint: Footprint) -> str:
     if not taken:
         return "It runs whole: the plain call, bit for bit."
     [(name, knobs)] = taken.items()
-    rows = knobs.get("rows", plan.batch_rows)
+    how = _in_two_passes(knobs, footprint) if name == SplitRows.name else _in_parts(name, knobs, plan, footprint)
+    if "rows" not in knobs:
+        return f"It runs all rows at once: {how}; {plan.exactness.explained()}."
+    rows = knobs["rows"]
     chunks = len(chunk_sizes(rows, plan.batch_rows))
     shape = f"{rows} rows at a time" if isinstance(rows, int) else "chunks of the given sizes"
-    if name == SplitRows.name:
-        kept = knobs.get("kept_chunks", 0)
-        passes = "pass" if footprint.forwards_per_step == 1 else "passes"
-        again = f", {kept} of them keep their graph from the first" if kept else ""
-        how = f"{chunks} chunks, {footprint.forwards_per_step} {passes}{again}"
-    else:
-        variant = next((v for v in footprint.variants if v.lever == name), None)
-        cost = f", {variant.forwards_per_step:g} forwards a row" if variant is not None else ""
-        how = f"parts of the model in {chunks} chunks by {name}{cost}"
-    return f"It runs {shape}: {how}; {plan.exactness.explained()}."
+    return f"It runs {shape}: {chunks} chunks, {how}; {plan.exactness.explained()}."
+
+
+def _in_two_passes(knobs: dict[str, Any], footprint: Footprint) -> str:
+    kept = knobs.get("kept_chunks", 0)
+    again = f", {kept} of them keep their graph from the first" if kept else ""
+    return f"{footprint.forwards_per_step} {'pass' if footprint.forwards_per_step == 1 else 'passes'}{again}"
+
+
+def _in_parts(name: str, knobs: dict[str, Any], plan: Plan, footprint: Footprint) -> str:
+    variant = variant_in(plan, footprint)
+    scheme = ", ".join(f"{knob} {value}" for knob, value in knobs.items() if knob != "rows" and _is_short(value))
+    cost = f", {variant.forwards_per_step:g} forwards a row" if variant is not None else ""
+    return f"parts of the model by {name}{f' ({scheme})' if scheme else ''}{cost}"
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, (str, int))

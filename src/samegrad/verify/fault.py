@@ -97,7 +97,7 @@ def _left_out(planned: Planned, name: str) -> Planned:
     with applied(plan, planned.declared, planned.plan_rows) as execution:
         sizes = execution.sizes
         stays = travelled and not execution.rows_on_host
-    if planned.split is None or sizes is None or len(sizes) < 2:
+    if planned.split is None or sizes is None or execution.runs_whole:
         return dataclasses.replace(planned, plan=plan, split=None, parts=(planned.layout.rows,))
     split = planned.split
     if stays and isinstance(split, SplitStep):

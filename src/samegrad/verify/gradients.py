@@ -19,6 +19,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.sharded import refuse_sharded
+from samegrad.execute.apply import applied
 from samegrad.records import Check, Exactness, Plan, Same, Verdict
 from samegrad.trees import RowLayout
 from samegrad.verify import tolerance
@@ -102,8 +103,10 @@ def _fault(few: _Rows, compared: Compared, whole: _Rows, cpu_checks: Sequence[Ch
 
 
 def _planned(step: Verifiable, batch: Any, layout: RowLayout, sizes: tuple[int, ...]) -> Planned:
-    split = step.split_for(batch, layout) if len(sizes) > 1 else None
     plan = step.plan or Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=layout.rows)
+    with applied(plan, step.declared, layout.rows) as execution:
+        whole = execution.runs_whole and len(sizes) < 2
+    split = None if whole else step.split_for(batch, layout)
     return Planned(step.declared, split, plan, layout.rows, layout, sizes)
 
 

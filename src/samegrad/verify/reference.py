@@ -106,7 +106,7 @@ def cpu_is_possible(declared: DeclaredStep, batch: Any, layout: RowLayout, rows:
 
 def _laws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> tuple[PhaseLaw, ...]:
     # Not one row: batch normalisation in training mode refuses it.
-    shapes = dict.fromkeys((min(2, layout.rows), min(4, layout.rows)))
+    shapes = dict.fromkeys(min(n, layout.rows) for n in (2, 4, 8))
     return fit_laws([probe_plain(declared, batch, layout, batch_rows=n) for n in shapes], missing_bytes=0)
 
 
