@@ -2,9 +2,12 @@
 
 draws    draws are keyed by row where they can be; any other would be another draw than the whole batch's
 state    what the forward changes must have a rule by which chunks' states become the batch's (``state.py``)
+repeat   the same rows run twice must give the same bits
 replace  other rows are replaced, same shapes: kept rows must stay the same bit for bit
 subset   a few rows alone must give what they give among others (up to rounding)
 reach    every leaf the outputs depend on must be a parameter in its slot, else its gradient would be lost
+
+What backward does is looked at in ``backward_probe.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import collectives, losses, program
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.batchnorm import uses_batch_statistics
 from samegrad.exact.draw_probe import check_sites, find_sites
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
@@ -46,15 +50,12 @@ def refuse_known_layers(module: nn.Module) -> None:
                 found=f"{name or 'the model'} is a FullyShardedDataParallel, with parts of one flat parameter",
                 do=f"{_WAYS_OUT}, or shard with torch.distributed.fsdp.fully_shard",
             )
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(
-            part, nn.modules.instancenorm._InstanceNorm
-        ):
-            if part.training or part.running_mean is None:
-                raise CannotSplit(
-                    asked="split the rows of a step",
-                    found=f"{name or 'the model'} ({kind} in training mode) normalises with the statistics of all rows",
-                    do=f"{_WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
-                )
+        if uses_batch_statistics(part):
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{name or 'the model'} ({kind} in training mode) normalises with the statistics of all rows",
+                do=f"{_WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,28 +73,29 @@ class RowProbes:
     def __init__(
         self, declared: DeclaredStep, batch: Any, layout: RowLayout, generators: Generators, state: ModuleState
     ) -> None:
-        self._declared = declared
-        self._batch, self._layout = batch, layout
-        self._generators, self._state = generators, state
+        self.declared = declared
+        self.batch, self.layout = batch, layout
+        self.generators, self.state = generators, state
         self._rows = layout.rows
         self._draws = StepDraws()
         self.kept = list(range(1, self._rows, 2)) or [0]
 
     def run(self, others: Any, others_layout: RowLayout) -> Findings:
         """What is found. ``others``: as many other rows, to replace with. Raises CannotSplit."""
-        refuse_known_layers(self._declared.network)
+        refuse_known_layers(self.declared.network)
         with torch.no_grad():
             sites = self.draw_sites()
             if sites is not None:
-                check_sites(sites, self._declared.network, self._plain_forward, self._restored)
+                check_sites(sites, self.declared.network, self._plain_forward, self.restored)
             self._draws = StepDraws(sites, StepKey.fixed(0))
-            outputs = self._forward(self._batch)
+            outputs = self.forward(self.batch)
             rules = StateProbe(
-                self._declared.network, self._rows, self._forward_rows, lambda: self._forward(others), self._state
+                self.declared.network, self._rows, self._forward_rows, lambda: self.forward(others), self.state
             ).rules()
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
+            self._check_repeat(outputs)
             if self._rows > 1:
                 self._check_replace(outputs, others, others_layout)
                 self._check_subset(outputs)
@@ -106,8 +108,8 @@ class RowProbes:
 
     def draw_sites(self) -> DrawSites | None:
         """Where the model draws, None where it draws nothing. Raises CannotSplit naming what cannot be keyed by row."""
-        versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
-        weights = [(n, p, local(p).clone()) for n, p in self._declared.network.named_parameters()]
+        versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self.batch)]
+        weights = [(n, p, local(p).clone()) for n, p in self.declared.network.named_parameters()]
 
         def first() -> None:
             self._forward_alone()
@@ -118,18 +120,18 @@ class RowProbes:
         fewer = max(1, self._rows - max(1, 3 * self._rows // 8))
 
         def second() -> None:
-            self._declared.forward(
-                self._declared.network, trees.take_rows(self._batch, self._layout, list(range(fewer)))
+            self.declared.forward(
+                self.declared.network, trees.take_rows(self.batch, self.layout, list(range(fewer)))
             )
 
         with torch.no_grad():
             return find_sites(
-                self._declared.network, (first, second), (self._rows, fewer), self._generators, self._restored
+                self.declared.network, (first, second), (self._rows, fewer), self.generators, self.restored
             )
 
     def _forward_alone(self) -> None:
         """A forward that needs no other rank; ``fully_shard`` may gather its parameters."""
-        network = self._declared.network
+        network = self.declared.network
         sharded = any(is_sharded(p) for p in network.parameters())
         running: list[str] = []
         try:
@@ -138,31 +140,45 @@ class RowProbes:
         except collectives.CollectiveSeen as seen:
             raise collectives.ModelCallsCollective(
                 asked="split the rows of a step",
-                found=f"{running[-1] if running else 'the forward'} calls a collective ({seen}): it would see a chunk's "
-                "rows, and ranks with other chunk counts would wait for each other",
+                found=f"{running[-1] if running else 'the forward'} calls a collective ({seen}): it would see the rows "
+                "of a chunk, and ranks with other chunk counts would wait for each other",
                 do=f"{_WAYS_OUT}, or move the collective into loss_fn, which sees all rows of this rank once a step",
             ) from None
 
     def _plain_forward(self) -> None:
-        self._declared.forward(self._declared.network, self._batch)
+        self.declared.forward(self.declared.network, self.batch)
 
-    def _forward(self, batch: Any, rows: Sequence[int] | None = None) -> Any:
+    def forward(self, batch: Any, rows: Sequence[int] | None = None) -> Any:
         """The outputs of ``batch``: the probe rows ``rows``, or all of them."""
-        ids = torch.tensor(list(range(self._rows) if rows is None else rows), device=self._declared.device)
+        ids = torch.tensor(list(range(self._rows) if rows is None else rows), device=self.declared.device)
         with self._draws.rows(ids):
-            return program.seen(self._declared.forward(self._declared.network, batch))
+            return program.seen(self.declared.forward(self.declared.network, batch))
 
     def _forward_rows(self, rows: Sequence[int]) -> None:
-        few = self._batch if len(rows) == self._rows else trees.take_rows(self._batch, self._layout, list(rows))
-        self._forward(few, rows)
+        few = self.batch if len(rows) == self._rows else trees.take_rows(self.batch, self.layout, list(rows))
+        self.forward(few, rows)
+
+    def _check_repeat(self, outputs: Any) -> None:
+        again = self.forward(self.batch)
+        self.restored()
+        if same_rows(outputs, again):
+            return
+        place = self._first_difference(self.batch, range(self._rows))
+        raise CannotSplit(
+            asked="split the rows of a step",
+            found=f"{place} gives other outputs when the same rows run again: it keeps state where that is not seen, "
+            "or a kernel adds in an order that varies",
+            do=f"{_WAYS_OUT}, keep state in buffers and attributes of the module, or choose kernels that repeat "
+            "(torch.use_deterministic_algorithms(True, warn_only=True) names those that do not)",
+        )
 
     def _check_replace(self, outputs: Any, others: Any, others_layout: RowLayout) -> None:
         replaced = self._mixed_in(others, others_layout)
-        again = self._forward(replaced)
-        self._restored()
+        again = self.forward(replaced)
+        self.restored()
         if self._kept_equal(outputs, again):
             return
-        place = self._first_difference(replaced)
+        place = self._first_difference(replaced, self.kept)
         raise CannotSplit(
             asked="split the rows of a step",
             found=f"{place} mixes rows: other rows were replaced and rows {self.kept} changed",
@@ -170,8 +186,8 @@ class RowProbes:
         )
 
     def _check_subset(self, outputs: Any) -> None:
-        alone = self._forward(trees.take_rows(self._batch, self._layout, self.kept), self.kept)
-        self._restored()
+        alone = self.forward(trees.take_rows(self.batch, self.layout, self.kept), self.kept)
+        self.restored()
         for path, among, apart in _leaf_pairs(outputs, alone):
             if not isinstance(among, Tensor):
                 # Such as len(x): the loss would be given the length of a chunk.
@@ -189,16 +205,16 @@ class RowProbes:
                 do=f"{_WAYS_OUT}, or make the model's rows independent of the batch's length",
             )
 
-    def _restored(self) -> None:
-        self._state.restore()
-        self._generators.restore()
+    def restored(self) -> None:
+        self.state.restore()
+        self.generators.restore()
 
     def _mixed_in(self, others: Any, others_layout: RowLayout) -> Any:
         """The probe rows with every row that is not kept taken from ``others``."""
-        mine = trees.leaves_of(self._batch)
+        mine = trees.leaves_of(self.batch)
         theirs = trees.leaves_of(others)
         leaves = []
-        for leaf, other, axis in zip(mine, theirs, self._layout.axes):
+        for leaf, other, axis in zip(mine, theirs, self.layout.axes):
             if axis is None:
                 leaves.append(leaf)
                 continue
@@ -208,23 +224,23 @@ class RowProbes:
                 changed = changed * 1.5 + 0.25 if leaf.is_floating_point() else changed
             index = torch.tensor(self.kept, device=leaf.device)
             leaves.append(changed.index_copy(axis, index, leaf.detach().index_select(axis, index)))
-        return trees.unflatten(leaves, self._layout.spec)
+        return trees.unflatten(leaves, self.layout.spec)
 
     def _kept_equal(self, a: Any, b: Any) -> bool:
         return all(_same_bits(x[self.kept], y[self.kept]) for _, x, y in _row_pairs(a, b))
 
-    def _first_difference(self, replaced: Any) -> str:
-        """The first leaf module, in call order, whose kept rows differ between the two batches."""
+    def _first_difference(self, other: Any, rows: Sequence[int]) -> str:
+        """The first leaf module, in call order, whose outputs of ``rows`` differ between this batch and ``other``."""
         first: list[list[tuple[str, Tensor]]] = []
-        for batch in (self._batch, replaced):
+        for batch in (self.batch, other):
             seen: list[tuple[str, Tensor]] = []
-            with looked_at(self._declared.network, _collector(seen)):
-                self._forward(batch)
-            self._restored()
+            with looked_at(self.declared.network, _collector(seen)):
+                self.forward(batch)
+            self.restored()
             first.append(seen)
         for (name, a), (_, b) in zip(first[0], first[1]):
-            rows = a.dim() > 0 and a.shape == b.shape and a.shape[0] == self._rows
-            if rows and not _same_bits(a[self.kept], b[self.kept]):
+            by_rows = a.dim() > 0 and a.shape == b.shape and a.shape[0] == self._rows
+            if by_rows and not _same_bits(a[list(rows)], b[list(rows)]):
                 return name
         return "code outside its leaf modules"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from samegrad.exact.attributes import same_tensor
 from samegrad.exact.audit import splits_of
 from samegrad.exact.state import Reducer, StateRule, Values, learn_rules
-from samegrad.exact.attributes import same_tensor
 from samegrad.exact.undisturbed import ModuleState
 
 Places = Sequence[tuple[str, str]]

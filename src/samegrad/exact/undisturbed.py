@@ -93,7 +93,7 @@ class ModuleState:
         for part, name, attributes in self._attributes:
             mine = vars(part)
             keys = [key for key, kept in attributes.items() if key not in mine or not kept.same(mine[key])]
-            keys += [key for key in mine if key not in attributes and key not in _MODULES_OWN and can_hold_state(mine[key])]
+            keys += _new_keys(mine, attributes)
             found += [(name, key) for key in keys]
         return found
 
@@ -128,7 +128,7 @@ class ModuleState:
                 buffer.copy_(before)
         for part, _, attributes in self._attributes:
             mine = vars(part)
-            for key in [k for k in mine if k not in attributes and k not in _MODULES_OWN and can_hold_state(mine[k])]:
+            for key in _new_keys(mine, attributes):
                 del mine[key]
             for key, kept in attributes.items():
                 mine[key] = kept.restored()
@@ -137,6 +137,10 @@ class ModuleState:
 
 # What nn.Module keeps for itself.
 _MODULES_OWN = frozenset(vars(nn.Module()))
+
+
+def _new_keys(mine: dict[str, Any], attributes: dict[str, Attribute]) -> list[str]:
+    return [key for key in mine if key not in attributes and key not in _MODULES_OWN and can_hold_state(mine[key])]
 
 
 def _attributes(part: nn.Module) -> dict[str, Attribute]:
