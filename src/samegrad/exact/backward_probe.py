@@ -194,7 +194,7 @@ class _Numbers:
             seen.add(node)
             dtypes |= {result.dtype for result in getattr(node, "_input_metadata", ())}
             stack += [below for below, _ in node.next_functions if below is not None]
-        narrowest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+        narrowest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
         return cls(2.0 ** (_ORDERS_IN_FLOAT16 if torch.float16 in dtypes else _ORDERS), narrowest**0.5)
 
 

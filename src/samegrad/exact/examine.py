@@ -23,7 +23,7 @@ from samegrad.exact.backward_probe import BackwardProbe
 from samegrad.exact.forward import StepForward
 from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.passes import FirstPass, as_in_first_pass
-from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, refuse_known_layers, same_rows
+from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, WeightsChanged, refuse_known_layers, same_rows
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import give_up, ranks_of, refuse_in_loss, refuse_unsafe, reshard
 from samegrad.exact.shared_leaves import stood_in
@@ -123,7 +123,7 @@ def examine_model(
     few_layout = dataclasses.replace(layout, rows=rows)
     with undisturbed(declared.modules, declared.device) as (generators, state):
         probes = RowProbes(declared, few, few_layout, generators, state)
-        found = probes.run(others, few_layout)
+        found = probes.run(others)
         if aliases.sharded:
             _refuse_beside_shards(found)
         forward = StepForward.of(declared, rows, probes.draws, found.rules)
@@ -350,10 +350,20 @@ def _of_torch(hook: Any) -> bool:
 
 def find_draws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:
     """Where the model draws, None where it does not or where its draws cannot be keyed, so that it cannot be split."""
+    try:
+        return draws_or_none(declared, batch, layout)
+    except WeightsChanged:
+        return None
+
+
+def draws_or_none(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:
+    """The same. Raises WeightsChanged for a model that no forward may be tried of."""
     rows = min(PROBE_ROWS, layout.rows)
     few = trees.move(trees.take_rows(batch, layout, chosen_rows(layout.rows, rows)[0]), declared.device)
     with undisturbed(declared.modules, declared.device) as (generators, state):
         try:
             return RowProbes(declared, few, dataclasses.replace(layout, rows=rows), generators, state).draw_sites()
+        except WeightsChanged:
+            raise
         except CannotSplit:
             return None

@@ -125,7 +125,7 @@ class Rowwise(nn.Module):
                 if not split:
                     # Only its draws must be those of a split call.
                     return probes.draw_sites()
-                found = probes.run(others, few_layout)
+                found = probes.run(others)
                 _refuse_state(found.rules)
                 BackwardProbe(probes, self._aliases, probes.forward).run()
                 return found.sites

@@ -113,7 +113,7 @@ def _examined(path: str, part: nn.Module, call: tuple[Any, Any] | None, rows: in
         # Every second row is kept, so rows of one sample are tried against each other as well.
         others = trees.take_rows(call, layout, [(i + 1) % layout.rows for i in range(layout.rows)])
         probes = RowProbes(probed, call, layout, generators, state)
-        found = probes.run(others, layout)
+        found = probes.run(others)
         if found.rules:
             raise CannotSplit(
                 asked=f"{path} as a segment",

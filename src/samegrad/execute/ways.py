@@ -25,14 +25,14 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.examine import (
     Examination,
     chosen_rows,
+    draws_or_none,
     examine,
     examine_loss,
     examine_model,
-    find_draws,
     refuse_batch_gradients,
 )
 from samegrad.exact.mapped import MappedExamination, Scheme
-from samegrad.exact.probes import PROBE_ROWS, close
+from samegrad.exact.probes import PROBE_ROWS, WeightsChanged, close
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import find_blocks
 from samegrad.exact.segments import find_segments
@@ -101,7 +101,7 @@ def find_ways(
     if segments is None:
         try:
             model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows))
-        except ModelCallsCollective as refused:
+        except (ModelCallsCollective, WeightsChanged) as refused:
             return Ways(None, refused)
         except CannotSplit as refused:
             refusal = refused
@@ -112,7 +112,7 @@ def find_ways(
         refusal = CannotSplit(
             asked="split rows through the whole model", found="segments= names parts of it", do="leave segments= out"
         )
-    sites = find_draws(declared, batch, layout)
+    sites = draws_or_none(declared, batch, layout)
     mapped: list[MappingLever] = []
 
     def fits(lever: MappingLever) -> bool:
@@ -250,6 +250,21 @@ class _Trial:
             cotangents = [torch.linspace(-1, 1, leaf.numel(), device=leaf.device).view(leaf.shape) for leaf in live]
             cotangents = [c.to(leaf.dtype) for c, leaf in zip(cotangents, live)]
             with torch.autocast(declared.device.type, enabled=False):
-                gradients = torch.autograd.grad(live, standing, cotangents, allow_unused=True) if live else []
+                gradients = _gradients(live, standing, cotangents)
         found = trees.flatten_with_paths(trees.map_tensors(outputs, Tensor.detach), "outputs")
         return _Found(found, dict(zip(self.aliases.names, gradients)))
+
+
+def _gradients(live: Sequence[Tensor], wanted: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    if not live:
+        return []
+    try:
+        return torch.autograd.grad(live, wanted, cotangents, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise CannotSplit(
+            asked="run parts of the model in chunks",
+            found="a torch.utils.checkpoint with use_reentrant=True, through which no gradients can be asked for",
+            do="use_reentrant=False there, or take the checkpoint out: chunks save memory in its place",
+        ) from error
