@@ -56,7 +56,8 @@ def test_the_figures_are_those_of_the_results() -> None:
     batchnorm, contract = result("exact_batchnorm")["cases"], result("contract_cuda")
     lockstep = batchnorm["lockstep, every cut kept"]
     reordered = batchnorm["plain, rows in another order"]["largest_relative_error"]
-    assert f"{lockstep['flops_over_plain']:.2f} times, {lockstep['largest_relative_error']:.0e} ({reordered:.0e} when" in README
+    flops, error = lockstep["flops_over_plain"], lockstep["largest_relative_error"]
+    assert f"{flops:.2f} times, {error:.0e} ({reordered:.0e} when" in README
     assert lockstep["flops_over_plain"] <= 1.4 and lockstep["largest_relative_error"] <= 1e-11
     assert contract["all_same"] and f"same, {len(contract['cases'])} of {len(contract['cases'])} |" in README
     for name, row in result("what_others_do").items():

@@ -141,7 +141,7 @@ class Step:
         if self.footprint is None:
             sizes = ", ".join(f"{name} {knobs}" for name, knobs in self.plan.levers.items()) or "no levers"
             facts = [
-                f"rows are not split through the whole model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
+                f"not split through the whole model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
                 else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
                 for ways in self._ways.values()
             ]  # fmt: skip

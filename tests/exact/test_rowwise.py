@@ -204,7 +204,6 @@ def test_weights_changed_before_backward_are_an_error() -> None:
     ("make", "named"),
     [
         (lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).to(D), "BatchNorm1d"),
-        (lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4))).to(D), "_u"),
         (lambda: nn.Sequential(nn.Linear(5, 4), nn.Softmax(dim=0)).to(D), "mixes rows"),
     ],
 )

@@ -7,6 +7,7 @@ user's is left changed.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ from samegrad.errors import CannotSplit, FalseNormalise
 from samegrad.exact import collectives, losses, program
 from samegrad.exact.aliases import NARROW, ParameterAliases
 from samegrad.exact.audit import audit
+from samegrad.exact.backward_probe import BackwardProbe
 from samegrad.exact.forward import StepForward
 from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.passes import FirstPass, as_in_first_pass
-from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, check_reach, refuse_known_layers, same_rows
+from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, refuse_known_layers, same_rows
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import give_up, ranks_of, refuse_in_loss, refuse_unsafe, reshard
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.state import StateRule
-from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
+from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried, undisturbed
 from samegrad.trees import RowLayout
 
 
@@ -121,11 +123,11 @@ def examine_model(
     few_layout = dataclasses.replace(layout, rows=rows)
     with undisturbed(declared.modules, declared.device) as (generators, state):
         probes = RowProbes(declared, few, few_layout, generators, state)
-        found = probes.run(others, few_layout)
+        found = probes.run(others)
         if aliases.sharded:
             _refuse_beside_shards(found)
         forward = StepForward.of(declared, rows, probes.draws, found.rules)
-        first_pass = _first_pass(aliases, forward, few, declared.device)
+        first_pass = _first_pass(aliases, forward, probes)
     return ModelFindings(aliases, found.outputs, few, few_layout, first_pass, found.sites, found.rules)
 
 
@@ -140,18 +142,22 @@ def _refuse_beside_shards(found: Findings) -> None:
     )
 
 
-def _first_pass(aliases: ParameterAliases, forward: StepForward, few: Any, device: torch.device) -> FirstPass:
-    """How rows are to be computed first. Raises CannotSplit when the outputs depend on leaves that have no alias."""
-    ids = forward.ids(slice(0, forward.batch_rows))
-    with aliases.swapped() as standing, torch.enable_grad():
-        with_graph = forward.again(few, ids)
-        if aliases.sharded:
+def _first_pass(aliases: ParameterAliases, forward: StepForward, probes: RowProbes) -> FirstPass:
+    """How rows are to be computed first. Raises CannotSplit for what their graph and its backward show."""
+
+    def some(batch: Any, rows: Sequence[int]) -> Any:
+        return forward.again(batch, None if forward.row_ids is None else forward.row_ids[list(rows)])
+
+    everything = range(forward.batch_rows)
+    if aliases.sharded:
+        with aliases.swapped(), torch.enable_grad():
+            with_graph = some(probes.batch, everything)
             # A forward that no backward follows would stay in the order in which fully_shard gathers ahead.
             program.backward_of_nothing(program.tensors_in(with_graph))
-        else:
-            check_reach(aliases, with_graph, standing)
-        with as_in_first_pass(device.type, FirstPass.WITHOUT_GRAPH):
-            without_graph = forward.again(few, ids)
+    else:
+        with_graph = BackwardProbe(probes, aliases, some).run()
+    with aliases.swapped(), as_in_first_pass(forward.declared.device.type, FirstPass.WITHOUT_GRAPH):
+        without_graph = some(probes.batch, everything)
     alike = same_rows(with_graph, without_graph) and not _has_recurrent_layers(forward.declared.network)
     return FirstPass.WITHOUT_GRAPH if alike else FirstPass.WITH_GRAPH
 
@@ -344,10 +350,20 @@ def _of_torch(hook: Any) -> bool:
 
 def find_draws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:
     """Where the model draws, None where it does not or where its draws cannot be keyed, so that it cannot be split."""
+    try:
+        return draws_or_none(declared, batch, layout)
+    except NotToBeTried:
+        return None
+
+
+def draws_or_none(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:
+    """The same. Raises NotToBeTried for a model that no forward may be tried of."""
     rows = min(PROBE_ROWS, layout.rows)
     few = trees.move(trees.take_rows(batch, layout, chosen_rows(layout.rows, rows)[0]), declared.device)
     with undisturbed(declared.modules, declared.device) as (generators, state):
         try:
             return RowProbes(declared, few, dataclasses.replace(layout, rows=rows), generators, state).draw_sites()
+        except NotToBeTried:
+            raise
         except CannotSplit:
             return None

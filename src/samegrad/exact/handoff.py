@@ -25,8 +25,8 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, totals: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.totals = totals
-        # A plain tensor, also of sharded parameters.
-        return torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
+        # A plain tensor, also of sharded parameters; backward begins at real numbers only.
+        return torch.zeros((), dtype=parameters[0].dtype.to_real(), device=parameters[0].device)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:

@@ -16,9 +16,7 @@ def label(name: str, part: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def looked_at(
-    network: nn.Module, look: Callable[[str, Tensor | None], None], *, leaves_only: bool = True
-) -> Iterator[None]:
+def looked_at(network: nn.Module, look: Callable[[str, Tensor | None], None]) -> Iterator[None]:
     """Calls ``look(module path and kind, first output tensor)`` after every module's forward."""
 
     def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -31,8 +29,7 @@ def looked_at(
     handles = []
     try:
         for name, part in network.named_modules():
-            if not leaves_only or not any(True for _ in part.children()):
-                handles.append(part.register_forward_hook(after(label(name, part))))
+            handles.append(part.register_forward_hook(after(label(name, part))))
         yield
     finally:
         for handle in handles:
@@ -40,15 +37,33 @@ def looked_at(
 
 
 def first_module(network: nn.Module, run: Callable[[], object], happened: Callable[[], bool]) -> str:
-    """The first module in the order of their returns after whose forward ``happened()`` is true."""
+    """The module whose own code made ``happened()`` true first: seen where modules inside it begin, and at its end."""
+    running: list[str] = []
     found: list[str] = []
 
-    def look(name: str, _: Tensor | None) -> None:
-        if not found and happened():
-            found.append(name)
+    def look() -> None:
+        if running and not found and happened():
+            found.append(running[-1])
 
-    with looked_at(network, look, leaves_only=False):
+    def before(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_: nn.Module, __: Any) -> None:
+            look()
+            running.append(name)
+
+        return hook
+
+    def after(_: nn.Module, __: Any, ___: Any) -> None:
+        look()
+        running.pop()
+
+    handles = []
+    try:
+        for name, part in network.named_modules():
+            handles += [part.register_forward_pre_hook(before(label(name, part))), part.register_forward_hook(after)]
         run()
+    finally:
+        for handle in handles:
+            handle.remove()
     return found[0] if found else "code outside its modules"
 
 

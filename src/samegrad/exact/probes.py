@@ -2,9 +2,12 @@
 
 draws    draws are keyed by row where they can be; any other would be another draw than the whole batch's
 state    what the forward changes must have a rule by which chunks' states become the batch's (``state.py``)
-replace  other rows are replaced, same shapes: kept rows must stay the same bit for bit
+repeat   the same rows run twice must give the same bits
+replace  other rows are replaced: kept rows must stay the same, bit for bit where all shapes do
 subset   a few rows alone must give what they give among others (up to rounding)
 reach    every leaf the outputs depend on must be a parameter in its slot, else its gradient would be lost
+
+What backward does is looked at in ``backward_probe.py``.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
 from samegrad.exact.module_names import entered, looked_at
 from samegrad.exact.replaced_forward import has_own_forward
+from samegrad.exact.replaced_rows import ShapesSeen, replacements
 from samegrad.exact.rounding import eps_in_use
 from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.state import StateRule
@@ -36,6 +40,7 @@ from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried
 from samegrad.trees import RowLayout
 
 PROBE_ROWS = 8
+_ROUNDING_UNITS = 64
 _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
 
@@ -72,30 +77,31 @@ class RowProbes:
     def __init__(
         self, declared: DeclaredStep, batch: Any, layout: RowLayout, generators: Generators, state: ModuleState
     ) -> None:
-        self._declared = declared
-        self._batch, self._layout = batch, layout
-        self._generators, self._state = generators, state
+        self.declared = declared
+        self.batch, self.layout = batch, layout
+        self.generators, self.state = generators, state
         self._rows = layout.rows
         self._draws = StepDraws()
         self.kept = list(range(1, self._rows, 2)) or [0]
 
-    def run(self, others: Any, others_layout: RowLayout) -> Findings:
+    def run(self, others: Any) -> Findings:
         """What is found. ``others``: as many other rows, to replace with. Raises CannotSplit."""
-        refuse_known_layers(self._declared.network)
+        refuse_known_layers(self.declared.network)
         with torch.no_grad():
             sites = self.draw_sites()
             if sites is not None:
-                check_sites(sites, self._declared.network, self._plain_forward, self._restored)
+                check_sites(sites, self.declared.network, self._plain_forward, self.restored)
             self._draws = StepDraws(sites, StepKey.fixed(0))
-            outputs = self._forward(self._batch)
+            outputs = self.forward(self.batch)
             rules = StateProbe(
-                self._declared.network, self._rows, self._forward_rows, lambda: self._forward(others), self._state
+                self.declared.network, self._rows, self._forward_rows, lambda: self.forward(others), self.state
             ).rules()
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
+            self._check_repeat(outputs)
             if self._rows > 1:
-                self._check_replace(outputs, others, others_layout)
+                self._check_replace(outputs, others)
                 self._check_subset(outputs)
         return Findings(outputs, sites, tuple(rules))
 
@@ -106,8 +112,8 @@ class RowProbes:
 
     def draw_sites(self) -> DrawSites | None:
         """Where the model draws, None where it draws nothing. Raises CannotSplit naming what cannot be keyed by row."""
-        versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self._batch)]
-        weights = [(n, p, local(p).clone()) for n, p in self._declared.network.named_parameters()]
+        versions = [(p, leaf, leaf._version) for p, leaf in _tensors(self.batch)]
+        weights = [(n, p, local(p).clone()) for n, p in self.declared.network.named_parameters()]
 
         def first() -> None:
             self._forward_alone()
@@ -118,18 +124,18 @@ class RowProbes:
         fewer = max(1, self._rows - max(1, 3 * self._rows // 8))
 
         def second() -> None:
-            self._declared.forward(
-                self._declared.network, trees.take_rows(self._batch, self._layout, list(range(fewer)))
+            self.declared.forward(
+                self.declared.network, trees.take_rows(self.batch, self.layout, list(range(fewer)))
             )
 
         with torch.no_grad():
             return find_sites(
-                self._declared.network, (first, second), (self._rows, fewer), self._generators, self._restored
+                self.declared.network, (first, second), (self._rows, fewer), self.generators, self.restored
             )
 
     def _forward_alone(self) -> None:
         """A forward that needs no other rank; ``fully_shard`` may gather its parameters."""
-        network = self._declared.network
+        network = self.declared.network
         sharded = any(is_sharded(p) for p in network.parameters())
         running: list[str] = []
         try:
@@ -144,44 +150,59 @@ class RowProbes:
             ) from None
 
     def _plain_forward(self) -> None:
-        self._declared.forward(self._declared.network, self._batch)
+        self.declared.forward(self.declared.network, self.batch)
 
-    def _forward(self, batch: Any, rows: Sequence[int] | None = None) -> Any:
+    def forward(self, batch: Any, rows: Sequence[int] | None = None) -> Any:
         """The outputs of ``batch``: the probe rows ``rows``, or all of them."""
-        ids = torch.tensor(list(range(self._rows) if rows is None else rows), device=self._declared.device)
+        ids = torch.tensor(list(range(self._rows) if rows is None else rows), device=self.declared.device)
         with self._draws.rows(ids):
-            return program.seen(self._declared.forward(self._declared.network, batch))
+            return program.seen(self.declared.forward(self.declared.network, batch))
 
     def _forward_rows(self, rows: Sequence[int]) -> None:
-        few = self._batch if len(rows) == self._rows else trees.take_rows(self._batch, self._layout, list(rows))
-        self._forward(few, rows)
+        few = self.batch if len(rows) == self._rows else trees.take_rows(self.batch, self.layout, list(rows))
+        self.forward(few, rows)
 
-    def _check_replace(self, outputs: Any, others: Any, others_layout: RowLayout) -> None:
-        replaced = self._mixed_in(others, others_layout)
-        again = self._forward(replaced)
-        self._restored()
-        if self._kept_equal(outputs, again):
+    def _check_repeat(self, outputs: Any) -> None:
+        again = self.forward(self.batch)
+        self.restored()
+        if same_rows(outputs, again):
             return
-        place = self._first_difference(replaced)
+        place = self._first_difference(self.batch, range(self._rows))
         raise CannotSplit(
             asked="split the rows of a step",
-            found=f"{place} mixes rows: other rows were replaced and rows {self.kept} changed",
-            do=f"{_WAYS_OUT}, or take the mixing out of the model and into loss_fn, which sees all rows",
+            found=f"{place} gives other outputs when the same rows run again: it keeps state where that is not seen, "
+            "or a kernel adds in an order that varies",
+            do=f"{_WAYS_OUT}, keep state in buffers and attributes of the module, or choose kernels that repeat "
+            "(torch.use_deterministic_algorithms(True, warn_only=True) names those that do not)",
         )
 
+    def _check_replace(self, outputs: Any, others: Any) -> None:
+        for kept, replaced in replacements(self.batch, others, self.layout, self.kept):
+            again = self.forward(replaced)
+            self.restored()
+            pairs = [(x[kept], y[kept]) for _, x, y in _row_pairs(outputs, again)]
+            if all(_same_bits(x, y) for x, y in pairs):
+                continue
+            if all(_rounded_alike(x, y) for x, y in pairs) and self._shapes(self.batch) != self._shapes(replaced):
+                continue
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{self._first_difference(replaced, kept)} mixes rows: other rows were replaced and rows {kept} "
+                "changed",
+                do=f"{_WAYS_OUT}, or take the mixing out of the model and into loss_fn, which sees all rows",
+            )
+
     def _check_subset(self, outputs: Any) -> None:
-        alone = self._forward(trees.take_rows(self._batch, self._layout, self.kept), self.kept)
-        self._restored()
+        alone = self.forward(trees.take_rows(self.batch, self.layout, self.kept), self.kept)
+        self.restored()
         for path, among, apart in _leaf_pairs(outputs, alone):
             if not isinstance(among, Tensor):
                 # Such as len(x): the loss would be given the length of a chunk.
                 if isinstance(among, program.Unseen) or among == apart:
                     continue
-            elif not among.is_floating_point():
-                continue
             else:
                 chosen = among[torch.tensor(self.kept, device=among.device)]
-                if chosen.shape == apart.shape and close(chosen, apart):
+                if chosen.shape == apart.shape and _alike(chosen, apart):
                     continue
             raise CannotSplit(
                 asked="split the rows of a step",
@@ -189,44 +210,31 @@ class RowProbes:
                 do=f"{_WAYS_OUT}, or make the model's rows independent of the batch's length",
             )
 
-    def _restored(self) -> None:
-        self._state.restore()
-        self._generators.restore()
+    def restored(self) -> None:
+        self.state.restore()
+        self.generators.restore()
 
-    def _mixed_in(self, others: Any, others_layout: RowLayout) -> Any:
-        """The probe rows with every row that is not kept taken from ``others``."""
-        mine = trees.leaves_of(self._batch)
-        theirs = trees.leaves_of(others)
-        leaves = []
-        for leaf, other, axis in zip(mine, theirs, self._layout.axes):
-            if axis is None:
-                leaves.append(leaf)
-                continue
-            changed = other.detach().clone()
-            if torch.equal(changed, leaf):
-                # Identical rows would hide a mixture; shift numbers, leave indices alone.
-                changed = changed * 1.5 + 0.25 if leaf.is_floating_point() else changed
-            index = torch.tensor(self.kept, device=leaf.device)
-            leaves.append(changed.index_copy(axis, index, leaf.detach().index_select(axis, index)))
-        return trees.unflatten(leaves, self._layout.spec)
+    def _shapes(self, batch: Any) -> list[tuple[int, ...]]:
+        with ShapesSeen() as seen:
+            self.forward(batch)
+        self.restored()
+        shapes: list[tuple[int, ...]] = seen.shapes
+        return shapes
 
-    def _kept_equal(self, a: Any, b: Any) -> bool:
-        return all(_same_bits(x[self.kept], y[self.kept]) for _, x, y in _row_pairs(a, b))
-
-    def _first_difference(self, replaced: Any) -> str:
-        """The first leaf module, in call order, whose kept rows differ between the two batches."""
+    def _first_difference(self, other: Any, rows: Sequence[int]) -> str:
+        """The first module, in the order of returns, whose outputs of ``rows`` are not those among ``other`` rows."""
         first: list[list[tuple[str, Tensor]]] = []
-        for batch in (self._batch, replaced):
+        for batch in (self.batch, other):
             seen: list[tuple[str, Tensor]] = []
-            with looked_at(self._declared.network, _collector(seen)):
-                self._forward(batch)
-            self._restored()
+            with looked_at(self.declared.network, _collector(seen)):
+                self.forward(batch)
+            self.restored()
             first.append(seen)
         for (name, a), (_, b) in zip(first[0], first[1]):
-            rows = a.dim() > 0 and a.shape == b.shape and a.shape[0] == self._rows
-            if rows and not _same_bits(a[self.kept], b[self.kept]):
+            by_rows = a.dim() > 0 and a.shape == b.shape and a.shape[0] == self._rows
+            if by_rows and not _same_bits(a[list(rows)], b[list(rows)]):
                 return name
-        return "code outside its leaf modules"
+        return "code outside its modules"
 
 
 def _collector(seen: list[tuple[str, Tensor]]) -> Callable[[str, Tensor | None], None]:
@@ -335,11 +343,29 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    """Whether ``a`` and ``b`` agree in half their digits: other shapes take other kernels, so bits may differ."""
-    if not a.is_floating_point():
+def _rounded_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether rounding explains what differs: a few units in the last place of the largest entry."""
+    if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
+    return close(a, b, _ROUNDING_UNITS * eps_in_use(a))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """``close``, or whole numbers most of which are equal: rounding decides ties, it does not count rows."""
+    if a.is_floating_point() or a.is_complex():
+        return close(a, b)
+    return bool((a != b).sum() <= a.numel() // 4)
+
+
+def close(a: Tensor, b: Tensor, allowed: float | None = None) -> bool:
+    """Whether ``a`` and ``b`` agree in half their digits: other shapes take other kernels, so bits may differ.
+
+    ``allowed``: the difference that is allowed instead, relative to the largest entry.
+    """
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    allowed = eps_in_use(a) ** 0.5 if allowed is None else allowed
     finite = a[a.isfinite()]
     scale = max(finite.abs().max().item(), 1e-30) if finite.numel() else 1.0
-    near = (a == b) | ((a - b).abs() <= scale * eps_in_use(a) ** 0.5)
+    near = (a == b) | ((a - b).abs() <= scale * allowed)
     return bool(near.all() | (a != a).any())

@@ -20,6 +20,7 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.backward_probe import BackwardProbe
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.row_map import RowCall
@@ -117,7 +118,6 @@ class Rowwise(nn.Module):
         )
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         probed = DeclaredStep(model=self.module, loss_fn=_no_loss, forward=self._rows_first, device=device)
-        sites = None
         with undisturbed([self.module], device) as (generators, state):
             if self._groups is None:
                 few, others, few_layout = _probe_rows(batch, layout)
@@ -125,19 +125,18 @@ class Rowwise(nn.Module):
                 if not split:
                     # Only its draws must be those of a split call.
                     return probes.draw_sites()
-                found = probes.run(others, few_layout)
-                sites = found.sites
+                found = probes.run(others)
                 _refuse_state(found.rules)
-            elif split:
+                BackwardProbe(probes, self._aliases, probes.forward).run()
+                return found.sites
+            if split:
                 # Rows of one group may see each other, so whole groups are what is tried.
                 few = trees.take_rows(batch, layout, list(range(self._groups[0])))
                 among = trees.take_rows(batch, layout, list(range(sum(self._groups[:2]))))
                 check_alone(probed, few, among, self._groups[0], generators, state)
-            else:
-                return None
-            with self._aliases.swapped() as standing, torch.enable_grad():
-                check_reach(self._aliases, self._rows_first(self.module, few), standing)
-        return sites
+                with self._aliases.swapped() as standing, torch.enable_grad():
+                    check_reach(self._aliases, self._rows_first(self.module, few), standing)
+        return None
 
     def _rows_first(self, _: nn.Module, batch: Any) -> Any:
         args, kwargs = batch

@@ -18,7 +18,8 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.probes import RowProbes, check_reach
+from samegrad.exact.backward_probe import BackwardProbe
+from samegrad.exact.probes import RowProbes
 from samegrad.exact.row_map import RowCall
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState
@@ -138,19 +139,18 @@ def _examined(path: str, part: nn.Module, call: tuple[Any, Any] | None, rows: in
     try:
         # Every second row is kept, so rows of one sample are tried against each other as well.
         others = trees.take_rows(call, layout, [(i + 1) % layout.rows for i in range(layout.rows)])
-        found = RowProbes(probed, call, layout, generators, state).run(others, layout)
-        aliases = ParameterAliases({"": part})
-        with aliases.swapped() as standing, torch.enable_grad():
-            check_reach(aliases, _called(part, call), standing)
+        probes = RowProbes(probed, call, layout, generators, state)
+        found = probes.run(others)
+        if found.rules:
+            raise CannotSplit(
+                asked=f"{path} as a segment",
+                found=f"it changes {found.rules[0].name}, and backward runs rows again",
+                do="leave it outside the segments",
+            )
+        BackwardProbe(probes, ParameterAliases({"": part}), probes.forward).run()
     finally:
         state.restore()
         generators.restore()
-    if found.rules:
-        raise CannotSplit(
-            asked=f"{path} as a segment",
-            found=f"it changes {found.rules[0].name}, and backward runs rows again",
-            do="leave it outside the segments",
-        )
     return Segment(path, layout.rows // rows)
 
 

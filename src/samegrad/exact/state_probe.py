@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from samegrad.exact.attributes import same_tensor
 from samegrad.exact.audit import splits_of
 from samegrad.exact.state import Reducer, StateRule, Values, learn_rules
-from samegrad.exact.undisturbed import ModuleState, same_tensor
+from samegrad.exact.undisturbed import ModuleState
 
 Places = Sequence[tuple[str, str]]
 
@@ -34,7 +35,7 @@ class StateProbe:
 
         Raises CannotSplit naming what has no rule.
         """
-        changed = self._state.changed_places()
+        changed = self._state.written_places()
         if not changed:
             return []
         if self._built_once(changed):
@@ -94,7 +95,7 @@ class StateProbe:
         here = self._values(changed)
         built = ModuleState([self._network])
         self._others()
-        if built.changed():
+        if built.written_places():
             built.restore()
             return False
         self._state.restore()

@@ -23,10 +23,10 @@ from samegrad.exact.batchnorm import by_rows, has_batchnorm, shared_over_ranks
 from samegrad.exact.examine import (
     Examination,
     chosen_rows,
+    draws_or_none,
     examine,
     examine_loss,
     examine_model,
-    find_draws,
     refuse_batch_gradients,
 )
 from samegrad.exact.mapped import MappedExamination, Scheme
@@ -124,7 +124,7 @@ def find_ways(
         refusal = CannotSplit(
             asked="split rows through the whole model", found="segments= names parts of it", do="leave segments= out"
         )
-    sites = find_draws(declared, batch, layout)
+    sites = draws_or_none(declared, batch, layout)
     mapped: list[MappingLever] = []
 
     def fits(lever: MappingLever) -> bool:
@@ -237,10 +237,10 @@ def examine_mapped(
 def check_lever(
     declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, lever: MappingLever, ways: Ways
 ) -> None:
-    """That ``lever``, of a plan made elsewhere, is one of the ``ways`` found or passes as they did. Raises CannotSplit."""
+    """That ``lever``, of a given plan, is one of the ``ways`` found or passes as they did. Raises CannotSplit."""
     if any(way.name == lever.name and _but_rows(way) == _but_rows(lever) for way in ways.mapped):
         return
-    if isinstance(ways.refusal, ModelCallsCollective):
+    if isinstance(ways.refusal, NotToBeTried):
         raise ways.refusal
     if isinstance(lever, Segments):
         few, few_layout = _few(declared, batch, layout)
@@ -311,6 +311,23 @@ class _Trial:
             cotangents = [torch.linspace(-1, 1, leaf.numel(), device=leaf.device).view(leaf.shape) for leaf in live]
             cotangents = [c.to(leaf.dtype) for c, leaf in zip(cotangents, live)]
             with torch.autocast(declared.device.type, enabled=False):
-                gradients = torch.autograd.grad(live, standing, cotangents, allow_unused=True) if live else []
+                gradients = _gradients(live, standing, cotangents)
         found = trees.flatten_with_paths(trees.map_tensors(outputs, Tensor.detach), "outputs")
         return _Found(found, dict(zip(self.aliases.names, gradients)))
+
+
+def _gradients(
+    live: Sequence[Tensor], wanted: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    if not live:
+        return []
+    try:
+        return torch.autograd.grad(live, wanted, cotangents, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise CannotSplit(
+            asked="run parts of the model in chunks",
+            found="a torch.utils.checkpoint with use_reentrant=True, through which no gradients can be asked for",
+            do="use_reentrant=False there, or take the checkpoint out: chunks save memory in its place",
+        ) from error
