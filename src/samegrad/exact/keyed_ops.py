@@ -31,6 +31,8 @@ _STRETCH = 16384
 
 def _on_host(words: Any, before: int, inner: int) -> Tensor:
     """(n, before * inner) of numpy as a tensor (before, n, inner)."""
+    if before == 1:
+        return torch.from_numpy(words).view(1, len(words), inner)
     rows = torch.from_numpy(words).view(len(words), before, inner)
     return rows.transpose(0, 1).contiguous()
 
@@ -59,7 +61,7 @@ def _dropout_cpu(
     values: Tensor, key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float
 ) -> tuple[Tensor, Tensor]:
     keep = _keep_cpu(key, ids, stream, call, before, inner, drop).view(values.shape)
-    return _scaled(values, keep, drop), keep
+    return scaled(values, keep, drop), keep
 
 
 def _dropout_cuda(
@@ -71,15 +73,18 @@ def _dropout_cuda(
         threshold = philox.keep_threshold(drop)
         return philox_triton.keyed_dropout(values, key, ids, stream, call, before, threshold, 1 / (1 - drop))
     keep = _keep_cuda(key, ids, stream, call, before, inner, drop).view(values.shape)
-    return _scaled(values, keep, drop), keep
+    return scaled(values, keep, drop), keep
 
 
-def _scaled(values: Tensor, keep: Tensor, drop: float) -> Tensor:
+def scaled(values: Tensor, keep: Tensor, drop: float) -> Tensor:
+    """``values * keep / (1 - drop)``, differentiable to any order."""
     if not values.is_cuda:
-        return values * keep * (1 / (1 - drop))
+        kept = values * keep
+        # Memory that is new costs the CPU more than the product does.
+        return kept * (1 / (1 - drop)) if kept.requires_grad else kept.mul_(1 / (1 - drop))
     # Named for what torch uses it for: the same product in one kernel, differentiable twice.
-    scaled: Tensor = torch.ops.aten.native_dropout_backward(values, keep, 1 / (1 - drop))
-    return scaled
+    product: Tensor = torch.ops.aten.native_dropout_backward(values, keep, 1 / (1 - drop))
+    return product
 
 
 def _numbers_cpu(
@@ -167,7 +172,7 @@ def _dropout_shapes(
     values: Tensor, key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float
 ) -> tuple[Tensor, Tensor]:
     keep = values.new_empty(values.shape, dtype=torch.bool)
-    return _scaled(values, keep, drop), keep
+    return scaled(values, keep, drop), keep
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -177,7 +182,16 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _dropout_backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     (keep,) = ctx.saved_tensors
-    return (_scaled(cotangent, keep, ctx.drop), *[None] * 7)
+    return (scaled(cotangent, keep, ctx.drop), *[None] * 7)
+
+
+# Each on the CPU and on CUDA.
+KERNELS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "words": (_words_cpu, _words_cuda),
+    "keep": (_keep_cpu, _keep_cuda),
+    "numbers": (_numbers_cpu, _numbers_cuda),
+}
+DROPOUTS = _dropout_cpu, _dropout_cuda
 
 
 def _register() -> None:
@@ -185,14 +199,9 @@ def _register() -> None:
     _library.define(f"keyed_keep({_WHERE}, float drop) -> Tensor")
     _library.define(f"keyed_dropout(Tensor values, {_WHERE}, float drop) -> (Tensor, Tensor)")
     _library.define(f"keyed_numbers({_WHERE}, str distribution, float scale, float shift) -> Tensor")
-    for name, on_cpu, on_cuda in (
-        ("keyed_words", _words_cpu, _words_cuda),
-        ("keyed_keep", _keep_cpu, _keep_cuda),
-        ("keyed_dropout", _dropout_cpu, _dropout_cuda),
-        ("keyed_numbers", _numbers_cpu, _numbers_cuda),
-    ):
-        _library.impl(name, on_cpu, "CPU")
-        _library.impl(name, on_cuda, "CUDA")
+    for name, (on_cpu, on_cuda) in {**KERNELS, "dropout": DROPOUTS}.items():
+        _library.impl(f"keyed_{name}", on_cpu, "CPU")
+        _library.impl(f"keyed_{name}", on_cuda, "CUDA")
     for name, dtype in (("words", torch.int64), ("keep", torch.bool), ("numbers", torch.float64)):
         torch.library.register_fake(
             f"samegrad::keyed_{name}",
