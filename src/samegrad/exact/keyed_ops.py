@@ -54,7 +54,9 @@ def _keep_cpu(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inn
 
 
 def _keep_cuda(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float) -> Tensor:
-    return _words_cuda(key, ids, stream, call, before, inner, 0) >= philox.keep_threshold(drop)
+    from samegrad.exact import philox_triton
+
+    return philox_triton.keyed_keep(key, ids, stream, call, before, inner, philox.keep_threshold(drop))
 
 
 def _dropout_cpu(
@@ -71,7 +73,9 @@ def _dropout_cuda(
         from samegrad.exact import philox_triton
 
         threshold = philox.keep_threshold(drop)
-        return philox_triton.keyed_dropout(values, key, ids, stream, call, before, threshold, 1 / (1 - drop))
+        return philox_triton.keyed_dropout(
+            values, key, ids, stream, call, before, inner, threshold, 1 / (1 - drop)
+        )  # fmt: skip
     keep = _keep_cuda(key, ids, stream, call, before, inner, drop).view(values.shape)
     return scaled(values, keep, drop), keep
 
