@@ -139,7 +139,7 @@ class Draw:
     def numbers(self, distribution: str, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         """Numbers of a distribution of ``keyed_ops``, computed in float64 and rounded once."""
         make = keyed_direct.operation("numbers", self._where[1])
-        return make(*self._where, distribution, float(scale), float(shift)).view(self._shape).to(dtype)
+        return make(*self._where, distribution, float(scale), float(shift), dtype).view(self._shape)
 
     def integers(self, low: int, high: int) -> Tensor:
         """int64 in [low, high)."""

@@ -7,7 +7,7 @@ position ``e`` of (before, inner) in row-major order. Registered when this modul
     samegrad::keyed_words     int64 (before, n, inner), below 2**32
     samegrad::keyed_keep      bool, False with probability ``drop``
     samegrad::keyed_dropout   values kept and scaled or zeroed, and the mask; differentiable to any order
-    samegrad::keyed_numbers   float64 of a named distribution, from 53 random bits
+    samegrad::keyed_numbers   of a named distribution, from 53 random bits, computed in float64 and rounded to ``dtype``
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def scaled(values: Tensor, keep: Tensor, drop: float) -> Tensor:
 
 def _numbers_cpu(
     key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, distribution: str, scale: float,
-    shift: float,
+    shift: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     planes = [
         philox.keyed_words(int(key), ids.numpy(), stream, call, plane, before * inner).ravel()
@@ -104,16 +104,23 @@ def _numbers_cpu(
         part = slice(start, start + _STRETCH)
         words = [plane[part].astype(np.int64) for plane in planes]
         numbers[part] = _DISTRIBUTIONS[distribution](words, scale, shift)
-    return _on_host(numbers.reshape(len(ids), before * inner), before, inner)
+    return _on_host(numbers.reshape(len(ids), before * inner), before, inner).to(dtype)
 
 
 def _numbers_cuda(
     key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, distribution: str, scale: float,
-    shift: float,
+    shift: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    if distribution == "normal":
+        from samegrad.exact import normal_triton
+
+        if scale == 1 and shift == 0 and dtype in normal_triton.DTYPES:
+            return normal_triton.keyed_normal(key, ids, stream, call, before, inner, dtype)
+        normal = normal_triton.keyed_normal(key, ids, stream, call, before, inner, torch.float64)
+        return (normal * scale + shift).to(dtype)
     words = [_words_cuda(key, ids, stream, call, before, inner, plane) for plane in range(_planes(distribution))]
     numbers: Tensor = _DISTRIBUTIONS[distribution](words, scale, shift)
-    return numbers
+    return numbers.to(dtype)
 
 
 def _planes(distribution: str) -> int:
@@ -168,10 +175,6 @@ _DISTRIBUTIONS: dict[str, Callable[[Sequence[Array], float, float], Array]] = {
 }
 
 
-def _laid_out(ids: Tensor, before: int, inner: int, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty((before, ids.shape[0], inner), dtype=dtype)
-
-
 def _dropout_shapes(
     values: Tensor, key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float
 ) -> tuple[Tensor, Tensor]:
@@ -202,14 +205,19 @@ def _register() -> None:
     _library.define(f"keyed_words({_WHERE}, int plane) -> Tensor")
     _library.define(f"keyed_keep({_WHERE}, float drop) -> Tensor")
     _library.define(f"keyed_dropout(Tensor values, {_WHERE}, float drop) -> (Tensor, Tensor)")
-    _library.define(f"keyed_numbers({_WHERE}, str distribution, float scale, float shift) -> Tensor")
+    _library.define(
+        f"keyed_numbers({_WHERE}, str distribution, float scale, float shift, ScalarType dtype) -> Tensor"
+    )
     for name, (on_cpu, on_cuda) in {**KERNELS, "dropout": DROPOUTS}.items():
         _library.impl(f"keyed_{name}", on_cpu, "CPU")
         _library.impl(f"keyed_{name}", on_cuda, "CUDA")
-    for name, dtype in (("words", torch.int64), ("keep", torch.bool), ("numbers", torch.float64)):
+    for name, made in (("words", torch.int64), ("keep", torch.bool), ("numbers", None)):
         torch.library.register_fake(
             f"samegrad::keyed_{name}",
-            lambda key, ids, stream, call, before, inner, *_, dtype=dtype: _laid_out(ids, before, inner, dtype),
+            # Numbers are of the last argument's dtype.
+            lambda key, ids, stream, call, before, inner, *rest, made=made: ids.new_empty(
+                (before, ids.shape[0], inner), dtype=made or rest[-1]
+            ),
             lib=_library,
         )
     torch.library.register_fake("samegrad::keyed_dropout", _dropout_shapes, lib=_library)
