@@ -14,15 +14,22 @@ from typing import Any
 import torch.nn.functional as F
 
 
-def is_composite(func: Any) -> bool:
+def _is_composite(func: Any) -> bool:
     return type(func) is FunctionType and func.__module__ == F.__name__
 
 
-def drawing_among(draws: Iterable[Any]) -> set[FunctionType]:
-    """The composites that may call one of ``draws``, by its name, or a function they are given."""
+def twins_of_drawing(draws: Iterable[Any]) -> dict[FunctionType, FunctionType]:
+    """The composites that may call one of ``draws``, by its name, or a function they are given; and what to run.
+
+    The twin of a composite is the same code, told that no mode is on.
+    """
     names = {draw.__name__ for draw in draws}
-    composites = [func for func in vars(F).values() if is_composite(func)]
-    return {func for func in composites if _reaches(func, names, set())}
+    composites = [func for func in vars(F).values() if _is_composite(func)]
+    # A compiler would look names up in the module of that name, and find the question there.
+    twin_globals = {name: value for name, value in vars(F).items() if name != "__name__"}
+    for question in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+        twin_globals[question] = _not_overridden
+    return {func: _twin(func, twin_globals) for func in composites if _reaches(func, names, set())}
 
 
 def _reaches(func: FunctionType, draws: set[str], seen: set[FunctionType]) -> bool:
@@ -33,7 +40,7 @@ def _reaches(func: FunctionType, draws: set[str], seen: set[FunctionType]) -> bo
     if names & draws or any("Callable" in str(p.annotation) for p in inspect.signature(func).parameters.values()):
         return True
     called = [func.__globals__.get(name) for name in names] + [cell.cell_contents for cell in func.__closure__ or ()]
-    return any(_reaches(part, draws, seen) for part in called if is_composite(part))
+    return any(_reaches(part, draws, seen) for part in called if _is_composite(part))
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -44,34 +51,16 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def unhidden(func: FunctionType) -> FunctionType:
-    """A composite as it runs where nothing overrides it: the same code, told that no mode is on."""
-    twin = _twins.get(func)
-    if twin is None:
-        # Some only choose between two others, which they hold in their closure.
-        cells = func.__closure__ and tuple(
-            CellType(unhidden(cell.cell_contents)) if is_composite(cell.cell_contents) else cell
-            for cell in func.__closure__
-        )
-        names = _twin_globals() if func.__globals__ is vars(F) else func.__globals__
-        twin = FunctionType(func.__code__, names, func.__name__, func.__defaults__, cells)
-        twin.__kwdefaults__ = func.__kwdefaults__
-        _twins[func] = twin
+def _twin(func: FunctionType, twin_globals: dict[str, Any]) -> FunctionType:
+    # Some only choose between two others, which they hold in their closure.
+    cells = func.__closure__ and tuple(
+        CellType(_twin(cell.cell_contents, twin_globals)) if _is_composite(cell.cell_contents) else cell
+        for cell in func.__closure__
+    )
+    names = twin_globals if func.__globals__ is vars(F) else func.__globals__
+    twin = FunctionType(func.__code__, names, func.__name__, func.__defaults__, cells)
+    twin.__kwdefaults__ = func.__kwdefaults__
     return twin
-
-
-_twins: dict[FunctionType, FunctionType] = {}
-_globals: dict[str, Any] = {}
-
-
-def _twin_globals() -> dict[str, Any]:
-    if not _globals:
-        _globals.update(vars(F))
-        for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
-            _globals[name] = _not_overridden
-        # A compiler would look its names up in the module of that name, and find the question there.
-        del _globals["__name__"]
-    return _globals
 
 
 def _not_overridden(*_: Any) -> bool:

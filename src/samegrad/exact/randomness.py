@@ -17,6 +17,7 @@ step's key into it. Bits are the same on every device; Philox is specified in ``
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from samegrad.exact import drawn_layers, drawn_values
-from samegrad.exact.composite_functions import drawing_among, unhidden
+from samegrad.exact.compiled_draws import handed_over
+from samegrad.exact.composite_functions import twins_of_drawing
 from samegrad.exact.draw_sites import DrawSites, LeadingRows, Recorder, Sites, learn_sites
 from samegrad.exact.draws import Draws, StepKey, caller_id
 
@@ -43,8 +45,10 @@ _UNCOVERED = {
     for name in names.split()
     if (function := getattr(space, name, None)) is not None
 }
-# All that is not run as it is: the rest are Python and may call one of these.
-_SEEN = {*_KEYED, *_UNCOVERED, *drawing_among([*_KEYED, *_UNCOVERED])}
+# Python functions that may call one of these.
+_TWINS = twins_of_drawing([*_KEYED, *_UNCOVERED])
+_SEEN = {*_KEYED, *_UNCOVERED, *_TWINS}
+_show_compilers = handed_over([*_KEYED, *_UNCOVERED])
 
 
 @contextlib.contextmanager
@@ -84,6 +88,8 @@ class _KeyedDraws(TorchFunctionMode):
     def __init__(self, draws: Draws) -> None:
         super().__init__()
         self._draws = draws
+        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+            _show_compilers()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -104,7 +110,7 @@ class _KeyedDraws(TorchFunctionMode):
             self._draws.sites.allow_uncovered(_name(func))
         else:
             with self:
-                return unhidden(func)(*args, **options)
+                return _TWINS[func](*args, **options)
         return func(*args, **options)
 
 
