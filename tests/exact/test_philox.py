@@ -101,7 +101,7 @@ MOMENTS = {
 @pytest.mark.parametrize("name", MOMENTS)
 def test_numbers_have_the_moments_of_their_distribution(name: str) -> None:
     ids, count = torch.arange(400), 400 * 500
-    numbers = ops.keyed_numbers(torch.tensor(KEY), ids, 0, 0, 1, 500, name, 1.0, 0.0)
+    numbers = ops.keyed_numbers(torch.tensor(KEY), ids, 0, 0, 1, 500, name, 1.0, 0.0, torch.float64)
     mean, variance = MOMENTS[name]
     fourth = (numbers - mean).pow(4).mean()
     assert abs(float(numbers.mean()) - mean) < 5 * math.sqrt(variance / count)
@@ -112,7 +112,7 @@ def test_numbers_have_the_moments_of_their_distribution(name: str) -> None:
 
 
 def test_half_of_cauchys_numbers_are_within_one() -> None:
-    numbers = ops.keyed_numbers(torch.tensor(KEY), torch.arange(400), 0, 0, 1, 500, "cauchy", 1.0, 0.0)
+    numbers = ops.keyed_numbers(torch.tensor(KEY), torch.arange(400), 0, 0, 1, 500, "cauchy", 1.0, 0.0, torch.float64)
     assert abs(float((numbers.abs() < 1).double().mean()) - 0.5) < 5 * math.sqrt(0.25 / numbers.numel())
 
 
@@ -144,7 +144,7 @@ def test_operations_are_what_torch_asks_of_them() -> None:
         (ops.keyed_words.default, (*where, 0)),
         (ops.keyed_keep.default, (*where, 0.3)),
         (ops.keyed_dropout.default, (values, *where, 0.3)),
-        (ops.keyed_numbers.default, (*where, "normal", 1.0, 0.0)),
+        (ops.keyed_numbers.default, (*where, "normal", 1.0, 0.0, torch.float32)),
     ]
     for operation, arguments in calls:
         torch.library.opcheck(operation, arguments)

@@ -12,15 +12,16 @@ import threading
 from collections.abc import Sequence
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
-from samegrad.exact import keyed_ops as keyed_ops  # registers torch.ops.samegrad
-from samegrad.exact import philox
+from samegrad.exact import keyed_direct, philox
 from samegrad.exact.draw_sites import Sites, refused
 
 # How many random bits a uniform number of a dtype has: all of them are numbers below one.
 _UNIFORM_BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-_ops = torch.ops.samegrad
+# What the frames of torch's checkpoint are known by.
+_CHECKPOINT = torch.utils.checkpoint.CheckpointFunction.forward.__code__.co_filename
 
 
 class StepKey:
@@ -71,53 +72,62 @@ class Draws:
         if not 0 <= stream <= philox.LARGEST_STREAM:
             raise ValueError(f"stream is 0 to {philox.LARGEST_STREAM}, not {stream}")
         self._key, self._ids, self.sites, self._stream = key, ids, sites, stream
+        self._rows = ids.shape[0]
         self._entered_from = entered_from
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.calls = 0
 
     def next(self, function: str, shape: Sequence[int], device: torch.device) -> Draw:
         """The next draw: of ``shape``, made by ``function``. Raises CannotSplit where its rows cannot be told."""
         sizes = tuple(shape)
-        if not torch.compiler.is_compiling() and _runs_again_alone(self._entered_from):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _runs_again_alone(self._entered_from):
             raise refused(
                 f"{function} (in torch.utils.checkpoint)",
                 f"draws {sizes}: when that part runs again in backward it would draw something else",
                 "take the checkpoint out of the model: chunks save memory in its place",
             )
-        place = self.sites.place(self.calls, function, sizes, self._ids.shape[0])
-        key = self._key.tensor(device) if isinstance(self._key, StepKey) else self._key.to(device)
+        place = self.sites.place(self.calls, function, sizes, self._rows)
+        key, ids = self._brought(device) if compiling else self._there(device)
         if place is None:
             ids = torch.full((1,), philox.WHOLE_BATCH, dtype=torch.int64, device=device)
-            layout = 1, math.prod(sizes)
+            before, inner = 1, math.prod(sizes)
         else:
-            ids = self._ids.to(device)
-            layout = math.prod(sizes[: place.axis]), place.multiple * math.prod(sizes[place.axis + 1 :])
-        call, self.calls = self.calls, self.calls + 1
-        return Draw(sizes, key, ids, self._stream, call, *layout)
+            before, inner = math.prod(sizes[: place.axis]), place.multiple * math.prod(sizes[place.axis + 1 :])
+        call = self.calls
+        self.calls = call + 1
+        return Draw(sizes, (key, ids, self._stream, call, before, inner))
+
+    def _there(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Key and ids on ``device``, brought there once."""
+        found = self._on.get(device)
+        if found is None:
+            found = self._on[device] = self._brought(device)
+        return found
+
+    def _brought(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = self._key.tensor(device) if isinstance(self._key, StepKey) else self._key.to(device)
+        return key, self._ids.to(device)
 
 
 class Draw:
     """One draw. Tensors it gives are contiguous, of ``shape``, on the device it was asked for."""
 
-    def __init__(
-        self, shape: tuple[int, ...], key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], where: keyed_direct.Where) -> None:
         self._shape = shape
-        self._where = (key, ids, stream, call, before, inner)
+        self._where = where
 
     def words(self, plane: int = 0) -> Tensor:
         """int64 in [0, 2**32)."""
-        words: Tensor = _ops.keyed_words(*self._where, plane)
-        return words.view(self._shape)
+        return keyed_direct.operation("words", self._where[1])(*self._where, plane).view(self._shape)
 
     def keep(self, drop: float) -> Tensor:
         """bool, False with probability ``drop``."""
-        keep: Tensor = _ops.keyed_keep(*self._where, drop)
-        return keep.view(self._shape)
+        return keyed_direct.operation("keep", self._where[1])(*self._where, drop).view(self._shape)
 
     def dropout(self, values: Tensor, drop: float) -> tuple[Tensor, Tensor]:
         """``values`` (of this draw's shape) kept and divided by ``1 - drop``, or zero; and the mask."""
-        kept: tuple[Tensor, Tensor] = _ops.keyed_dropout(values, *self._where, drop)
-        return kept
+        return keyed_direct.dropout(values, self._where, drop)
 
     def uniform(self, dtype: torch.dtype) -> Tensor:
         """Numbers in [0, 1), as many bits as the dtype holds."""
@@ -128,8 +138,8 @@ class Draw:
 
     def numbers(self, distribution: str, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         """Numbers of a distribution of ``keyed_ops``, computed in float64 and rounded once."""
-        numbers: Tensor = _ops.keyed_numbers(*self._where, distribution, float(scale), float(shift))
-        return numbers.view(self._shape).to(dtype)
+        make = keyed_direct.operation("numbers", self._where[1])
+        return make(*self._where, distribution, float(scale), float(shift), dtype).view(self._shape)
 
     def integers(self, low: int, high: int) -> Tensor:
         """int64 in [low, high)."""
@@ -146,7 +156,7 @@ def _runs_again_alone(entered_from: int) -> bool:
     """Whether a checkpoint lies between here and who entered the block: it would run this again without the block."""
     frame = sys._getframe(2)
     while frame is not None and id(frame) != entered_from:
-        if frame.f_code.co_filename.replace("\\", "/").endswith("torch/utils/checkpoint.py"):
+        if frame.f_code.co_filename == _CHECKPOINT:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

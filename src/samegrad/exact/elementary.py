@@ -19,13 +19,13 @@ from torch import Tensor
 Array = Any
 
 # ln 2 in two parts; the first has trailing zeros, so that its product with an exponent is exact.
-_LN2_HIGH = float.fromhex("0x1.62e42fee00000p-1")
-_LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
+LN2_HIGH = float.fromhex("0x1.62e42fee00000p-1")
+LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 
-_ATANH = [1.0 / (2 * k + 1) for k in range(12)]
-_EXP = [1.0 / math.factorial(k) for k in range(15)]
-_SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(9)]
-_COS = [(-1) ** k / math.factorial(2 * k) for k in range(10)]
+ATANH = [1.0 / (2 * k + 1) for k in range(12)]
+EXP = [1.0 / math.factorial(k) for k in range(15)]
+SIN = [(-1) ** k / math.factorial(2 * k + 1) for k in range(9)]
+COS = [(-1) ** k / math.factorial(2 * k) for k in range(10)]
 
 
 def log(values: Array) -> Array:
@@ -37,11 +37,11 @@ def log(values: Array) -> Array:
     power = cast(exponent, library.float64) - cast(small, library.float64)
     # log m = 2 artanh((m - 1) / (m + 1)), whose series is short for m near 1.
     ratio = (mantissa - 1) / (mantissa + 1)
-    series = _polynomial(ratio * ratio, _ATANH)
+    series = _polynomial(ratio * ratio, ATANH)
     series *= ratio
     series *= 2
-    series += power * _LN2_LOW
-    series += power * _LN2_HIGH
+    series += power * LN2_LOW
+    series += power * LN2_HIGH
     return series
 
 
@@ -49,11 +49,11 @@ def exp(values: Array) -> Array:
     """Exponential of float64 whose result is a normal number."""
     library = library_of(values)
     power = library.round(values * (1 / math.log(2)))
-    rest = values - power * _LN2_HIGH
-    rest -= power * _LN2_LOW
+    rest = values - power * LN2_HIGH
+    rest -= power * LN2_LOW
     # The power of two is put together from its bits: a library's pow may round.
     scale = ((cast(power, library.int64) + 1023) << 52).view(library.float64)
-    return _polynomial(rest, _EXP) * scale
+    return _polynomial(rest, EXP) * scale
 
 
 def sine_and_cosine(turns: Array) -> tuple[Array, Array]:
@@ -62,7 +62,7 @@ def sine_and_cosine(turns: Array) -> tuple[Array, Array]:
     quarter = library_of(turns).round(turns * 4)
     angle = (turns - quarter * 0.25) * (2 * math.pi)
     square = angle * angle
-    sine, cosine = _polynomial(square, _SIN) * angle, _polynomial(square, _COS)
+    sine, cosine = _polynomial(square, SIN) * angle, _polynomial(square, COS)
     odd = (quarter == 1) | (quarter == 3)
     sine, cosine = where(odd, cosine, sine), where(odd, sine, cosine)
     return (

@@ -7,7 +7,7 @@ position ``e`` of (before, inner) in row-major order. Registered when this modul
     samegrad::keyed_words     int64 (before, n, inner), below 2**32
     samegrad::keyed_keep      bool, False with probability ``drop``
     samegrad::keyed_dropout   values kept and scaled or zeroed, and the mask; differentiable to any order
-    samegrad::keyed_numbers   float64 of a named distribution, from 53 random bits
+    samegrad::keyed_numbers   of a named distribution, from 53 random bits, computed in float64 and rounded to ``dtype``
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _STRETCH = 16384
 
 def _on_host(words: Any, before: int, inner: int) -> Tensor:
     """(n, before * inner) of numpy as a tensor (before, n, inner)."""
+    if before == 1:
+        return torch.from_numpy(words).view(1, len(words), inner)
     rows = torch.from_numpy(words).view(len(words), before, inner)
     return rows.transpose(0, 1).contiguous()
 
@@ -52,14 +54,16 @@ def _keep_cpu(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inn
 
 
 def _keep_cuda(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float) -> Tensor:
-    return _words_cuda(key, ids, stream, call, before, inner, 0) >= philox.keep_threshold(drop)
+    from samegrad.exact import philox_triton
+
+    return philox_triton.keyed_keep(key, ids, stream, call, before, inner, philox.keep_threshold(drop))
 
 
 def _dropout_cpu(
     values: Tensor, key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float
 ) -> tuple[Tensor, Tensor]:
     keep = _keep_cpu(key, ids, stream, call, before, inner, drop).view(values.shape)
-    return _scaled(values, keep, drop), keep
+    return scaled(values, keep, drop), keep
 
 
 def _dropout_cuda(
@@ -69,22 +73,27 @@ def _dropout_cuda(
         from samegrad.exact import philox_triton
 
         threshold = philox.keep_threshold(drop)
-        return philox_triton.keyed_dropout(values, key, ids, stream, call, before, threshold, 1 / (1 - drop))
+        return philox_triton.keyed_dropout(
+            values, key, ids, stream, call, before, inner, threshold, 1 / (1 - drop)
+        )  # fmt: skip
     keep = _keep_cuda(key, ids, stream, call, before, inner, drop).view(values.shape)
-    return _scaled(values, keep, drop), keep
+    return scaled(values, keep, drop), keep
 
 
-def _scaled(values: Tensor, keep: Tensor, drop: float) -> Tensor:
+def scaled(values: Tensor, keep: Tensor, drop: float) -> Tensor:
+    """``values * keep / (1 - drop)``, differentiable to any order."""
     if not values.is_cuda:
-        return values * keep * (1 / (1 - drop))
+        kept = values * keep
+        # Memory that is new costs the CPU more than the product does.
+        return kept * (1 / (1 - drop)) if kept.requires_grad else kept.mul_(1 / (1 - drop))
     # Named for what torch uses it for: the same product in one kernel, differentiable twice.
-    scaled: Tensor = torch.ops.aten.native_dropout_backward(values, keep, 1 / (1 - drop))
-    return scaled
+    product: Tensor = torch.ops.aten.native_dropout_backward(values, keep, 1 / (1 - drop))
+    return product
 
 
 def _numbers_cpu(
     key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, distribution: str, scale: float,
-    shift: float,
+    shift: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     planes = [
         philox.keyed_words(int(key), ids.numpy(), stream, call, plane, before * inner).ravel()
@@ -95,16 +104,23 @@ def _numbers_cpu(
         part = slice(start, start + _STRETCH)
         words = [plane[part].astype(np.int64) for plane in planes]
         numbers[part] = _DISTRIBUTIONS[distribution](words, scale, shift)
-    return _on_host(numbers.reshape(len(ids), before * inner), before, inner)
+    return _on_host(numbers.reshape(len(ids), before * inner), before, inner).to(dtype)
 
 
 def _numbers_cuda(
     key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, distribution: str, scale: float,
-    shift: float,
+    shift: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    if distribution == "normal":
+        from samegrad.exact import normal_triton
+
+        if scale == 1 and shift == 0 and dtype in normal_triton.DTYPES:
+            return normal_triton.keyed_normal(key, ids, stream, call, before, inner, dtype)
+        normal = normal_triton.keyed_normal(key, ids, stream, call, before, inner, torch.float64)
+        return (normal * scale + shift).to(dtype)
     words = [_words_cuda(key, ids, stream, call, before, inner, plane) for plane in range(_planes(distribution))]
     numbers: Tensor = _DISTRIBUTIONS[distribution](words, scale, shift)
-    return numbers
+    return numbers.to(dtype)
 
 
 def _planes(distribution: str) -> int:
@@ -159,15 +175,11 @@ _DISTRIBUTIONS: dict[str, Callable[[Sequence[Array], float, float], Array]] = {
 }
 
 
-def _laid_out(ids: Tensor, before: int, inner: int, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty((before, ids.shape[0], inner), dtype=dtype)
-
-
 def _dropout_shapes(
     values: Tensor, key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float
 ) -> tuple[Tensor, Tensor]:
     keep = values.new_empty(values.shape, dtype=torch.bool)
-    return _scaled(values, keep, drop), keep
+    return scaled(values, keep, drop), keep
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -177,26 +189,35 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _dropout_backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     (keep,) = ctx.saved_tensors
-    return (_scaled(cotangent, keep, ctx.drop), *[None] * 7)
+    return (scaled(cotangent, keep, ctx.drop), *[None] * 7)
+
+
+# Each on the CPU and on CUDA.
+KERNELS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "words": (_words_cpu, _words_cuda),
+    "keep": (_keep_cpu, _keep_cuda),
+    "numbers": (_numbers_cpu, _numbers_cuda),
+}
+DROPOUTS = _dropout_cpu, _dropout_cuda
 
 
 def _register() -> None:
     _library.define(f"keyed_words({_WHERE}, int plane) -> Tensor")
     _library.define(f"keyed_keep({_WHERE}, float drop) -> Tensor")
     _library.define(f"keyed_dropout(Tensor values, {_WHERE}, float drop) -> (Tensor, Tensor)")
-    _library.define(f"keyed_numbers({_WHERE}, str distribution, float scale, float shift) -> Tensor")
-    for name, on_cpu, on_cuda in (
-        ("keyed_words", _words_cpu, _words_cuda),
-        ("keyed_keep", _keep_cpu, _keep_cuda),
-        ("keyed_dropout", _dropout_cpu, _dropout_cuda),
-        ("keyed_numbers", _numbers_cpu, _numbers_cuda),
-    ):
-        _library.impl(name, on_cpu, "CPU")
-        _library.impl(name, on_cuda, "CUDA")
-    for name, dtype in (("words", torch.int64), ("keep", torch.bool), ("numbers", torch.float64)):
+    _library.define(
+        f"keyed_numbers({_WHERE}, str distribution, float scale, float shift, ScalarType dtype) -> Tensor"
+    )
+    for name, (on_cpu, on_cuda) in {**KERNELS, "dropout": DROPOUTS}.items():
+        _library.impl(f"keyed_{name}", on_cpu, "CPU")
+        _library.impl(f"keyed_{name}", on_cuda, "CUDA")
+    for name, made in (("words", torch.int64), ("keep", torch.bool), ("numbers", None)):
         torch.library.register_fake(
             f"samegrad::keyed_{name}",
-            lambda key, ids, stream, call, before, inner, *_, dtype=dtype: _laid_out(ids, before, inner, dtype),
+            # Numbers are of the last argument's dtype.
+            lambda key, ids, stream, call, before, inner, *rest, made=made: ids.new_empty(
+                (before, ids.shape[0], inner), dtype=made or rest[-1]
+            ),
             lib=_library,
         )
     torch.library.register_fake("samegrad::keyed_dropout", _dropout_shapes, lib=_library)

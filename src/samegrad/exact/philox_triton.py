@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 _jit: Callable[..., Callable[..., Any]] = triton.jit
-_device_of: Any = torch.cuda.device_of
 
 _TILE_COUNTERS = 256
 
 # Numbers that differ between calls, layers and chunks; a kernel for each value would be compiled otherwise.
-_PLAIN = ["stream", "call", "plane", "rows", "counters", "elements", "inner", "threshold"]
+PLAIN = ["place", "call", "rows", "elements", "inner", "threshold", "scale"]
+# A chunk's ids may start anywhere.
+ANYWHERE = ["key_at", "ids_at"]
 
 
 @_jit
@@ -47,23 +48,23 @@ def _philox(block, sample, key, call, place):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _tile(  # type: ignore[no-untyped-def]
-    key_at, ids_at, stream, call, plane, rows, counters, elements, inner, FLAT: tl.constexpr, TILE: tl.constexpr
+def tile_of_words(  # type: ignore[no-untyped-def]
+    key_at, ids_at, place, call, rows, elements, inner, FLAT: tl.constexpr, TILE: tl.constexpr
 ):
     """Words (4 * TILE,) uint32 of this program, the offset of each in the draw, and whether there is such a place.
 
-    The draw is (before, rows, inner), contiguous.
+    The draw is (before, rows, inner), contiguous. place: plane + 256 * stream.
 
     FLAT: a row's elements lie together and fill whole counters, so that neighbouring words are neighbours in memory.
     """
     start = tl.program_id(0)
+    counters = (elements + 3) // 4
     lanes = start * TILE + tl.arange(0, TILE)
     row = lanes // counters
     block = lanes % counters
     there = row < rows
     sample = tl.load(ids_at + row, mask=there, other=0)
-    place = plane.to(tl.int64) + stream.to(tl.int64) * 256
-    w0, w1, w2, w3 = _philox(block.to(tl.uint32), sample, tl.load(key_at), call, place)
+    w0, w1, w2, w3 = _philox(block.to(tl.uint32), sample, tl.load(key_at), call, place.to(tl.int64))
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (4 * TILE,))
     number = tl.arange(0, 4 * TILE)
     if FLAT:
@@ -79,74 +80,91 @@ def _tile(  # type: ignore[no-untyped-def]
     return words, offset, valid
 
 
-@_jit(do_not_specialize=_PLAIN)
+@_jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
 def _words_kernel(  # type: ignore[no-untyped-def]
-    out_at, key_at, ids_at, stream, call, plane, rows, counters, elements, inner,
-    FLAT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    words, offset, valid = _tile(
-        key_at, ids_at, stream, call, plane, rows, counters, elements, inner, FLAT, TILE
-    )
+    out_at, key_at, ids_at, place, call, rows, elements, inner, FLAT: tl.constexpr, TILE: tl.constexpr
+):
+    words, offset, valid = tile_of_words(key_at, ids_at, place, call, rows, elements, inner, FLAT, TILE)
     tl.store(out_at + offset, words.to(tl.int64), mask=valid)
 
 
-@_jit(do_not_specialize=[*_PLAIN, "scale"])
+@_jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
+def _keep_kernel(  # type: ignore[no-untyped-def]
+    keep_at, key_at, ids_at, place, call, rows, elements, inner, threshold, FLAT: tl.constexpr, TILE: tl.constexpr
+):
+    words, offset, valid = tile_of_words(key_at, ids_at, place, call, rows, elements, inner, FLAT, TILE)
+    tl.store(keep_at + offset, words >= threshold.to(tl.uint32), mask=valid)
+
+
+@_jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
 def _dropout_kernel(  # type: ignore[no-untyped-def]
-    in_at, out_at, keep_at, key_at, ids_at, stream, call, plane, rows, counters, elements, inner, threshold, scale,
+    in_at, out_at, keep_at, key_at, ids_at, place, call, rows, elements, inner, threshold, scale,
     FLAT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    words, offset, valid = _tile(
-        key_at, ids_at, stream, call, plane, rows, counters, elements, inner, FLAT, TILE
-    )
+    words, offset, valid = tile_of_words(key_at, ids_at, place, call, rows, elements, inner, FLAT, TILE)
     keep = words >= threshold.to(tl.uint32)
     values = tl.load(in_at + offset, mask=valid, other=0.0)
     # A product with zero and not a choice: what is not finite stays so, as it does under torch's own dropout.
     dropped = values.to(tl.float32) * keep.to(tl.float32) * scale
     tl.store(out_at + offset, dropped.to(values.dtype), mask=valid)
-    tl.store(keep_at + offset, keep.to(tl.int8), mask=valid)
+    tl.store(keep_at + offset, keep, mask=valid)
 
 
 def keyed_words(key: Tensor, ids: Tensor, stream: int, call: int, plane: int, before: int, inner: int) -> Tensor:
     """Words as int64 (before, n, inner) on the device of ``ids`` (n,) int64; key: () int64 there."""
-    words = torch.empty((before, len(ids), inner), dtype=torch.int64, device=ids.device)
-    if words.numel():
-        _launch(_words_kernel, (words,), key, ids, (stream, call, plane), (before, inner), ())
+    words = torch.empty((before, ids.shape[0], inner), dtype=torch.int64, device=ids.device)
+    launch(_words_kernel, (words,), key, ids, (plane + 256 * stream, call), (before, inner), ())
     return words
 
 
+def keyed_keep(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, threshold: int) -> Tensor:
+    """Where words reach ``threshold``, bool (before, n, inner)."""
+    keep = torch.empty((before, ids.shape[0], inner), dtype=torch.bool, device=ids.device)
+    launch(_keep_kernel, (keep,), key, ids, (256 * stream, call), (before, inner), (threshold,))
+    return keep
+
+
 def keyed_dropout(
-    values: Tensor, key: Tensor, ids: Tensor, stream: int, call: int, before: int, threshold: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    values: Tensor, key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, threshold: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``values`` kept and scaled or zeroed, and the mask, bool.
 
     values: contiguous, read as (before, n, inner); float32 or narrower, since a kernel takes ``scale`` as float32.
     """
     out = torch.empty_like(values)
     keep = torch.empty_like(values, dtype=torch.bool)
-    if values.numel():
-        inner = values.numel() // (before * len(ids))
-        pointers = (values, out, keep.view(torch.int8))
-        _launch(_dropout_kernel, pointers, key, ids, (stream, call, 0), (before, inner), (threshold, scale))
+    launch(
+        _dropout_kernel, (values, out, keep), key, ids, (256 * stream, call), (before, inner), (threshold, scale)
+    )  # fmt: skip
     return out, keep
 
 
-def _launch(
+def launch(
     kernel: Any,
     pointers: tuple[Tensor, ...],
     key: Tensor,
     ids: Tensor,
-    place: tuple[int, int, int],
+    place_and_call: tuple[int, int],
     layout: tuple[int, int],
     extra: tuple[int | float, ...],
+    **options: Any,
 ) -> None:
+    """Runs ``kernel`` on every word of the draw, on the device of ``ids`` and torch's stream of it."""
     before, inner = layout
-    rows, elements = len(ids), before * inner
-    counters = -(-elements // 4)
-    if rows * counters > 2**31 - 2 * _TILE_COUNTERS:
+    rows, elements = ids.shape[0], before * inner
+    lanes = rows * ((elements + 3) // 4)
+    if not lanes:
+        return
+    if lanes > 2**31 - 2 * _TILE_COUNTERS:
         raise ValueError(f"a draw of {rows} x {elements} numbers is more than one kernel counts")
-    grid = (triton.cdiv(rows * counters, _TILE_COUNTERS),)
-    with _device_of(ids):
-        kernel[grid](
-            *pointers, key, ids.contiguous(), *place, rows, counters, elements, inner, *extra,
-            FLAT=before == 1 and elements % 4 == 0, TILE=_TILE_COUNTERS,
-        )  # fmt: skip
+    arguments = (
+        *pointers, key, ids.contiguous(), *place_and_call, rows, elements, inner, *extra,
+        before == 1 and elements % 4 == 0, _TILE_COUNTERS,
+    )  # fmt: skip
+    grid = (-(-lanes // _TILE_COUNTERS),)
+    if ids.device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **options)
+    else:
+        with torch.cuda.device(ids.device):
+            kernel[grid](*arguments, **options)

@@ -17,16 +17,17 @@ step's key into it. Bits are the same on every device; Philox is specified in ``
 from __future__ import annotations
 
 import contextlib
-import types
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from samegrad.exact import drawn_layers, drawn_values
+from samegrad.exact.compiled_draws import handed_over
+from samegrad.exact.composite_functions import twins_of_drawing
 from samegrad.exact.draw_sites import DrawSites, LeadingRows, Recorder, Sites, learn_sites
 from samegrad.exact.draws import Draws, StepKey, caller_id
 
@@ -44,6 +45,10 @@ _UNCOVERED = {
     for name in names.split()
     if (function := getattr(space, name, None)) is not None
 }
+# Python functions that may call one of these.
+_TWINS = twins_of_drawing([*_KEYED, *_UNCOVERED])
+_SEEN = {*_KEYED, *_UNCOVERED, *_TWINS}
+_show_compilers = handed_over([*_KEYED, *_UNCOVERED])
 
 
 @contextlib.contextmanager
@@ -83,62 +88,31 @@ class _KeyedDraws(TorchFunctionMode):
     def __init__(self, draws: Draws) -> None:
         super().__init__()
         self._draws = draws
+        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+            _show_compilers()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        options = kwargs or {}
+        # Every function of a model comes through here: what is no draw is told by one look.
+        if func not in _SEEN:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self._seen(func, args, kwargs or {})
+
+    def _seen(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         ours = _KEYED.get(func)
         if ours is not None:
             generator = options.get("generator")
             if generator is None:
                 return ours(self._draws, *args, **options)
-            self._draws.sites.allow_generator(resolve_name(func) or str(func), generator)
+            self._draws.sites.allow_generator(_name(func), generator)
         elif func in _UNCOVERED:
-            self._draws.sites.allow_uncovered(resolve_name(func) or str(func))
-        elif _is_composite(func):
+            self._draws.sites.allow_uncovered(_name(func))
+        else:
             with self:
-                return _unhidden(func)(*args, **options)
+                return _TWINS[func](*args, **options)
         return func(*args, **options)
 
 
-def _is_composite(func: Any) -> bool:
-    return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
-
-
-def _unhidden(func: types.FunctionType) -> types.FunctionType:
-    """``func`` of torch.nn.functional as it runs where nothing overrides it.
-
-    Those functions ask first whether a mode is on and hand themselves over if so; run from a mode they would do so for
-    ever, and run without it they would hide what they draw. The twin is the same code with that question answered no.
-    """
-    twin = _twins.get(func)
-    if twin is None:
-        # Some only choose between two others, which they hold in their closure.
-        cells = func.__closure__ and tuple(
-            types.CellType(_unhidden(cell.cell_contents)) if _is_composite(cell.cell_contents) else cell
-            for cell in func.__closure__
-        )
-        names = _twin_globals() if func.__globals__ is vars(F) else func.__globals__
-        twin = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, cells)
-        twin.__kwdefaults__ = func.__kwdefaults__
-        _twins[func] = twin
-    return twin
-
-
-_twins: dict[types.FunctionType, types.FunctionType] = {}
-_globals: dict[str, Any] = {}
-
-
-def _twin_globals() -> dict[str, Any]:
-    if not _globals:
-        _globals.update(vars(F))
-        for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
-            _globals[name] = _not_overridden
-        # A compiler would look its names up in the module of that name, and find the question there.
-        del _globals["__name__"]
-    return _globals
-
-
-def _not_overridden(*_: Any) -> bool:
-    return False
+def _name(func: Any) -> str:
+    return resolve_name(func) or str(func)
