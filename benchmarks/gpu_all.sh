@@ -4,5 +4,7 @@ set -uo pipefail
 export PYTHONPATH="src:${PYTHONPATH:-}"
 python3 -m pytest -q -m gpu -o addopts="" -p no:cacheprovider tests/gpu tests/data tests/store
 tests=$?
+python3 benchmarks/contract_gpu.py || tests=1
 python3 benchmarks/autoencoder_gpu.py "$@"
+python3 benchmarks/keyed_dropout.py
 exit $tests

@@ -90,7 +90,7 @@ def test_rows_pinned_where_splitting_is_not_allowed_are_refused() -> None:
         step.backward((X, Y))
 
 
-@pytest.mark.parametrize("option", ["groups", "segments", "head"])
+@pytest.mark.parametrize("option", ["groups", "head"])
 def test_what_is_not_there_yet_is_refused_and_not_ignored(option: str) -> None:
     with pytest.raises(UsageError, match=f"{option}="):
         sg.Step(mlp(), cross_entropy, **{option: "x"})
@@ -99,14 +99,15 @@ def test_what_is_not_there_yet_is_refused_and_not_ignored(option: str) -> None:
 # The plain path
 
 
-def drawing() -> nn.Module:
+def normalised() -> nn.Module:
+    """Draws nothing: a step that draws makes keyed draws in every plan."""
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Dropout(0.4), nn.Linear(9, 3), nn.Dropout(0.2)).to(D)
+    return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3)).to(D)
 
 
 @pytest.mark.parametrize("given", [{"rows": N}, {"rows": 100}, {"budget": "1GiB"}, {}], ids=str)
 def test_a_step_that_is_not_split_is_the_plain_call_bit_for_bit(given: dict[str, Any]) -> None:
-    model, twin = drawing(), drawing()
+    model, twin = normalised(), normalised()
     step = sg.Step(model, cross_entropy, **given)
     for _ in range(2):
         torch.manual_seed(11)

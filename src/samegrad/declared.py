@@ -34,6 +34,7 @@ class DeclaredStep:
     ``forward(module, batch)`` runs the model on a batch or a chunk of it. ``normalise`` declares the loss a sum over
     rows ("sum"), a mean over rows ("mean"), or a sum over rows divided by ``normalise(batch)``. ``batch_axes`` says
     where rows are when their leading axis does not (see ``trees.find_rows``). ``device`` is where the model is.
+    ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class DeclaredStep:
     optimizer: torch.optim.Optimizer | None = None
     normalise: Normalise | None = None
     batch_axes: Any = None
+    segments: tuple[str, ...] | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -87,6 +89,7 @@ def declare(
     forward: Forward | None = None,
     normalise: Normalise | None = None,
     batch_axes: Any = None,
+    segments: Sequence[str] | None = None,
     device: torch.device | str | None = None,
 ) -> DeclaredStep:
     """A DeclaredStep, with the arguments checked. Raises UsageError naming the argument."""
@@ -122,7 +125,21 @@ def declare(
         optimizer=optimizer,
         normalise=normalise,
         batch_axes=batch_axes,
+        segments=_checked_names(segments),
     )
+
+
+def _checked_names(segments: Sequence[str] | None) -> tuple[str, ...] | None:
+    if segments is None:
+        return None
+    names = () if isinstance(segments, str) else tuple(segments)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(
+            asked=f"segments={segments!r}",
+            found="not a list of submodule names",
+            do="give names as model.named_modules() shows them, such as segments=['encoder', 'decoder']",
+        )
+    return names
 
 
 def _device_of(model: nn.Module) -> torch.device:

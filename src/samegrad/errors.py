@@ -3,7 +3,8 @@
     SamegradError
     ├── UsageError              2   an argument, option or config value is wrong; nothing was started
     ├── CannotSplit             1   the step cannot be split without changing its gradients
-    │   └── FalseNormalise      1   the declared normalise= is not what the loss does
+    │   ├── FalseNormalise      1   the declared normalise= is not what the loss does
+    │   └── Untraceable         1   the model's Python code cannot be recorded as a graph of operations
     ├── BudgetTooSmall          1   no exact plan fits the budget
     ├── GradientsDiffer         1   a check found other gradients than the plain step's
     ├── BadInput                3   data, a checkpoint, a plan or a report file is wrong
@@ -73,6 +74,10 @@ class CannotSplit(SamegradError):
 
 class FalseNormalise(CannotSplit):
     code = "false-normalise"
+
+
+class Untraceable(CannotSplit):
+    code = "untraceable"
 
 
 class BudgetTooSmall(SamegradError):

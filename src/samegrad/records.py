@@ -11,16 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import math
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
-from samegrad.errors import BadInput
-
-SCHEMA_VERSION = 1
+from samegrad.json_record import Record
 
 
 class Exactness(enum.IntEnum):
@@ -95,121 +89,6 @@ class Same(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
-    """Base of all records: strict JSON both ways. Not-finite floats become null, since JSON has no NaN."""
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    def to_dict(self) -> dict[str, Any]:
-        document = {"schema_version": SCHEMA_VERSION, "record": type(self).__name__}
-        return document | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-    @classmethod
-    def from_json(cls, text: str, *, file: str | None = None) -> Self:
-        """The record that ``text`` holds. Raises BadInput naming the field that is missing, unknown or wrong."""
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
-            place = f"{file or 'text'}:{error.lineno}"
-            raise BadInput(
-                asked=f"read a {cls.__name__}", found=f"{place}: not JSON ({error.msg})",
-                do="give the file that samegrad wrote", file=file,
-            ) from None  # fmt: skip
-        return cls.from_dict(document, file=file)
-
-    @classmethod
-    def from_dict(cls, document: Any, *, file: str | None = None) -> Self:
-        def wrong(found: str) -> BadInput:
-            where = f"{file}: " if file else ""
-            return BadInput(
-                asked=f"read a {cls.__name__}", found=where + found,
-                do=f"give a {cls.__name__} that samegrad {SCHEMA_VERSION}.x wrote", file=file,
-            )  # fmt: skip
-
-        if not isinstance(document, dict):
-            raise wrong(f"a {type(document).__name__} where an object is needed")
-        if document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-            raise wrong(f"schema_version {document['schema_version']}, this samegrad reads {SCHEMA_VERSION}")
-        if document.get("record", cls.__name__) != cls.__name__:
-            raise wrong(f"a {document['record']}")
-        hints = typing.get_type_hints(cls)
-        names = {f.name for f in dataclasses.fields(cls)}
-        given = {k: v for k, v in document.items() if k not in ("schema_version", "record")}
-        for name in given.keys() - names:
-            raise wrong(f"unknown field {name!r}")
-        for field in dataclasses.fields(cls):
-            needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if needed and field.name not in given:
-                raise wrong(f"field {field.name!r} is missing")
-        values = {}
-        for name, value in given.items():
-            try:
-                values[name] = _typed(value, hints[name])
-            except BadInput as error:
-                # The file and the outer field are known only here.
-                raise wrong(f"field {name!r}: {error.found}") from None
-            except (TypeError, ValueError, KeyError) as error:
-                raise wrong(f"field {name!r}: {error}") from None
-        return cls(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Record):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, enum.IntEnum):
-        return value.name
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {_plain(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """``value`` from JSON as the type ``hint`` says; TypeError, ValueError or KeyError when it is not one."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        kinds = [a for a in args if a is not type(None)]
-        for kind in kinds[:-1]:
-            try:
-                return _typed(value, kind)
-            except (TypeError, ValueError, KeyError):
-                continue
-        return _typed(value, kinds[-1])
-    if origin is tuple:
-        return tuple(_typed(v, args[0]) for v in _checked(value, list))
-    if origin in (dict, Mapping) or origin is typing.get_origin(Mapping[str, int]):
-        return {_typed(k, args[0]): _typed(v, args[1]) for k, v in _checked(value, dict).items()}
-    if isinstance(hint, type) and issubclass(hint, enum.IntEnum):
-        return hint[value]
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return hint(value)
-    if isinstance(hint, type) and issubclass(hint, Record):
-        return hint.from_dict(value)
-    if hint in (int, float) and isinstance(value, bool):
-        raise TypeError("true or false where a number is needed")
-    if hint is float:
-        # A float that was not finite was written as null.
-        return math.nan if value is None else float(_checked(value, (int, float)))
-    return _checked(value, hint)
-
-
-def _checked(value: Any, kind: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r} is not {getattr(kind, '__name__', 'a number')}")
-    return value
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget(Record):
     """Bytes a step may hold on one device, and where that number was taken from.
 
@@ -226,10 +105,11 @@ class Budget(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseLaw(Record):
-    """Bytes live at one moment of a phase: ``fixed + per_chunk_row · rows + per_batch_row · batch rows``.
+    """Bytes live at one moment of a phase: ``fixed + per_chunk_row · rows + per_batch_row · n + per_row_pair · n²``.
 
-    A phase has as many laws as it has moments that are the largest at some number of rows. Fitted on probes of the
-    real step; ``largest_residual_bytes`` is what the fit leaves at the probes.
+    ``rows`` are a chunk's, n the batch's; pairs of rows are those of a loss or a model that compares all with all. A
+    phase has as many laws as it has moments that are the largest at some number of rows. Fitted on probes of the real
+    step; ``largest_residual_bytes`` is what the fit leaves at the probes.
     """
 
     phase: Phase
@@ -237,10 +117,14 @@ class PhaseLaw(Record):
     per_chunk_row_bytes: float
     per_batch_row_bytes: float
     largest_residual_bytes: float = 0.0
+    per_row_pair_bytes: float = 0.0
 
     def peak_bytes(self, *, rows: int, batch_rows: int) -> int:
-        per_rows = self.per_chunk_row_bytes * rows + self.per_batch_row_bytes * batch_rows
-        return math.ceil(self.fixed_bytes + per_rows)
+        return math.ceil(self.fixed_bytes + (self.per_chunk_row_bytes * rows + self.kept_bytes(batch_rows)))
+
+    def kept_bytes(self, batch_rows: int) -> float:
+        """What is there for the whole batch, however few rows run at a time."""
+        return self.per_batch_row_bytes * batch_rows + self.per_row_pair_bytes * batch_rows**2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,11 +137,34 @@ class TimelinePoint(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant(Record):
+    """One way to run parts of the model in chunks, as measured: a lever's name, its knobs but for the rows, its laws.
+
+    ``forwards_per_step``: how often a row is run forward. ``seconds_per_row`` and ``seconds_per_chunk`` as in a
+    Footprint.
+    """
+
+    lever: str
+    knobs: dict[str, Any]
+    laws: tuple[PhaseLaw, ...]
+    forwards_per_step: float = 2.0
+    seconds_per_row: float | None = None
+    seconds_per_chunk: float | None = None
+
+    def predicted_seconds(self, *, rows: int, batch_rows: int) -> float | None:
+        if self.seconds_per_row is None or self.seconds_per_chunk is None:
+            return None
+        return self.seconds_per_row * batch_rows + self.seconds_per_chunk * -(-batch_rows // min(rows, batch_rows))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Footprint(Record):
     """What a step holds and how long it takes, at a number of rows at a time.
 
     ``rows`` of ``batch_rows`` at a time. ``by_category`` is what is live at the peak, ``by_phase`` the peak inside
-    each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step.
+    each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step;
+    ``variants`` are the ways to run a model in chunks that cannot be split by rows. ``kept_row_bytes``: what a row's
+    graph holds when it is kept from the first of two passes.
     ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.
     ``resident_bytes`` (parameters, gradients, optimizer
     state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
@@ -284,6 +191,8 @@ class Footprint(Record):
     resident_bytes: dict[Category, int] = dataclasses.field(default_factory=dict)
     laws: tuple[PhaseLaw, ...] = ()
     plain_laws: tuple[PhaseLaw, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    kept_row_bytes: float | None = None
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
     timeline: tuple[TimelinePoint, ...] = ()
@@ -343,7 +252,9 @@ class StepResult(Record):
 class Check(Record):
     """One comparison of a verification: the largest error found, the error the contract allows, and where.
 
-    Errors are relative to the scale the contract names; ``passed`` is ``error <= allowed``.
+    Errors are relative to the scale the contract names; ``passed`` is ``error <= allowed``. ``tier`` of the contract:
+    0 bit for bit, 1 the same function (float64 or float32), 2 directly in the dtype that runs, 3 no further from
+    float64 than the plain step is.
     """
 
     name: str
@@ -352,16 +263,17 @@ class Check(Record):
     allowed: float
     worst: str = ""
     detail: str = ""
+    tier: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict(Record):
     """Whether the planned step's gradients, loss and buffers are those of the plain step.
 
-    ``reference`` names what the planned step was compared with, on ``rows_checked`` of ``batch_rows`` rows: as many as
-    fit. ``dtype`` is the narrowest that the step's gradients pass through, ``compared_dtype`` the one in which
+    ``reference`` names what the planned step was compared with, on ``rows_checked`` of ``batch_rows`` rows.
+    ``dtype`` is the narrowest that the step's gradients pass through, ``compared_dtype`` the one in which
     ``max_relative_error`` was found. UNPROVEN means that only a low precision could be compared, which proves nothing
-    by itself.
+    by itself. ``fault``: where the step differs, which lever and which module, as far as that could be found.
     """
 
     answer: Same
@@ -376,7 +288,13 @@ class Verdict(Record):
     buffers_checked: int
     checks: tuple[Check, ...] = ()
     seconds: float | None = None
+    fault: str = ""
 
     @property
     def same(self) -> bool:
         return self.answer is Same.SAME
+
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        """The tiers of the contract that were compared, in order."""
+        return tuple(sorted({check.tier for check in self.checks if check.tier is not None}))

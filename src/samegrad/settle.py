@@ -16,25 +16,43 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
-from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, FalseNormalise, UsageError
+from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.examine import Examination, examine
+from samegrad.exact.examine import Examination
+from samegrad.exact.mapped import MappedStep
+from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
-from samegrad.execute.apply import applied
+from samegrad.exact.step_draws import StepDraws
+from samegrad.execute.apply import applied, chunked_step
+from samegrad.execute.ways import MappingLever, Ways, find_ways
+from samegrad.levers._variants import variant_in
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
-from samegrad.measure.laws import fit_laws
+from samegrad.measure.laws import fit_laws, fit_mapped_laws
 from samegrad.measure.probe import Probe, measure_rung, probe_plain, probe_split, standing_batch_bytes
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Counting, Exactness, Footprint, KnobOrigin, Origin, Phase, PhaseLaw, Plan
+from samegrad.records import (
+    Budget,
+    Counting,
+    Exactness,
+    Footprint,
+    KnobOrigin,
+    Origin,
+    Phase,
+    PhaseLaw,
+    Plan,
+    Variant,
+)
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
 # Rows of a probe's chunk; few enough for any card, enough for the law to show.
 _PROBE_CHUNK_ROWS = 8
 # Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
+# What a backward takes, in forwards.
+_BACKWARD_FORWARDS = 2.0
 _MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
 
 
@@ -47,10 +65,10 @@ class Declares(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A footprint and what it took to split the step; ``split`` is None where the step cannot be split."""
+    """A footprint and the ways found to run the step in chunks."""
 
     footprint: Footprint
-    split: SplitStep | None
+    ways: Ways
     missing_state_bytes: int = 0
 
 
@@ -78,46 +96,61 @@ def measure_step(step: Declares, batch: Any, device: torch.device | str | None =
 
 
 def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Measurement:
-    """The footprint, and the split step its probes ran.
+    """The footprint, and the ways to run in chunks that were probed.
 
     Rows come through buffers that are given back after each run, so that no larger one is still there in the next.
     """
+    refuse_sharded(
+        declared.modules,
+        asked="plan a step from a budget",
+        do="say how many rows run at a time: rows= or plan=; ranks would each measure and choose for themselves, and "
+        "wait for each other where they chose differently",
+    )
     layout = declared.layout(batch)
     residents = count_residents(declared)
-    refusals: dict[str, str] = {}
-    split: SplitStep | None = None
-    if layout.rows > 1:
-        try:
-            examination = examine(declared, aliases, batch, layout)
-            split = SplitStep(declared, aliases, examination, stream_chunks)
-        except FalseNormalise:
-            # Not a step that cannot be split, but one that was declared to be another.
-            raise
-        except CannotSplit as refusal:
-            refusals["split_rows"] = refusal.found
-    else:
-        refusals["split_rows"] = "the batch has one row"
+    one_row = CannotSplit(asked="split the rows of a step", found="the batch has one row", do="nothing is to be done")
+    ways = find_ways(declared, aliases, batch, layout) if layout.rows > 1 else Ways(None, one_row)
+    if ways.collectives or (ways.by_rows is not None and ways.by_rows.collectives):
+        raise CannotSplit(
+            asked="plan a step from a budget",
+            found=f"the {'model' if ways.collectives else 'loss'} calls collectives, and each rank would run it as "
+            "often as its own measurements ask",
+            do="say how many rows run at a time: rows= or plan=",
+        )
+    refusals = dict(ways.refusals)
+    if ways.refusal is not None:
+        refusals["split_rows"] = ways.refusal.found
     if not _rows_are_elsewhere(batch, layout, declared.device):
         refusals["host_rows"] = "the batch is on the model's device already"
-    plain = _plain_probes(declared, batch, layout)
-    parts = _split_probes(split, batch, layout) if split is not None else []
-    shown = parts[-1] if parts else plain[-1]
-    seconds_per_row, seconds_per_chunk = _times(parts)
+    elif ways.by_rows is None:
+        refusals["host_rows"] = "the model sees the whole batch, so it is moved as a whole"
     missing = residents.missing_state_bytes
-    standing = standing_batch_bytes(batch, declared.device)
-    optimizer_law = _optimizer_law(residents, standing)
+    optimizer_law = _optimizer_law(residents, standing_batch_bytes(batch, declared.device))
+    plain = _plain_probes(declared, batch, layout, StepDraws(ways.sites))
+    parts: list[Probe] = []
+    if ways.by_rows is not None:
+        parts = _split_probes(_by_rows(declared, aliases, ways.by_rows), batch, layout)
+    # Where nothing is split by rows, the plain step is what there is to time.
+    seconds_per_row, seconds_per_chunk = _times(parts or plain)
+    probed, variants = [*plain, *parts], []
+    for lever in ways.mapped:
+        mapped = MappedStep(declared, aliases, ways.mapped_examination(), lever.scheme())
+        probes = _mapped_probes(mapped, lever, batch, layout)
+        variants.append(_variant(lever, probes, seconds_per_row, missing, optimizer_law))
+        probed += probes
+    shown = probed[-1]
     footprint = Footprint(
         device=counters.device_name(declared.device),
         counting=Counting.CUDA_ALLOCATOR if declared.device.type == "cuda" else Counting.TENSOR_BYTES,
         origin=Origin.MEASURED,
-        basis=f"{len(parts) + len(plain)} probes of the real step at {plain[0].batch_rows} to "
-        f"{max(p.batch_rows for p in (*parts, *plain))} rows",
+        basis=f"{len(probed)} probes of the real step at {min(p.batch_rows for p in probed)} to "
+        f"{max(p.batch_rows for p in probed)} rows",
         rows=shown.rows,
         batch_rows=layout.rows,
         peak_allocated_bytes=shown.peak_bytes,
         peak_reserved_bytes=shown.reserved_bytes,
         seconds=shown.seconds,
-        forwards_per_step=split.examination.passes if split is not None else 1,
+        forwards_per_step=ways.by_rows.passes if ways.by_rows is not None else 1,
         seconds_per_row=seconds_per_row,
         seconds_per_chunk=seconds_per_chunk,
         by_category=shown.by_category,
@@ -125,11 +158,67 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         resident_bytes=residents.by_category,
         laws=(*fit_laws(parts, missing_bytes=missing), optimizer_law) if parts else (),
         plain_laws=(*fit_laws(plain, missing_bytes=missing), optimizer_law),
+        variants=tuple(variants),
+        kept_row_bytes=_kept_row_bytes(parts) if ways.by_rows is not None and ways.by_rows.passes == 2 else None,
         refusals=refusals,
-        facts=_facts(split.examination if split is not None else None, residents),
+        facts=_facts(ways, residents),
         timeline=shown.timeline,
     )
-    return Measurement(footprint=footprint, split=split, missing_state_bytes=missing)
+    return Measurement(footprint=footprint, ways=ways, missing_state_bytes=missing)
+
+
+def _by_rows(declared: DeclaredStep, aliases: ParameterAliases, examination: Examination) -> SplitStep:
+    return SplitStep(declared, aliases, examination, stream_chunks)
+
+
+def _variant(
+    lever: MappingLever, probes: Sequence[Probe], plain_row_seconds: float | None, missing: int, optimizer_law: PhaseLaw
+) -> Variant:
+    seconds = None
+    if plain_row_seconds is not None:
+        # By its forwards: at a few rows launches are nearly all of the time, and what a row takes is lost in it.
+        seconds = plain_row_seconds * (lever.forwards + _BACKWARD_FORWARDS) / (1 + _BACKWARD_FORWARDS)
+    largest = probes[-1]
+    return Variant(
+        lever=lever.name,
+        knobs={knob: value for knob, value in lever.knobs().items() if knob != "rows"},
+        laws=(*fit_mapped_laws(probes, missing_bytes=missing), optimizer_law),
+        forwards_per_step=lever.forwards,
+        seconds_per_row=seconds,
+        seconds_per_chunk=None
+        if seconds is None
+        else max(0.0, largest.seconds - seconds * largest.batch_rows) / largest.chunks,
+    )
+
+
+def _mapped_probes(step: MappedStep, lever: MappingLever, batch: Any, layout: RowLayout) -> list[Probe]:
+    """Chunks of few rows, or all rows at once where the lever's parts see all of them."""
+    shapes = _few_shapes(layout)
+    if "rows" not in lever.knobs():
+        shapes = list(dict.fromkeys((n, n) for _, n in shapes))
+    return [probe_split(step, batch, layout, trees.even_sizes(n, r)) for r, n in shapes]
+
+
+def _few_shapes(layout: RowLayout) -> list[tuple[int, int]]:
+    """Rows of a chunk and of the batch: each at several sizes of the other, and three batches for pairs of rows."""
+    rows = max(1, min(_PROBE_CHUNK_ROWS // 2, layout.rows // 8))
+    shapes = [(rows, 2 * rows), (rows, 4 * rows), (2 * rows, 4 * rows), (2 * rows, 8 * rows)]
+    return list(dict.fromkeys((r, min(n, layout.rows)) for r, n in shapes))
+
+
+def _kept_row_bytes(probes: Sequence[Probe]) -> float | None:
+    """What one row's graph holds after its forward, from the second pass of the first and the last probe."""
+    small, large = probes[0], probes[-1]
+    if small.rows == large.rows:
+        return None
+    held = []
+    for probe in (small, large):
+        # First pass, loss, then forward and backward of each chunk.
+        before, forward = probe.moments[probe.chunks], probe.moments[probe.chunks + 1]
+        if not before or not forward:
+            return None
+        held.append(forward[-1][1] - before[-1][1])
+    return max(0.0, (held[1] - held[0]) / (large.rows - small.rows))
 
 
 def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> bool:
@@ -137,21 +226,22 @@ def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> 
     return any(not isinstance(leaf, Tensor) or leaf.device != device for leaf in row_leaves)
 
 
-def _plain_probes(declared: DeclaredStep, batch: Any, layout: RowLayout) -> list[Probe]:
+def _plain_probes(declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws) -> list[Probe]:
     # Not one row where there are more: batch normalisation in training mode refuses it.
-    rows = min(_PROBE_CHUNK_ROWS, max(min(2, layout.rows), layout.rows // 2))
-    shapes = dict.fromkeys((rows, min(2 * rows, layout.rows)))
-    return [probe_plain(declared, batch, layout, batch_rows=n) for n in shapes]
+    rows = min(_PROBE_CHUNK_ROWS // 2, max(min(2, layout.rows), layout.rows // 4))
+    shapes = dict.fromkeys(min(n, layout.rows) for n in (rows, 2 * rows, 4 * rows))
+    return [probe_plain(declared, batch, layout, batch_rows=n, draws=draws) for n in shapes]
 
 
 def _split_probes(split: SplitStep, batch: Any, layout: RowLayout) -> list[Probe]:
-    """Two chunks at two sizes; for two passes a third probe tells the rows of a chunk from those of the batch."""
+    """Two chunks at two sizes; for two passes more, which tell the rows of a chunk from those of the batch."""
     rows = max(1, min(_PROBE_CHUNK_ROWS, layout.rows // 4))
-    shapes = [(rows, 2 * rows), (2 * rows, 4 * rows)]
-    if split.examination.passes == 2:
-        shapes.insert(1, (rows, 4 * rows))
-    possible = [(r, min(n, layout.rows)) for r, n in shapes]
-    return [probe_split(split, batch, layout, rows=r, batch_rows=n) for r, n in dict.fromkeys(possible)]
+    shapes = dict.fromkeys((r, min(2 * r, layout.rows)) for r in (rows, 2 * rows))
+    two_passes = split.examination.passes == 2
+    return [
+        probe_split(split, batch, layout, trees.even_sizes(n, r))
+        for r, n in (_few_shapes(layout) if two_passes else shapes)
+    ]
 
 
 def _times(probes: Sequence[Probe]) -> tuple[float | None, float | None]:
@@ -170,9 +260,17 @@ def _optimizer_law(residents: Residents, standing_bytes: int) -> PhaseLaw:
     return PhaseLaw(phase=Phase.OPTIMIZER, fixed_bytes=float(fixed), per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0)
 
 
-def _facts(examination: Examination | None, residents: Residents) -> dict[str, str]:
+def _facts(ways: Ways, residents: Residents) -> dict[str, str]:
     facts = {}
+    examination = ways.by_rows
+    if ways.mapped and ways.refusal is not None:
+        facts["rows are not split through the whole model"] = ways.refusal.found
     if examination is not None:
+        if examination.sites is not None:
+            facts["random draws"] = "keyed by row: the same numbers for every split, and the key is one draw a step"
+        if examination.rules:
+            kinds = ", ".join(f"{rule.name} ({rule.reducer.value} over chunks)" for rule in examination.rules[:4])
+            facts["state, written once a step"] = kinds
         if examination.passes == 1:
             facts["loss"] = f"one pass: {examination.reason}"
         else:
@@ -206,12 +304,18 @@ def settle_plan(
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
     measurement = measure(declared, batch, aliases_for(declared))
-    plan, footprint, _ = settle(declared, measurement, batch, budget=limit, options=options)
+    plan, footprint, _ = settle(declared, aliases_for(declared), measurement, batch, budget=limit, options=options)
     return plan, footprint
 
 
 def settle(
-    declared: DeclaredStep, measurement: Measurement, batch: Any, *, budget: Budget, options: Options
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    measurement: Measurement,
+    batch: Any,
+    *,
+    budget: Budget,
+    options: Options,
 ) -> tuple[Plan, Footprint, int | None]:
     """As ``settle_plan``, with a measurement at hand; also the measured peak of the rung (None if not split)."""
     layout = declared.layout(batch)
@@ -220,16 +324,20 @@ def settle(
     for plan in choose_plan(footprint, options, budget):
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
-        if sizes is None or len(sizes) < 2 or measurement.split is None:
+        if sizes is None or execution.runs_whole:
             return plan, footprint, None
+        chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
         rows = max(sizes)
-        shown = min(_MEASURED_CHUNKS[budget.counting] * rows, layout.rows)
+        # A graph that is kept shows beside one that is not.
+        chunks = max(_MEASURED_CHUNKS[budget.counting], execution.kept_chunks + 2 if execution.kept_chunks else 0)
+        # What sees the whole batch is measured on it.
+        shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
+        parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
         missing = measurement.missing_state_bytes
-        rung = measure_rung(
-            measurement.split, batch, layout, rows=rows, batch_rows=shown, missing_state_bytes=missing
-        )
+        rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
         # Not there to be measured: what the loss keeps of rows that were left out.
-        unseen = _law_peak(footprint, rows, layout.rows) - _law_peak(footprint, rows, shown)
+        laws = _laws_of(plan, footprint)
+        unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
         # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
         most = usable_bytes(budget) if budget.counting is Counting.CUDA_ALLOCATOR else budget.total_bytes
         if rung is not None and rung.peak_bytes + unseen <= most:
@@ -246,8 +354,14 @@ def settle(
     )
 
 
-def _law_peak(footprint: Footprint, rows: int, batch_rows: int) -> int:
-    return max(law.peak_bytes(rows=rows, batch_rows=batch_rows) for law in footprint.laws)
+def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:
+    """Those of the variant that ``plan`` takes, or of the step split by rows."""
+    variant = variant_in(plan, footprint)
+    return footprint.laws if variant is None else variant.laws
+
+
+def _law_peak(laws: Sequence[PhaseLaw], rows: int, batch_rows: int) -> int:
+    return max(law.peak_bytes(rows=rows, batch_rows=batch_rows) for law in laws)
 
 
 def check_one_of(*, budget: Any, rows: Any, plan: Any) -> None:

@@ -21,10 +21,17 @@ from torch import Tensor, nn
 from samegrad.data.prefetch import Prefetcher
 from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import CannotSplit, UsageError
-from samegrad.exact.examine import Examination, examine
-from samegrad.exact.split import SplitStep, plain_backward
-from samegrad.execute.apply import applied
-from samegrad.levers import levers_of
+from samegrad.exact.batchnorm import shared_over_ranks
+from samegrad.exact.examine import find_draws
+from samegrad.exact.loop import agreed_cut
+from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.randomness import DrawSites
+from samegrad.exact.sharded import ranks_of
+from samegrad.exact.split import plain_backward
+from samegrad.exact.step_draws import StepDraws
+from samegrad.execute.apply import applied, chunked_step
+from samegrad.execute.ways import Ways, check_lever, find_ways, is_mapping
+from samegrad.levers import Execution, levers_of
 from samegrad.measure import counters
 from samegrad.plan.explain import explain_plan
 from samegrad.plan.options import Options
@@ -46,7 +53,8 @@ class Step:
     where rows are. ``enforce`` caps the CUDA allocator at the budget until ``close``. ``allow`` is the weakest
     exactness a plan may have.
 
-    ``groups``, ``segments`` and ``head`` are refused until the levers behind them exist; ``expected_steps`` and
+    ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere; without it they are
+    found. ``groups`` and ``head`` are refused until the levers behind them exist; ``expected_steps`` and
     ``host_budget`` are recorded for the levers that will use them.
     """
 
@@ -72,10 +80,10 @@ class Step:
         allow: Exactness = Exactness.SAME_SUM,
     ) -> None:
         check_one_of(budget=budget, rows=rows, plan=plan)
-        _refuse_not_there(groups=groups, segments=segments, head=head)
+        _refuse_not_there(groups=groups, head=head)
         self.declared: DeclaredStep = declare(
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
-            device=device,
+            segments=segments, device=device,
         )  # fmt: skip
         self.budget: Budget | None = None if plan is None else plan.budget
         self.plan: Plan | None = plan
@@ -88,14 +96,19 @@ class Step:
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
-        self._examined: dict[tuple[str, str], Examination] = {}
+        self._ways: dict[tuple[str, str], Ways] = {}
+        self._draws: dict[tuple[str, str], DrawSites | None] = {}
         self._given = plan
         self._model_accepted = False
-        self._plans: dict[str, tuple[Plan, Footprint]] = {}
+        self._plans: dict[tuple[str, str], tuple[Plan, Footprint]] = {}
+        self._accepted_levers: set[tuple[str, str]] = set()
         self._closed = False
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
         """The step's loss, () detached and unscaled; ``.grad`` grows by the plain step's gradients.
+
+        A tensor of the batch that all rows share may require grad (prototypes, say): it gets its total, and passes it
+        on through the graph it came from, once.
 
         ``scaler``: a GradScaler; it scales the loss only, unscale, step and update stay yours. If anything raises
         before the gradients are handed over, ``.grad`` is as it was.
@@ -108,19 +121,17 @@ class Step:
                 found="gradients are switched off (torch.no_grad or inference_mode)",
                 do="call it outside that block",
             )
-        layout = self.declared.layout(batch)
-        sizes = self._sizes(batch, layout)
-        if sizes is None:
-            return plain_backward(self.declared, batch, layout, scaler)
-        return self.split_for(batch, layout).backward(batch, layout, sizes, scaler)
+        layout, execution = self._agreed_execution(batch)
+        chunked = self._chunked(execution, batch, layout)
+        if chunked is None or execution.sizes is None:
+            return plain_backward(self.declared, batch, layout, scaler, self.draws_for(batch, layout))
+        return chunked.backward(batch, layout, execution.sizes, scaler)
 
     def prepare(self, worst_batch: Any) -> Plan:
         """The plan for batches up to ``worst_batch``'s rows, made now instead of at the first backward."""
         self._check_open()
-        layout = self.declared.layout(worst_batch)
-        self._sizes(worst_batch, layout)
-        if self.plan is None:
-            self.plan = self._pinned_plan(layout)
+        self._execution(worst_batch, self.declared.layout(worst_batch))
+        assert self.plan is not None
         return self.plan
 
     def explain(self) -> str:
@@ -129,8 +140,17 @@ class Step:
             return "No plan yet: it is made at the first backward, or by prepare(batch)."
         if self.footprint is None:
             sizes = ", ".join(f"{name} {knobs}" for name, knobs in self.plan.levers.items()) or "no levers"
-            facts = [f"loss: {e.reason}, {e.passes} pass(es)" for e in self._examined.values()]
-            return "\n".join([f"The plan was given, not chosen: {sizes}.", *facts])
+            facts = [
+                f"not split through the whole model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
+                else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
+                for ways in self._ways.values()
+            ]  # fmt: skip
+            costs = [
+                f"{lever.name}: {lever.forwards:g} forwards a row in its parts"
+                for lever in levers_of(self.plan)
+                if is_mapping(lever)
+            ]
+            return "\n".join([f"The plan was given, not chosen: {sizes}.", *costs, *facts])
         return explain_plan(self.plan, self.footprint)
 
     def close(self) -> None:
@@ -155,44 +175,98 @@ class Step:
     def sizes_for(self, batch: Any) -> tuple[int, ...]:
         """The rows of each chunk of ``batch`` under the plan; one entry when it runs whole."""
         layout = self.declared.layout(batch)
-        return self._sizes(batch, layout) or (layout.rows,)
+        return self._execution(batch, layout).sizes or (layout.rows,)
 
-    def split_for(self, batch: Any, layout: RowLayout) -> SplitStep:
-        """The engine for batches like this one, examined on its first rows. Raises CannotSplit."""
+    def split_for(self, batch: Any, layout: RowLayout) -> ChunkedStep:
+        """What runs batches like this one in chunks under the plan, examined on its first rows. Raises CannotSplit.
+
+        Where the plan runs whole: what would run it in chunks.
+        """
+        execution = self._execution(batch, layout)
+        if execution.runs_whole:
+            execution = dataclasses.replace(execution, sizes=(1,) * layout.rows)
+        return self._in_chunks(execution, batch, layout)
+
+    def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
+        """The draws of the next step: the same for every plan."""
+        key = (layout.signature(batch), self.declared.mode())
+        if key not in self._draws:
+            known = self._ways.get(key)
+            if known is not None:
+                self._draws[key] = known.sites
+            else:
+                # Sharded steps that draw are not split; what a whole one draws is the plain step's own.
+                self._draws[key] = None if self._aliases.sharded else find_draws(self.declared, batch, layout)
+        return StepDraws(self._draws[key])
+
+    def _chunked(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep | None:
+        if execution.runs_whole:
+            return None
+        return self._in_chunks(execution, batch, layout)
+
+    def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
+        ways = self._ways_for(batch, layout)
+        key = (layout.signature(batch), self.declared.mode())
+        if execution.scheme is not None and self._given is not None and key not in self._accepted_levers:
+            for lever in levers_of(self._given):
+                if is_mapping(lever):
+                    check_lever(self.declared, self._aliases, batch, layout, lever, ways)
+            self._accepted_levers.add(key)
+        return chunked_step(execution, self._aliases, ways, self._chunks)
+
+    def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
         self._refresh_aliases()
         key = (layout.signature(batch), self.declared.mode())
-        if key not in self._examined:
-            self._examined[key] = examine(self.declared, self._aliases, batch, layout)
-        return SplitStep(self.declared, self._aliases, self._examined[key], self._chunks)
+        ranks = ranks_of(self.declared.modules)
+        unknown = key not in self._ways
+        # With sharded parameters ranks examine together: when one must, all do.
+        if unknown if ranks is None else ranks.largest(unknown) != [0]:
+            self._ways[key] = find_ways(self.declared, self._aliases, batch, layout)
+        return self._ways[key]
 
     def _refresh_aliases(self) -> None:
         fresh = self._aliases.refreshed()
         if fresh is not self._aliases:
             self._aliases = fresh
-            self._examined.clear()
+            self._ways.clear()
+            self._accepted_levers.clear()
 
     def _chunks(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], device: torch.device
     ) -> Iterable[Any]:
         return self._prefetcher.stream(batch, layout, sizes)
 
-    def _sizes(self, batch: Any, layout: RowLayout) -> tuple[int, ...] | None:
-        """The rows of each chunk, or None for the plain call. Plans first where that is still to be done."""
+    def _agreed_execution(self, batch: Any) -> tuple[RowLayout, Execution]:
+        """How this batch runs; with sharded parameters in as many chunks as on the other ranks."""
+        ranks = ranks_of(self.declared.modules)
+        if ranks is None:
+            layout = self.declared.layout(batch)
+            return layout, self._execution(batch, layout)
+
+        def cut() -> tuple[RowLayout, tuple[int, ...] | None]:
+            layout = self.declared.layout(batch)
+            return layout, self._execution(batch, layout).sizes
+
+        layout, sizes = agreed_cut(ranks, cut)
+        return layout, dataclasses.replace(self._execution(batch, layout), sizes=sizes, kept_chunks=0)
+
+    def _execution(self, batch: Any, layout: RowLayout) -> Execution:
+        """How the plan runs this batch. Plans first where that is still to be done."""
         if self._rows is not None:
-            self.plan = self._pinned_plan(layout)
+            self.plan = self._pinned_plan(batch, layout)
         elif self._given is not None:
             self._check_given(self._given, layout.signature(batch), layout)
         else:
-            signature = layout.signature(batch)
-            known = self._plans.get(signature)
+            # A layer that is frozen or switched to eval mode makes another step of it.
+            key = (layout.signature(batch), self.declared.mode())
+            known = self._plans.get(key)
             if known is None or layout.rows > known[0].batch_rows:
-                known = self._plans[signature] = self._planned(batch, layout)
+                known = self._plans[key] = self._planned(batch, layout)
             self.plan, self.footprint = known
-        plan = self.plan or self._pinned_plan(layout)
-        self._check_allowed(plan)
-        with applied(plan, self.declared, layout.rows) as execution:
-            sizes = execution.sizes
-        return None if sizes is None or len(sizes) < 2 else sizes
+        assert self.plan is not None
+        self._check_allowed(self.plan)
+        with applied(self.plan, self.declared, layout.rows) as execution:
+            return execution
 
     def _planned(self, batch: Any, layout: RowLayout) -> tuple[Plan, Footprint]:
         device = self.declared.device
@@ -206,23 +280,37 @@ class Step:
         self._refresh_aliases()
         measurement: Measurement = measure(self.declared, batch, self._aliases)
         options = Options(allow=self.allow)
-        plan, footprint, _ = settle(self.declared, measurement, batch, budget=self.budget, options=options)
+        plan, footprint, _ = settle(
+            self.declared, self._aliases, measurement, batch, budget=self.budget, options=options
+        )
         # What the probes left in the allocator's cache lies as suited them, not the step.
         counters.release_cached(device)
         signature = layout.signature(batch)
-        if measurement.split is not None:
-            self._examined[signature, self.declared.mode()] = measurement.split.examination
+        self._ways[signature, self.declared.mode()] = measurement.ways
         return dataclasses.replace(plan, signature=f"{signature} | {self.declared.model_signature()}"), footprint
 
-    def _pinned_plan(self, layout: RowLayout) -> Plan:
-        if (isinstance(self._rows, int) and self._rows >= layout.rows) or self._rows is None:
-            return Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=layout.rows)
+    def _pinned_plan(self, batch: Any, layout: RowLayout) -> Plan:
+        assert self._rows is not None
         rows = self._rows if isinstance(self._rows, int) else list(self._rows)
+        waits = bool(shared_over_ranks(self.declared.network))
+        if isinstance(rows, int) and rows >= layout.rows and not waits:
+            return Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=layout.rows)
+        levers: dict[str, dict[str, Any]] = {"host_rows": {}, "split_rows": {"rows": rows}}
+        # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
+        ways = None if self._aliases.sharded else self._ways_for(batch, layout)
+        if ways is not None and ways.by_rows is None:
+            if not ways.mapped:
+                assert ways.refusal is not None
+                raise ways.refusal
+            first = next((lever for lever in ways.mapped if "rows" in lever.knobs()), None)
+            if first is None:
+                raise ways.refusal or AssertionError("ways that are mapped say why rows cannot be split")
+            levers = {first.name: first.knobs() | {"rows": rows}}
         return Plan(
-            levers={"host_rows": {}, "split_rows": {"rows": rows}},
+            levers=levers,
             exactness=Exactness.SAME_SUM,
             batch_rows=layout.rows,
-            knob_origins={"split_rows.rows": KnobOrigin.PINNED},
+            knob_origins={f"{list(levers)[-1]}.rows": KnobOrigin.PINNED},
         )
 
     def _check_allowed(self, plan: Plan) -> None:

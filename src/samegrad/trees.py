@@ -63,7 +63,8 @@ class RowLayout:
         for leaf, axis, path in zip(pytree.tree_leaves(batch), self.axes, self.paths):
             if isinstance(leaf, Tensor) or is_row_source(leaf):
                 shape = [("rows" if i == axis else str(n)) for i, n in enumerate(leaf.shape)]
-                parts.append(f"{path}:{str(leaf.dtype).removeprefix('torch.')}[{','.join(shape)}]")
+                grad = "+grad" * (isinstance(leaf, Tensor) and leaf.requires_grad)
+                parts.append(f"{path}:{str(leaf.dtype).removeprefix('torch.')}[{','.join(shape)}]{grad}")
             else:
                 parts.append(f"{path}:{type(leaf).__name__}")
         return " ".join(parts)

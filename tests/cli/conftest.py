@@ -66,7 +66,15 @@ STEPS = '''
         return declared(), Batches(40, seconds=0.02)
 
     def coupled():
-        model = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Linear(64, 4))
+        class Centred(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(16, 4))
+
+            def forward(self, x):
+                return (x - x.mean(0)) @ self.weight
+
+        model = Centred()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         step = sg.Step(model, lambda out, b: nn.functional.cross_entropy(out, b[1]), optimizer=optimizer)
         return step, Batches(2)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,6 +126,43 @@ def test_verify_says_the_same_with_its_number(cli: Cli, folder: Path) -> None:
     assert verdict.rows_checked == 40
     told = cli("verify", "steps.py:train", *BUDGET, "--rows", "40").out
     assert "Same gradients" in told and "of the allowed" in told
+    for part in ("against the plain step on cpu", "40 of 64 rows", "0 bit for bit, 1 the same function, 2 directly"):
+        assert part in " ".join(told.split())
+
+
+def test_verify_compares_with_the_reference_that_is_asked_for(cli: Cli) -> None:
+    ran = cli("verify", "steps.py:train", *BUDGET, "--reference", "cpu", "--json")
+    assert ran.code == 0
+    assert ran.document["verdict"]["reference"] == "the plain step on cpu in float64"
+    assert cli("verify", "steps.py:train", "--reference", "tpu").code == 2
+    assert cli("verify", "steps.py:train", "--rows", "65").code == 2
+
+
+VERIFY_EXITS = {
+    "same": (("steps.py:train", *BUDGET), 0),
+    "differs": (("unequal.py:train",), 1),
+    "no such option": (("steps.py:train", "--row", "8"), 2),
+    "more rows than there are": (("steps.py:train", "--rows", "65"), 2),
+    "no such plan": (("steps.py:train", "--plan", "no.json"), 3),
+    "no such device": (("autoencoder", "--device", "cuda:99"), 4),
+    "out of memory": (("steps.py:exhausted",), 5),
+}
+
+
+@pytest.mark.parametrize("name", VERIFY_EXITS)
+def test_verify_exits_as_documented(cli: Cli, folder: Path, name: str) -> None:
+    (folder / "unequal.py").write_text(UNEQUAL)
+    line, code = VERIFY_EXITS[name]
+    ran = cli("verify", *line, "--json")
+    assert ran.code == code
+    assert ("error" in ran.document) == (code > 1)
+
+
+def test_a_step_that_runs_whole_is_compared_bit_for_bit_and_no_further(cli: Cli) -> None:
+    ran = cli("verify", "steps.py:coupled", "--rows", "8", "--json")
+    assert ran.code == 0
+    checks = ran.document["verdict"]["checks"]
+    assert {check["tier"] for check in checks} == {0} and all(check["error"] == 0 for check in checks)
 
 
 UNEQUAL = """
@@ -149,14 +187,18 @@ def test_verify_says_no_when_the_gradients_differ_and_run_does_not_train(cli: Cl
     assert ran.code == 1
     assert ran.document["same"] is False
     assert ran.document["verdict"]["answer"] == "differs"
+    assert "lever split_rows" in ran.document["verdict"]["fault"]
+    told = " ".join(cli("verify", "unequal.py:train").out.split())
+    assert "Not the same" in told and "at fault: lever split_rows" in told and "✗ tier 1, gradient entries" in told
+    assert "module the model (Net), the first whose rows are others in a chunk" in told
     trained = cli("run", "unequal.py:train", "--output", "out", "--json")
     assert (trained.code, trained.document["error"]["code"]) == (1, "gradients-differ")
     assert not (folder / "out" / "checkpoints").exists()
 
 
 def test_unproven_is_not_the_same_and_says_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unproven(step: object, batch: object, *, rows: int | None = None) -> Verdict:
-        proven = verify_step(step, batch, rows=rows)
+    def unproven(step: Any, batch: object, **how: Any) -> Verdict:
+        proven = verify_step(step, batch, **how)
         return dataclasses.replace(proven, answer=Same.UNPROVEN)
 
     monkeypatch.setattr(sg, "verify_step", unproven)

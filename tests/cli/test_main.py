@@ -112,7 +112,7 @@ def test_a_mistyped_recipe_is_answered_with_the_nearest(cli: Cli, command: str) 
         (["plan", "steps.py:train", "--device", "cpu"], 2, "usage"),
         (["run", "autoencoder", "--device", "cuda:7"], 4, "environment"),
         (["plan", "steps.py:train", "--budget", "20KiB"], 1, "budget-too-small"),
-        (["plan", "steps.py:coupled", "--budget", "20KiB"], 1, "cannot-split"),
+        (["plan", "steps.py:coupled", "--budget", "2KiB"], 1, "cannot-split"),
         (["run", "steps.py:exhausted"], 5, "over-budget"),
         (["run", "steps.py:diverging"], 6, "non-finite"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -64,16 +66,8 @@ class Keeps(nn.Module):
         return z
 
 
-def _count_privately(self: Any, z: Tensor) -> None:
-    self._private += 1
-
-
-def _average(self: Any, z: Tensor) -> None:
-    self.kept = 0.9 * self.kept + 0.1 * z.mean(0)
-
-
-def _average_in_place(self: Any, z: Tensor) -> None:
-    self.kept.mul_(0.9).add_(z.mean(0))
+def _largest(self: Any, z: Tensor) -> None:
+    self.kept.copy_(torch.maximum(self.kept, z.amax(0)))
 
 
 def _append(self: Any, z: Tensor) -> None:
@@ -101,9 +95,7 @@ def _layers(last: nn.Module) -> nn.Module:
 
 CLOSED = nn.Parameter(torch.ones(3, dtype=D))
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "batch normalisation": (lambda: _layers(nn.BatchNorm1d(3)), r"1 \(BatchNorm1d in training"),
-    "dropout": (lambda: _layers(nn.Dropout(0.5)), r"1 \(Dropout\) draws"),
-    "functional dropout": (lambda: Then(lambda z: F.dropout(z, 0.5)), r"the model \(Then\) draws"),
+    "one draw for all rows": (lambda: Then(lambda z: z * torch.rand(3)), r"Then\) draws random numbers: torch.rand"),
     "python randomness": (lambda: Then(lambda z: z * random.random()), "generator: python"),
     "numpy randomness": (lambda: Then(lambda z: z * float(np.random.rand())), "generator: numpy"),
     "batch mean": (lambda: Then(lambda z: z - z.mean(0)), "mixes rows"),
@@ -113,12 +105,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an output without rows": (lambda: Then(lambda z: (z, z.mean())), r"outputs\[1\] has shape \(\)"),
     "an output with other rows": (lambda: Then(lambda z: (z, z.T)), r"outputs\[1\] has shape \(3, "),
     "an output class": (lambda: Then(Unseen), "uses outputs, a Unseen, and the tensors inside it"),
-    "a counter buffer": (lambda: Keeps(torch.zeros(()), lambda s, z: s.kept.add_(1), buffer=True), "changes kept"),
-    "an average buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average_in_place, buffer=True), "changes kept"),
-    "an average that is no buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average), "changes kept"),
-    "an average in place, no buffer": (lambda: Keeps(torch.zeros(3, dtype=D), _average_in_place), "changes kept"),
-    "a counter": (lambda: Keeps(0, lambda s, z: setattr(s, "kept", s.kept + 1)), "changes kept"),
-    "a private counter": (lambda: Keeps(0, _count_privately), "changes _private"),
+    "a largest value seen": (lambda: Keeps(torch.zeros(3, dtype=D), _largest, buffer=True), "changes kept"),
     "a queue": (lambda: Keeps([], _append), "changes kept"),
     "parameters in a list": (Held, r"shape \(3,\)"),
     "a parameter in a closure": (lambda: Then(lambda z: z * CLOSED), r"shape \(3,\)"),
@@ -135,10 +122,19 @@ def whole_loss(outputs: Any, batch: Any) -> Tensor:
     return F.cross_entropy(logits_of(outputs), batch[1])
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """``model`` with the weights of its inner layer as its own, so that no part of it treats rows alone."""
+    inner = model._modules.pop("inner")
+    assert isinstance(inner, nn.Linear)
+    model.weight, model.bias = inner.weight, inner.bias
+    model.inner = lambda x: F.linear(x, model.weight, model.bias)
+    return model
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_split_is_refused_by_name_and_left_as_it_was(name: str) -> None:
     make, message = REFUSED[name]
-    model = make()
+    model = bare(make())
     step = sg.Step(model, whole_loss, rows=4, optimizer=torch.optim.SGD(model.parameters()))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -150,16 +146,53 @@ def test_what_cannot_be_split_is_refused_by_name_and_left_as_it_was(name: str) -
     assert CLOSED.grad is None
 
 
+def _seeded() -> None:
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_part_of_it_that_treats_rows_alone_is_split_exactly_and_the_rest_sees_all_rows(name: str) -> None:
+    make, _ = REFUSED[name]
+    model = make()
+    twin = copy.deepcopy(model)
+    CLOSED.grad = None
+    _seeded()
+    expected = whole_loss(twin(X), (X, Y))
+    expected.backward()
+    closed, CLOSED.grad = CLOSED.grad, None
+    step = sg.Step(model, whole_loss, rows=4)
+    step.prepare((X, Y))
+    _seeded()
+    if name == "one draw for all rows":
+        # Keyed in every plan, so it is another number than torch's own.
+        whole = sg.Step(twin, whole_loss, rows=N)
+        twin.zero_grad()
+        expected = whole.backward((X, Y))
+        _seeded()
+    loss = step.backward((X, Y))
+    assert step.plan is not None and step.plan.levers == {"segments": {"rows": 4, "paths": {"inner": 1}}}
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
+    assert_close(gradients(model), gradients(twin))
+    if closed is not None:
+        assert CLOSED.grad is not None
+        torch.testing.assert_close(CLOSED.grad, closed, rtol=1e-12, atol=1e-15)
+    CLOSED.grad = None
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_split_runs_whole_when_it_fits(name: str) -> None:
-    make, _ = REFUSED[name]
+    make, message = REFUSED[name]
     torch.manual_seed(0)
     model = make()
 
     step = sg.Step(model, whole_loss, budget="1GiB")
     step.backward((X, Y))
     assert step.plan is not None and step.plan.levers == {}
-    assert "refused" in step.plan.reasons["split_rows"]
+    assert re.search(message, step.plan.reasons["split_rows"])
+    assert step.plan.reasons["split_rows"].startswith("refused")
+    CLOSED.grad = None
 
 
 class Cache:
@@ -177,7 +210,7 @@ def test_an_output_that_cannot_be_seen_matters_only_to_a_loss_that_looks_at_it()
         model.zero_grad()
         sg.Step(model, loss_fn, rows=4).backward((X, Y))
         assert_close(gradients(model), expected)
-    step = sg.Step(model, lambda o, b: whole_loss(o, b) + o["cache"].kept.square().mean(), rows=4)
+    step = sg.Step(bare(model), lambda o, b: whole_loss(o, b) + o["cache"].kept.square().mean(), rows=4)
     with pytest.raises(CannotSplit, match=r"outputs\['cache'\], a Cache"):
         step.backward((X, Y))
 
@@ -213,7 +246,7 @@ def test_statistics_taken_from_the_first_batch_only_are_refused() -> None:
                 self.shift = -z.detach().mean(0)
             return z + self.shift
 
-    model = Initialised()
+    model = bare(Initialised())
     with pytest.raises(CannotSplit, match="changes shift"):
         sg.Step(model, cross_entropy, rows=4).backward((X, Y))
     assert model.shift is None
@@ -237,19 +270,10 @@ def test_weights_set_from_the_first_batch_are_refused_and_put_back() -> None:
         sg.Step(model, cross_entropy, rows=4).backward((X, Y))
 
 
-def test_a_switch_that_is_thrown_at_the_first_call_is_refused() -> None:
-    def throw(self: Any, z: Tensor) -> None:
-        self.kept = True
-
-    model = Keeps(False, throw)
-    with left_alone(model), pytest.raises(CannotSplit, match="changes kept"):
-        sg.Step(model, cross_entropy, rows=4).backward((X, Y))
-
-
 def test_a_batch_leaf_that_requires_grad_is_refused_by_its_place() -> None:
     x = X.clone().requires_grad_()
     model = mlp()
-    with left_alone(model), pytest.raises(CannotSplit, match=r"batch\[0\] requires grad"):
+    with left_alone(model), pytest.raises(CannotSplit, match=r"batch\[0\] carries rows and requires grad"):
         sg.Step(model, cross_entropy, rows=4).backward((x, Y))
     assert x.grad is None
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from samegrad.exact.handoff import hand_over, hooks_silenced
 
 from . import zoo
+from .processes import on_two_ranks
 
 
 def test_hooks_fire_once_on_the_total() -> None:
@@ -78,37 +75,6 @@ def test_silenced_hooks_come_back_after_an_exception() -> None:
 
 def _loss(z: Tensor, b: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(z, b["y_ignored"])
-
-
-def _on_rank(work: Callable[[int], dict[str, Any]], rank: int, port: int, results: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    found = work(rank)
-    if rank == 0:
-        results.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def on_two_ranks(work: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-    """What ``work(0)`` found, run beside ``work(1)`` in two gloo processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = [context.Process(target=_on_rank, args=(work, rank, port, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0, 0]
-    found: dict[str, Any] = results.get()
-    return found
 
 
 def _rank(rank: int) -> dict[str, Any]:

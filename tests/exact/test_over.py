@@ -114,8 +114,18 @@ def test_a_network_in_a_closure_is_refused_until_it_is_shared() -> None:
     sg.over(lambda items, shared: shared(items), points(ITEMS, 1), shared=network, rows=5)
 
 
+def test_whole_numbers_beside_floats_come_through() -> None:
+    items = points(ITEMS, 1)
+    values, signs = sg.over(lambda i, _: (2 * i, i > 0), items, rows=7)
+    assert torch.equal(signs, items > 0)
+    values.sum().backward()
+    assert items.grad is not None and bool((items.grad == 2).all())
+    with pytest.raises(sg.CannotSplit, match="output 0 of one item"):
+        sg.over(lambda i, _: i < i.mean(0), items, rows=7)
+
+
 def test_what_is_not_there_yet_or_wrong_is_refused() -> None:
     items = points(ITEMS, 1)
-    for wrong in ({"rows": 0}, {"rows": 5, "reduce": "mean"}, {"rows": 5, "process_group": object()}):
+    for wrong in ({"rows": 0}, {"rows": 5, "reduce": "mean"}, {"rows": 5, "process_group": object(), "reduce": "cat"}):
         with pytest.raises(sg.UsageError):
             sg.over(lambda i, _: i, items, **wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -232,12 +233,12 @@ def test_a_program_reads_only_what_it_is_bound_to() -> None:
     share = torch.tensor(8 / zoo.ROWS, dtype=torch.float64)
     with split.aliases.swapped() as standing:
         sums = program.LossSums(torch.device("cpu"))
-        body = program.single_pass_body(lambda c: model(c["x"]), zoo.LOSSES["mse"][0], Form.ROW_MEAN, sums)
+        body = program.single_pass_body(lambda c, _: model(c["x"]), zoo.LOSSES["mse"][0], Form.ROW_MEAN, sums)
         gradients = passes.GradientTotals(standing)
         one = program.ChunkProgram(body, gradients)
         one.preallocate()
         static = {k: v[:8].clone() for k, v in rows.items()}
-        one.bind(static, share, share)
+        one.bind(static, None, share, share)
         one.run()
         for key, value in rows.items():
             static[key].copy_(value[8:16])
@@ -269,3 +270,24 @@ def test_each_pass_ends_its_stream_before_the_next_begins(name: str) -> None:
     dataclasses.replace(split, chunks=stream).totals(rows, layout, [8, 8, 13])
     assert open_streams == []
     assert len(begun) == split.examination.passes
+
+
+@pytest.mark.parametrize("passes_wanted", [1, 2])
+def test_no_chunk_is_kept_while_another_but_the_next_arrives(passes_wanted: int) -> None:
+    """A chunk without a share of the loss, a first and a last one: their memory is read into again two chunks later."""
+    rows, alive = zoo.batch(), list[weakref.ref[Tensor]]()
+    loss = zoo.LOSSES["ignored targets" if passes_wanted == 1 else "two counts"][0]
+    counted = {"normalise": lambda b: (b["y_ignored"] != -100).sum()} if passes_wanted == 1 else {}
+    split, layout = zoo.split_step(zoo.mlp(), loss, rows, **counted)
+    assert split.examination.passes == passes_wanted
+
+    def watched(batch: Any, layout: Any, sizes: Any, device: Any) -> Iterator[Any]:
+        alive.clear()
+        for chunk in sliced_chunks(batch, layout, sizes, device):
+            # Of chunks handed out, only the last may still be in use.
+            assert all(ref() is None for ref in alive[:-1])
+            alive.append(weakref.ref(chunk["x"]))
+            yield chunk
+            del chunk
+
+    dataclasses.replace(split, chunks=watched).totals(rows, layout, [8, 8, 5, 3, 5])

@@ -51,7 +51,7 @@ CLASS_WEIGHTS = torch.linspace(0.2, 3.0, CLASSES, dtype=torch.float64)
 
 def _info_nce(z: Tensor, b: Any) -> Tensor:
     z = F.normalize(z, dim=1)
-    return F.cross_entropy(z @ z.T * 3, torch.arange(len(z)))
+    return F.cross_entropy(z @ z.T * 3, torch.arange(len(z), device=z.device))
 
 
 def _sliced_wasserstein(z: Tensor, b: Any) -> Tensor:

@@ -52,16 +52,16 @@ def _compare() -> None:
     for way in ("eager", "captured"):
         with aliases.swapped() as standing:
             sums = program.LossSums(device)
-            body = program.single_pass_body(lambda c: network(c[0]), loss_fn, Form.ROW_MEAN, sums)
+            body = program.single_pass_body(lambda c, _: network(c[0]), loss_fn, Form.ROW_MEAN, sums)
             one = program.ChunkProgram(body, GradientTotals(standing))
             if way == "eager":
                 for chunk in chunks:
-                    one.bind(chunk, share, share)
+                    one.bind(chunk, None, share, share)
                     one.run()
             else:
                 one.preallocate()
                 static = tuple(leaf.clone() for leaf in chunks[0])
-                one.bind(static, share, share)
+                one.bind(static, None, share, share)
                 stream = torch.cuda.Stream()
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):

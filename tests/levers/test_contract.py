@@ -15,10 +15,10 @@ from samegrad.declared import DeclaredStep, declare
 from samegrad.errors import BadInput
 from samegrad.execute.apply import applied
 from samegrad.levers import Execution, Lever, Slot, find_levers, levers_of
-from samegrad.records import Exactness, Plan
+from samegrad.records import Exactness, Phase, Plan, Variant
 
 from ..contract.plain import cross_entropy, mlp
-from ..plan.test_choose import MIB, footprint
+from ..plan.test_choose import MIB, footprint, law
 
 LEVERS = find_levers()
 BATCH_ROWS = 1000
@@ -28,9 +28,22 @@ def declared() -> DeclaredStep:
     return declare(mlp(), cross_entropy)
 
 
+# What those levers that run parts of a model in chunks have measured.
+VARIANTS = tuple(
+    Variant(lever=name, knobs=knobs, laws=(law(Phase.BACKWARD, 25 * MIB, per_row, MIB / 5),))
+    for name, knobs, per_row in (
+        ("segments", {"paths": {"0": 1}}, MIB / 2),
+        ("exact_batchnorm", {"scheme_name": "lockstep", "keep_every": 1}, MIB / 2),
+        ("exact_batchnorm", {"scheme_name": "rendezvous", "keep_every": 1}, MIB),
+        ("recompute", {"blocks": ["0", "2"]}, 0.0),
+    )
+)
+STEP = footprint(refusals={}, variants=VARIANTS)
+
+
 def examples(lever: type[Lever]) -> list[Lever]:
     """A few settings of its knobs, as the lever itself proposes them."""
-    return list(itertools.islice(lever.candidates(footprint(refusals={}), 200 * MIB), 3))
+    return list(itertools.islice(lever.candidates(STEP, 300 * MIB), 3))
 
 
 EVERY = pytest.mark.parametrize("lever", LEVERS.values(), ids=LEVERS)
@@ -77,7 +90,7 @@ def test_a_lever_undoes_itself_also_after_an_exception(lever: Any) -> None:
 
 @EVERY
 def test_a_lever_predicts_a_footprint_and_changes_none(lever: Any) -> None:
-    step = footprint(refusals={})
+    step = STEP
     whole = step.predicted_peak_bytes(rows=step.batch_rows)
     again = dataclasses.replace(step)
     for example in examples(lever):
@@ -93,14 +106,27 @@ def test_a_refusal_recorded_in_the_footprint_is_the_levers_own(lever: Any) -> No
 
 def test_one_lever_a_slot_and_slot_order_is_nesting_order() -> None:
     assert [lever.slot for lever in LEVERS.values()] == sorted(lever.slot for lever in LEVERS.values())
-    assert len({lever.slot for lever in LEVERS.values()}) == len(LEVERS)
     plan = Plan(
         levers={"split_rows": {"rows": 3}, "host_rows": {}}, exactness=Exactness.SAME_SUM, batch_rows=7
     )  # fmt: skip
     assert [lever.name for lever in levers_of(plan)] == ["host_rows", "split_rows"]
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(LEVERS, 2)), ids="+".join)
+PAIRS = list(itertools.combinations(LEVERS, 2))
+
+
+@pytest.mark.parametrize("pair", [p for p in PAIRS if LEVERS[p[0]].slot is LEVERS[p[1]].slot], ids="+".join)
+def test_two_levers_of_one_slot_are_refused_together(pair: tuple[str, str]) -> None:
+    first, second = (examples(LEVERS[name])[0] for name in pair)
+    plan = Plan(
+        levers={first.name: first.knobs(), second.name: second.knobs()}, exactness=Exactness.SAME_SUM,
+        batch_rows=BATCH_ROWS,
+    )  # fmt: skip
+    with pytest.raises(BadInput, match=f"{first.name} and {second.name}|{second.name} and {first.name}"):
+        levers_of(plan)
+
+
+@pytest.mark.parametrize("pair", [p for p in PAIRS if LEVERS[p[0]].slot is not LEVERS[p[1]].slot], ids="+".join)
 def test_every_pair_of_levers_can_be_in_force_together(pair: tuple[str, str]) -> None:
     first, second = (examples(LEVERS[name])[0] for name in pair)
     plan = Plan(

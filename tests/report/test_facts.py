@@ -9,6 +9,7 @@ import pytest
 
 from samegrad.records import Check, Counting, Origin, Same, Verdict
 from samegrad.report import Story
+from samegrad.report.checks import check_title, describe_tiers
 from samegrad.report.facts import (
     Tone,
     find_peaks,
@@ -53,6 +54,20 @@ def test_a_differing_step_names_what_failed(verdict: Verdict) -> None:
     assert statement.tone is Tone.BAD
     assert "1 of 2 checks failed (buffers)" in statement.sentence
     assert "not those of the plain step" in statement.sentence
+
+
+def test_a_differing_step_says_what_is_at_fault(verdict: Verdict) -> None:
+    at_fault = dataclasses.replace(failed(verdict), answer=Same.DIFFERS, fault="lever split_rows: without it it passes")
+    assert "at fault: lever split_rows" in judge(at_fault).sentence
+    assert "at fault" not in judge(dataclasses.replace(at_fault, fault="")).sentence
+
+
+def test_tiers_are_named_once_each_and_in_order(verdict: Verdict) -> None:
+    checks = tuple(dataclasses.replace(verdict.checks[0], tier=tier) for tier in (3, 0, 0, None))
+    tiered = dataclasses.replace(verdict, checks=checks)
+    assert describe_tiers(tiered) == "0 bit for bit, 3 rounding against float64"
+    assert check_title(checks[0]) == "tier 3, gradients" and check_title(checks[3]) == "gradients"
+    assert describe_tiers(verdict) == ""
 
 
 def test_low_precision_alone_is_called_unproven(verdict: Verdict) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from samegrad.errors import BadInput
-from samegrad.records import SCHEMA_VERSION
+from samegrad.json_record import SCHEMA_VERSION
 from samegrad.store import Checkpoint, load_checkpoint, model_into, save_checkpoint
 from samegrad.store.manifest import FileEntry, Manifest, View, manifest_text, read_manifest
 

@@ -33,6 +33,10 @@ class Planted:
     def declared(self) -> Any:
         return self.step.declared
 
+    @property
+    def plan(self) -> Any:
+        return self.step.plan
+
     def sizes_for(self, batch: Any) -> tuple[int, ...]:
         return self.step.sizes_for(batch)
 
@@ -44,8 +48,8 @@ class Planted:
 class MeanOfMeans(SplitStep):
     """Every chunk weighs the same, however many targets it has."""
 
-    def _summed(self, batch: Any, layout: Any, sizes: Sequence[int], scale: Tensor) -> Any:
-        totals = super()._summed(batch, layout, sizes, scale)
+    def totals(self, batch: Any, layout: Any, sizes: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        totals = super().totals(batch, layout, sizes, *args, **kwargs)
         parts = []
         start = 0
         for size in sizes:
@@ -98,10 +102,10 @@ def _loss(totals: Any) -> None:
 
 
 class DroppedChunk(SplitStep):
-    def _summed(self, batch: Any, layout: Any, sizes: Sequence[int], scale: Tensor) -> Any:
+    def totals(self, batch: Any, layout: Any, sizes: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         kept = tuple(leaf[: -sizes[-1]] for leaf in batch)
-        rows = layout.rows - sizes[-1]
-        return super()._summed(kept, dataclasses.replace(layout, rows=rows), sizes[:-1], scale)
+        fewer = dataclasses.replace(layout, rows=layout.rows - sizes[-1])
+        return super().totals(kept, fewer, sizes[:-1], *args, **kwargs)
 
 
 class ChangedBuffer(SplitStep):

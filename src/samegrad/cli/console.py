@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from samegrad.errors import EnvironmentProblem
-from samegrad.records import SCHEMA_VERSION
+from samegrad.json_record import SCHEMA_VERSION
 from samegrad.report.words import clean_block
 
 if TYPE_CHECKING:

@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 import samegrad as sg
+from samegrad import trees
 from samegrad.cli.training import Training
 from samegrad.errors import BudgetTooSmall, UsageError
+from samegrad.execute.apply import applied
 from samegrad.levers import levers_of
 from samegrad.measure.counters import read_budget
 from samegrad.measure.probe import probe_plain, probe_split
@@ -72,6 +74,7 @@ def _declare_again(training: Training, given: Plan | None) -> None:
         forward=declared.forward,
         normalise=declared.normalise,
         batch_axes=declared.batch_axes,
+        segments=declared.segments,
         device=declared.device,
         allow=step.allow,
     )
@@ -83,10 +86,14 @@ def _check_fits(training: Training, plan: Plan) -> None:
         return
     raise BudgetTooSmall(
         asked=f"run {training.title} within {format_bytes(plan.budget.total_bytes)} ({plan.budget.source})",
-        found=f"as pinned, {plan.levers.get('split_rows', {'rows': 'all'})['rows']} rows at a time, it is predicted to "
+        found=f"as pinned, {_rows_at_a_time(plan)} rows at a time, it is predicted to "
         f"need {format_bytes(plan.predicted_peak_bytes)}",
         do="take fewer rows at a time, drop the pin and let the plan choose, or raise the budget",
     )
+
+
+def _rows_at_a_time(plan: Plan) -> Any:
+    return next((knobs["rows"] for knobs in plan.levers.values() if "rows" in knobs), "all")
 
 
 def predicted_footprint(footprint: Footprint, plan: Plan) -> Footprint:
@@ -117,13 +124,18 @@ def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footp
     """
     layout = step.declared.layout(batch)
     sizes = step.sizes_for(batch)
-    measured_rows = min(layout.rows, _MOST_CHUNKS * max(sizes))
-    if len(sizes) == 1:
-        probe = probe_plain(step.declared, batch, layout, batch_rows=layout.rows)
-    else:
-        split = step.split_for(batch, layout)
-        probe = probe_split(split, batch, layout, rows=max(sizes), batch_rows=measured_rows)
+    assert step.plan is not None
+    with applied(step.plan, step.declared, layout.rows) as execution:
+        # What sees the whole batch is measured on it.
+        most = layout.rows if execution.scheme is not None else _MOST_CHUNKS * max(sizes)
+    measured_rows = min(layout.rows, most)
     whole = measured_rows == layout.rows
+    if execution.runs_whole:
+        draws = step.draws_for(batch, layout)
+        probe = probe_plain(step.declared, batch, layout, batch_rows=layout.rows, draws=draws)
+    else:
+        shown = sizes if whole else trees.even_sizes(measured_rows, max(sizes))
+        probe = probe_split(step.split_for(batch, layout), batch, layout, shown)
     return dataclasses.replace(
         footprint,
         origin=Origin.MEASURED,

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from samegrad.errors import BadInput
-from samegrad.records import Footprint, Origin, Plan, Record, StepResult, Verdict
+from samegrad.json_record import Record
+from samegrad.records import Footprint, Origin, Plan, StepResult, Verdict
 from samegrad.report import Picture, Story
 from samegrad.report.terminal import verdict_lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from samegrad.cli.console import Console
 from samegrad.cli.target import target_call
@@ -17,6 +18,8 @@ class VerifyOptions:
 
     rows: int | None = None
     """Compare on the first so many rows; default: as many as fit."""
+    reference: Literal["device", "cpu"] | None = None
+    """Where the plain step runs; default: the device where the batch fits, else the CPU where that takes seconds."""
     plan: Path | None = None
     """A plan.json to verify, instead of making a plan."""
     output: Path | None = None
@@ -44,7 +47,7 @@ def main(argv: Sequence[str], console: Console) -> int:
         console.detail(planned.explanation)
         if not planned.plan.levers:
             console.note("The plan runs the step whole; a smaller --budget makes it split, and that would be verified.")
-        verdict = sg.verify_step(training.step, training.batch, rows=options.rows)
+        verdict = sg.verify_step(training.step, training.batch, rows=options.rows, reference=options.reference)
     console.result(verdict_text(verdict))
     if verdict.answer is Same.UNPROVEN:
         console.result("unproven is not the same: exit code 1")

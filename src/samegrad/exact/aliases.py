@@ -6,16 +6,21 @@ chunks run on aliases: parameters of their own that share the storage. The swap 
 1. A tied parameter has one alias, in every slot where it stands.
 2. Frozen parameters are not swapped.
 3. The swap is undone on every way out.
+4. Sharded parameters (``fully_shard``) have no aliases, which its hooks would pass by: they stand themselves, and their
+   ``.grad`` is set aside.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from samegrad.exact.sharded import gradients_set_aside, is_sharded, reshard
 
 # Sums over many chunks stop growing in these dtypes (bfloat16 after 128 equal terms), so totals are kept in float32.
 NARROW = (torch.bfloat16, torch.float16)
@@ -24,13 +29,17 @@ NARROW = (torch.bfloat16, torch.float16)
 class ParameterAliases:
     """The trainable parameters of some modules and the slots they stand in, ready to be swapped.
 
-    ``roots`` maps a prefix for names ("" for the model) to a module.
+    ``roots`` maps a prefix for names ("" for the model) to a module. ``sharded``: rule 4 holds for all of them, since
+    ranks then wait for each other in every chunk.
     """
 
     def __init__(self, roots: Mapping[str, nn.Module]) -> None:
         self.roots = dict(roots)
+        reshard(list(self.roots.values()))
+        self.sharded = any(is_sharded(p) for module in self.roots.values() for p in module.parameters())
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
+        self._beside: list[nn.Parameter] = []
         self._slots: list[tuple[nn.Module, str, int]] = []
         index_of: dict[int, int] = {}
         for root, module in self.roots.items():
@@ -53,12 +62,28 @@ class ParameterAliases:
         )
         return self if same else fresh
 
+    def sharded_names(self) -> set[str]:
+        """Names of the parameters that are sharded."""
+        return {name for name, parameter in zip(self.names, self.parameters) if is_sharded(parameter)}
+
+    def beside(self, tensors: Sequence[Tensor], stand_ins: Sequence[nn.Parameter]) -> ParameterAliases:
+        """These aliases and, after them, ``stand_ins`` for ``tensors``: parameters that stand in no module."""
+        both = copy.copy(self)
+        both.parameters = [*self.parameters, *(cast(nn.Parameter, tensor) for tensor in tensors)]
+        both._beside = [*self._beside, *stand_ins]
+        return both
+
     @contextlib.contextmanager
     def swapped(self) -> Iterator[list[nn.Parameter]]:
-        """The aliases, standing in the module in place of the parameters."""
-        aliases = [nn.Parameter(p.detach()) for p in self.parameters]
+        """The aliases in the place of the parameters, or sharded parameters themselves without their gradients."""
+        if self.sharded:
+            with gradients_set_aside(list(self.roots.values()), self.parameters):
+                yield self.parameters
+            return
+        own = self.parameters[: len(self.parameters) - len(self._beside)]
+        aliases = [nn.Parameter(p.detach()) for p in own]
         with self.replaced(aliases):
-            yield aliases
+            yield [*aliases, *self._beside]
 
     @contextlib.contextmanager
     def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Does the loss of a batch follow from the losses of its chunks as claimed? Tried on a few rows.
 
 The gradient of the loss with respect to every output row is taken once on all rows and once on parts of several
-sizes, each part weighted as the claim says. The audit may reject a claim; it never selects one.
+sizes, each part weighted as the claim says; likewise the gradients of what the loss uses beside the rows, whose parts
+add up. The audit may reject a claim; it never selects one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact import losses
 from samegrad.exact.aliases import NARROW
+from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.losses import Form
 from samegrad.trees import RowLayout
 
@@ -78,32 +80,65 @@ def _widened(tree: Any) -> Any:
 def _residual(
     declared: DeclaredStep, outputs: Any, batch: Any, layout: RowLayout, form: Form | None
 ) -> Residual | None:
-    whole, whole_loss, whole_count = _gradients(declared, outputs, batch, form)
-    scale = max((g.abs().max().item() for g in whole if g is not None and g.numel()), default=0.0)
+    whole = _gradients(declared, outputs, batch, form)
+    scale = max((g.abs().max().item() for g in whole.rows if g is not None and g.numel()), default=0.0)
     if scale == 0 or not layout.rows > 1:
         return None
     gradient = loss = 0.0
     silent = False
     for sizes in splits_of(layout.rows):
         start, total_loss = 0, 0.0
+        beside = _Beside(whole.others)
         for size in sizes:
             part = slice(start, start + size)
             part_outputs = _rows_of(outputs, part)
             part_batch = trees.slice_rows(batch, layout, start, start + size)
-            mine, my_loss, my_count = _gradients(declared, part_outputs, part_batch, form)
-            share = _share(form, declared, size / layout.rows, my_count, whole_count)
+            mine = _gradients(declared, part_outputs, part_batch, form)
+            share = _share(form, declared, size / layout.rows, mine.count, whole.count)
             start += size
-            for g, total in zip(mine, whole):
+            for g, total in zip(mine.rows, whole.rows):
                 reference = total[part] if total is not None else 0.0
                 ours = g * share if g is not None and share != 0 else 0.0
                 gradient = _worse(gradient, torch.as_tensor(ours - reference).abs().max().item() / scale)
-            silent = silent or not any(g is not None and bool(g.any()) for g in mine)
-            total_loss += my_loss * share if share != 0 else 0.0
-        loss = _worse(loss, abs(total_loss - whole_loss) / max(abs(whole_loss), scale))
+            silent = silent or not any(g is not None and bool(g.any()) for g in mine.rows)
+            total_loss += mine.loss * share if share != 0 else 0.0
+            beside.add(mine.others, share)
+        gradient = _worse(gradient, beside.error(scale))
+        loss = _worse(loss, abs(total_loss - whole.loss) / max(abs(whole.loss), scale))
     unit = max(torch.finfo(leaf.dtype).eps for leaf in _float_leaves(outputs)) / 2
     if torch.is_autocast_enabled(declared.device.type):
         unit = max(unit, torch.finfo(torch.get_autocast_dtype(declared.device.type)).eps / 2)
     return Residual(gradient=gradient, loss=loss, allowed=128 * unit, silent_parts=silent)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """Of one loss: gradients of each output leaf and, by id, of what else it depends on; its value and its count."""
+
+    rows: Sequence[Tensor | None]
+    others: dict[int, Tensor]
+    loss: float
+    count: float
+
+
+class _Beside:
+    """Gradients of what the loss uses beside the rows, parts added up against the whole."""
+
+    def __init__(self, whole: dict[int, Tensor]) -> None:
+        self._left = dict(whole)
+        self._sizes = dict.fromkeys(whole, 0.0)
+
+    def add(self, part: dict[int, Tensor], share: float) -> None:
+        for key, g in part.items() if share != 0 else ():
+            self._left[key] = self._left[key] - g * share if key in self._left else -g * share
+            self._sizes[key] = self._sizes.get(key, 0.0) + (g * share).abs().max().item()
+
+    def error(self, scale: float) -> float:
+        """The largest rest, on the scale of the parts or of the rows' gradients: some are zero by structure."""
+        worst = 0.0
+        for key, rest in self._left.items():
+            worst = _worse(worst, rest.abs().max().item() / max(self._sizes[key], scale))
+        return worst
 
 
 def _worse(worst: float, error: float) -> float:
@@ -127,10 +162,7 @@ def _float_leaves(tree: Any) -> list[Tensor]:
     return [leaf for leaf in trees.leaves_of(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _gradients(
-    declared: DeclaredStep, outputs: Any, batch: Any, form: Form | None
-) -> tuple[Sequence[Tensor | None], float, float]:
-    """Gradient of the loss with respect to each output leaf, the loss, and its count where the claim has one."""
+def _gradients(declared: DeclaredStep, outputs: Any, batch: Any, form: Form | None) -> _Gradients:
     leaves, spec = trees.flatten(outputs)
     leaves = [
         leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -144,5 +176,9 @@ def _gradients(
         count = losses.count_of(loss).item()
     elif form is None and callable(declared.normalise):
         count = float(declared.normalise(batch))
-    gradients = torch.autograd.grad(loss.reshape(()), live, allow_unused=True)
-    return gradients, float(loss.detach()), count
+    known = {id(leaf) for leaf in live}
+    others = [leaf for leaf in losses.leaves_under(loss) if id(leaf) not in known and leaf.numel()]
+    with hooks_silenced(others):
+        gradients = torch.autograd.grad(loss.reshape(()), [*live, *others], allow_unused=True)
+    beside = {id(leaf): g.to_dense() for leaf, g in zip(others, gradients[len(live) :]) if g is not None}
+    return _Gradients(gradients[: len(live)], beside, float(loss.detach()), count)

@@ -13,6 +13,7 @@ and every order of derivative holds one chunk at a time.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -21,9 +22,44 @@ import torch
 from torch import Tensor
 
 from samegrad.exact.aliases import NARROW
+from samegrad.exact.phases import Listener, listener_now
 from samegrad.exact.watch import Watch
 
 Results = Sequence[Tensor | None]
+
+
+class Magnitudes:
+    """Sums over chunks of the absolute gradients of shared inputs: the scale on which rounding is judged."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, shared: int, size: Tensor | None) -> None:
+        if size is not None:
+            before = self._sums.get(shared)
+            self._sums[shared] = size if before is None else before + size
+
+    def of(self, shared: Tensor, gradient: Tensor | None) -> Tensor | None:
+        """What was summed for ``shared``; the size of its gradient where no chunk gave it one."""
+        return self._sums.get(id(shared), None if gradient is None else gradient.abs())
+
+
+_magnitudes: contextvars.ContextVar[Magnitudes | None] = contextvars.ContextVar("samegrad_magnitudes", default=None)
+
+
+def magnitudes_asked_for() -> Magnitudes | None:
+    return _magnitudes.get()
+
+
+@contextlib.contextmanager
+def kept_magnitudes(asked: bool) -> Iterator[Magnitudes]:
+    """Maps called inside the block keep the magnitudes of their shared inputs, if ``asked``."""
+    kept = Magnitudes()
+    token = _magnitudes.set(kept if asked else None)
+    try:
+        yield kept
+    finally:
+        _magnitudes.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +101,9 @@ class ChunkMap:
     sizes: tuple[int, ...]
     autocast: Autocast
     watch: Watch
+    # Looked up when the map is made: backward may run in another thread, where the variable is not set.
+    magnitudes: Magnitudes | None = dataclasses.field(default_factory=magnitudes_asked_for)
+    listener: Listener | None = dataclasses.field(default_factory=listener_now)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         # autograd.Function.apply carries no types.
@@ -75,23 +114,63 @@ class ChunkMap:
         with self.watch.held():  # rule 4
             return self._joined(inputs)
 
+    def pulled_back(
+        self,
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        wanted: Sequence[int],
+        input_ids: Sequence[int],
+    ) -> list[Tensor | None]:
+        """The gradients of ``inputs[i]`` for i in ``wanted``, None where there is none.
+
+        ``cotangents``: one an output, None where it has none. ``input_ids``: of the inputs as their owner knows them,
+        for magnitudes. Differentiable itself where gradients are enabled.
+        """
+        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+        if not wanted or not given:
+            return [None] * len(wanted)
+        axes = self._output_axes(len(cotangents))
+        sized = [] if self.magnitudes is None else [i for i in wanted if self.in_axes[i] is None]
+        product = ChunkMap(
+            function=_vector_jacobian(self, len(inputs), wanted, given, sized),
+            in_axes=(*self.in_axes, *(axes[i] for i in given)),
+            out_axes=(*(self.in_axes[i] for i in wanted), *(None for _ in sized)),
+            sizes=self.sizes,
+            # Backward runs outside the user's autocast block; the forward inside it enters that block again.
+            autocast=self.autocast.off(),
+            watch=self.watch,
+            magnitudes=None,
+            listener=self.listener,
+        )
+        found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
+        for index, size in zip(sized, found[len(wanted) :]):
+            cast(Magnitudes, self.magnitudes).add(input_ids[index], size)
+        return list(found[: len(wanted)])
+
+    def _output_axes(self, count: int) -> tuple[int | None, ...]:
+        return self.out_axes if isinstance(self.out_axes, tuple) else (self.out_axes,) * count
+
     def _joined(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         joined: list[_Joined] = []
         start = 0
-        for size in self.sizes:
-            chunk = [
-                x.detach() if axis is None else x.detach().narrow(axis, start, size)  # rule 2
-                for x, axis in zip(inputs, self.in_axes)
-            ]
-            with self.autocast.entered():
-                results = self.function(chunk)
-            if not joined:
-                axes = self.out_axes if isinstance(self.out_axes, tuple) else (self.out_axes,) * len(results)
-                joined = [_Joined(axis, sum(self.sizes)) for axis in axes]
-            for place, result in zip(joined, results, strict=True):
-                place.take(None if result is None else result.detach(), start)
+        for index, size in enumerate(self.sizes):
+            between = self.listener is not None and 0 < index < len(self.sizes) - 1
+            with self.listener.repeating() if self.listener is not None and between else contextlib.nullcontext():
+                self._run_chunk(inputs, slice(start, start + size), joined)
             start += size
         return tuple(place.value() for place in joined)
+
+    def _run_chunk(self, inputs: Sequence[Tensor], part: slice, joined: list[_Joined]) -> None:
+        chunk = [
+            x.detach() if axis is None else x.detach().narrow(axis, part.start, part.stop - part.start)  # rule 2
+            for x, axis in zip(inputs, self.in_axes)
+        ]
+        with self.autocast.entered():
+            results = self.function(chunk)
+        if not joined:
+            joined += [_Joined(axis, sum(self.sizes)) for axis in self._output_axes(len(results))]
+        for place, result in zip(joined, results, strict=True):
+            place.take(None if result is None else result.detach(), part.start)
 
 
 class _Joined:
@@ -113,8 +192,7 @@ class _Joined:
         if self._whole is None:
             shape = list(result.shape)
             shape[self._axis] = self._rows
-            # Zeros, since a chunk that the output does not depend on leaves its place empty.
-            self._whole = result.new_zeros(shape)
+            self._whole = _zeros(result, shape)
         self._whole.narrow(self._axis, start, result.shape[self._axis]).copy_(result)
 
     def value(self) -> Tensor | None:
@@ -123,14 +201,21 @@ class _Joined:
         return self._whole.to(self._dtype)
 
 
+def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros, since a chunk that the output does not depend on leaves its place empty, in the layout of ``like``."""
+    for layout, dimensions in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if like.dim() == dimensions and not like.is_contiguous() and like.is_contiguous(memory_format=layout):
+            return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=layout).zero_()
+    return like.new_zeros(shape)
+
+
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: ChunkMap, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         outputs = plan.run(inputs)
         ctx.plan = plan
-        ctx.out_axes = (
-            plan.out_axes if isinstance(plan.out_axes, tuple) else (plan.out_axes,) * len(outputs)
-        )
+        # Saved tensors need not come back as the same objects.
+        ctx.input_ids = [id(x) for x in inputs]
         ctx.save_for_backward(*inputs)  # rule 3
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o in outputs if o is not None and not o.is_floating_point()))
@@ -141,28 +226,19 @@ class _Node(torch.autograd.Function):
         plan: ChunkMap = ctx.plan
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         gradients: list[Tensor | None] = [None] * len(inputs)
-        if wanted and given:
-            product = ChunkMap(
-                function=_vector_jacobian(plan, len(inputs), wanted, given),
-                in_axes=(*plan.in_axes, *(ctx.out_axes[i] for i in given)),
-                out_axes=tuple(plan.in_axes[i] for i in wanted),
-                sizes=plan.sizes,
-                # Backward runs outside the user's autocast block; the forward inside it enters that block again.
-                autocast=plan.autocast.off(),
-                watch=plan.watch,
-            )
-            found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
-            for index, gradient in zip(wanted, found):
-                gradients[index] = gradient
+        for index, gradient in zip(wanted, plan.pulled_back(inputs, cotangents, wanted, ctx.input_ids)):
+            gradients[index] = gradient
         return (None, *gradients)
 
 
 def _vector_jacobian(
-    plan: ChunkMap, count: int, wanted: Sequence[int], given: Sequence[int]
+    plan: ChunkMap, count: int, wanted: Sequence[int], given: Sequence[int], sized: Sequence[int]
 ) -> Callable[[Sequence[Tensor]], Results]:
-    """``(inputs, cotangents) -> gradients of the wanted inputs`` for one chunk of ``plan``."""
+    """``(inputs, cotangents) -> gradients of the wanted inputs`` for one chunk of ``plan``.
+
+    Followed by the absolute values of those of ``sized``.
+    """
 
     def product(arguments: Sequence[Tensor]) -> Results:
         inputs, cotangents = list(arguments[:count]), arguments[count:]
@@ -180,13 +256,15 @@ def _vector_jacobian(
                 if result is not None and result.requires_grad
             ]
             if not pairs:
-                return [None] * len(wanted)
-            return torch.autograd.grad(
+                return [None] * (len(wanted) + len(sized))
+            gradients = torch.autograd.grad(
                 [result for result, _ in pairs],
                 [inputs[index] for index in wanted],
                 [cotangent for _, cotangent in pairs],
                 create_graph=create_graph,
                 allow_unused=True,
             )
+        by_place = dict(zip(wanted, gradients))
+        return [*gradients, *(None if (g := by_place[i]) is None else g.detach().abs() for i in sized)]
 
     return product

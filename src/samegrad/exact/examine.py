@@ -7,6 +7,7 @@ user's is left changed.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,13 +16,19 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.errors import CannotSplit, FalseNormalise
-from samegrad.exact import losses, program
-from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact import collectives, losses, program
+from samegrad.exact.aliases import NARROW, ParameterAliases
 from samegrad.exact.audit import audit
+from samegrad.exact.backward_probe import BackwardProbe
+from samegrad.exact.forward import StepForward
 from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.passes import FirstPass, as_in_first_pass
-from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach, same_rows
-from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
+from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, refuse_known_layers, same_rows
+from samegrad.exact.randomness import DrawSites
+from samegrad.exact.sharded import give_up, ranks_of, refuse_in_loss, refuse_unsafe, reshard
+from samegrad.exact.shared_leaves import stood_in
+from samegrad.exact.state import StateRule
+from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried, undisturbed
 from samegrad.trees import RowLayout
 
 
@@ -31,6 +38,8 @@ class Examination:
 
     ``form`` COUPLED means two passes. ``declared``: the form rests on normalise=. ``count_per_row``: the count of a
     COUNTED loss that a row brings, as seen on the probe rows. ``module_hooks``: the user's hooks that run per chunk.
+    ``sites``: where the model draws, None where it does not. ``rules``: how the state that it changes is reduced.
+    ``collectives``: the loss calls some, so ranks must run it equally often.
     """
 
     form: Form
@@ -39,42 +48,183 @@ class Examination:
     count_per_row: float = 1.0
     module_hooks: tuple[str, ...] = ()
     first_pass: FirstPass = FirstPass.WITHOUT_GRAPH
+    sites: DrawSites | None = None
+    rules: tuple[StateRule, ...] = ()
+    collectives: bool = False
 
     @property
     def passes(self) -> int:
         return 2 if self.form is Form.COUPLED else 1
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelFindings:
+    """What was found of a model whose rows can be split: its outputs on the probe rows ``few``, and how it runs.
+
+    ``aliases``: with stand-ins for leaves of the batch that all rows share.
+    """
+
+    aliases: ParameterAliases
+    outputs: Any
+    few: Any
+    layout: RowLayout
+    first_pass: FirstPass
+    sites: DrawSites | None
+    rules: tuple[StateRule, ...]
+
+
 def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Examination:
-    """How the step may be split. Raises CannotSplit or FalseNormalise, with the module or the residual named."""
-    _refuse_batch_gradients(batch, layout)
+    """How the step may be split. Raises CannotSplit or FalseNormalise, with the module or the residual named.
+
+    With sharded parameters every forward is a collective: all ranks must examine at the same time. They then examine
+    as many rows, and what one rank refuses is refused on all.
+    """
     rows = min(PROBE_ROWS, layout.rows)
+    ranks = ranks_of(declared.modules)
+    if ranks is None:
+        refuse_batch_gradients(batch, layout)
+        return examine_loss(declared, examine_model(declared, aliases, batch, layout, rows))
+
+    def at_sight() -> tuple[None, int]:
+        refuse_batch_gradients(batch, layout)
+        refuse_known_layers(declared.network)
+        refuse_unsafe(declared.modules, dict(zip(aliases.names, aliases.parameters)))
+        return None, -rows
+
+    def tried() -> tuple[Examination, int]:
+        found = examine_loss(declared, examine_model(declared, aliases, batch, layout, -negative))
+        return found, found.passes
+
+    _, negative = ranks.together(at_sight)
+    try:
+        examination, passes = ranks.together(tried)
+    except BaseException:
+        give_up(declared.modules)
+        raise
+    finally:
+        reshard(declared.modules)
+    if passes > examination.passes:
+        return _two_passes(examination, "another rank needs two passes")
+    return examination
+
+
+def _two_passes(examination: Examination, reason: str) -> Examination:
+    return dataclasses.replace(examination, form=Form.COUPLED, reason=reason)
+
+
+def examine_model(
+    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, rows: int
+) -> ModelFindings:
+    """That rows can be split through the whole model, on ``rows`` of them. Raises CannotSplit naming the module."""
+    batch, aliases = stood_in(batch, layout, aliases)
     few, others = (
-        trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in _chosen(layout.rows, rows)
+        trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in chosen_rows(layout.rows, rows)
     )
     few_layout = dataclasses.replace(layout, rows=rows)
-    hooks = _module_hooks(declared.network)
     with undisturbed(declared.modules, declared.device) as (generators, state):
         probes = RowProbes(declared, few, few_layout, generators, state)
-        outputs = probes.run(others, few_layout)
-        with aliases.swapped() as standing, torch.enable_grad():
-            with_graph = program.seen(declared.forward(declared.network, few))
-            check_reach(aliases, with_graph, standing)
-            with as_in_first_pass(declared.device.type, FirstPass.WITHOUT_GRAPH):
-                without_graph = program.seen(declared.forward(declared.network, few))
-        first_pass = FirstPass.WITHOUT_GRAPH if same_rows(with_graph, without_graph) else FirstPass.WITH_GRAPH
-        del with_graph, without_graph
-        if declared.normalise is not None:
-            _check_declared(declared, outputs, few, few_layout, state)
-            _check_loss_reach(declared, aliases, outputs, few)
-            return Examination(Form.ROW_SUM, "declared by normalise=", declared=True, module_hooks=hooks)
-        form, count = _recognised(declared, outputs, few, few_layout, state)
-    return Examination(
-        form.form, form.reason, count_per_row=count / rows, module_hooks=hooks, first_pass=first_pass
+        found = probes.run(others)
+        if aliases.sharded:
+            _refuse_beside_shards(found)
+        forward = StepForward.of(declared, rows, probes.draws, found.rules)
+        first_pass = _first_pass(aliases, forward, probes)
+    return ModelFindings(aliases, found.outputs, few, few_layout, first_pass, found.sites, found.rules)
+
+
+def _refuse_beside_shards(found: Findings) -> None:
+    if found.sites is None and not found.rules:
+        return
+    what = "draws random numbers" if found.sites is not None else f"changes {found.rules[0].name}"
+    raise CannotSplit(
+        asked="split the rows of a step whose parameters are sharded",
+        found=f"the forward {what}, which chunks of zero weight on some ranks would do as well",
+        do="run the step whole (rows=<the batch's rows>), or use DistributedDataParallel",
+    )
+
+
+def _first_pass(aliases: ParameterAliases, forward: StepForward, probes: RowProbes) -> FirstPass:
+    """How rows are to be computed first. Raises CannotSplit for what their graph and its backward show."""
+
+    def some(batch: Any, rows: Sequence[int]) -> Any:
+        return forward.again(batch, None if forward.row_ids is None else forward.row_ids[list(rows)])
+
+    everything = range(forward.batch_rows)
+    if aliases.sharded:
+        with aliases.swapped(), torch.enable_grad():
+            with_graph = some(probes.batch, everything)
+            # A forward that no backward follows would stay in the order in which fully_shard gathers ahead.
+            program.backward_of_nothing(program.tensors_in(with_graph))
+    else:
+        with_graph = BackwardProbe(probes, aliases, some).run()
+    with aliases.swapped(), as_in_first_pass(forward.declared.device.type, FirstPass.WITHOUT_GRAPH):
+        without_graph = some(probes.batch, everything)
+    alike = same_rows(with_graph, without_graph) and not _has_recurrent_layers(forward.declared.network)
+    return FirstPass.WITHOUT_GRAPH if alike else FirstPass.WITH_GRAPH
+
+
+def examine_loss(declared: DeclaredStep, model: ModelFindings) -> Examination:
+    """One pass or two, by the loss of the probe rows. Raises CannotSplit or FalseNormalise."""
+    with undisturbed(declared.modules, declared.device) as (_, state):
+        examination = _of_loss(declared, model, state)
+        if model.aliases.sharded and examination.passes == 1:
+            examination = _per_rank(declared, examination, model)
+    return dataclasses.replace(
+        examination, module_hooks=_module_hooks(declared.network), first_pass=model.first_pass, sites=model.sites,
+        rules=model.rules,
     )  # fmt: skip
 
 
-def _chosen(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:
+def _of_loss(declared: DeclaredStep, model: ModelFindings, state: ModuleState) -> Examination:
+    aliases, outputs, few, layout = model.aliases, model.outputs, model.few, model.layout
+    try:
+        with collectives.watched():
+            if aliases.sharded:
+                _refuse_sharded_in_loss(declared, aliases, outputs, few)
+            if declared.normalise is not None:
+                _check_declared(declared, outputs, few, layout, state)
+                _check_loss_reach(declared, aliases, outputs, few)
+                return Examination(Form.ROW_SUM, "declared by normalise=", declared=True)
+            form, count = _recognised(declared, outputs, few, layout, state)
+    except collectives.CollectiveSeen as seen:
+        if declared.normalise is None:
+            return Examination(Form.COUPLED, f"the loss calls a collective ({seen}), once a step", collectives=True)
+        raise FalseNormalise(
+            asked=f"normalise={_named(declared.normalise)}",
+            found=f"the loss calls a collective ({seen}): in one pass it would run once a chunk, and ranks with other "
+            "chunk counts would wait for each other",
+            do="remove normalise= (two passes run the loss once a step), or reduce the count before the step, pass it "
+            "in the batch as a tensor without axes, divide by it and declare normalise='sum'",
+        ) from None
+    return Examination(form.form, form.reason, count_per_row=count / layout.rows)
+
+
+def _refuse_sharded_in_loss(declared: DeclaredStep, aliases: ParameterAliases, outputs: Any, few: Any) -> None:
+    _, rows = _with_grad(outputs)
+    with torch.enable_grad():
+        loss = checked_loss(declared.loss_fn(rows, few))
+    refuse_in_loss(losses.leaves_under(loss), declared.network, aliases.sharded_names())
+
+
+def _per_rank(declared: DeclaredStep, examination: Examination, model: ModelFindings) -> Examination:
+    """One pass is left where each chunk's share is known before it runs: ranks reduce it as soon as it has run."""
+    if examination.form is Form.COUNTED:
+        return _two_passes(
+            examination,
+            "it is divided by this rank's count of targets, and chunks are reduced over ranks before that is known; "
+            "normalise=lambda batch: <that count> gives one pass",
+        )
+    _, rows = _with_grad(model.outputs)
+    with torch.enable_grad():
+        loss = declared.loss_fn(rows, model.few)
+    if loss.dtype in NARROW:
+        kind = str(loss.dtype).removeprefix("torch.")
+        return _two_passes(
+            examination, f"it is a {kind} number, which a chunk's share of the rows would round; float32 gives one pass"
+        )
+    return examination
+
+
+def chosen_rows(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:
     """``rows`` rows spread over the batch, and as many to replace them with: others where the batch has them."""
     stride = batch_rows // rows
     few = [i * stride for i in range(rows)]
@@ -83,13 +233,15 @@ def _chosen(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:
     return few, [few[(i + 1) % rows] for i in range(rows)]
 
 
-def _refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
-    for path, leaf in zip(layout.paths, trees.leaves_of(batch)):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
+def refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
+    for path, leaf, axis in zip(layout.paths, trees.leaves_of(batch), layout.axes):
+        if axis is not None and isinstance(leaf, Tensor) and leaf.requires_grad:
             raise CannotSplit(
                 asked="split the rows of a step",
-                found=f"{path} requires grad, and only parameters receive gradients from chunks",
-                do="detach it, or run the step whole with rows=<the batch's rows>",
+                found=f"{path} carries rows and requires grad; only parameters and leaves that all rows share receive "
+                "gradients from chunks",
+                do="detach it, mark it as shared with None in batch_axes=, or run the step whole with "
+                "rows=<the batch's rows>",
             )
 
 
@@ -177,10 +329,41 @@ def _recognised(
     return form, count
 
 
+def _has_recurrent_layers(network: nn.Module) -> bool:
+    """Their kernels without a graph give the same bits for some numbers of rows and not for others (one row, say)."""
+    return any(isinstance(part, nn.RNNBase) for part in network.modules())
+
+
 def _module_hooks(network: nn.Module) -> tuple[str, ...]:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return tuple(
         f"{name or 'the model'} ({type(part).__name__})"
         for name, part in network.named_modules()
-        if any(getattr(part, kind) for kind in kinds)
+        # fully_shard's own are no hooks of the user's.
+        if any(not _of_torch(hook) for kind in kinds for hook in getattr(part, kind).values())
     )
+
+
+def _of_torch(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
+def find_draws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:
+    """Where the model draws, None where it does not or where its draws cannot be keyed, so that it cannot be split."""
+    try:
+        return draws_or_none(declared, batch, layout)
+    except NotToBeTried:
+        return None
+
+
+def draws_or_none(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:
+    """The same. Raises NotToBeTried for a model that no forward may be tried of."""
+    rows = min(PROBE_ROWS, layout.rows)
+    few = trees.move(trees.take_rows(batch, layout, chosen_rows(layout.rows, rows)[0]), declared.device)
+    with undisturbed(declared.modules, declared.device) as (generators, state):
+        try:
+            return RowProbes(declared, few, dataclasses.replace(layout, rows=rows), generators, state).draw_sites()
+        except NotToBeTried:
+            raise
+        except CannotSplit:
+            return None

@@ -6,6 +6,8 @@ module and holds only parameters that received a gradient, as the plain step's g
 
 1. The node gives up its totals while it runs; otherwise ``AccumulateGrad`` would clone them, a parameter size more.
 2. ``.grad`` is untouched until here, and what stood there is added to, as ``backward()`` does.
+3. What else ``ddp.forward`` does first, it does before the chunks: they are to see the first rank's buffers, and a rank
+   that runs whole beside one that is split is to find the same collectives in the same order.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, totals: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.totals = totals
-        return parameters[0].new_zeros(())
+        # A plain tensor, also of sharded parameters; backward begins at real numbers only.
+        return torch.zeros((), dtype=parameters[0].dtype.to_real(), device=parameters[0].device)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
@@ -46,6 +49,17 @@ class _Stub(nn.Module):
         return self._call()
 
 
+def begin_step(model: nn.Module) -> None:
+    """What ``ddp.forward`` does before the network runs: the first rank's buffers on every rank, if it sends them."""
+    if isinstance(model, DistributedDataParallel):
+        # torch has no types here.
+        ddp: Any = model
+        # rule 3: after the first backward, ranks agree on buckets before they send buffers.
+        ddp.reducer._rebuild_buckets()
+        if ddp._check_sync_bufs_pre_fwd():
+            ddp._sync_buffers()
+
+
 def hand_over(model: nn.Module, parameters: Sequence[nn.Parameter], totals: list[Tensor | None]) -> None:
     """Adds ``totals[i]`` to ``parameters[i].grad`` through one backward. ``totals`` is emptied.
 
@@ -62,10 +76,15 @@ def hand_over(model: nn.Module, parameters: Sequence[nn.Parameter], totals: list
     with torch.enable_grad():
         root = _through_reducer(model, stub) if isinstance(model, DistributedDataParallel) else stub()
     del stub
-    root.backward()
+    # What a shared leaf came from is behind it, and runs as after the user's autocast block.
+    with torch.autocast(root.device.type, enabled=False):
+        root.backward()
 
 
 def _through_reducer(ddp: DistributedDataParallel, stub: _Stub) -> Tensor:
+    if cast(Any, ddp)._check_sync_bufs_pre_fwd():
+        # They came before the chunks; what is in them since is this rank's own. ddp.forward sets the flag again.
+        ddp.require_forward_param_sync = False
     network = ddp._modules["module"]
     ddp._modules["module"] = stub
     try:

@@ -2,27 +2,31 @@
 
     density = sg.over(score, centers, shared=(x, network), reduce="logsumexp", rows=100)
 
-Derivatives of any order hold one chunk of items at a time.
+Derivatives of any order hold one chunk of items at a time; "softmax_mean" is a closed form with a first one only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.errors import BadInput, CannotSplit, UsageError
-from samegrad.exact import losses
+from samegrad.exact import collectives, losses
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
 from samegrad.exact.probes import close
+from samegrad.exact.ranks import Ranks, SplitItems, largest_over_ranks, sum_over_ranks
+from samegrad.exact.sharded import refuse_sharded
+from samegrad.exact.softmax_mean import checked, softmax_mean
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.exact.watch import Watch
 
-Reduce = Literal["cat", "sum", "logsumexp"]
+Reduce = Literal["cat", "sum", "logsumexp", "softmax_mean"]
 
 
 def over(
@@ -37,24 +41,45 @@ def over(
     """``fn(items, shared)`` with ``rows`` items at a time.
 
     ``fn`` returns tensors whose first axis is the items: "cat" keeps that axis, "sum" and "logsumexp" reduce it, the
-    latter without ever holding all terms. ``items``: tensors, nested as you like, items on their first axis.
-    ``shared``: what every chunk sees, nested; tensors and modules in it receive gradients. Raises CannotSplit when
-    ``fn`` uses parameters that are not in ``shared``, draws random numbers or changes state.
+    latter without ever holding all terms. "softmax_mean": ``fn`` returns ``(scores, values)``, scores (items, B) and
+    values (items, B, ...), nested as you like; the result is ``(lse, means)``, the scores' log-sum-exp (B,) and the
+    values averaged with their softmax (B, ...), with a first derivative only, at 2F + B; values () give lse alone.
+
+    ``items``: tensors, nested as you like, items on their first axis. ``shared``: what every chunk sees, nested;
+    tensors and modules in it receive gradients. Raises CannotSplit when ``fn`` uses parameters that are not in
+    ``shared``, draws random numbers or changes state.
+
+    ``process_group``: every rank of it holds items of its own, any number of them, and the same ``shared``; "sum" and
+    "logsumexp" reduce over the ranks too. Every rank is to compute the same loss from the result: then each holds the
+    whole gradient of what is shared (summed over ranks, not averaged) and that of its own items, to any order.
     """
-    if reduce not in ("cat", "sum", "logsumexp"):
-        raise UsageError(asked=f"reduce={reduce!r}", found="not a reduction", do="use 'cat', 'sum' or 'logsumexp'")
-    if process_group is not None:
+    if reduce not in get_args(Reduce):
+        raise UsageError(asked=f"reduce={reduce!r}", found="not a reduction", do=f"use one of {get_args(Reduce)}")
+    if process_group is not None and reduce not in ("sum", "logsumexp"):
         raise UsageError(
-            asked="process_group=", found="items are not split over ranks yet", do="leave it out: one rank, all items"
+            asked=f"reduce={reduce!r} with process_group=",
+            found="it is no sum over the items of all ranks",
+            do="use 'sum' or 'logsumexp', or leave process_group out: each rank keeps what its own items give",
         )
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UsageError(asked=f"rows={rows!r}", found="not a positive whole number", do="give items at a time")
-    mapped = _Over(fn, items, shared, rows)
+    made = partial(_Over, fn, items, shared, rows)
+    mapped = made() if process_group is None else _on_ranks(made, (items, shared), process_group)
+    if reduce == "softmax_mean":
+        return mapped.softmax_mean(fn)
     if reduce == "cat":
         return mapped(fn, 0)
     if reduce == "sum":
         return mapped(lambda i, s: trees.map_tensors(fn(i, s), lambda t: t.sum(0)), None)
     return _log_sum_exp(mapped, fn)
+
+
+def _on_ranks(make: Callable[[], _Over], inputs: Any, process_group: Any) -> _Over:
+    tensors = [leaf for leaf in trees.leaves_of(inputs) if isinstance(leaf, Tensor)]
+    ranks = Ranks((process_group,), tensors[0].device if tensors else torch.device("cpu"))
+    mapped, _ = ranks.together(lambda: (make(), 0))
+    mapped.split_over(ranks)
+    return mapped
 
 
 def _log_sum_exp(mapped: _Over, fn: Callable[[Any, Any], Any]) -> Any:
@@ -90,10 +115,34 @@ class _Over:
         self._modules = [leaf for leaf in self._shared if isinstance(leaf, nn.Module)]
         self._aliases = ParameterAliases({f"shared[{i}]": module for i, module in enumerate(self._modules)})
         self._places = [i for i, leaf in enumerate(self._shared) if isinstance(leaf, Tensor)]
+        self._split: SplitItems | None = None
+        self._reached: list[bool] = []
+        refuse_sharded(
+            self._modules,
+            asked="share a module with all chunks of items",
+            do="share a module that every rank holds as a whole",
+        )
         self._check(fn)
+
+    def split_over(self, ranks: Ranks) -> None:
+        """Reduces over ``ranks`` as well, all of which do so now."""
+        self._split = SplitItems.agreed(ranks, self._inputs()[len(self._items) :], self._reached)
 
     def __call__(self, fn: Callable[[Any, Any], Any], out_axis: int | None) -> Any:
         spec: list[Any] = []
+        mapped, tensors, items = self._chunks(fn, out_axis, spec), self._inputs(), len(self._items)
+        if self._split is None:
+            return trees.unflatten(mapped(*tensors), spec[0])
+        outputs = mapped(*tensors[:items], *self._split.entering(tensors[items:]))
+        return trees.unflatten(sum_over_ranks([o for o in outputs if o is not None], self._split.group), spec[0])
+
+    def softmax_mean(self, fn: Callable[[Any, Any], Any]) -> Any:
+        spec: list[Any] = []
+        chunks = self._chunks(lambda items, shared: checked(fn(items, shared)), None, spec)
+        return trees.unflatten(softmax_mean(chunks, self._inputs()), spec[0])
+
+    def _chunks(self, fn: Callable[[Any, Any], Any], out_axis: int | None, spec: list[Any]) -> ChunkMap:
+        """``fn`` by chunks of items; ``spec`` will hold how what it returned was nested."""
 
         def function(inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
             leaves, tree = trees.flatten(self._evaluated(fn, inputs))
@@ -102,7 +151,7 @@ class _Over:
 
         tensors = self._inputs()
         items = len(self._items)
-        mapped = ChunkMap(
+        return ChunkMap(
             function=function,
             in_axes=(*(0 for _ in range(items)), *(None for _ in tensors[items:])),
             out_axes=out_axis,
@@ -110,8 +159,6 @@ class _Over:
             autocast=Autocast.now([t.device.type for t in tensors]),
             watch=Watch.of(self._modules, tensors[0].device),
         )
-        outputs = mapped(*tensors)
-        return trees.unflatten(outputs, spec[0])
 
     def maximum(self, fn: Callable[[Any, Any], Any]) -> Any:
         """The largest term over all items, a chunk at a time; under no_grad."""
@@ -124,7 +171,7 @@ class _Over:
             here = [leaf.amax(0) for leaf in leaves]
             tops = here if not tops else [torch.maximum(a, b) for a, b in zip(tops, here, strict=True)]
             start += size
-        return trees.unflatten(tops, spec)
+        return trees.unflatten(tops if self._split is None else largest_over_ranks(tops, self._split.group), spec)
 
     def _inputs(self) -> list[Tensor]:
         return [*self._items, *(self._shared[i] for i in self._places), *self._aliases.parameters]
@@ -147,8 +194,15 @@ class _Over:
         inputs += [tensor.detach() for tensor in self._inputs()[len(self._items) :]]
         inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
         known = {id(tensor) for tensor in inputs}
-        with torch.enable_grad():
-            outputs = trees.leaves_of(self._evaluated(fn, inputs))
+        try:
+            with torch.enable_grad(), collectives.watched():
+                outputs = trees.leaves_of(self._evaluated(fn, inputs))
+        except collectives.CollectiveSeen as seen:
+            raise CannotSplit(
+                asked="a function of items that each rank can run on its own chunks",
+                found=f"it calls a collective ({seen}), and ranks with other chunk counts would wait for each other",
+                do="reduce over ranks outside of it, or with process_group=",
+            ) from None
         drew, changed = generators.advanced(), state.changed()
         generators.restore()
         state.restore()
@@ -160,15 +214,17 @@ class _Over:
                 do="draw outside and pass the draw in items or shared",
             )
         self._check_alone(fn, inputs, outputs)
-        for output in outputs:
-            missing = [leaf for leaf in losses.leaves_under(output) if id(leaf) not in known]
-            if missing:
-                raise CannotSplit(
-                    asked="gradients of everything that the function uses",
-                    found=f"it uses a tensor of shape {tuple(missing[0].shape)} that requires grad and is neither in "
-                    "items nor in shared",
-                    do="pass the tensor, or the module it belongs to, in shared=",
-                )
+        leaves = [leaf for output in outputs for leaf in losses.leaves_under(output)]
+        reached = {id(leaf) for leaf in leaves}
+        self._reached = [id(tensor) in reached for tensor in inputs[len(self._items) :]]
+        missing = [leaf for leaf in leaves if id(leaf) not in known]
+        if missing:
+            raise CannotSplit(
+                asked="gradients of everything that the function uses",
+                found=f"it uses a tensor of shape {tuple(missing[0].shape)} that requires grad and is neither in "
+                "items nor in shared",
+                do="pass the tensor, or the module it belongs to, in shared=",
+            )
 
     def _check_alone(self, fn: Callable[[Any, Any], Any], inputs: Sequence[Tensor], pair: Sequence[Tensor]) -> None:
         """The first item alone must give what it gives beside the second one."""

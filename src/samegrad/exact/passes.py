@@ -4,7 +4,8 @@ Two passes: rows without a graph, the whole loss on those rows for its gradient 
 chunk again with its graph. Source: Gao, Zhang, Han, Callan 2021, "Scaling Deep Contrastive Learning Batch Size under
 Memory Limited Setup", arXiv:2101.06983, section 3.
 
-Nothing of the user's changes here: gradients are left on aliases and returned as totals.
+The second forward is paid only for chunks whose graph the budget does not hold: the last ``kept`` chunks of the first
+pass keep theirs. Nothing of the user's changes here: gradients are left on aliases and returned as totals.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import GradientTotals, ParameterAliases
+from samegrad.exact.forward import StepForward
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.losses import Form
 from samegrad.exact.phases import announce
+from samegrad.exact.sharded import refuse_in_loss
 from samegrad.records import Phase
 
 
@@ -45,7 +49,8 @@ class StepTotals:
 
     loss: () on the device, detached, not scaled. parameters: the model's, then those the loss owns.
     mismatches: () int64 on the device, entries whose second-pass bits differ; None after a single pass.
-    magnitudes: sums of the chunks' absolute gradients, where the sums kept them.
+    magnitudes: sums of the chunks' absolute gradients, where the sums kept them. commit: writes the state that the
+    forward changes, once.
     """
 
     loss: Tensor
@@ -53,13 +58,16 @@ class StepTotals:
     totals: list[Tensor | None]
     mismatches: Tensor | None = None
     magnitudes: list[Tensor | None] | None = None
+    commit: Callable[[], None] = lambda: None
 
 
 def single_pass(
     declared: DeclaredStep,
     aliases: ParameterAliases,
+    forward: StepForward,
     form: Form,
     chunks: Iterable[Any],
+    sizes: Sequence[int],
     shares: Sequence[float],
     scale: Tensor,
     sums_of: GradientSums = GradientTotals,
@@ -68,8 +76,10 @@ def single_pass(
     """Totals of a step whose loss is a sum over rows.
 
     ``shares[k]`` is chunk k's part of the loss: its rows or its count over the batch's for a mean, 1 for a sum. A
-    chunk whose share is 0 (no valid target) adds nothing and is not run. ``scale``: () float64, the loss scale.
-    ``divisor``: what the shares were divided by, where that matters for narrow dtypes.
+    chunk whose share is 0 (no valid target) adds nothing; it is run only when its forward changes state or other
+    ranks wait for it.
+    ``scale``: () float64, the loss scale. ``divisor``: what the shares were divided by, where that matters for narrow
+    dtypes.
     """
     device = declared.device
     sums = program.LossSums(device)
@@ -88,56 +98,90 @@ def single_pass(
         return loss
 
     with aliases.swapped() as swapped:
-        body = program.single_pass_body(_forward(declared), loss_of_chunk, form, sums)
+        body = program.single_pass_body(forward.first, loss_of_chunk, form, sums)
         gradients = sums_of(swapped)
         chunk_program = program.ChunkProgram(body, gradients)
-        for index, chunk in enumerate(chunks):
+        idle = program.ChunkProgram(program.idle_body(forward.idle, _used_by(declared)), gradients)
+        for index, chunk, part in numbered(chunks, sizes):
             if shares[index] == 0:
+                if aliases.sharded:
+                    idle.run_once(chunk)
+                else:
+                    forward.only_state(chunk, forward.ids(part))
                 continue
-            chunk_program.bind(chunk, weights[index], cotangents[index])
-            chunk_program.run()
+            chunk_program.run_once(chunk, forward.ids(part), weights[index], cotangents[index])
         loss = sums.loss
         if form is Form.COUNTED:
             loss = sums.loss / sums.count
             # Chunks ran with cotangents for the count they were expected to have; the true count is known now.
             factor = torch.where(sums.count == 0, torch.zeros_like(sums.count), 1 / (weights[0] * sums.count))
         totals, magnitudes = chunk_program.totals(factor), gradients.magnitudes()
-    return StepTotals(loss.to(loss_dtype), list(aliases.parameters), totals, magnitudes=magnitudes)
+    return StepTotals(
+        loss.to(loss_dtype), list(aliases.parameters), totals, magnitudes=magnitudes, commit=forward.commit
+    )
+
+
+def parts_of(sizes: Sequence[int]) -> Iterator[slice]:
+    """Where each chunk's rows are in the batch."""
+    start = 0
+    for size in sizes:
+        yield slice(start, start + size)
+        start += size
+
+
+def numbered(chunks: Iterable[Any], sizes: Sequence[int]) -> Iterator[tuple[int, Any, slice]]:
+    """Each chunk with its number and its place, kept by nobody else: zip would hold the first one to the end."""
+    arriving = iter(chunks)
+    for index, part in enumerate(parts_of(sizes)):
+        yield index, next(arriving), part
+    # What ends a stream properly: it looks after its places then.
+    if next(arriving, None) is not None:
+        raise AssertionError("more chunks than sizes")
 
 
 def two_passes(
     declared: DeclaredStep,
     aliases: ParameterAliases,
+    forward: StepForward,
     batch_for_loss: Any,
-    chunks_twice: Sequence[Iterable[Any]],
+    chunks: Callable[[Sequence[int]], Iterable[Any]],
     sizes: Sequence[int],
     scale: Tensor,
     sums_of: GradientSums = GradientTotals,
     first_pass: FirstPass = FirstPass.WITHOUT_GRAPH,
+    kept: int = 0,
 ) -> StepTotals:
     """Totals of a step with any loss of the outputs.
 
-    ``chunks_twice`` yields the same chunks in the same order, once for each pass. ``batch_for_loss`` is the whole
-    batch as the loss is to see it.
+    ``chunks(sizes)`` yields the batch's chunks of these sizes from its first row on; it is asked for all of them and
+    then, without the last ``kept``, again. ``batch_for_loss`` is the whole batch as the loss is to see it. A chunk of
+    size 0 has rows that other chunks bring: it is run for the ranks that wait for it and adds nothing.
     """
-    forward = _forward(declared)
     mismatches = torch.zeros((), dtype=torch.int64, device=declared.device)
+    again = len(sizes) - kept
     with aliases.swapped() as swapped:
-        outputs = _first_pass(declared, forward, chunks_twice[0], sizes, first_pass)
-        loss, cotangents, owned, owned_totals = _loss_gradients(
-            declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters))
-        )
         gradients = sums_of(swapped)
-        second = program.ChunkProgram(program.second_pass_body(forward, mismatches), gradients)
-        start = 0
+        outputs, graphs = _first_pass(declared, forward, chunks(sizes), sizes, first_pass, kept)
+        loss, cotangents, owned, owned_totals = _loss_gradients(
+            declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters)),
+            aliases.sharded_names(),
+        )  # fmt: skip
+        parts = list(parts_of(sizes))
+        for leaves, part in zip(graphs, parts[again:], strict=True):
+            # The graphs go first, so that recomputed chunks come when they are gone.
+            program.backward_of_rows(leaves, [None if c is None else c[part] for c in cotangents])
+            gradients.fold()
+        second = program.ChunkProgram(program.second_pass_body(forward.again, mismatches), gradients)
+        idle = program.ChunkProgram(
+            program.idle_body(forward.idle, lambda *_: [c is not None for c in cotangents]), gradients
+        )
         rows = [leaf.detach() for leaf in outputs.leaves()]
-        for size, chunk in zip(sizes, chunks_twice[1], strict=True):
-            part = slice(start, start + size)
-            second.bind(
-                chunk, [leaf[part] for leaf in rows], [None if c is None else c[part] for c in cotangents]
-            )
-            second.run()
-            start += size
+        for _, chunk, part in numbered(chunks(sizes[:again]) if again else (), sizes[:again]):
+            if part.start == part.stop:
+                idle.run_once(chunk)
+                continue
+            mine = [None if c is None else c[part] for c in cotangents]
+            second.run_once(chunk, forward.ids(part), [leaf[part] for leaf in rows], mine)
         totals, magnitudes = second.totals(), gradients.magnitudes()
     parameters = list(aliases.parameters)
     place = {id(p): i for i, p in enumerate(parameters)}
@@ -150,36 +194,60 @@ def two_passes(
             # A parameter of the model that the loss uses as well: its gradient is the sum of both ways.
             before = totals[index]
             totals[index] = total if before is None else before.add_(total) if total is not None else before
-    return StepTotals(loss, parameters, totals, mismatches, magnitudes)
+    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.commit)
 
 
 def _first_pass(
     declared: DeclaredStep,
-    forward: program.Forward,
+    forward: StepForward,
     chunks: Iterable[Any],
     sizes: Sequence[int],
     first_pass: FirstPass,
-) -> program.OutputRows:
+    kept: int,
+) -> tuple[program.OutputRows, list[list[Tensor]]]:
+    """All output rows, and for each of the last ``kept`` chunks its outputs with their graphs."""
     outputs = program.OutputRows(rows=sum(sizes))
-    body = program.first_pass_body(forward)
-    start = 0
+    graphs: list[list[Tensor]] = []
+    body = program.first_pass_body(forward.first)
+    again = len(sizes) - kept
     with as_in_first_pass(declared.device.type, first_pass):
-        for size, chunk in zip(sizes, chunks, strict=True):
-            if start == 0:
-                announce(Phase.FORWARD)
-                first = forward(chunk)
-                outputs.allocate(first, size)
-                for place, leaf in zip(outputs.leaves(), program.tensors_in(first)):
-                    place[:size].copy_(leaf.detach())
-                del first
-            else:
-                body(chunk, [leaf[start : start + size] for leaf in outputs.leaves()])
-            start += size
-    return outputs
+        for index, chunk, part in numbered(chunks, sizes):
+            if part.start == part.stop:
+                forward.idle(chunk)
+                continue
+            if index and index < again:
+                body(chunk, forward.ids(part), [leaf[part] for leaf in outputs.leaves()])
+                continue
+            announce(Phase.FORWARD)
+            with torch.set_grad_enabled(index >= again or torch.is_grad_enabled()):
+                made = forward.first(_lasting(chunk) if index >= again else chunk, forward.ids(part))
+            if index == 0:
+                outputs.allocate(made, sizes[0])
+            _write(outputs, part, made)
+            if index >= again:
+                graphs.append(program.tensors_in(made))
+            # Its graph holds the chunk, whose memory the next but one is read into.
+            del made
+    return outputs, graphs
+
+
+def _write(outputs: program.OutputRows, part: slice, made: Any) -> None:
+    for place, leaf in zip(outputs.leaves(), program.tensors_in(made)):
+        place[part].copy_(leaf.detach())
+
+
+def _lasting(chunk: Any) -> Any:
+    """``chunk`` in memory of its own where the next one would be read into its place."""
+    return trees.map_tensors(chunk, lambda leaf: leaf.clone() if leaf.device.type == "cuda" else leaf)
 
 
 def _loss_gradients(
-    declared: DeclaredStep, outputs: program.OutputRows, batch: Any, scale: Tensor, owner_of: dict[int, nn.Parameter]
+    declared: DeclaredStep,
+    outputs: program.OutputRows,
+    batch: Any,
+    scale: Tensor,
+    owner_of: dict[int, nn.Parameter],
+    sharded: set[str],
 ) -> tuple[Tensor, list[Tensor | None], list[nn.Parameter], list[Tensor | None]]:
     """The loss on all rows, its gradient with respect to every output leaf, and those of parameters it owns."""
     announce(Phase.LOSS)
@@ -189,12 +257,14 @@ def _loss_gradients(
         loss = checked_loss(declared.loss_fn(outputs.tree(), batch))
     known = {id(leaf) for leaf in live}
     owned = [leaf for leaf in losses.leaves_under(loss) if id(leaf) not in known]
-    owners = [owner_of.get(id(leaf), leaf) for leaf in owned]
+    if sharded:
+        refuse_in_loss(owned, declared.network, sharded)
+    owners = [owner_of[id(leaf)] if id(leaf) in owner_of else _parameter(leaf) for leaf in owned]
     with hooks_silenced(owned):
         gradients = program.gradients_outside_autocast(loss, scale.to(loss.dtype), live + owned)
     by_leaf = {id(leaf): g for leaf, g in zip(live, gradients)}
     cotangents = [by_leaf.get(id(leaf)) for leaf in leaves]
-    return loss.detach(), cotangents, [_parameter(p) for p in owners], gradients[len(live) :]
+    return loss.detach(), cotangents, owners, gradients[len(live) :]
 
 
 def _parameter(leaf: Tensor) -> nn.Parameter:
@@ -207,9 +277,20 @@ def _parameter(leaf: Tensor) -> nn.Parameter:
     )
 
 
-def _forward(declared: DeclaredStep) -> program.Forward:
-    network = declared.network
-    return lambda chunk: program.seen(declared.forward(network, chunk))
+def _used_by(declared: DeclaredStep) -> Callable[[Any, Any], list[bool]]:
+    """Which output tensors of a chunk the loss depends on."""
+
+    def used(outputs: Any, chunk: Any) -> list[bool]:
+        leaves, spec = trees.flatten(outputs)
+        apart = [
+            leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        ]
+        with torch.enable_grad():
+            loss = checked_loss(declared.loss_fn(trees.unflatten(apart, spec), chunk))
+        reached = {id(leaf) for leaf in losses.leaves_under(loss)}
+        return [id(leaf) in reached for leaf in apart if isinstance(leaf, Tensor)]
+
+    return used
 
 
 @contextlib.contextmanager

@@ -8,17 +8,22 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from samegrad.records import Phase
 
 
 class Listener(Protocol):
-    """Told of every phase a step enters, and of every chunk that has arrived on the device."""
+    """Told of every phase a step enters, of every chunk that has arrived on the device, and of what only repeats."""
 
     def announce(self, phase: Phase) -> None: ...
 
     def arrived(self, chunk: Any) -> None: ...
+
+    def repeating(self) -> AbstractContextManager[None]:
+        """A chunk between the first and the last of its map, inside the block: it does what those do."""
+        ...
 
 
 _listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("samegrad_listener", default=None)
@@ -39,6 +44,11 @@ def arriving_chunks(chunks: Iterable[Any]) -> Iterator[Any]:
     for chunk in chunks:
         listener.arrived(chunk)
         yield chunk
+
+
+def listener_now() -> Listener | None:
+    """Who listens; for what may run in another thread later, where the variable is not set."""
+    return _listener.get()
 
 
 @contextlib.contextmanager

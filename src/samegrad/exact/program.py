@@ -23,7 +23,9 @@ from samegrad.exact.losses import Form
 from samegrad.exact.phases import announce
 from samegrad.records import Phase
 
-Forward = Callable[[Any], Any]
+# forward(chunk, ids): the model's outputs; ids (rows,) int64 on the device, each row's place in the batch, or None
+# where nothing is drawn.
+Forward = Callable[[Any, Tensor | None], Any]
 
 
 def backward_outside_autocast(roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
@@ -70,6 +72,14 @@ class ChunkProgram:
         self._body(*self._inputs)
         self._gradients.fold()
 
+    def run_once(self, *inputs: Any) -> None:
+        """Bound, run, and let go of: the memory of a chunk is needed for another one."""
+        self.bind(*inputs)
+        try:
+            self.run()
+        finally:
+            self._inputs = ()
+
     def totals(self, factor: Tensor | None = None) -> list[Tensor | None]:
         self._inputs = ()
         return self._gradients.taken(factor)
@@ -94,17 +104,17 @@ class LossSums:
 
 def single_pass_body(
     forward: Forward, loss_fn: Callable[[Any, Any], Tensor], form: Form, sums: LossSums
-) -> Callable[[Any, Tensor, Tensor], None]:
-    """Body of one chunk when the loss is a sum over rows: ``(chunk, weight, cotangent)``.
+) -> Callable[[Any, Tensor | None, Tensor, Tensor], None]:
+    """Body of one chunk when the loss is a sum over rows: ``(chunk, ids, weight, cotangent)``.
 
     weight: () float64, the chunk's share of the loss (rows over batch rows, or 1); COUNTED losses bring their own.
     cotangent: () float64, what the gradient of the chunk's loss is multiplied by, loss scaling included; for COUNTED
     the cotangent of one unit of the count.
     """
 
-    def body(chunk: Any, weight: Tensor, cotangent: Tensor) -> None:
+    def body(chunk: Any, ids: Tensor | None, weight: Tensor, cotangent: Tensor) -> None:
         announce(Phase.FORWARD)
-        outputs = forward(chunk)
+        outputs = forward(chunk, ids)
         announce(Phase.LOSS)
         loss = loss_fn(outputs, chunk).reshape(())
         del outputs
@@ -118,6 +128,34 @@ def single_pass_body(
         backward_outside_autocast([loss], [cotangent.to(loss.dtype)])
 
     return body
+
+
+def idle_body(
+    forward: Callable[[Any], Any], used_by_loss: Callable[[Any, Any], Sequence[bool]]
+) -> Callable[[Any], None]:
+    """Body of a chunk of zero weight, run since other ranks wait for its collectives: ``(chunk,)``.
+
+    ``used_by_loss(outputs, chunk)``: for every output tensor whether the loss depends on it. Zeros go in where the
+    loss's gradient would, not through the loss, in which they can meet an infinity.
+    """
+
+    def body(chunk: Any) -> None:
+        announce(Phase.FORWARD)
+        outputs = forward(chunk)
+        used = used_by_loss(outputs, chunk)
+        live = [leaf for leaf, here in zip(tensors_in(outputs), used, strict=True) if here]
+        del outputs
+        announce(Phase.BACKWARD)
+        backward_of_nothing(live)
+
+    return body
+
+
+def backward_of_nothing(outputs: Sequence[Tensor]) -> None:
+    """Backward with zeros, for its hooks and collectives."""
+    live = [leaf for leaf in outputs if leaf.requires_grad]
+    if live:
+        backward_outside_autocast(live, [torch.zeros_like(leaf) for leaf in live])
 
 
 @dataclasses.dataclass
@@ -197,15 +235,15 @@ def tensors_in(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in trees.leaves_of(outputs) if isinstance(leaf, Tensor)]
 
 
-def first_pass_body(forward: Forward) -> Callable[[Any, Sequence[Tensor]], None]:
-    """Body of one chunk of the first of two passes: ``(chunk, places)``, the outputs written into ``places``.
+def first_pass_body(forward: Forward) -> Callable[[Any, Tensor | None, Sequence[Tensor]], None]:
+    """Body of one chunk of the first of two passes: ``(chunk, ids, places)``, the outputs written into ``places``.
 
     Before the first chunk nothing is known of the outputs; the caller runs ``forward`` itself then.
     """
 
-    def body(chunk: Any, places: Sequence[Tensor]) -> None:
+    def body(chunk: Any, ids: Tensor | None, places: Sequence[Tensor]) -> None:
         announce(Phase.FORWARD)
-        for place, leaf in zip(places, tensors_in(forward(chunk))):
+        for place, leaf in zip(places, tensors_in(forward(chunk, ids))):
             place.copy_(leaf.detach())
 
     return body
@@ -222,21 +260,28 @@ def _bits(values: Tensor) -> Tensor:
 
 def second_pass_body(
     forward: Forward, mismatches: Tensor
-) -> Callable[[Any, Sequence[Tensor], Sequence[Tensor | None]], None]:
-    """Body of one chunk of the second pass: ``(chunk, first-pass rows, cotangents)``.
+) -> Callable[[Any, Tensor | None, Sequence[Tensor], Sequence[Tensor | None]], None]:
+    """Body of one chunk of the second pass: ``(chunk, ids, first-pass rows, cotangents)``.
 
     mismatches: () int64 on the device, grows by the number of entries that differ in any bit from the first pass.
     """
 
-    def body(chunk: Any, first: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> None:
+    def body(
+        chunk: Any, ids: Tensor | None, first: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    ) -> None:
         announce(Phase.FORWARD)
-        leaves = tensors_in(forward(chunk))
+        leaves = tensors_in(forward(chunk, ids))
         for again, before in zip(leaves, first):
             mismatches.add_((_bits(again.detach()) != _bits(before)).sum())
-        announce(Phase.BACKWARD)
-        live = [(leaf, c) for leaf, c in zip(leaves, cotangents) if c is not None and leaf.requires_grad]
-        del leaves
-        if live:
-            backward_outside_autocast([leaf for leaf, _ in live], [c for _, c in live])
+        backward_of_rows(leaves, cotangents)
 
     return body
+
+
+def backward_of_rows(leaves: list[Tensor], cotangents: Sequence[Tensor | None]) -> None:
+    """Backward from output rows with a graph; ``leaves`` is emptied, so that each graph goes as it is used."""
+    announce(Phase.BACKWARD)
+    live = [(leaf, c) for leaf, c in zip(leaves, cotangents) if c is not None and leaf.requires_grad]
+    leaves.clear()
+    if live:
+        backward_outside_autocast([leaf for leaf, _ in live], [c for _, c in live])

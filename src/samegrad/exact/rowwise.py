@@ -18,12 +18,16 @@ from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
-from samegrad.errors import UsageError
+from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.chunk_map import Autocast, ChunkMap
+from samegrad.exact.backward_probe import BackwardProbe
 from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach
+from samegrad.exact.randomness import DrawSites
+from samegrad.exact.row_map import RowCall
+from samegrad.exact.sharded import refuse_sharded
+from samegrad.exact.state import StateRule
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
-from samegrad.exact.watch import Watch
 from samegrad.trees import RowLayout
 
 
@@ -40,7 +44,7 @@ def rowwise(
     ``fn``: a module, or a function with the modules it uses in ``shared``. ``axes``: where rows are in its arguments
     and outputs, when that is not their first axis: one axis for all of them, or a nesting of axes and None for the
     arguments ``(args, kwargs)``. ``groups``: lengths of consecutive rows that must stay in one chunk. At the first
-    call of each kind ``fn`` is examined on a few rows; what mixes rows, draws or keeps state raises CannotSplit.
+    call of each kind ``fn`` is examined on a few rows; what mixes rows or keeps state raises CannotSplit.
     """
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UsageError(asked=f"rows={rows!r}", found="not a positive whole number", do="give rows at a time, say 64")
@@ -65,43 +69,24 @@ class Rowwise(nn.Module):
         self._fn = (fn,)
         self._rows, self._axes, self._groups = rows, axes, None if groups is None else tuple(groups)
         self._aliases = ParameterAliases({"": self.module})
-        self._examined: set[tuple[str, str]] = set()
+        self._examined: dict[tuple[str, str, bool], DrawSites | None] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch = (args, kwargs)
         layout = trees.find_rows(batch, self._axes)
         sizes = self._sizes(layout.rows)
-        if len(sizes) < 2:
-            return self._fn[0](*args, **kwargs)
         self._aliases = self._aliases.refreshed()
-        self._examine(batch, layout)
-        return self._mapped(batch, layout, sizes)
-
-    def _mapped(self, batch: Any, layout: RowLayout, sizes: tuple[int, ...]) -> Any:
-        leaves, spec = trees.flatten(batch)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        aliases, returned = self._aliases, _Returned()
-
-        def function(inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-            count = len(aliases.parameters)
-            arguments = list(leaves)
-            for place, tensor in zip(places, inputs[count:]):
-                arguments[place] = tensor
-            args, kwargs = trees.unflatten(arguments, spec)
-            with aliases.replaced(inputs[:count]):
-                return returned.take(self._fn[0](*args, **kwargs))
-
-        tensors = [leaves[i] for i in places]
-        devices = [t.device.type for t in (*tensors, *aliases.parameters)]
-        mapped = ChunkMap(
-            function=function,
-            in_axes=(*(None for _ in aliases.parameters), *(layout.axes[i] for i in places)),
-            out_axes=self._out_axis(),
-            sizes=sizes,
-            autocast=Autocast.now(devices),
-            watch=Watch.of([self.module], tensors[0].device),
-        )
-        return returned.rebuilt(mapped(*aliases.parameters, *tensors))
+        draws = StepDraws(self._sites(batch, layout, len(sizes) > 1))
+        ids = None
+        if draws.sites is not None:
+            draws.key.take()
+            device = next(leaf.device for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor))
+            ids = torch.arange(layout.rows, device=device)
+        if len(sizes) < 2:
+            with draws.all_rows(ids):
+                return self._fn[0](*args, **kwargs)
+        call = RowCall(self._fn[0], self._aliases, [self.module], self._out_axis(), draws.rows)
+        return call.in_chunks(batch, layout, sizes, ids)
 
     def _out_axis(self) -> int:
         return self._axes if isinstance(self._axes, int) else 0
@@ -111,25 +96,47 @@ class Rowwise(nn.Module):
             return tuple(trees.even_sizes(batch_rows, self._rows))
         return tuple(grouped_sizes(self._groups, rows=self._rows, batch_rows=batch_rows))
 
-    def _examine(self, batch: Any, layout: RowLayout) -> None:
+    def _sites(self, batch: Any, layout: RowLayout, split: bool) -> DrawSites | None:
+        """Where ``fn`` draws. At the first call of a kind it is examined; raises CannotSplit when it is to be split."""
         mode = "".join("t" if part.training else "e" for part in self.module.modules())
-        key = (layout.signature(batch), mode)
-        if key in self._examined:
-            return
+        key = (layout.signature(batch), mode, split)
+        if key not in self._examined:
+            try:
+                self._examined[key] = self._examine(batch, layout, split)
+            except CannotSplit:
+                if split:
+                    raise
+                # The plain call, with the draws of its own.
+                self._examined[key] = None
+        return self._examined[key]
+
+    def _examine(self, batch: Any, layout: RowLayout, split: bool) -> DrawSites | None:
+        refuse_sharded(
+            [self.module],
+            asked="run a function of rows in chunks that are recomputed in backward",
+            do="use Step(model, loss_fn, rows=...), whose chunks go through fully_shard's hooks",
+        )
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         probed = DeclaredStep(model=self.module, loss_fn=_no_loss, forward=self._rows_first, device=device)
         with undisturbed([self.module], device) as (generators, state):
             if self._groups is None:
                 few, others, few_layout = _probe_rows(batch, layout)
-                RowProbes(probed, few, few_layout, generators, state).run(others, few_layout)
-            else:
+                probes = RowProbes(probed, few, few_layout, generators, state)
+                if not split:
+                    # Only its draws must be those of a split call.
+                    return probes.draw_sites()
+                found = probes.run(others)
+                _refuse_state(found.rules)
+                BackwardProbe(probes, self._aliases, probes.forward).run()
+                return found.sites
+            if split:
                 # Rows of one group may see each other, so whole groups are what is tried.
                 few = trees.take_rows(batch, layout, list(range(self._groups[0])))
                 among = trees.take_rows(batch, layout, list(range(sum(self._groups[:2]))))
                 check_alone(probed, few, among, self._groups[0], generators, state)
-            with self._aliases.swapped() as standing, torch.enable_grad():
-                check_reach(self._aliases, self._rows_first(self.module, few), standing)
-        self._examined.add(key)
+                with self._aliases.swapped() as standing, torch.enable_grad():
+                    check_reach(self._aliases, self._rows_first(self.module, few), standing)
+        return None
 
     def _rows_first(self, _: nn.Module, batch: Any) -> Any:
         args, kwargs = batch
@@ -137,28 +144,17 @@ class Rowwise(nn.Module):
         return trees.map_tensors(self._fn[0](*args, **kwargs), lambda leaf: leaf.movedim(axis, 0) if axis else leaf)
 
 
+def _refuse_state(rules: Sequence[StateRule]) -> None:
+    if rules:
+        raise CannotSplit(
+            asked="rows a few at a time",
+            found=f"the forward changes {', '.join(rule.name for rule in rules[:3])}, and backward runs rows again",
+            do="give the model to Step, which writes state once a step, or update that state outside the function",
+        )
+
+
 def _no_loss(outputs: Any, batch: Any) -> Tensor:
     raise AssertionError("rows are examined without a loss")
-
-
-class _Returned:
-    """What the function returned: tensors go through the map, everything else is kept from the first chunk."""
-
-    def __init__(self) -> None:
-        self._leaves: list[Any] = []
-        self._spec: Any = None
-
-    def take(self, result: Any) -> list[Tensor | None]:
-        leaves, self._spec = trees.flatten(result)
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        return [leaves[i] for i in self._tensors]
-
-    def rebuilt(self, outputs: Sequence[Tensor | None]) -> Any:
-        leaves = list(self._leaves)
-        for index, output in zip(self._tensors, outputs, strict=True):
-            leaves[index] = output
-        return trees.unflatten(leaves, self._spec)
 
 
 def _probe_rows(batch: Any, layout: RowLayout) -> tuple[Any, Any, RowLayout]:

@@ -1,8 +1,8 @@
 """One whole backward: plain when it is not split, in chunks when it is, handed over in one go.
 
-``backward`` is a transaction up to the hand-over: if anything raises before, ``.grad`` and generators are those before
-the call. Models that change their buffers are refused when they are examined; one that begins to later is refused
-with the buffer's name, but what it wrote stays.
+``backward`` is a transaction up to the hand-over: if anything raises before, ``.grad``, state and generators are those
+before the call. A model that begins to change its buffers after it was examined is refused with the buffer's name,
+but what it wrote stays.
 """
 
 from __future__ import annotations
@@ -13,20 +13,26 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep, plain_loss
 from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
 from samegrad.exact import passes, program
-from samegrad.exact.aliases import NARROW, GradientTotals, ParameterAliases
+from samegrad.exact.aliases import NARROW, GradientMagnitudes, GradientTotals, ParameterAliases
 from samegrad.exact.examine import Examination
-from samegrad.exact.handoff import hand_over
+from samegrad.exact.forward import StepForward
+from samegrad.exact.handoff import begin_step, hand_over
+from samegrad.exact.loop import with_idle_chunks
 from samegrad.exact.losses import Form
 from samegrad.exact.on_use import arriving
 from samegrad.exact.passes import GradientSums, StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
-from samegrad.exact.undisturbed import Generators
+from samegrad.exact.randomness import StepKey
+from samegrad.exact.sharded import ranks_of
+from samegrad.exact.shared_leaves import stood_in
+from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
 
@@ -42,16 +48,34 @@ def sliced_chunks(batch: Any, layout: RowLayout, sizes: Sequence[int], device: t
         start += size
 
 
-def plain_backward(declared: DeclaredStep, batch: Any, layout: RowLayout, scaler: Any) -> Tensor:
-    """The unconstrained step itself: the user's call, on the whole batch. Returns the detached loss."""
+def plain_backward(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, scaler: Any, draws: StepDraws | None = None
+) -> Tensor:
+    """The unconstrained step itself: the user's call, on the whole batch. Returns the detached loss.
+
+    ``draws``: what the model draws, where the step is one that may be split.
+    """
     whole = trees.slice_rows(batch, layout, 0, layout.rows) if _needs_reading(batch) else batch
     [whole] = arriving_chunks([trees.move(whole, declared.device)])
     announce(Phase.FORWARD)
-    loss = plain_loss(declared, whole)
+    loss = plain_loss(under_draws(declared, draws), whole)
     announce(Phase.BACKWARD)
     scaled = loss if scaler is None else scaler.scale(loss)
     program.backward_outside_autocast([scaled], [torch.ones_like(scaled)])
     return loss.detach()
+
+
+def under_draws(declared: DeclaredStep, draws: StepDraws | None) -> DeclaredStep:
+    """``declared`` whose forward of a whole batch makes the draws that its chunks make."""
+    if draws is None or draws.sites is None:
+        return declared
+
+    def forward(network: nn.Module, batch: Any) -> Any:
+        ids = torch.arange(declared.layout(batch).rows, device=declared.device)
+        with draws.all_rows(ids):
+            return declared.forward(network, batch)
+
+    return dataclasses.replace(declared, forward=forward)
 
 
 def _needs_reading(batch: Any) -> bool:
@@ -67,46 +91,98 @@ class SplitStep:
     examination: Examination
     chunks: Chunks = sliced_chunks
     sums_of: GradientSums = GradientTotals
+    kept: int = 0
 
-    def totals(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> StepTotals:
-        """The step's gradients, not handed over. Raises GradientsDiffer when the second pass is not the first."""
+    def keeping_magnitudes(self) -> SplitStep:
+        """The same step, whose totals bring the sums of the chunks' absolute gradients."""
+        return dataclasses.replace(self, sums_of=GradientMagnitudes)
+
+    def totals(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
+    ) -> StepTotals:
+        """The step's gradients and state, not handed over. ``key``: of its draws, by default the next one.
+
+        Raises GradientsDiffer when the second pass is not the first.
+        """
         device = self.declared.device
         scale = torch.ones((), dtype=torch.float64, device=device)
         if scaler is not None:
             scale = scaler.scale(torch.ones((), device=device)).to(torch.float64)
-        generators = Generators(device)
         versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
-        with generators.restored_on_failure():
-            totals = self._summed(batch, layout, sizes, scale)
-            self._check_untouched(generators, versions)
-            _check_repeated(totals)
+        owned = [] if self.declared.loss_module is None else [self.declared.loss_module]
+        loss_state = ModuleState(owned)
+        batch, aliases = stood_in(batch, layout, self.aliases)
+        standing = dataclasses.replace(self, aliases=aliases)
+        with Generators(device).restored_on_failure():
+            draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
+            draws.take()
+            generators = Generators(device)
+            forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
+            try:
+                totals = standing._summed(forward, batch, layout, sizes, scale)
+
+                def checked() -> tuple[None, int]:
+                    self._check_untouched(generators, versions)
+                    forward.state.check()
+                    _check_repeated(totals)
+                    return None, 0
+
+                ranks = ranks_of(self.declared.modules)
+                # A rank that raised alone would leave the others with gradients that it does not have.
+                checked() if ranks is None else ranks.together(checked)
+            except BaseException:
+                loss_state.restore()
+                raise
         return totals
 
-    def _summed(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scale: Tensor) -> StepTotals:
+    def _summed(
+        self, forward: StepForward, batch: Any, layout: RowLayout, sizes: Sequence[int], scale: Tensor
+    ) -> StepTotals:
         device = self.declared.device
         if self.examination.passes == 1:
-            shares = self._shares(batch, layout, sizes)
-            chunks = arriving_chunks(self.chunks(batch, layout, sizes, device))
+            shares = self._agreed_shares(batch, layout, sizes)
+            chunks = arriving_chunks(self._all_chunks(batch, layout, sizes))
             form = self.examination.form
             narrow = any(p.dtype in NARROW for p in self.aliases.parameters)
             by_rows = form is Form.ROW_MEAN or (self.examination.declared and self.declared.normalise == "mean")
             return passes.single_pass(
-                self.declared, self.aliases, form, chunks, shares, scale, self.sums_of,
-                divisor=layout.rows if narrow and by_rows else 1.0,
+                self.declared, self.aliases, forward, form, chunks, sizes, shares, scale, self.sums_of,
+                # What is left of the divisor is this rank's own, and sharded gradients are summed over ranks by then.
+                divisor=layout.rows if narrow and by_rows and not self.aliases.sharded else 1.0,
             )  # fmt: skip
-        twice = [arriving_chunks(self.chunks(batch, layout, sizes, device)) for _ in range(2)]
-        whole = arriving(batch, layout, device)
+
+        def first_chunks(some: Sequence[int]) -> Iterable[Any]:
+            rows = sum(some)
+            head = trees.first_rows(batch, layout, rows)
+            return arriving_chunks(self._all_chunks(head, dataclasses.replace(layout, rows=rows), some))
+
         return passes.two_passes(
-            self.declared, self.aliases, whole, twice, sizes, scale, self.sums_of,
-            first_pass=self.examination.first_pass,
+            self.declared, self.aliases, forward, arriving(batch, layout, device), first_chunks, sizes, scale,
+            self.sums_of, first_pass=self.examination.first_pass, kept=min(self.kept, len(sizes)),
         )  # fmt: skip
 
-    def backward(self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None) -> Tensor:
+    def _all_chunks(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> Iterable[Any]:
+        if all(sizes):
+            return self.chunks(batch, layout, sizes, self.declared.device)
+        return with_idle_chunks(self.chunks, batch, layout, sizes, self.declared.device)
+
+    def backward(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
+    ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
-        totals = self.totals(batch, layout, sizes, scaler)
+        begin_step(self.declared.model)
+        totals = self.totals(batch, layout, sizes, scaler, key)
         announce(Phase.HANDOFF)
+        totals.commit()
         hand_over(self.declared.model, totals.parameters, totals.totals)
         return totals.loss
+
+    def _agreed_shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:
+        ranks = ranks_of(self.declared.modules) if callable(self.declared.normalise) else None
+        if ranks is None:
+            return self._shares(batch, layout, sizes)
+        # A rank without a valid target raises, and the others wait in their first chunk.
+        return ranks.together(lambda: (self._shares(batch, layout, sizes), 0))[0]
 
     def _shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:
         if not self.examination.declared:
@@ -115,10 +191,10 @@ class SplitStep:
                 # A power of two, so that n / expected is exact in every dtype.
                 return [2.0 ** -round(math.log2(expected))] * len(sizes)
             mean = self.examination.form is Form.ROW_MEAN
-            return [size / layout.rows if mean else 1.0 for size in sizes]
+            return [size / layout.rows if mean else float(size > 0) for size in sizes]
         normalise = self.declared.normalise
         if normalise == "sum":
-            return [1.0] * len(sizes)
+            return [float(size > 0) for size in sizes]
         if normalise == "mean" or normalise is None or isinstance(normalise, str):
             return [size / layout.rows for size in sizes]
         return _counted_shares(normalise, batch, layout, sizes)
@@ -151,7 +227,7 @@ def _counted_shares(
 ) -> list[float]:
     counts, start = [], 0
     for size in sizes:
-        counts.append(normalise(trees.slice_rows(batch, layout, start, start + size)))
+        counts.append(normalise(trees.slice_rows(batch, layout, start, start + size)) if size else 0)
         start += size
     # One transfer for all chunks when the counts are device tensors.
     on_host = torch.stack([torch.as_tensor(c, dtype=torch.float64) for c in counts]).tolist()

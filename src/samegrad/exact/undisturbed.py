@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Python attributes of modules that count or switch something are plain values of these kinds.
-_PLAIN = (int, float, str, bool, type(None))
+from samegrad.errors import CannotSplit
+from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, same_tensor
+
+
+class NotToBeTried(CannotSplit):
+    """A forward on a few rows would not leave things as they are: it sets weights, or other ranks wait in it."""
 
 
 class Generators:
@@ -68,8 +70,7 @@ def _same_state(a: Any, b: Any) -> bool:
 class ModuleState:
     """Buffers and Python attributes of modules, to compare with and to return to.
 
-    Attributes are plain values, tensors that are no buffers, and lists, tuples and dicts, of which only the length is
-    compared: growth is what matters there.
+    Attributes are those of the kinds that ``attributes.py`` lists.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -81,25 +82,45 @@ class ModuleState:
             if buffer is not None
         ]
         self._attributes = [(part, name, _attributes(part)) for name, part in self._parts]
+        self._versions = self._read_versions()
 
     def changed(self) -> list[str]:
         """What changed since this snapshot, as ``module.buffer`` or ``module.attribute``."""
+        return [f"{path}.{key}" if path else key for path, key in self.changed_places()]
+
+    def changed_places(self) -> list[tuple[str, str]]:
+        """The same as (module path, name of the buffer or attribute)."""
         found = []
         for part, name, key, _, before in self._buffers:
             now = part._buffers.get(key)
-            if now is None or not _same_tensor(now, before):
-                found.append(f"{name}.{key}" if name else key)
+            if now is None or not same_tensor(now, before):
+                found.append((name, key))
         for part, name, attributes in self._attributes:
             mine = vars(part)
             keys = [key for key, kept in attributes.items() if key not in mine or not kept.same(mine[key])]
-            keys += [key for key in mine if key not in attributes and key not in _MODULES_OWN and _kept(mine[key])]
-            found += [f"{name}.{key}" if name else key for key in keys]
+            keys += _new_keys(mine, attributes)
+            found += [(name, key) for key in keys]
         return found
+
+    def written_places(self) -> list[tuple[str, str]]:
+        """What changed, and buffers that were written in place since this snapshot or the last ``restore``.
+
+        A power iteration that has converged writes what stands there already; when the weights move it will not.
+        """
+        written = [
+            (name, key)
+            for (_, name, key, _, _), before, now in zip(self._buffers, self._versions, self._read_versions())
+            if now != before
+        ]
+        return list(dict.fromkeys([*self.changed_places(), *written]))
+
+    def _read_versions(self) -> list[int]:
+        return [buffer._version for _, _, _, buffer, _ in self._buffers]
 
     def switched(self) -> bool:
         """Whether a plain value (a counter, a switch) changed since this snapshot."""
         return any(
-            isinstance(vars(part).get(key), _PLAIN) and not kept.same(vars(part).get(key))
+            isinstance(vars(part).get(key), PLAIN) and not kept.same(vars(part).get(key))
             for part, _, attributes in self._attributes
             for key, kept in attributes.items()
         )
@@ -108,68 +129,31 @@ class ModuleState:
     def restore(self) -> None:
         for part, _, key, buffer, before in self._buffers:
             part._buffers[key] = buffer
-            if not _same_tensor(buffer, before):
+            if not same_tensor(buffer, before):
                 buffer.copy_(before)
         for part, _, attributes in self._attributes:
             mine = vars(part)
-            for key in [k for k in mine if k not in attributes and k not in _MODULES_OWN and _kept(mine[k])]:
+            for key in _new_keys(mine, attributes):
                 del mine[key]
             for key, kept in attributes.items():
                 mine[key] = kept.restored()
+        self._versions = self._read_versions()
 
 
 # What nn.Module keeps for itself.
 _MODULES_OWN = frozenset(vars(nn.Module()))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Attribute:
-    """One attribute: the object, and a copy of its content where that can change."""
-
-    value: Any
-    content: Any
-
-    def same(self, now: Any) -> bool:
-        if isinstance(self.value, Tensor):
-            return isinstance(now, Tensor) and _same_tensor(now, self.content)
-        if isinstance(self.value, (list, tuple, dict)):
-            return isinstance(now, (list, tuple, dict)) and len(now) == len(self.content)
-        return now is self.value or (isinstance(now, _PLAIN) and bool(now == self.value))
-
-    def restored(self) -> Any:
-        if isinstance(self.value, Tensor) and not _same_tensor(self.value, self.content):
-            self.value.detach().copy_(self.content)
-        elif isinstance(self.value, list) and len(self.value) != len(self.content):
-            self.value[:] = self.content
-        elif isinstance(self.value, dict) and len(self.value) != len(self.content):
-            self.value.clear()
-            self.value.update(self.content)
-        return self.value
+def _new_keys(mine: dict[str, Any], attributes: dict[str, Attribute]) -> list[str]:
+    return [key for key in mine if key not in attributes and key not in _MODULES_OWN and can_hold_state(mine[key])]
 
 
-def _attributes(part: nn.Module) -> dict[str, _Attribute]:
-    found = {}
-    for key, value in vars(part).items():
-        if key in _MODULES_OWN or not _kept(value):
-            continue
-        content = value
-        if isinstance(value, Tensor):
-            content = value.detach().clone()
-        elif isinstance(value, (list, tuple, dict)):
-            content = copy.copy(value)
-        found[key] = _Attribute(value, content)
-    return found
-
-
-def _kept(value: Any) -> bool:
-    return isinstance(value, (*_PLAIN, Tensor, list, tuple, dict))
-
-
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    # NaN is no change.
-    return torch.equal(a.detach(), b) or bool(((a == b) | ((a != a) & (b != b))).all())
+def _attributes(part: nn.Module) -> dict[str, Attribute]:
+    return {
+        key: Attribute.of(value)
+        for key, value in vars(part).items()
+        if key not in _MODULES_OWN and can_hold_state(value)
+    }
 
 
 @contextlib.contextmanager

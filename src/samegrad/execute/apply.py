@@ -6,6 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 from samegrad.declared import DeclaredStep
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.mapped import ChunkedStep, MappedStep
+from samegrad.exact.split import Chunks, SplitStep
+from samegrad.execute.ways import Ways
 from samegrad.levers import Execution, levers_of
 from samegrad.records import Plan
 
@@ -18,3 +22,18 @@ def applied(plan: Plan, declared: DeclaredStep, batch_rows: int) -> Iterator[Exe
         for lever in levers_of(plan):
             execution = stack.enter_context(lever.apply(execution))
         yield execution
+
+
+def chunked_step(
+    execution: Execution, aliases: ParameterAliases, ways: Ways, chunks: Chunks
+) -> ChunkedStep:
+    """What runs ``execution`` in chunks. ``chunks`` brings rows to the device.
+
+    Raises CannotSplit when the step was examined and cannot run that way.
+    """
+    if execution.scheme is not None:
+        return MappedStep(execution.declared, aliases, ways.mapped_examination(), execution.scheme)
+    if ways.by_rows is None:
+        assert ways.refusal is not None
+        raise ways.refusal
+    return SplitStep(execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks)

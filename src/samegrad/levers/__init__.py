@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 from typing import cast
 
@@ -44,4 +45,12 @@ def levers_of(plan: Plan) -> list[Lever]:
             chosen.append(known[name](**knobs))
         except TypeError as error:
             raise BadInput(asked="apply a plan", found=f"knobs of {name}: {error}", do="plan again") from None
-    return sorted(chosen, key=lambda lever: lever.slot)
+    chosen.sort(key=lambda lever: lever.slot)
+    for one, other in itertools.pairwise(chosen):
+        if one.slot is other.slot:
+            raise BadInput(
+                asked="apply a plan",
+                found=f"it takes both {one.name} and {other.name}, which stand in one place ({one.slot.name.lower()})",
+                do="keep one of them, or plan again",
+            )
+    return chosen

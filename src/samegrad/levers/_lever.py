@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, Self
 
 from samegrad.declared import DeclaredStep
+from samegrad.exact.mapped import Scheme
 from samegrad.records import Exactness, Footprint
 
 
@@ -34,13 +35,22 @@ class Slot(enum.IntEnum):
 class Execution:
     """How a declared step is being run. ``sizes`` are the rows of each chunk, None the plain call.
 
-    ``rows_on_host``: the batch stays where it is and only chunks travel.
+    ``rows_on_host``: the batch stays where it is and only chunks travel. ``kept_chunks``: how many keep their graph
+    from the first of two passes. ``scheme``: what puts parts of the model into chunks, where rows cannot be split
+    through the whole model.
     """
 
     declared: DeclaredStep
     batch_rows: int
     sizes: tuple[int, ...] | None = None
     rows_on_host: bool = False
+    kept_chunks: int = 0
+    scheme: Scheme | None = None
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether this is the plain call."""
+        return self.scheme is None and (self.sizes is None or len(self.sizes) < 2)
 
 
 class Lever(Protocol):

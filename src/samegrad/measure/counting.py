@@ -7,8 +7,9 @@ that stood before and was not claimed (rows mapped from a file) do not count.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +56,7 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         self._known: dict[int, tuple[Any, int, Category]] = {}
         self._moments: list[tuple[Phase, dict[Category, int]]] | None = [] if with_timeline else None
         self._stretches: list[list[tuple[Phase, int]]] | None = [] if with_timeline else None
+        self._repeating = 0
         self._standing: dict[Category, int] = {}
         self.phase = Phase.FORWARD
         self.live: dict[Category, int] = dict.fromkeys(Category, 0)
@@ -77,6 +79,15 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     def arrived(self, chunk: Any) -> None:
         """Counts the tensors of ``chunk`` as inputs."""
         self.claim([leaf for leaf in trees.leaves_of(chunk) if isinstance(leaf, Tensor)], Category.INPUTS)
+
+    @contextlib.contextmanager
+    def repeating(self) -> Iterator[None]:
+        """No moments are kept inside, so that runs of any number of chunks have the same ones; peaks are."""
+        self._repeating += 1
+        try:
+            yield
+        finally:
+            self._repeating -= 1
 
     def claim(self, tensors: Iterable[Tensor], category: Category) -> None:
         """Counts ``tensors`` under ``category``, whatever they counted as before."""
@@ -155,7 +166,8 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
             self.peak_by_category = dict(self.live)
         if self._moments is not None and self._stretches:
             self._moments.append((self.phase, dict(self.live)))
-            self._stretches[-1].append((self.phase, self.live_bytes))
+            if not self._repeating:
+                self._stretches[-1].append((self.phase, self.live_bytes))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

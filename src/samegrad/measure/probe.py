@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses
 from samegrad.exact.handoff import hooks_silenced
+from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.phases import announce, arriving_chunks, listening
-from samegrad.exact.split import SplitStep, sliced_chunks
+from samegrad.exact.shared_leaves import cut_loose
+from samegrad.exact.split import sliced_chunks, under_draws
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.measure import census, counters
 from samegrad.measure.counting import ByteCounter
@@ -28,14 +31,13 @@ _TIMED_RUNS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """One measured run of ``batch_rows`` rows, ``rows`` at a time. ``reserved_bytes`` only on CUDA.
+    """One measured run in chunks of ``sizes`` rows. ``reserved_bytes`` only on CUDA.
 
     ``moments``: counted bytes after every operation, in stretches between announced phases.
     ``beyond_counted_bytes``: what the allocator's peak holds on top of the counted one (workspaces, rounding).
     """
 
-    rows: int
-    batch_rows: int
+    sizes: tuple[int, ...]
     peak_bytes: int
     by_phase: dict[Phase, int]
     by_category: dict[Category, int]
@@ -46,15 +48,22 @@ class Probe:
     beyond_counted_bytes: int = 0
 
     @property
+    def rows(self) -> int:
+        return max(self.sizes)
+
+    @property
+    def batch_rows(self) -> int:
+        return sum(self.sizes)
+
+    @property
     def chunks(self) -> int:
-        return -(-self.batch_rows // self.rows)
+        return len(self.sizes)
 
 
-def probe_split(split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int) -> Probe:
-    """The split step on the first ``batch_rows`` rows of ``batch``, up to but without the hand-over."""
-    few, few_layout = _first_rows(batch, layout, batch_rows)
-    sizes = trees.even_sizes(batch_rows, rows)
-    return _probed(split.declared, batch, lambda: split.totals(few, few_layout, sizes), rows, batch_rows)
+def probe_split(split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> Probe:
+    """The split step in chunks of ``sizes``, the first rows of ``batch``, up to but without the hand-over."""
+    few, few_layout = _first_rows(batch, layout, sum(sizes))
+    return _probed(split.declared, batch, lambda: split.totals(few, few_layout, sizes), sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +75,13 @@ class Rung:
 
 
 def measure_rung(
-    split: SplitStep, batch: Any, layout: RowLayout, *, rows: int, batch_rows: int, missing_state_bytes: int
+    split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int], *, missing_state_bytes: int
 ) -> Rung | None:
     """Peak and time of that run; nothing of the user's changes. Optimizer state that is still to come is counted.
 
     None where the allocator ran out of memory, or had to give memory back and try again, under a cap.
     """
-    few, few_layout = _first_rows(batch, layout, batch_rows)
-    sizes = trees.even_sizes(batch_rows, rows)
+    few, few_layout = _first_rows(batch, layout, sum(sizes))
     device = split.declared.device
     with undisturbed(split.declared.modules, device):
         if device.type != "cuda":
@@ -114,9 +122,12 @@ def _standing_in(declared: DeclaredStep, missing_state_bytes: int) -> list[Tenso
     return pieces
 
 
-def probe_plain(declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int) -> Probe:
+def probe_plain(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int, draws: StepDraws | None = None
+) -> Probe:
     """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped."""
-    few, _ = _first_rows(batch, layout, batch_rows)
+    declared = under_draws(declared, draws)
+    few, _ = _first_rows(cut_loose(batch), layout, batch_rows)
     before = trees.map_tensors(few, Tensor.clone)
 
     def run() -> None:
@@ -132,7 +143,7 @@ def probe_plain(declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_
             torch.autograd.grad(loss, leaves)
 
     try:
-        return _probed(declared, batch, run, batch_rows, batch_rows)
+        return _probed(declared, batch, run, [batch_rows])
     finally:
         # A forward that writes on its input has written on the user's batch.
         for leaf, kept in zip(trees.leaves_of(few), trees.leaves_of(before)):
@@ -144,9 +155,7 @@ def _first_rows(batch: Any, layout: RowLayout, rows: int) -> tuple[Any, RowLayou
     return trees.first_rows(batch, layout, rows), dataclasses.replace(layout, rows=rows)
 
 
-def _probed(
-    declared: DeclaredStep, batch: Any, run: Callable[[], object], rows: int, batch_rows: int
-) -> Probe:
+def _probed(declared: DeclaredStep, batch: Any, run: Callable[[], object], sizes: Sequence[int]) -> Probe:
     device = declared.device
     with undisturbed(declared.modules, device):
         # The first run creates library handles and workspaces that later ones share.
@@ -165,8 +174,7 @@ def _probed(
             if reading is not None:
                 peak, reserved = reading.peak_allocated_bytes, reading.peak_reserved_bytes
     return Probe(
-        rows=rows,
-        batch_rows=batch_rows,
+        sizes=tuple(sizes),
         peak_bytes=peak,
         beyond_counted_bytes=max(0, peak - counter.peak_bytes),
         moments=tuple(tuple(stretch) for stretch in counter.moments()),

@@ -6,7 +6,9 @@ footprint, options and budget give the same ladder.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any, cast
 
 from samegrad.errors import BudgetTooSmall, CannotSplit
 from samegrad.levers import Lever, find_levers
@@ -37,7 +39,7 @@ def _nothing_fits(footprint: Footprint, options: Options, budget: Budget) -> Bud
     refusal = SplitRows.refusal(footprint)
     pinned = options.rows if options.rows is None or isinstance(options.rows, int) else max(options.rows)
     splits = pinned is None or pinned < footprint.batch_rows
-    if splits and refusal is not None:
+    if splits and refusal is not None and not footprint.variants:
         return CannotSplit(
             asked=f"a plan {within}" if pinned is None else f"{pinned} rows at a time {within}",
             found=f"the plain step needs {format_bytes(_plain_peak(footprint))} and cannot be split: {refusal}",
@@ -76,14 +78,53 @@ def _rungs(footprint: Footprint, options: Options, budget: Budget, usable: int) 
         if whole >= footprint.batch_rows:
             if _plain_peak(footprint) <= usable:
                 yield _plan(footprint, [], budget, {})
-        elif _may_split(footprint, options) and footprint.predicted_peak_bytes(rows=whole) <= usable:
-            yield _plan(footprint, [*host, SplitRows(rows)], budget, {"split_rows.rows": options.rows_origin})
+            return
+        for lever in _pinned(footprint, options, rows, usable):
+            if lever.predict(footprint).peak_allocated_bytes <= usable:
+                yield _plan(footprint, [*host, lever], budget, {f"{lever.name}.rows": options.rows_origin})
         return
     if _plain_peak(footprint) <= usable:
         yield _plan(footprint, [], budget, {})
     if _may_split(footprint, options):
         for lever in SplitRows.candidates(footprint, usable):
             yield _plan(footprint, [*host, lever], budget, {"split_rows.rows": KnobOrigin.CHOSEN})
+        return
+    for lever in _mapped(footprint, options, usable):
+        yield _plan(footprint, [lever], budget, {f"{lever.name}.{knob}": KnobOrigin.CHOSEN for knob in lever.knobs()})
+
+
+def _pinned(footprint: Footprint, options: Options, rows: int | list[int], usable: int) -> list[Lever]:
+    """The ways to run ``rows`` at a time."""
+    if _may_split(footprint, options):
+        return [SplitRows(rows).keeping(footprint, usable)]
+    return [
+        find_levers()[variant.lever](rows=rows, **variant.knobs)  # type: ignore[call-arg]  # its fields are its knobs
+        for variant in footprint.variants
+        if find_levers()[variant.lever].exactness <= options.allow and _has_rows(variant.lever)
+    ]
+
+
+def _has_rows(lever: str) -> bool:
+    return any(field.name == "rows" for field in dataclasses.fields(cast(Any, find_levers()[lever])))
+
+
+def _mapped(footprint: Footprint, options: Options, usable: int) -> list[Lever]:
+    """Parts of the model in chunks, where rows cannot be split through all of it: the fastest first, then smaller."""
+    fitting: list[tuple[float, int, Lever]] = []
+    for lever in {variant.lever: find_levers()[variant.lever] for variant in footprint.variants}.values():
+        if lever.refusal(footprint) is not None or lever.exactness > options.allow:
+            continue
+        for candidate in lever.candidates(footprint, usable):
+            predicted = candidate.predict(footprint)
+            if predicted.peak_allocated_bytes <= usable:
+                fitting.append((predicted.seconds or 0.0, predicted.peak_allocated_bytes, candidate))
+    ladder: list[Lever] = []
+    smallest = None
+    for _, peak, candidate in sorted(fitting, key=lambda entry: entry[:2]):
+        if smallest is None or peak < smallest:
+            smallest = peak
+            ladder.append(candidate)
+    return ladder
 
 
 def _may_split(footprint: Footprint, options: Options) -> bool:
@@ -120,9 +161,11 @@ def _reasons(footprint: Footprint, taken: dict[str, dict[str, object]], peak: in
         refused = lever.refusal(footprint)
         if name in taken:
             saved = f"saves {format_bytes(plain - peak)} of the plain step's {format_bytes(plain)}"
-            reasons[name] = f"taken: {saved}" if name == "split_rows" else "taken: only chunks travel to the device"
+            reasons[name] = "taken: only chunks travel to the device" if name == HostRows.name else f"taken: {saved}"
         elif refused is not None:
             reasons[name] = f"refused: {refused}"
+        elif taken:
+            reasons[name] = f"not needed beside {' and '.join(n for n in taken if n != HostRows.name)}"
         else:
             reasons[name] = "not needed: the plain step fits"
     return reasons

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
 from samegrad.records import Budget, Category, Footprint, Plan
@@ -12,9 +15,13 @@ _FLOOR = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Cat
 
 def floor_bytes(footprint: Footprint) -> int:
     """Bytes of the smallest plan: everything resident and one row at a time."""
-    if SplitRows.refusal(footprint) is not None or not footprint.laws:
-        return footprint.predicted_peak_bytes(rows=footprint.batch_rows)
-    return footprint.predicted_peak_bytes(rows=1)
+    if SplitRows.refusal(footprint) is None and footprint.laws:
+        return footprint.predicted_peak_bytes(rows=1)
+    smallest = [
+        max(law.peak_bytes(rows=1, batch_rows=footprint.batch_rows) for law in variant.laws)
+        for variant in footprint.variants
+    ]
+    return min([footprint.predicted_peak_bytes(rows=footprint.batch_rows), *smallest])
 
 
 def floor_sentence(footprint: Footprint) -> str:
@@ -31,14 +38,18 @@ def ways_down(footprint: Footprint, budget: Budget) -> list[str]:
     """The three cheapest ways to fit, each with its bytes."""
     floor = floor_bytes(footprint)
     ways = [f"raise the budget to {format_bytes(budget_for(floor, budget.counting))}"]
+    per_batch_row = max((law.per_batch_row_bytes for law in footprint.laws), default=0.0)
+    if per_batch_row * footprint.batch_rows > 0.1 * budget.total_bytes:
+        kept = format_bytes(per_batch_row * footprint.batch_rows)
+        ways += [
+            f"normalise= if the loss is a sum over rows over a count, so that {kept} of output rows need not be kept",
+            f"a loss computed inside the model or a sg.rowwise function, so that its few numbers a row are kept "
+            f"instead of {kept} of outputs",
+        ]
     state = footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
     parameters = footprint.resident_bytes.get(Category.PARAMETERS, 0)
     if state:
         ways.append(f"an optimizer with less state (SGD without momentum holds none: {format_bytes(state)} less)")
-    per_batch_row = max((law.per_batch_row_bytes for law in footprint.laws), default=0.0)
-    if per_batch_row * footprint.batch_rows > 0.1 * budget.total_bytes:
-        kept = format_bytes(per_batch_row * footprint.batch_rows)
-        ways.append(f"a loss that is a mean over rows, or normalise=, so that {kept} of output rows need not be kept")
     if SplitRows.refusal(footprint) is not None:
         plain_row = max((law.per_chunk_row_bytes for law in footprint.plain_laws), default=0.0)
         ways.append(f"a smaller batch ({format_bytes(plain_row)} a row; that is another step)")
@@ -54,15 +65,7 @@ def explain_plan(plan: Plan, footprint: Footprint) -> str:
                      f"{plan.budget.counting.value} on {plan.budget.device}.")
     plain = footprint.predicted_peak_bytes(rows=footprint.batch_rows)
     lines.append(f"The plain step on {plan.batch_rows} rows is predicted to need {format_bytes(plain)}.")
-    split = plan.levers.get("split_rows")
-    if split is None:
-        lines.append("It runs whole: the plain call, bit for bit.")
-    else:
-        rows = split["rows"]
-        sizes = SplitRows(rows).sizes(plan.batch_rows)
-        shape = f"{rows} rows at a time" if isinstance(rows, int) else "chunks of the given sizes"
-        lines.append(f"It runs {shape}: {len(sizes)} chunks, {footprint.forwards_per_step} "
-                     f"{'pass' if footprint.forwards_per_step == 1 else 'passes'}; {plan.exactness.explained()}.")
+    lines += [_how(plan, footprint)]
     peak = format_bytes(plan.predicted_peak_bytes) if plan.predicted_peak_bytes is not None else "unknown"
     seconds = f", {format_seconds(plan.predicted_seconds)} a step" if plan.predicted_seconds else ""
     lines.append(f"Predicted peak {peak}{seconds}, from {footprint.basis}.")
@@ -71,3 +74,35 @@ def explain_plan(plan: Plan, footprint: Footprint) -> str:
     lines += [f"{topic}: {fact}." for topic, fact in footprint.facts.items()]
     lines.append(floor_sentence(footprint) + ".")
     return "\n".join(lines)
+
+
+def _how(plan: Plan, footprint: Footprint) -> str:
+    """How the plan runs, in a sentence."""
+    taken = {name: knobs for name, knobs in plan.levers.items() if name != "host_rows"}
+    if not taken:
+        return "It runs whole: the plain call, bit for bit."
+    [(name, knobs)] = taken.items()
+    how = _in_two_passes(knobs, footprint) if name == SplitRows.name else _in_parts(name, knobs, plan, footprint)
+    if "rows" not in knobs:
+        return f"It runs all rows at once: {how}; {plan.exactness.explained()}."
+    rows = knobs["rows"]
+    chunks = len(chunk_sizes(rows, plan.batch_rows))
+    shape = f"{rows} rows at a time" if isinstance(rows, int) else "chunks of the given sizes"
+    return f"It runs {shape}: {chunks} chunks, {how}; {plan.exactness.explained()}."
+
+
+def _in_two_passes(knobs: dict[str, Any], footprint: Footprint) -> str:
+    kept = knobs.get("kept_chunks", 0)
+    again = f", {kept} of them keep their graph from the first" if kept else ""
+    return f"{footprint.forwards_per_step} {'pass' if footprint.forwards_per_step == 1 else 'passes'}{again}"
+
+
+def _in_parts(name: str, knobs: dict[str, Any], plan: Plan, footprint: Footprint) -> str:
+    variant = variant_in(plan, footprint)
+    scheme = ", ".join(f"{knob} {value}" for knob, value in knobs.items() if knob != "rows" and _is_short(value))
+    cost = f", {variant.forwards_per_step:g} forwards a row" if variant is not None else ""
+    return f"parts of the model by {name}{f' ({scheme})' if scheme else ''}{cost}"
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, (str, int))

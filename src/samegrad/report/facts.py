@@ -13,6 +13,7 @@ import math
 import statistics
 
 from samegrad.records import Budget, Category, Check, Counting, Footprint, Origin, Plan, Same, Verdict
+from samegrad.report.checks import check_title
 from samegrad.report.story import Story
 from samegrad.report.words import capitalised, format_number, format_percent, format_rows
 from samegrad.units import format_bytes, format_seconds
@@ -91,7 +92,8 @@ def judge(verdict: Verdict | None) -> Statement:
     evidence = f"{_largest_error(verdict)}, {_comparison(verdict)}, {_precision(verdict)}"
     tally = _tally(verdict.checks, failed)
     if verdict.answer is Same.DIFFERS:
-        end = "results of this plan are not those of the plain step"
+        at_fault = f"at fault: {verdict.fault}; " if verdict.fault else ""
+        end = f"{at_fault}results of this plan are not those of the plain step"
         return Statement(tone=Tone.BAD, answer="Not the same", sentence=f"{evidence}; {tally}{end}")
     if verdict.answer is Same.UNPROVEN:
         why = f"compared only in {verdict.dtype}, which proves nothing by itself"
@@ -114,7 +116,7 @@ def judge(verdict: Verdict | None) -> Statement:
 def _tally(checks: tuple[Check, ...], failed: list[Check]) -> str:
     if not failed:
         return ""
-    names = ", ".join(check.name for check in failed[:3]) + (" …" if len(failed) > 3 else "")
+    names = ", ".join(check_title(check) for check in failed[:3]) + (" …" if len(failed) > 3 else "")
     return f"{len(failed)} of {len(checks)} checks failed ({names}); "
 
 

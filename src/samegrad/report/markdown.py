@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from samegrad.records import Footprint, Plan, Verdict
+from samegrad.report.checks import check_title
 from samegrad.report.facts import (
     category_name,
     describe_budget,
@@ -131,7 +132,7 @@ def _plan(plan: Plan, story: Story) -> list[str]:
 def _checks(verdict: Verdict) -> list[str]:
     rows = [
         (
-            check.name,
+            check_title(check),
             "✓ passed" if check.passed else "✗ failed",
             format_number(check.error),
             format_number(check.allowed),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from samegrad.records import Budget, Check, Counting, Origin
 from samegrad.report.bars import Bar, bars_svg
+from samegrad.report.checks import check_title
 from samegrad.report.curves import Series, curve_svg, suits_log_scale
 from samegrad.report.facts import (
     LeverUse,
@@ -226,7 +227,7 @@ def _check_row(check: Check) -> str:
     )
     cells = "".join(f'<td class="number" data-name="{name}">{value}</td>' for name, value in numbers)
     return (
-        f'<tr><th scope="row">{escape_line(check.name)}{detail}</th>'
+        f'<tr><th scope="row">{escape_line(check_title(check))}{detail}</th>'
         f'<td><span class="{tone}-text">{result}</span></td>{cells}'
         f'<td data-name="largest at">{escape_line(check.worst)}</td></tr>\n'
     )

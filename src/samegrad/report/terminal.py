@@ -11,6 +11,7 @@ import textwrap
 from typing import TYPE_CHECKING, TypeVar
 
 from samegrad.records import Budget, Check, Counting, Footprint, Plan, Same, StepResult, Verdict
+from samegrad.report.checks import check_title, describe_tiers
 from samegrad.report.facts import (
     LeverUse,
     allocated,
@@ -74,6 +75,8 @@ def verdict_lines(verdict: Verdict, *, columns: int | None = None) -> list[str]:
     statement = judge(verdict)
     headline = textwrap.wrap(clean_line(statement.text), width=width, break_on_hyphens=False)
     facts = [("compared", f"{verdict.parameters_checked} parameters, {verdict.buffers_checked} buffers")]
+    if tiers := describe_tiers(verdict):
+        facts.append(("tiers", tiers))
     if verdict.seconds is not None:
         facts.append(("took", format_seconds(verdict.seconds)))
     lines = headline + [line for name, value in facts for line in _fact_lines(name, value, width=width)]
@@ -101,7 +104,7 @@ def _check_lines(check: Check, *, width: int) -> list[str]:
     place = f", at {check.worst}" if check.worst else ""
     detail = f"; {check.detail}" if check.detail else ""
     return textwrap.wrap(
-        clean_line(f"{mark} {check.name}: error {numbers}{place}{detail}"),
+        clean_line(f"{mark} {check_title(check)}: error {numbers}{place}{detail}"),
         width=width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from samegrad.errors import BadInput
-from samegrad.records import SCHEMA_VERSION, Record
+from samegrad.json_record import SCHEMA_VERSION, Record
 from samegrad.units import format_bytes
 
 MANIFEST = "manifest.json"

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from samegrad.errors import EnvironmentProblem, UsageError
-from samegrad.records import SCHEMA_VERSION
+from samegrad.json_record import SCHEMA_VERSION
 from samegrad.store import faults
 from samegrad.store.durable import (
     DurableFile,

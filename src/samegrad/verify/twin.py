@@ -17,20 +17,42 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad import trees
+from samegrad.data.prefetch import stream_chunks
+from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.split import SplitStep
+from samegrad.verify.sides import Planned
 
 
-def float64_twin(split: SplitStep) -> SplitStep:
-    """The same split step on copies of the model and the loss in float64."""
-    declared = split.declared
+def float64_twin(planned: Planned) -> Planned:
+    """The same planned step on copies of the model and the loss in float64."""
+    declared = float64_declared(planned.declared, planned.declared.device)
+    split = planned.split
+    if split is not None:
+        roots: dict[str, nn.Module] = {"": declared.network}
+        if declared.loss_module is not None:
+            roots["loss_fn"] = declared.loss_module
+        split = dataclasses.replace(split, declared=declared, aliases=ParameterAliases(roots))
+        if declared.device.type == "cuda" and isinstance(split, SplitStep):
+            # Wide rows would leave wide places behind in the step's own prefetcher.
+            split = dataclasses.replace(split, chunks=stream_chunks)
+    return dataclasses.replace(planned, declared=declared, split=split)
+
+
+def float64_declared(declared: DeclaredStep, device: torch.device) -> DeclaredStep:
+    """The declared step on copies of the model and the loss in float64 on ``device``."""
     network, loss_module = copy.deepcopy((declared.network, declared.loss_module))
-    roots: dict[str, nn.Module] = {"": network.double()}
-    loss_fn = declared.loss_fn
-    if loss_module is not None:
-        roots["loss_fn"] = loss_fn = loss_module.double()
-    twin = dataclasses.replace(declared, model=network, loss_fn=loss_fn, optimizer=None)
-    return dataclasses.replace(split, declared=twin, aliases=ParameterAliases(roots))
+    loss_fn = declared.loss_fn if loss_module is None else loss_module.to(device, torch.float64)
+    return dataclasses.replace(
+        declared, model=network.to(device, torch.float64), loss_fn=loss_fn, optimizer=None, device=device
+    )
+
+
+def copied(declared: DeclaredStep) -> DeclaredStep:
+    """The declared step on copies of the model and the loss as they are."""
+    network, loss_module = copy.deepcopy((declared.network, declared.loss_module))
+    loss_fn = declared.loss_fn if loss_module is None else loss_module
+    return dataclasses.replace(declared, model=network, loss_fn=loss_fn, optimizer=None)
 
 
 def widened(batch: Any) -> Any:

@@ -1,0 +1,103 @@
+"""Every kind of loss against plain PyTorch in float64, with ragged chunks, beside the usual way to save memory.
+
+Errors are judged as ``samegrad.verify.tolerance`` says: largest entry difference over the largest sum of the rows'
+absolute gradients, and the norm of the difference. A row beyond its allowance makes the script exit with 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import _exact_items
+import _exact_losses
+import _exact_models
+import _results
+import torch
+from _exact_case import Case
+from torch import Tensor
+
+from samegrad.verify import tolerance
+
+AT_A_TIME = (1, 7, 8, 28)
+PARTS = 64
+ROWS = {**_exact_losses.ROWS, **_exact_models.ROWS, **_exact_items.ROWS}
+
+
+def magnitudes(case: Case) -> list[Tensor]:
+    """Σ_k |g_k| for each parameter: the gradient of the plain loss through a few rows at a time, added up."""
+    outputs = case.outputs()
+    loss = lambda o: case.loss(o, case.batch)  # noqa: E731
+    most = max(len(o) for o in outputs)
+    sums = [torch.zeros_like(p) for p in case.parameters]
+    for rows in torch.arange(most).chunk(min(PARTS, most)):
+        live = [torch.isin(torch.arange(len(o)), rows).reshape(-1, *(1 for _ in o.shape[1:])) for o in outputs]
+        cut = [torch.where(mask, o, o.detach()) for mask, o in zip(live, outputs)]
+        found = torch.autograd.grad(loss(cut), list(case.parameters), retain_graph=True, allow_unused=True)
+        sums = [s if g is None else s + g.abs() for s, g in zip(sums, found)]
+    # What the loss uses beside the rows has no parts.
+    own = torch.autograd.grad(loss(outputs), list(case.own)) if case.own else ()
+    return [*sums, *(g.abs() for g in own)]
+
+
+def naive(case: Case) -> Sequence[Tensor]:
+    if case.naive is not None:
+        return case.naive()
+    outputs = case.outputs()
+    parts = torch.arange(len(outputs[0])).split(8)
+    losses = [case.loss([o[part] for o in outputs], {k: v[part] for k, v in case.batch.items()}) for part in parts]
+    return torch.autograd.grad(torch.stack(losses).mean(), [*case.parameters, *case.own])
+
+
+def relative_error(mine: Sequence[Tensor], plain: Sequence[Tensor]) -> float:
+    """Largest difference over the tensor's largest entry, or a thousandth of the largest of all."""
+    largest = max(g.abs().max().item() for g in plain)
+    return max(
+        (a - b).abs().max().item() / max(b.abs().max().item(), 1e-3 * largest) for a, b in zip(mine, plain, strict=True)
+    )
+
+
+def share_of_contract(mine: Sequence[Tensor], plain: Sequence[Tensor], sums: Sequence[Tensor]) -> float:
+    sizes = [s.max().item() for s in sums]
+    entries = max(
+        (a - b).abs().max().item() / tolerance.entry_scale(size, max(sizes)) for a, b, size in zip(mine, plain, sizes)
+    )
+    flat = [torch.cat([t.flatten() for t in tensors]) for tensors in (mine, plain, sums)]
+    norm = ((flat[0] - flat[1]).norm() / flat[2].norm()).item()
+    dtype = torch.float64
+    return max(entries / tolerance.entry_allowed(dtype), norm / tolerance.norm_allowed(dtype))
+
+
+def measured(case: Case) -> dict[str, Any]:
+    wanted = [*case.parameters, *case.own]
+    plain = torch.autograd.grad(case.loss(case.outputs(), case.batch), wanted)
+    sums = magnitudes(case)
+    errors, shares = [], []
+    for rows in AT_A_TIME:
+        mine = [torch.full_like(p, torch.nan) if g is None else g for g, p in zip(case.ours(rows), wanted)]
+        errors.append(relative_error(mine, plain))
+        shares.append(share_of_contract(mine, plain, sums))
+    wrong = naive(case)
+    return {
+        "error": max(errors),
+        "naive_error": relative_error(wrong, plain),
+        # NaN is beyond every allowance.
+        "share_of_contract": max(shares) if all(s == s for s in shares) else float("inf"),
+        "naive_share_of_contract": share_of_contract(wrong, plain, sums),
+    }
+
+
+def main() -> int:
+    table = {name: measured(make()) for name, make in ROWS.items()}
+    beyond = [name for name, row in table.items() if not row["share_of_contract"] <= 1]
+    unseen = [name for name, row in table.items() if not row["naive_share_of_contract"] > 1]
+    _results.write(
+        "exact_table",
+        {"rows_at_a_time": AT_A_TIME, "beyond_contract": beyond, "naive_within_contract": unseen, "table": table},
+    )
+    return 1 if beyond or unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

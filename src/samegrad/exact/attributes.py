@@ -1,0 +1,135 @@
+"""Python attributes of a module that can hold state, as they were: to compare with and to return to.
+
+Plain values, tensors that are no buffers, numpy's arrays, and containers of those: a queue of fixed length changes
+without growing. Objects of other kinds are not looked into; what they do to the outputs shows when rows run twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# What counts or switches something.
+PLAIN = (int, float, str, bool, type(None))
+_ARRAYS = (Tensor, np.ndarray)
+_CONTAINERS = (list, tuple, dict, set, deque)
+# Vocabularies and tables: looking at each entry would cost more than a step.
+_LONGEST = 4096
+_DEEPEST = 3
+
+
+def can_hold_state(value: Any) -> bool:
+    return isinstance(value, (*PLAIN, *_ARRAYS, *_CONTAINERS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """One attribute: the object, and a copy of its content where that can change."""
+
+    value: Any
+    content: Any
+
+    @classmethod
+    def of(cls, value: Any) -> Attribute:
+        return cls(value, _content(value))
+
+    def same(self, now: Any) -> bool:
+        return _same(now, self.value, self.content)
+
+    def restored(self) -> Any:
+        """The object, with the content that it had."""
+        _restore(self.value, self.content)
+        return self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entries:
+    """A container's shallow copy, and the entries in order with copies of their own."""
+
+    shallow: Any
+    entries: tuple[tuple[Any, Any], ...]
+
+
+def _content(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, Tensor):
+        # Weights are compared elsewhere, and too large to be copied.
+        return None if isinstance(value, nn.Parameter) else value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if not isinstance(value, _CONTAINERS):
+        return None
+    looked_into = depth < _DEEPEST and len(value) <= _LONGEST
+    entries = tuple((entry, _content(entry, depth + 1)) for entry in _values(value)) if looked_into else ()
+    # A NamedTuple has nothing to copy; nor can it change.
+    return _Entries(value if isinstance(value, tuple) else copy.copy(value), entries)
+
+
+def _values(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def _same(now: Any, value: Any, content: Any) -> bool:
+    if now is value and not isinstance(content, (*_ARRAYS, _Entries)):
+        return True
+    if isinstance(value, nn.Parameter):
+        # Which of them stands there is not state: recurrent layers list the weights that they ran with.
+        return isinstance(now, nn.Parameter)
+    if isinstance(content, Tensor):
+        return isinstance(now, Tensor) and same_tensor(now, content)
+    if isinstance(content, np.ndarray):
+        return isinstance(now, np.ndarray) and _same_array(now, content)
+    if isinstance(content, _Entries):
+        return isinstance(now, _CONTAINERS) and _same_entries(now, value, content)
+    if isinstance(now, PLAIN) and isinstance(value, PLAIN):
+        return bool(now == value or (now != now and value != value))
+    # Of other kinds nothing is known: as little as where they are attributes themselves.
+    return not can_hold_state(now) and not can_hold_state(value)
+
+
+def _same_entries(now: Any, value: Any, content: _Entries) -> bool:
+    if len(now) != len(content.shallow):
+        return False
+    if isinstance(value, set):
+        return bool(now == content.shallow)
+    if isinstance(value, dict) and not (isinstance(now, dict) and now.keys() == content.shallow.keys()):
+        return False
+    return not content.entries or all(
+        _same(entry, before, copied) for entry, (before, copied) in zip(_values(now), content.entries)
+    )
+
+
+def _same_array(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, not a number being itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.detach(), b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _restore(value: Any, content: Any) -> None:
+    if isinstance(content, Tensor):
+        if not same_tensor(value, content):
+            value.detach().copy_(content)
+    elif isinstance(content, np.ndarray):
+        if not _same_array(value, content):
+            value[...] = content
+    elif isinstance(content, _Entries) and not _same(value, value, content):
+        for entry, copied in content.entries:
+            _restore(entry, copied)
+        if isinstance(value, list):
+            value[:] = content.shallow
+        elif isinstance(value, (dict, set)):
+            value.clear()
+            value.update(content.shallow)
+        elif isinstance(value, deque):
+            value.clear()
+            value.extend(content.shallow)

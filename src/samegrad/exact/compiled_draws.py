@@ -1,0 +1,30 @@
+"""Draws in compiled code, handed to a mode as they are in code that is not compiled.
+
+torch's compiler hands functions to modes by a list of its own, from which factories such as ``randn_like`` are missing
+(which of them depends on torch's version). What is missing there would draw from torch's generator, without a word.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+def handed_over(draws: Iterable[Callable[..., Any]]) -> Callable[[], None]:
+    """A function that puts ``draws`` on the compiler's list, where a compiler is there; it may be compiled itself."""
+    functions = frozenset(draws)
+
+    def show() -> None:
+        compiler = sys.modules.get("torch._dynamo.variables.torch")
+        listed = getattr(compiler, "get_overridable_functions", None)
+        if listed is not None:
+            listed().update(functions)
+        elif torch.compiler.is_compiling():
+            raise RuntimeError(f"torch {torch.__version__} does not say which draws it compiles: compile no keyed block")
+
+    # Called while code is compiled, as torch.compiler.assume_constant_result has it, which imports the compiler.
+    show._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return show

@@ -1,0 +1,146 @@
+"""A step whose model couples rows: parts of the model run in chunks, the rest and the loss on the whole batch.
+
+The model's own code runs once on all rows; what a scheme puts in place of its parts runs a few rows at a time and again
+in backward. So any loss is exact, in one pass over the rest. Gradients are taken on aliases and handed over once, as
+in a split step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep, checked_loss
+from samegrad.errors import CannotSplit
+from samegrad.exact import losses, program
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.chunk_map import kept_magnitudes
+from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
+from samegrad.exact.passes import StepTotals
+from samegrad.exact.phases import announce, arriving_chunks
+from samegrad.exact.randomness import DrawSites, StepKey
+from samegrad.exact.shared_leaves import stood_in
+from samegrad.exact.split import SplitStep
+from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.records import Phase
+from samegrad.trees import RowLayout
+
+
+class Scheme(Protocol):
+    """The network with parts of it in chunks of these sizes, as before on every way out."""
+
+    def __call__(
+        self, network: nn.Module, *, sizes: Sequence[int], draws: StepDraws
+    ) -> AbstractContextManager[object]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedExamination:
+    """What is known of a mapped step. ``reason``: what couples its rows, in words. ``sites``: where it draws."""
+
+    reason: str
+    sites: DrawSites | None = None
+    passes: ClassVar[int] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedStep:
+    """A step under ``scheme``."""
+
+    declared: DeclaredStep
+    aliases: ParameterAliases
+    examination: MappedExamination
+    scheme: Scheme
+    with_magnitudes: bool = False
+
+    def keeping_magnitudes(self) -> MappedStep:
+        """The same step, whose totals bring the sums of the chunks' absolute gradients."""
+        return dataclasses.replace(self, with_magnitudes=True)
+
+    def totals(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
+    ) -> StepTotals:
+        """The step's gradients, not handed over. Buffers are written; when anything raises they are put back."""
+        device = self.declared.device
+        state = ModuleState(self.declared.modules)
+        with Generators(device).restored_on_failure():
+            draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
+            draws.take()
+            try:
+                return self._summed(batch, layout, sizes, scaler, draws)
+            except BaseException:
+                state.restore()
+                raise
+
+    def backward(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
+    ) -> Tensor:
+        """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
+        begin_step(self.declared.model)
+        totals = self.totals(batch, layout, sizes, scaler, key)
+        announce(Phase.HANDOFF)
+        hand_over(self.declared.model, totals.parameters, totals.totals)
+        return totals.loss
+
+    def _summed(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, draws: StepDraws
+    ) -> StepTotals:
+        declared, device = self.declared, self.declared.device
+        batch, aliases = stood_in(batch, layout, self.aliases)
+        [whole] = arriving_chunks([trees.move(trees.slice_rows(batch, layout, 0, layout.rows), device)])
+        ids = torch.arange(layout.rows, device=device) if draws.sites is not None else None
+        with aliases.swapped() as swapped, kept_magnitudes(self.with_magnitudes) as magnitudes:
+            with torch.enable_grad(), self.scheme(declared.network, sizes=sizes, draws=draws):
+                announce(Phase.FORWARD)
+                with draws.all_rows(ids):
+                    outputs = declared.forward(declared.network, whole)
+                announce(Phase.LOSS)
+                loss = checked_loss(declared.loss_fn(outputs, whole))
+                del outputs
+                announce(Phase.BACKWARD)
+                owner_of = dict(zip(map(id, swapped), aliases.parameters))
+                leaves = losses.leaves_under(loss)
+                scaled = loss if scaler is None else scaler.scale(loss)
+                with hooks_silenced(leaves):
+                    gradients = program.gradients_outside_autocast(scaled, torch.ones_like(scaled), leaves)
+            sizes_of = [magnitudes.of(leaf, gradient) for leaf, gradient in zip(leaves, gradients)]
+        owners = [owner_of[id(leaf)] if id(leaf) in owner_of else _parameter(leaf) for leaf in leaves]
+        # A parameter may be reached past its place as well: then it has two leaves.
+        parameters = list(dict.fromkeys([*aliases.parameters, *owners]))
+        return StepTotals(
+            loss.detach(),
+            parameters,
+            _added_up(parameters, owners, gradients),
+            magnitudes=_added_up(parameters, owners, sizes_of) if self.with_magnitudes else None,
+        )
+
+
+def _added_up(
+    parameters: Sequence[nn.Parameter], owners: Sequence[nn.Parameter], parts: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """For each of ``parameters`` the sum of the ``parts`` that it owns, None where it owns none."""
+    sums: dict[nn.Parameter, Tensor] = {}
+    for owner, part in zip(owners, parts):
+        if part is not None:
+            sums[owner] = part if owner not in sums else sums[owner] + part
+    return [sums.get(parameter) for parameter in parameters]
+
+
+ChunkedStep = SplitStep | MappedStep
+
+
+def _parameter(leaf: Tensor) -> nn.Parameter:
+    if isinstance(leaf, nn.Parameter):
+        return leaf
+    raise CannotSplit(
+        asked="a loss of the outputs, the batch and parameters",
+        found=f"the loss also depends on a plain tensor of shape {tuple(leaf.shape)} that requires grad",
+        do="make it a torch.nn.Parameter, detach it, or run the step whole with rows=<the batch's rows>",
+    )

@@ -1,0 +1,34 @@
+"""How coarse numbers are where they were computed, which their dtype alone does not say."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+# TF32 keeps 10 bits of a factor.
+_TF32_EPS = 2.0**-10
+
+
+def eps_in_use(of: Tensor) -> float:
+    """The distance from 1 to the next number in the coarsest format that ``of`` may have gone through now.
+
+    Autocast returns float32 from sums of bfloat16 products, and products of float32 may be rounded to TF32 on CUDA.
+    """
+    eps = float(torch.finfo(of.dtype).eps)
+    device_type = of.device.type
+    if torch.is_autocast_enabled(device_type):
+        eps = max(eps, float(torch.finfo(torch.get_autocast_dtype(device_type)).eps))
+    if device_type == "cuda" and of.dtype is torch.float32 and _tf32_allowed():
+        eps = max(eps, _TF32_EPS)
+    return eps
+
+
+def _tf32_allowed() -> bool:
+    # These settings are properties of modules, which torch does not type.
+    backends = cast(Any, torch.backends)
+    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    return any(
+        (backends.fp32_precision if s.fp32_precision == "none" else s.fp32_precision) == "tf32" for s in settings
+    )

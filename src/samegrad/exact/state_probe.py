@@ -1,0 +1,118 @@
+"""What state a model's forward changes, found on a few rows, and how chunks' states become the batch's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from samegrad.exact.attributes import same_tensor
+from samegrad.exact.audit import splits_of
+from samegrad.exact.state import Reducer, StateRule, Values, learn_rules
+from samegrad.exact.undisturbed import ModuleState
+
+Places = Sequence[tuple[str, str]]
+
+
+class StateProbe:
+    """``forward(rows)`` runs the network on these of ``rows`` probe rows; ``others()`` on as many other rows."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        rows: int,
+        forward: Callable[[Sequence[int]], object],
+        others: Callable[[], object],
+        state: ModuleState,
+    ) -> None:
+        self._network, self._rows = network, rows
+        self._forward, self._others, self._state = forward, others, state
+
+    def rules(self) -> list[StateRule]:
+        """How what a forward of all rows has just changed is reduced over chunks; the state is put back.
+
+        Raises CannotSplit naming what has no rule.
+        """
+        changed = self._state.written_places()
+        if not changed:
+            return []
+        if self._built_once(changed):
+            self._state.restore()
+            return []
+        whole = self._values(changed)
+        self._state.restore()
+        before = self._values(changed)
+        rules = learn_rules(changed, whole, self._parted(changed, self._state), before)
+        fresh = [rule for rule in rules if rule.reducer is Reducer.SUM and not _any(before[rule.name])]
+        if fresh:
+            warmed = self._warmed(fresh)
+            rules = [warmed.get(rule.name, rule) for rule in rules]
+        return rules
+
+    def _warmed(self, fresh: Sequence[StateRule]) -> dict[str, StateRule]:
+        """Rules of sums that were zero, which shows nothing of their decay: looked at after a first update."""
+        names = [(rule.path, rule.key) for rule in fresh]
+        everything = range(self._rows)
+        self._forward(everything)
+        warm, start = ModuleState([self._network]), self._values(names)
+        self._forward(everything)
+        later = self._values(names)
+        warm.restore()
+        rules = learn_rules(names, later, self._parted(names, warm), start)
+        self._state.restore()
+        return {rule.name: rule for rule in rules}
+
+    def _parted(self, names: Places, state: ModuleState) -> list[list[tuple[float, Values]]]:
+        """For several ways to part the rows: each part's share, and the state after a forward of it."""
+        ways = []
+        for sizes in splits_of(self._rows):
+            parts, start = [], 0
+            for size in sizes:
+                self._forward(range(start, start + size))
+                parts.append((size / self._rows, self._values(names)))
+                state.restore()
+                start += size
+            ways.append(parts)
+        return ways
+
+    def _values(self, names: Places) -> Values:
+        values: Values = {}
+        for path, key in names:
+            part = self._network.get_submodule(path)
+            mine = part._buffers if key in part._buffers else vars(part)
+            if key in mine:
+                value = mine[key]
+                kept = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+                values[f"{path}.{key}" if path else key] = kept
+        return values
+
+    def _built_once(self, changed: Places) -> bool:
+        """Whether all that the forward changed is a table that it builds at first and that no row enters."""
+        if self._state.switched():
+            return False
+        here = self._values(changed)
+        built = ModuleState([self._network])
+        self._others()
+        if built.written_places():
+            built.restore()
+            return False
+        self._state.restore()
+        self._others()
+        there = self._values(changed)
+        same = all(name in there and _equal(value, there[name]) for name, value in here.items())
+        built.restore()
+        return same
+
+
+def _any(value: Any) -> bool:
+    return bool(value.any()) if isinstance(value, Tensor) else bool(value)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return same_tensor(a, b)
+    if isinstance(a, (list, tuple, dict)):
+        return type(a) is type(b) and len(a) == len(b)
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)

@@ -1,0 +1,89 @@
+"""What the model draws in a step: one key a step, and every draw a function of key, call, row and element.
+
+The key is one int64 from torch's default generator, taken when the first draw happens; nothing else advances. The
+loss runs once on all rows in every plan, so what it draws is the plain step's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from samegrad.exact.draw_sites import DrawSites
+from samegrad.exact.draws import Draws, StepKey
+from samegrad.exact.randomness import keyed
+
+
+class StepDraws:
+    """The draws of one step, the same for every split. ``sites`` None: the model draws nothing."""
+
+    def __init__(self, sites: DrawSites | None = None, key: StepKey | None = None) -> None:
+        self.sites = sites
+        self.key = StepKey() if key is None else key
+        self._running: Draws | None = None
+        self._all_ids: Tensor | None = None
+
+    def rows(self, ids: Tensor | None) -> AbstractContextManager[object]:
+        """A forward of the rows ``ids``, (rows,) int64 on the device: their places in the batch."""
+        if self.sites is None or ids is None:
+            return contextlib.nullcontext()
+        return keyed(self.key, ids, sites=self.sites)
+
+    def take(self) -> None:
+        """Takes the key now, where there is anything to draw; whatever advances a generator later is something else."""
+        if self.sites is not None:
+            self.key.take()
+
+    @contextlib.contextmanager
+    def all_rows(self, ids: Tensor | None) -> Iterator[None]:
+        """A forward of the whole batch, parts of which may draw in chunks (``part``)."""
+        if self.sites is None or ids is None:
+            yield
+            return
+        with keyed(self.key, ids, sites=self.sites.for_all_rows()) as running:
+            self._running, self._all_ids = running, ids
+            try:
+                yield
+            finally:
+                self._running = self._all_ids = None
+
+    def part_again(self) -> Callable[[], AbstractContextManager[Draws | None]]:
+        """For the part of the model that begins now on all rows: its draws, now and when it runs again in backward.
+
+        To be entered by what runs the part, inside of torch.utils.checkpoint: what lies between the block and a draw
+        would be run again without the block.
+        """
+        running, ids, sites, key = self._running, self._all_ids, self.sites, self.key
+        if running is None or ids is None or sites is None:
+            return contextlib.nullcontext
+        first_call = running.calls
+        return lambda: keyed(key, ids, sites=sites.for_all_rows(), first_call=first_call)
+
+    def passed(self, part: Draws | None) -> None:
+        """Moves the whole forward's count of draws past those of ``part``; nothing while backward runs."""
+        if part is not None and self._running is not None:
+            self._running.calls = part.calls
+
+    def part(self) -> Callable[[Tensor], AbstractContextManager[object]]:
+        """For the part of the model that runs now, in chunks and again in backward: its draws, given a chunk's rows.
+
+        The first chunk moves the whole forward's count of draws past the part.
+        """
+        running, sites, key = self._running, self.sites, self.key
+        if running is None or sites is None:
+            return lambda _: contextlib.nullcontext()
+        first_call = running.calls
+        counted: list[int] = []
+
+        @contextlib.contextmanager
+        def drawing(ids: Tensor) -> Iterator[None]:
+            with keyed(key, ids, sites=sites, first_call=first_call) as mine:
+                yield
+            if not counted:
+                counted.append(mine.calls)
+                running.calls = mine.calls
+
+        return drawing

@@ -1,0 +1,257 @@
+"""What is at fault where a planned step differs: which of the plan's levers, and which module.
+
+Levers are left out one at a time, innermost first; the first whose absence makes the step pass is named. One that
+leaves the plain call behind is tried last, since without it nothing else is tried either. A module is named by its
+output rows: the first, in call order, that gives a row something else in a chunk than in the whole batch. Where no
+rows differ, the module that owns the worst parameter or buffer is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep
+from samegrad.errors import SamegradError
+from samegrad.exact import program
+from samegrad.exact.forward import StepForward
+from samegrad.exact.passes import as_in_first_pass
+from samegrad.exact.probes import close, same_rows
+from samegrad.exact.split import SplitStep, sliced_chunks, under_draws
+from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.undisturbed import undisturbed
+from samegrad.execute.apply import applied
+from samegrad.levers import levers_of
+from samegrad.records import Check
+from samegrad.verify.sides import Planned, step_key
+from samegrad.verify.tiers import SECOND_PASS
+from samegrad.verify.twin import float64_twin, widened
+
+Recheck = Callable[[Planned, Any], Sequence[Check]]
+
+
+def name_fault(planned: Planned, rows: Any, checks: Sequence[Check], recheck: Recheck) -> str:
+    """The lever and the module at fault, in words; ``checks`` are those of a step that differs, ``recheck`` makes them.
+
+    Takes a verification for each lever, and forwards.
+    """
+    failed = [check for check in checks if not check.passed]
+    if any(not check.error < float("inf") for check in failed):
+        # Nothing to look for with: whatever is left out, what is not a number stays it.
+        return _owner(planned, failed[0].worst)
+    lever = _lever_at_fault(planned, rows, recheck)
+    if any(check.name == SECOND_PASS for check in failed) and (place := _first_unrepeated(planned, rows)):
+        return "; ".join(filter(None, (lever, f"{place}, the first whose second pass is not its first")))
+    if place := _first_different_rows(planned, rows):
+        return "; ".join(filter(None, (lever, f"{place}, the first whose rows are others in a chunk")))
+    owner = next((found for check in failed if (found := _owner(planned, check.worst))), "")
+    return "; ".join(filter(None, (lever, owner)))
+
+
+def parts_of(sizes: Sequence[int], checked: int, batch_rows: int) -> tuple[int, ...]:
+    """The plan's chunks where they show on ``checked`` rows, else chunks of uneven size."""
+    if checked == batch_rows:
+        return tuple(sizes)
+    rows = max(sizes)
+    if rows < checked:
+        return tuple(trees.even_sizes(checked, rows))
+    return tuple(trees.even_sizes(checked, max(1, 2 * checked // 5)))
+
+
+def _lever_at_fault(planned: Planned, rows: Any, recheck: Recheck) -> str:
+    if planned.split is None and not planned.plan.levers:
+        return ""
+    without: list[tuple[str, Planned]] = []
+    for lever in reversed(levers_of(planned.plan)):
+        # A lever may need another: then leaving that one out shows nothing.
+        with contextlib.suppress(SamegradError):
+            without.append((lever.name, _left_out(planned, lever.name)))
+    for name, rest in sorted(without, key=lambda pair: pair[1].split is None):
+        if _passes(rest, rows, recheck):
+            return f"lever {name}: without it the step passes"
+    return "no single lever: it differs whichever is left out"
+
+
+def _passes(planned: Planned, rows: Any, recheck: Recheck) -> bool:
+    try:
+        return all(check.passed for check in recheck(planned, rows))
+    except torch.OutOfMemoryError:
+        # What runs whole is the plain call, which does not fit.
+        return planned.split is None
+    except SamegradError:
+        return False
+
+
+def _left_out(planned: Planned, name: str) -> Planned:
+    """The same step under the plan without the lever ``name``."""
+    levers = {key: knobs for key, knobs in planned.plan.levers.items() if key != name}
+    plan = dataclasses.replace(planned.plan, levers=levers)
+    with applied(planned.plan, planned.declared, planned.plan_rows) as before:
+        travelled = before.rows_on_host
+    with applied(plan, planned.declared, planned.plan_rows) as execution:
+        sizes = execution.sizes
+        stays = travelled and not execution.rows_on_host
+    if planned.split is None or sizes is None or execution.runs_whole:
+        return dataclasses.replace(planned, plan=plan, split=None, parts=(planned.layout.rows,))
+    split = planned.split
+    if stays and isinstance(split, SplitStep):
+        split = dataclasses.replace(split, chunks=sliced_chunks)
+    return dataclasses.replace(
+        planned, plan=plan, split=split, parts=parts_of(sizes, planned.layout.rows, planned.plan_rows)
+    )
+
+
+def _first_different_rows(planned: Planned, rows: Any) -> str:
+    """The first module whose output rows differ between the whole batch and the chunks, or ""."""
+    if planned.split is None:
+        return ""
+    candidates = [(planned, rows)]
+    with contextlib.suppress(RuntimeError, TypeError):
+        # In float64 rounding hides nothing.
+        candidates.insert(0, (float64_twin(planned), widened(rows)))
+    for candidate, its_rows in candidates:
+        with contextlib.suppress(RuntimeError, TypeError):
+            if place := _different_in_chunks(candidate, its_rows):
+                return place
+    return ""
+
+
+def _first_unrepeated(planned: Planned, rows: Any) -> str:
+    """The first module whose output bits differ between the first pass over a chunk and the second, or ""."""
+    declared, split = planned.declared, planned.split
+    if not isinstance(split, SplitStep):
+        return ""
+    with undisturbed(declared.modules, declared.device):
+        copies = trees.map_tensors(rows, Tensor.clone)
+        forward = _chunk_forward(planned, split, declared)
+        start = 0
+        for size, chunk in zip(planned.parts, split.chunks(copies, planned.layout, planned.parts, declared.device)):
+            ids = forward.ids(slice(start, start + size))
+            first_pass = as_in_first_pass(declared.device.type, split.examination.first_pass)
+            with _watched(declared.network) as first, first_pass:
+                forward.again(chunk, ids)
+            with _watched(declared.network) as second, torch.enable_grad():
+                forward.again(chunk, ids)
+            found = _first_of(first, second, (0, size, size), same_rows)
+            if found is not None:
+                return found[1]
+            start += size
+    return ""
+
+
+def _chunk_forward(planned: Planned, split: SplitStep, declared: DeclaredStep) -> StepForward:
+    """Runs chunks as the planned step does: its draws by row, and its state set aside."""
+    draws = StepDraws(planned.sites, step_key())
+    return StepForward.of(declared, planned.layout.rows, draws, split.examination.rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of a module: its first input and output tensor, on the host."""
+
+    module: str
+    kind: str
+    input: Tensor | None
+    output: Tensor | None
+
+
+def _different_in_chunks(planned: Planned, rows: Any) -> str:
+    declared, split = planned.declared, planned.split
+    if not isinstance(split, SplitStep):
+        # Parts of the model run in chunks; the plain forward of a chunk is not what runs.
+        return ""
+    with undisturbed(declared.modules, declared.device) as (generators, state), torch.no_grad():
+        copies = trees.map_tensors(rows, Tensor.clone)
+        with _watched(declared.network) as whole:
+            drawing = under_draws(declared, StepDraws(planned.sites, step_key()))
+            drawing.forward(declared.network, trees.move(copies, declared.device))
+        first: tuple[int, str] | None = None
+        start = 0
+        with applied(planned.plan, declared, planned.plan_rows) as execution:
+            copies = trees.map_tensors(rows, Tensor.clone)
+            forward = _chunk_forward(planned, split, execution.declared)
+            for size, chunk in zip(planned.parts, split.chunks(copies, planned.layout, planned.parts, declared.device)):
+                state.restore()
+                generators.restore()
+                with _watched(declared.network) as part:
+                    forward.again(chunk, forward.ids(slice(start, start + size)))
+                found = _first_of(whole, part, (start, start + size, planned.layout.rows))
+                if found is not None and (first is None or found[0] < first[0]):
+                    first = found
+                start += size
+    return first[1] if first is not None else ""
+
+
+Alike = Callable[[Tensor, Tensor], bool]
+
+
+def _first_of(
+    whole: Sequence[_Call], part: Sequence[_Call], span: tuple[int, int, int], alike: Alike = close
+) -> tuple[int, str] | None:
+    """The place in call order and the name of the first call whose output rows ``span`` are not ``alike``."""
+    for index, (all_rows, few) in enumerate(zip(whole, part)):
+        if all_rows.module == few.module and _same_rows(all_rows.output, few.output, span, alike):
+            continue
+        name = f"module {all_rows.module or 'the model'} ({all_rows.kind})"
+        if all_rows.module and not _same_rows(all_rows.input, few.input, span, alike):
+            parent = all_rows.module.rpartition(".")[0] or "the model"
+            name = f"code of {parent} before {all_rows.module} ({all_rows.kind})"
+        return index, name
+    return None
+
+
+def _same_rows(whole: Tensor | None, part: Tensor | None, span: tuple[int, int, int], alike: Alike) -> bool:
+    """Whether ``part`` is what ``whole`` holds for the rows ``span``; True where rows are not first."""
+    start, stop, rows = span
+    if whole is None or part is None or whole.dim() == 0 or whole.shape[0] % rows:
+        return True
+    each = whole.shape[0] // rows
+    mine = whole[start * each : stop * each]
+    if mine.shape != part.shape:
+        return False
+    return alike(mine, part) if mine.is_floating_point() else torch.equal(mine, part)
+
+
+@contextlib.contextmanager
+def _watched(network: nn.Module) -> Iterator[list[_Call]]:
+    """The calls of all modules inside the block, inner ones before those that call them."""
+    calls: list[_Call] = []
+    kinds = {part: (name, type(part).__name__) for name, part in network.named_modules()}
+
+    def note(part: nn.Module, inputs: Any, output: Any) -> None:
+        name, kind = kinds[part]
+        calls.append(_Call(name, kind, _first_tensor(inputs), _first_tensor(output)))
+
+    handles = [part.register_forward_hook(note) for part in kinds]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_tensor(tree: Any) -> Tensor | None:
+    # A copy, since what follows may write on it; on the host, since all modules' rows would not fit the device.
+    return next((leaf.detach().to("cpu", copy=True) for leaf in program.tensors_in(tree)), None)
+
+
+def _owner(planned: Planned, worst: str) -> str:
+    """The module that holds the parameter, buffer or attribute ``worst`` (the first of a list), or ""."""
+    name = worst.split(", ")[0]
+    declared = planned.declared
+    for root, module in (("loss_fn", declared.loss_module), ("", declared.network)):
+        if module is None or not name.startswith(root):
+            continue
+        path, _, last = name.removeprefix(f"{root}." if root else "").rpartition(".")
+        with contextlib.suppress(AttributeError):
+            part = module.get_submodule(path)
+            if last and hasattr(part, last):
+                place = ".".join(filter(None, (root, path))) or "the model"
+                return f"module {place} ({type(part).__name__}), which holds {name}"
+    return ""

@@ -1,0 +1,51 @@
+"""Right steps raise no alarm in any tier: the zoo of models that treat rows alone, and deep nets of ReLUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import samegrad as sg
+
+from ..contract.plain import cross_entropy, spread
+from ..exact import zoo
+from ..exact.test_probes import SAFE
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ["mse", "info nce"])
+@pytest.mark.parametrize("name", SAFE)
+def test_models_that_treat_rows_alone(name: str, loss: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    step = sg.Step(SAFE[name]().to(dtype), zoo.LOSSES[loss][0], rows=[8, 8, 8, 5], forward=zoo.forward)
+    verdict = sg.verify_step(step, zoo.batch(dtype))
+    assert verdict.same and verdict.fault == "", [check for check in verdict.checks if not check.passed]
+
+
+def deep() -> nn.Module:
+    torch.manual_seed(0)
+    hidden = [layer for i in range(12) for layer in (nn.Linear(32 if i else 16, 32), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(32, 3))
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    first = [nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 8, 2), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*first, nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss_fn", [cross_entropy, spread], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("make", [deep, convolutions])
+def test_units_that_switch_at_zero(make: Callable[[], nn.Module], loss_fn: Any, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batch = torch.randn(1009, 16, generator=generator).to(dtype), torch.randint(0, 3, (1009,), generator=generator)
+    for rows in (30, 400):
+        verdict = sg.verify_step(sg.Step(make().to(dtype), loss_fn, rows=rows), batch)
+        assert verdict.same, [check for check in verdict.checks if not check.passed]

@@ -1,0 +1,128 @@
+"""The ladder of references: the device, else the CPU, else fewer rows; which it was is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import samegrad as sg
+from samegrad.measure import counters
+from samegrad.records import Same, Verdict
+from samegrad.verify import gradients, reference
+
+from ..contract.plain import cross_entropy, labelled, left_alone, mlp, spread
+
+N = 61
+Patch = pytest.MonkeyPatch
+ON_DEVICE, ON_CPU = "the plain step on cpu", "the plain step on cpu in float64"
+
+
+class Elsewhere:
+    """Stands for a device that is not the CPU, where all tensors are on the CPU: its free bytes are another number."""
+
+    def __init__(self, monkeypatch: Patch, *, device_bytes: int, host_bytes: int) -> None:
+        asked = [0]
+
+        def free_now(device: torch.device) -> tuple[int, str]:
+            # The device is asked first, and the host only if that was not enough.
+            asked[0] += 1
+            return (device_bytes if asked[0] == 1 else host_bytes), "planted"
+
+        monkeypatch.setattr(counters, "free_now", free_now)
+        monkeypatch.setattr(gradients, "_is_host", lambda device: False)
+
+
+def fitting(model: nn.Module, rows: int) -> int:
+    """Free bytes under which ``rows`` rows fit and twice as many do not."""
+    step = sg.Step(model, cross_entropy, rows=8)
+    laws = reference._laws(step.declared, labelled(N), step.declared.layout(labelled(N)))
+    return 2 * reference._peak(laws, rows) + 12 * reference._weight_bytes(step.declared)
+
+
+def verified(loss_fn: Any = cross_entropy, **how: Any) -> Verdict:
+    model = mlp()
+    with left_alone(model):
+        return sg.verify_step(sg.Step(model, loss_fn, rows=8), labelled(N), **how)
+
+
+def test_the_device_where_the_batch_fits(monkeypatch: Patch) -> None:
+    Elsewhere(monkeypatch, device_bytes=2**40, host_bytes=2**40)
+    verdict = verified()
+    assert (verdict.reference, verdict.rows_checked, verdict.batch_rows) == (ON_DEVICE, N, N)
+
+
+@pytest.mark.parametrize("loss_fn", [cross_entropy, spread], ids=["one pass", "two passes"])
+def test_else_the_cpu_on_the_whole_batch(monkeypatch: Patch, loss_fn: Any) -> None:
+    Elsewhere(monkeypatch, device_bytes=fitting(mlp(), 15), host_bytes=2**40)
+    verdict = verified(loss_fn)
+    assert verdict.same and verdict.rows_checked == N
+    assert verdict.reference == f"{ON_CPU} (rounding: {ON_DEVICE}, on as many rows as fit, 15 rows)"
+    whole = [check for check in verdict.checks if check.name.endswith("against the cpu")]
+    assert {check.tier for check in whole} == {1} and len(whole) == 3
+
+
+@pytest.mark.parametrize("why", ["memory", "seconds"])
+def test_else_as_many_rows_as_fit_on_the_device(monkeypatch: Patch, why: str) -> None:
+    Elsewhere(monkeypatch, device_bytes=fitting(mlp(), 15), host_bytes=1000 if why == "memory" else 2**40)
+    if why == "seconds":
+        monkeypatch.setattr(reference, "timed", lambda *_: 3600.0)
+    verdict = verified()
+    assert verdict.same and (verdict.rows_checked, verdict.batch_rows) == (15, N)
+    assert verdict.reference == f"{ON_DEVICE}, on as many rows as fit"
+
+
+def test_the_cpu_sees_a_fault_that_few_rows_do_not(monkeypatch: Patch) -> None:
+    class Wide(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            # Wrong in the planned chunks of a whole batch, right in the uneven ones that few rows are cut into.
+            return super().forward(x) * (1.01 if len(x) == 20 else 1.0)
+
+    model = Wide(6, 3).double()
+    step = sg.Step(model, cross_entropy, rows=20)
+    assert sg.verify_step(step, labelled(N), rows=15).same
+    Elsewhere(monkeypatch, device_bytes=fitting(model, 15), host_bytes=2**40)
+    verdict = sg.verify_step(step, labelled(N))
+    assert verdict.answer is Same.DIFFERS
+    failed = [check.name for check in verdict.checks if not check.passed]
+    assert failed and all(name.endswith("against the cpu") for name in failed)
+    assert "module the model (Wide)" in verdict.fault
+
+
+def test_a_step_that_draws_has_no_reference_on_another_device(monkeypatch: Patch) -> None:
+    def noisy(outputs: Tensor, batch: Any) -> Tensor:
+        return cross_entropy(outputs + torch.rand_like(outputs), batch)
+
+    Elsewhere(monkeypatch, device_bytes=fitting(mlp(), 15), host_bytes=2**40)
+    assert verified(noisy).reference == f"{ON_DEVICE}, on as many rows as fit"
+    Elsewhere(monkeypatch, device_bytes=2**40, host_bytes=2**40)
+    with pytest.raises(sg.UsageError, match="draws random numbers"):
+        verified(noisy, reference="cpu")
+
+
+def test_a_rung_can_be_asked_for(monkeypatch: Patch) -> None:
+    assert verified(reference="cpu").reference == ON_CPU
+    part = verified(reference="cpu", rows=20)
+    assert (part.reference, part.rows_checked) == (ON_CPU, 20)
+    Elsewhere(monkeypatch, device_bytes=fitting(mlp(), 15), host_bytes=2**40)
+    assert verified(reference="device").rows_checked == 15
+    with pytest.raises(sg.UsageError, match="neither 'device' nor 'cpu'"):
+        verified(reference="gpu")
+
+
+def test_the_cpu_that_cannot_be_the_reference_is_refused_by_reason() -> None:
+    model = mlp()
+    # A forward that closes over the model cannot be given a copy in float64.
+    step = sg.Step(model.float(), cross_entropy, rows=8, forward=lambda _, batch: model(batch[0]))
+    with pytest.raises(sg.UsageError, match="cannot run"):
+        sg.verify_step(step, labelled(N, torch.float32), reference="cpu")
+
+
+def test_more_rows_than_usual_only_where_they_take_seconds(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(reference, "_USUAL_ROWS", 20)
+    assert verified().rows_checked == N
+    monkeypatch.setattr(reference, "timed", lambda *_: 3600.0)
+    verdict = verified()
+    assert (verdict.rows_checked, verdict.reference) == (20, f"{ON_DEVICE}, on as many rows as take seconds")
