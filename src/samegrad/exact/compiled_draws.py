@@ -23,7 +23,7 @@ def handed_over(draws: Iterable[Callable[..., Any]]) -> Callable[[], None]:
         if listed is not None:
             listed().update(functions)
         elif torch.compiler.is_compiling():
-            raise RuntimeError(f"torch {torch.__version__} does not say which draws it compiles: compile no keyed block")
+            raise RuntimeError(f"torch {torch.__version__} does not say what draws it compiles: compile no keyed block")
 
     # Called while code is compiled, as torch.compiler.assume_constant_result has it, which imports the compiler.
     show._dynamo_marked_constant = True  # type: ignore[attr-defined]

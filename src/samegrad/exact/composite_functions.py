@@ -40,7 +40,7 @@ def _reaches(func: FunctionType, draws: set[str], seen: set[FunctionType]) -> bo
     if names & draws or any("Callable" in str(p.annotation) for p in inspect.signature(func).parameters.values()):
         return True
     called = [func.__globals__.get(name) for name in names] + [cell.cell_contents for cell in func.__closure__ or ()]
-    return any(_reaches(part, draws, seen) for part in called if _is_composite(part))
+    return any(_reaches(part, draws, seen) for part in called if isinstance(part, FunctionType) and _is_composite(part))
 
 
 def _names(code: CodeType) -> Iterator[str]:

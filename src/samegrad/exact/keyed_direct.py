@@ -1,7 +1,7 @@
 """The operations of ``keyed_ops`` called by themselves, where nothing looks on.
 
 torch's way to an operation that is written in Python takes the host 30 us forward and far more backward, which is more
-than a large dropout takes the device. Compilers, transforms (functorch), dispatch modes and forward-mode differentiation
+than a large dropout takes the device. Compilers, transforms (functorch), dispatch modes and forward-mode derivatives
 must see the operation, so they get torch's; what is computed is the same function either way, hence the same bits.
 """
 
