@@ -23,6 +23,7 @@ from samegrad.exact.mapped import MappedStep
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.undisturbed import FailsOnFewRows
 from samegrad.execute.apply import applied, chunked_step
 from samegrad.execute.ways import MappingLever, Ways, find_ways
 from samegrad.levers._variants import variant_in
@@ -126,7 +127,8 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         refusals["host_rows"] = "the model sees the whole batch, so it is moved as a whole"
     missing = residents.missing_state_bytes
     optimizer_law = _optimizer_law(residents, standing_batch_bytes(batch, declared.device))
-    plain = _plain_probes(declared, batch, layout, StepDraws(ways.sites))
+    whole_only = isinstance(ways.refusal, FailsOnFewRows)
+    plain = _plain_probes(declared, batch, layout, StepDraws(ways.sites), whole_only)
     parts: list[Probe] = []
     if ways.by_rows is not None:
         parts = _split_probes(_by_rows(declared, aliases, ways.by_rows), batch, layout)
@@ -226,7 +228,11 @@ def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> 
     return any(not isinstance(leaf, Tensor) or leaf.device != device for leaf in row_leaves)
 
 
-def _plain_probes(declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws) -> list[Probe]:
+def _plain_probes(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, whole_only: bool
+) -> list[Probe]:
+    if whole_only:
+        return [probe_plain(declared, batch, layout, batch_rows=layout.rows, draws=draws)]
     # Not one row where there are more: batch normalisation in training mode refuses it.
     rows = min(_PROBE_CHUNK_ROWS // 2, max(min(2, layout.rows), layout.rows // 4))
     shapes = dict.fromkeys(min(n, layout.rows) for n in (rows, 2 * rows, 4 * rows))

@@ -219,10 +219,12 @@ def test_leaving_the_block_by_an_exception_closes_the_step() -> None:
         step.prepare((X, Y))
 
 
-def test_a_batch_that_does_not_fit_the_model_raises_the_models_own_error() -> None:
+def test_a_batch_that_does_not_fit_the_model_says_where_and_raises_the_models_own_error_when_whole() -> None:
     model = mlp()
-    with left_alone(model), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with left_alone(model), pytest.raises(CannotSplit, match=r"0 \(Linear\) fails .* shapes cannot be multiplied"):
         sg.Step(model, cross_entropy, rows=4).backward((X[:, :5], Y))
+    with left_alone(model), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        sg.Step(model, cross_entropy, rows=N).backward((X[:, :5], Y))
 
 
 def test_a_plan_for_another_model_is_refused() -> None:

@@ -309,3 +309,35 @@ def test_an_exception_in_the_user_code_leaves_the_step_untouched_and_usable() ->
     _, expected = plain_step(model, cross_entropy, (X, Y))
     step.backward((X, Y))
     assert_close(gradients(model), expected)
+
+
+class FixedRows(nn.Module):
+    """Takes the whole batch only, and draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(6, 3, dtype=D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.inner(x.reshape(N, 6)), 0.5)
+
+
+@pytest.mark.parametrize("given", [{"rows": N}, {"budget": "1GiB"}, {}], ids=str)
+def test_a_model_that_takes_all_rows_only_runs_whole_with_torchs_own_draws(given: dict[str, Any]) -> None:
+    model, twin = FixedRows(), FixedRows()
+    torch.manual_seed(4)
+    expected = cross_entropy(twin(X), (X, Y))
+    expected.backward()
+    step = sg.Step(model, cross_entropy, **given)
+    step.prepare((X, Y))
+    torch.manual_seed(4)
+    assert torch.equal(step.backward((X, Y)), expected.detach())
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+def test_a_model_that_takes_all_rows_only_is_refused_with_what_it_raised() -> None:
+    model = FixedRows()
+    with left_alone(model), pytest.raises(CannotSplit, match=r"fails on 8 rows of the batch: RuntimeError") as caught:
+        sg.Step(model, cross_entropy, rows=4).backward((X, Y))
+    assert isinstance(caught.value.__cause__, RuntimeError)

@@ -36,10 +36,12 @@ from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.state import StateRule
 from samegrad.exact.state_probe import StateProbe
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried
+from samegrad.exact.undisturbed import FailsOnFewRows, Generators, ModuleState, NotToBeTried
 from samegrad.trees import RowLayout
 
 PROBE_ROWS = 8
+# What a forward raises for rows of a number that it cannot take.
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 _ROUNDING_UNITS = 64
 _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
@@ -148,6 +150,15 @@ class RowProbes:
                 "chunk's rows, and ranks with other chunk counts would wait for each other",
                 do=f"{_WAYS_OUT}, or move the collective into loss_fn, which sees all rows of this rank once a step",
             ) from None
+        except torch.OutOfMemoryError:
+            raise
+        except _FAILURES as error:
+            raise FailsOnFewRows(
+                asked="split the rows of a step",
+                found=f"{running[-1] if running else 'the forward'} fails on {self._rows} rows of the batch: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                do=f"{_WAYS_OUT}, or make the model take any number of rows",
+            ) from error
 
     def _plain_forward(self) -> None:
         self.declared.forward(self.declared.network, self.batch)

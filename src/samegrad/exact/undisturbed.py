@@ -19,6 +19,10 @@ class NotToBeTried(CannotSplit):
     """A forward on a few rows would not leave things as they are: it sets weights, or other ranks wait in it."""
 
 
+class FailsOnFewRows(NotToBeTried):
+    """The forward raises on a few rows of the batch; it may still run on all of them."""
+
+
 class Generators:
     """The states of the generators a model can draw from: torch's on the CPU and the device, numpy's, Python's."""
 
