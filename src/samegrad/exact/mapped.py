@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
-from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import kept_magnitudes
 from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
-from samegrad.exact.passes import StepTotals
+from samegrad.exact.passes import StepTotals, owned_parameter
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.shared_leaves import stood_in
@@ -111,7 +110,7 @@ class MappedStep:
                 with hooks_silenced(leaves):
                     gradients = program.gradients_outside_autocast(scaled, torch.ones_like(scaled), leaves)
             sizes_of = [magnitudes.of(leaf, gradient) for leaf, gradient in zip(leaves, gradients)]
-        owners = [owner_of[id(leaf)] if id(leaf) in owner_of else _parameter(leaf) for leaf in leaves]
+        owners = [owner_of[id(leaf)] if id(leaf) in owner_of else owned_parameter(leaf) for leaf in leaves]
         # A parameter may be reached past its place as well: then it has two leaves.
         parameters = list(dict.fromkeys([*aliases.parameters, *owners]))
         return StepTotals(
@@ -134,13 +133,3 @@ def _added_up(
 
 
 ChunkedStep = SplitStep | MappedStep
-
-
-def _parameter(leaf: Tensor) -> nn.Parameter:
-    if isinstance(leaf, nn.Parameter):
-        return leaf
-    raise CannotSplit(
-        asked="a loss of the outputs, the batch and parameters",
-        found=f"the loss also depends on a plain tensor of shape {tuple(leaf.shape)} that requires grad",
-        do="make it a torch.nn.Parameter, detach it, or run the step whole with rows=<the batch's rows>",
-    )

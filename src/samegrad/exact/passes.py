@@ -259,7 +259,7 @@ def _loss_gradients(
     owned = [leaf for leaf in losses.leaves_under(loss) if id(leaf) not in known]
     if sharded:
         refuse_in_loss(owned, declared.network, sharded)
-    owners = [owner_of[id(leaf)] if id(leaf) in owner_of else _parameter(leaf) for leaf in owned]
+    owners = [owner_of[id(leaf)] if id(leaf) in owner_of else owned_parameter(leaf) for leaf in owned]
     with hooks_silenced(owned):
         gradients = program.gradients_outside_autocast(loss, scale.to(loss.dtype), live + owned)
     by_leaf = {id(leaf): g for leaf, g in zip(live, gradients)}
@@ -267,7 +267,8 @@ def _loss_gradients(
     return loss.detach(), cotangents, owners, gradients[len(live) :]
 
 
-def _parameter(leaf: Tensor) -> nn.Parameter:
+def owned_parameter(leaf: Tensor) -> nn.Parameter:
+    """``leaf``, which the loss uses beside the rows. Raises CannotSplit for a tensor that is no parameter."""
     if isinstance(leaf, nn.Parameter):
         return leaf
     raise CannotSplit(
