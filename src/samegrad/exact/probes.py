@@ -98,6 +98,7 @@ class RowProbes:
             rules = StateProbe(
                 self.declared.network, self._rows, self._forward_rows, lambda: self.forward(others), self.state
             ).rules()
+            self.restored()
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
