@@ -29,7 +29,7 @@ CHANGED: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "an entry of a list": (lambda: [1.0, 2.0], _set(0, 3.0)),
     "a tensor of a list, replaced": (lambda: [torch.ones(2)], _set(0, torch.zeros(2))),
     "a tensor of a list, in place": (lambda: [torch.ones(2)], lambda held: held[0].zero_()),
-    "a list that grows": (lambda: [], lambda held: held.append(None)),
+    "a list that grows": (list, lambda held: held.append(None)),
     "an entry of a dict": (lambda: {"a": 1}, _set("a", 2)),
     "a key of a dict": (lambda: OrderedDict(a=1), lambda held: held.update(b=held.pop("a"))),
     "a list in a dict": (lambda: {"a": [1, 2]}, lambda held: held["a"].reverse()),

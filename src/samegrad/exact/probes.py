@@ -218,7 +218,8 @@ class RowProbes:
         self.generators.restore()
 
     def _shapes(self, batch: Any) -> list[tuple[int, ...]]:
-        with ShapesSeen() as seen:
+        seen = ShapesSeen()
+        with seen:
             self.forward(batch)
         self.restored()
         return seen.shapes

@@ -255,7 +255,9 @@ class _Trial:
         return _Found(found, dict(zip(self.aliases.names, gradients)))
 
 
-def _gradients(live: Sequence[Tensor], wanted: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _gradients(
+    live: Sequence[Tensor], wanted: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
     if not live:
         return []
     try:
