@@ -279,7 +279,8 @@ def settle_plan(
     """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
 
     ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it; ``segments``
-    names the submodules that treat rows alone. Hand the plan to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
+    names the submodules that treat rows alone. Hand the plan to ``Step(plan=...)``. Raises BudgetTooSmall or
+    CannotSplit when nothing fits.
     """
     declared = step.declared
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)

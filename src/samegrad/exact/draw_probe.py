@@ -8,7 +8,6 @@ by row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -42,7 +41,9 @@ def find_sites(
     return learn_sites(first, second, rows=rows)
 
 
-def check_sites(sites: DrawSites, network: torch.nn.Module, run: Callable[[], object], restored: Callable[[], None]) -> None:
+def check_sites(
+    sites: DrawSites, network: torch.nn.Module, run: Callable[[], object], restored: Callable[[], None]
+) -> None:
     """Raises CannotSplit, naming the module, when one of the draws is not made row by row."""
     try:
         sites.check_split()
@@ -71,8 +72,8 @@ def _recorded(
         restored()
         raise CannotSplit(
             asked="split the rows of a step",
-            found=f"{place} draws random numbers (generator: {', '.join(drew)}) that cannot be keyed by row; each chunk "
-            "would draw its own",
+            found=f"{place} draws random numbers (generator: {', '.join(drew)}) that cannot be keyed by row; each "
+            "chunk would draw its own",
             do=_WAYS_OUT,
         )
     return record

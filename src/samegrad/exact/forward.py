@@ -11,8 +11,8 @@ from torch import Tensor
 
 from samegrad.declared import DeclaredStep
 from samegrad.exact import program
-from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.state import StateRule, StateTransaction
+from samegrad.exact.step_draws import StepDraws
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,17 +21,16 @@ from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import kept_magnitudes
-from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
 from samegrad.exact.passes import StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.split import SplitStep
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
-
 
 
 class Scheme(Protocol):
@@ -44,7 +43,7 @@ class Scheme(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MappedExamination:
-    """What is known of a step that is mapped. ``reason``: what couples its rows, in words. ``sites``: where it draws."""
+    """What is known of a step that is mapped. ``reason``: what couples its rows. ``sites``: where it draws."""
 
     reason: str
     sites: DrawSites | None = None

@@ -47,7 +47,7 @@ class RowCall:
             for place, tensor in zip(places, inputs[len(parameters) :]):
                 arguments[place] = tensor
             args, kwargs = trees.unflatten(arguments, spec)
-            drawing = contextlib.nullcontext()
+            drawing: AbstractContextManager[object] = contextlib.nullcontext()
             if ids is not None and self.drawing is not None:
                 drawing = self.drawing(inputs[len(parameters) + len(places)])
             with self.aliases.replaced(inputs[: len(parameters)]), drawing:
@@ -55,7 +55,7 @@ class RowCall:
 
         mapped = ChunkMap(
             function=function,
-            in_axes=(*(None for _ in parameters), *(layout.axes[i] for i in places), *((0,) if ids is not None else ())),
+            in_axes=(*(None for _ in parameters), *(layout.axes[i] for i in places), *[0] * (ids is not None)),
             out_axes=self.out_axis,
             sizes=sizes,
             autocast=Autocast.now([t.device.type for t in (*tensors, *parameters)]),

@@ -20,7 +20,6 @@ from samegrad.declared import DeclaredStep, plain_loss
 from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
 from samegrad.exact import passes, program
 from samegrad.exact.aliases import NARROW, GradientMagnitudes, GradientTotals, ParameterAliases
-from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.examine import Examination
 from samegrad.exact.forward import StepForward
 from samegrad.exact.handoff import begin_step, hand_over
@@ -30,8 +29,9 @@ from samegrad.exact.on_use import arriving
 from samegrad.exact.passes import GradientSums, StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import StepKey
-from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.sharded import ranks_of
+from samegrad.exact.shared_leaves import stood_in
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ class StageRun:
                 rows += given
                 mapped = self._mapped(self._centred, summed=2)
         parameters = self.call.aliases.parameters
-        ids = [id(parameters[int(s.key)] if s.kind == "parameter" else s) for s in slots]  # type: ignore[call-overload]
+        ids = [id(parameters[int(cast(int, s.key))] if s.kind == "parameter" else s) for s in slots]
         found = mapped.pulled_back([values[s] for s in slots], rows, [slots.index(s) for s in wanted], ids)
         return dict(zip(wanted, found))
 

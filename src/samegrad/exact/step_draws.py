@@ -66,7 +66,8 @@ class StepDraws:
         running, sites, key = self._running, self.sites, self.key
         if running is None or sites is None:
             return lambda _: contextlib.nullcontext()
-        first_call, counted = running.calls, []
+        first_call = running.calls
+        counted: list[int] = []
 
         @contextlib.contextmanager
         def drawing(ids: Tensor) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,10 @@ class Tracings:
 
 @contextlib.contextmanager
 def _no_function_modes() -> Iterator[None]:
-    """What watches torch's functions for the caller, keyed draws say, is to see no recording. torch has no public way."""
+    """What watches torch's functions for the caller, keyed draws say, sees no recording. torch has no public way."""
     with contextlib.ExitStack() as stack:
         while torch._C._len_torch_function_stack():
-            stack.enter_context(torch.overrides._pop_mode_temporarily())  # type: ignore[no-untyped-call]
+            stack.enter_context(cast(Any, torch.overrides)._pop_mode_temporarily())
         yield
 
 

@@ -21,7 +21,6 @@ from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.batchnorm import has_batchnorm
 from samegrad.exact.collectives import ModelCallsCollective
-from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.examine import (
     Examination,
     chosen_rows,
@@ -36,12 +35,12 @@ from samegrad.exact.probes import PROBE_ROWS, WeightsChanged, close
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import find_blocks
 from samegrad.exact.segments import find_segments
+from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.segments import Segments
 from samegrad.trees import RowLayout
-
 
 # Boundaries of which one is kept where memory is shorter than time.
 _KEEP_EVERY = 4
@@ -97,7 +96,7 @@ def find_ways(
         refuse_sharded_segments(segments)
         return Ways(examine(declared, aliases, batch, layout))
     refuse_batch_gradients(batch, layout)
-    refusals = {}
+    refusals: dict[str, str] = {}
     if segments is None:
         try:
             model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows))
@@ -107,7 +106,8 @@ def find_ways(
             refusal = refused
         else:
             examination = examine_loss(declared, model)
-            return Ways(examination, sites=examination.sites, refusals={Segments.name: "not needed: rows split through the whole model"})
+            refusals[Segments.name] = "not needed: rows split through the whole model"
+            return Ways(examination, sites=examination.sites, refusals=refusals)
     else:
         refusal = CannotSplit(
             asked="split rows through the whole model", found="segments= names parts of it", do="leave segments= out"

@@ -14,9 +14,9 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses
 from samegrad.exact.handoff import hooks_silenced
+from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.phases import announce, arriving_chunks, listening
 from samegrad.exact.shared_leaves import cut_loose
-from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.split import sliced_chunks, under_draws
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
