@@ -150,7 +150,9 @@ UNSAFE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(6, 8, dtype=D), Alone(lambda z: z * torch.rand(8, dtype=D)), HEAD),
         r"1 \(Alone\) draws random numbers: torch.rand draws \(8,\): no axis follows the rows",
     ),
-    "a permutation of rows": (lambda: Applied(lambda z: z[torch.randperm(len(z))]), "the model .* draws"),
+    "a permutation of rows": (
+        lambda: Applied(lambda z: z[torch.randperm(len(z))]), "the model .* draws random numbers"
+    ),
     "numpy noise": (lambda: Applied(lambda z: z + float(np.random.rand())), "generator: numpy"),
     "python noise": (lambda: Applied(lambda z: z + random.random()), "generator: python"),
     "batch mean": (lambda: Applied(lambda z: z - z.mean(0)), "mixes rows"),

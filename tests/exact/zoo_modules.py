@@ -5,7 +5,7 @@ They take ``x`` (29, 6), or ``tokens`` (29, 5) where they say so by ``takes``, a
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -319,14 +319,26 @@ def faint_straight_through(z: Tensor) -> Tensor:
 
 
 class Outside:
-    """State where no module sees it: every call scales by another number, with period ``period``."""
+    """State where no module sees it: every call scales by another number."""
 
-    def __init__(self, period: int, by: float) -> None:
-        self.calls, self.period, self.by = 0, period, by
+    def __init__(self) -> None:
+        self.calls = 0
 
     def __call__(self, z: Tensor) -> Tensor:
         self.calls += 1
-        return z * (1 + self.by * (self.calls % self.period))
+        return z * (1 + 0.01 * self.calls)
+
+
+class Remembered:
+    """Rows that came twice come from a cache from then on, in fewer digits; no module sees it."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[bytes] = Counter()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        key = z.detach().numpy().tobytes()
+        self.seen[key] += 1
+        return z if self.seen[key] < 3 else z + (z.detach().float().to(z.dtype) - z.detach())
 
 
 class FromFirstBatch(nn.Module):

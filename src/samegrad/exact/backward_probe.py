@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
-from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.aliases import NARROW, ParameterAliases
 from samegrad.exact.backward_names import BackwardTrace, first_at_fault
 from samegrad.exact.probes import RowProbes, check_reach, close
 from samegrad.exact.undisturbed import Generators, ModuleState
 
 _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 # Gradients are tried so many binary orders of magnitude below and above one: what clips or drops them shows there.
+# Some backward functions (of a matrix exponential) are linear in a narrower range.
 _ORDERS = 20
-_ORDERS_IN_FLOAT16 = 4
+_ORDERS_IN_NARROW = 4
 # Gradients that are zero by structure are rounding on their own scale.
 _STRUCTURAL_FRACTION = 0.1
 
@@ -88,13 +89,15 @@ class BackwardProbe:
                 alias.grad.mul_(factor**2)
         largest = [_largest(alias.grad) for alias in standing]
         for part in (self._probes.kept, self._others):
+            # Parts that cancel bring the rounding of their own size.
+            largest = [max(size, _largest(alias.grad)) for size, alias in zip(largest, standing)]
             self._run(part, factor)
         least = _STRUCTURAL_FRACTION * max((size for size in largest if math.isfinite(size)), default=0.0)
+        # What is no number tells nothing: narrow ones overflow.
         wrong = [
             name
             for name, alias, size in zip(self._aliases.names, standing, largest)
-            # Infinities tell nothing.
-            if math.isfinite(size) and not _largest(alias.grad) <= max(size, least) * numbers.allowed
+            if math.isfinite(size) and _largest(alias.grad) > max(size, least) * numbers.allowed
         ]
         if wrong:
             raise CannotSplit(
@@ -195,7 +198,7 @@ class _Numbers:
             dtypes |= {result.dtype for result in getattr(node, "_input_metadata", ())}
             stack += [below for below, _ in node.next_functions if below is not None]
         narrowest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
-        return cls(2.0 ** (_ORDERS_IN_FLOAT16 if torch.float16 in dtypes else _ORDERS), narrowest**0.5)
+        return cls(2.0 ** (_ORDERS if dtypes.isdisjoint(NARROW) else _ORDERS_IN_NARROW), narrowest**0.5)
 
 
 def _device_types(leaves: Sequence[Tensor]) -> set[str]:

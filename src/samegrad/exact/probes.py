@@ -98,6 +98,7 @@ class RowProbes:
             rules = StateProbe(
                 self.declared.network, self._rows, self._forward_rows, lambda: self.forward(others), self.state
             ).rules()
+            self.restored()
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
@@ -226,7 +227,8 @@ class RowProbes:
         self.generators.restore()
 
     def _shapes(self, batch: Any) -> list[tuple[int, ...]]:
-        with ShapesSeen() as seen:
+        seen = ShapesSeen()
+        with seen:
             self.forward(batch)
         self.restored()
         shapes: list[tuple[int, ...]] = seen.shapes

@@ -1,16 +1,19 @@
 """What a step leaves behind beside gradients: buffers, attributes and generators, compared bit for bit.
 
-A floating buffer that the plain step itself updates is a sum over rows (running statistics): in chunks its additions
-come in another order, so it is judged by rounding. Everything else may not differ in a bit.
+What the plain step itself updates and is a floating number, or several, is a sum over rows (running statistics): in
+chunks its additions come in another order, so it is judged by rounding. Everything else may not differ in a bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Check
@@ -21,7 +24,7 @@ from samegrad.verify.tolerance import Precision
 
 @dataclasses.dataclass(frozen=True)
 class LeftBehind:
-    """State after the plain step: a snapshot to compare with, and the floating buffers that step updated."""
+    """State after the plain step: a snapshot to compare with, and the floating numbers that step updated."""
 
     modules: tuple[nn.Module, ...]
     state: ModuleState
@@ -32,12 +35,7 @@ class LeftBehind:
     def after(cls, declared: DeclaredStep, before: ModuleState) -> LeftBehind:
         """Taken now, right after the plain step that began at ``before``."""
         modules = tuple(declared.modules)
-        updated = set(before.changed())
-        sums = {
-            name: buffer.detach().clone()
-            for name, buffer in _buffers(modules)
-            if name in updated and buffer.is_floating_point()
-        }
+        sums = _floating(modules, before.changed())
         return cls(modules, ModuleState(modules), Generators(declared.device), sums)
 
     def checks(self, precision: Precision) -> list[Check]:
@@ -56,12 +54,15 @@ class LeftBehind:
 
     def _sums_check(self, precision: Precision) -> Check:
         worst, error = "", 0.0
-        for name, now in _buffers(self.modules):
-            before = self.sums.get(name)
-            if before is None or not before.numel():
+        now_floating = _floating(self.modules, list(self.sums))
+        for name, before in self.sums.items():
+            now = now_floating.get(name)
+            if now is None or now.shape != before.shape:
+                return check_of(f"buffers that are sums, {precision.name}", math.inf, 0.0, name)
+            if not before.numel():
                 continue
-            difference = float((now.detach().double() - before.double()).abs().max())
-            relative = difference / (float(before.double().abs().max()) or 1.0)
+            difference = float((now - before).abs().max())
+            relative = difference / (float(before.abs().max()) or 1.0)
             if not relative <= error:
                 worst, error = name, relative
         tier = 1 if tolerance.proves_logic(precision) else 2
@@ -69,5 +70,21 @@ class LeftBehind:
         return dataclasses.replace(check, tier=tier)
 
 
-def _buffers(modules: Sequence[nn.Module]) -> list[tuple[str, Tensor]]:
-    return [pair for module in modules for pair in module.named_buffers()]
+def _floating(modules: Sequence[nn.Module], names: Sequence[str]) -> dict[str, Tensor]:
+    """By name of a buffer or an attribute, the numbers in it, (n,) float64, where all of them are floating ones."""
+    found = {}
+    for module in modules:
+        for path, part in module.named_modules():
+            for key, value in (part._buffers | vars(part)).items():
+                name = f"{path}.{key}" if path else key
+                if name not in names:
+                    continue
+                leaves = trees.leaves_of(value)
+                if leaves and all(_is_floating(leaf) for leaf in leaves):
+                    parts = [torch.as_tensor(leaf).detach().double().reshape(-1) for leaf in leaves]
+                    found[name] = torch.cat(parts).clone()
+    return found
+
+
+def _is_floating(leaf: object) -> bool:
+    return leaf.is_floating_point() if isinstance(leaf, Tensor) else isinstance(leaf, float)
