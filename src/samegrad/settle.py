@@ -7,6 +7,7 @@ peak is within the budget.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -206,18 +207,22 @@ def _few_shapes(layout: RowLayout) -> list[tuple[int, int]]:
 
 
 def _kept_row_bytes(probes: Sequence[Probe]) -> float | None:
-    """What one row's graph holds after its forward, from the second pass of the first and the last probe."""
-    small, large = probes[0], probes[-1]
-    if small.rows == large.rows:
-        return None
-    held = []
-    for probe in (small, large):
-        # First pass, loss, then forward and backward of each chunk.
-        before, forward = probe.moments[probe.chunks], probe.moments[probe.chunks + 1]
-        if not before or not forward:
-            return None
-        held.append(forward[-1][1] - before[-1][1])
-    return max(0.0, (held[1] - held[0]) / (large.rows - small.rows))
+    """What one row's graph holds after its forward in the second pass, from two chunks of one batch.
+
+    Of one batch, since what the loss leaves behind depends on the batch's rows and goes meanwhile.
+    """
+    for small, large in itertools.combinations(probes, 2):
+        if small.batch_rows != large.batch_rows or small.rows == large.rows:
+            continue
+        held = []
+        for probe in (small, large):
+            # First pass, loss, then forward and backward of each chunk.
+            before, forward = probe.moments[probe.chunks], probe.moments[probe.chunks + 1]
+            if not before or not forward:
+                return None
+            held.append(forward[-1][1] - before[-1][1])
+        return max(0.0, (held[1] - held[0]) / (large.rows - small.rows))
+    return None
 
 
 def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> bool:
