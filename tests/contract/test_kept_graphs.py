@@ -23,6 +23,7 @@ from samegrad.plan.explain import floor_bytes
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, Footprint, Phase, Plan
+from samegrad.verify import tolerance
 
 from ..exact import zoo
 from ..plan.test_choose import MIB, footprint, law
@@ -110,12 +111,17 @@ def test_every_number_of_kept_graphs_gives_the_plain_step(name: str, kept: int) 
         left.append([loss, *model.buffers(), torch.get_rng_state()])
     reference = [p.grad for p in steps[0].declared.model.parameters()]
     torch.manual_seed(7)
-    assert zoo.worst_error(dataclasses.replace(split, kept=kept), rows(), layout, SIZES, reference) <= 1
+    # Of single rows: terms that cancel within a chunk are rounded as terms.
+    sizes = [float(m.max()) for m in split.totals(rows(), layout, [1] * ROWS).magnitudes or [] if m is not None]
+    torch.manual_seed(7)
+    totals = dataclasses.replace(split, kept=kept).totals(rows(), layout, SIZES).totals
+    for ours, plain, size in zip(totals, reference, sizes, strict=True):
+        assert ours is not None and plain is not None
+        allowed = tolerance.entry_allowed(D) * tolerance.entry_scale(size, max(sizes))
+        assert float((ours - plain).abs().max()) <= allowed
     for plain, ours in zip(*left, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-13, atol=1e-15)
     handed = [p.grad for p in steps[1].declared.model.parameters()]
-    torch.manual_seed(7)
-    totals = dataclasses.replace(split, kept=kept).totals(rows(), layout, SIZES).totals
     assert all(torch.equal(a, b) for a, b in zip(handed, totals) if a is not None and b is not None)
 
 
