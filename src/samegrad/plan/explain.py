@@ -55,7 +55,8 @@ def ways_down(footprint: Footprint, budget: Budget) -> list[str]:
 
 def _ways_to_keep_less(footprint: Footprint, budget: Budget) -> list[str]:
     """Where what is there for the whole batch takes its share of the budget, in two passes or in a coupled model."""
-    laws = footprint.laws or min((variant.laws for variant in footprint.variants), key=_kept_bytes(footprint), default=())
+    ways = [footprint.laws] if footprint.laws else [variant.laws for variant in footprint.variants]
+    laws = min(ways, key=_kept_bytes(footprint), default=())
     rows = footprint.batch_rows
     largest = max(laws, key=lambda law: law.kept_bytes(rows), default=None)
     if largest is None or largest.kept_bytes(rows) <= _SHARE_OF_KEPT * budget.total_bytes:
