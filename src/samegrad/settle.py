@@ -30,7 +30,7 @@ from samegrad.levers._variants import variant_in
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.laws import fit_laws, fit_mapped_laws
-from samegrad.measure.probe import Probe, measure_rung, probe_plain, probe_split, standing_batch_bytes
+from samegrad.measure.probe import Probe, measure_rung, measure_whole, probe_plain, probe_split, standing_batch_bytes
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
@@ -52,6 +52,8 @@ from samegrad.units import format_bytes
 # Rows of a probe's chunk; few enough for any card, enough for the law to show.
 _PROBE_CHUNK_ROWS = 8
 # Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
+# The share of a budget up to which the plain step's prediction is believed as it is.
+_BELIEVED_FRACTION = 0.75
 # What a backward takes, in forwards.
 _BACKWARD_FORWARDS = 2.0
 _MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
@@ -328,8 +330,14 @@ def settle(
     for plan in choose_plan(footprint, options, budget):
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
+        # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
+        most = usable_bytes(budget) if budget.counting is Counting.CUDA_ALLOCATOR else budget.total_bytes
         if sizes is None or execution.runs_whole:
-            return plan, footprint, None
+            found = _whole_if_close(declared, batch, measurement, plan, most)
+            if found is None:
+                return plan, footprint, None
+            tried.append(f"all rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
+            continue
         chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
         rows = max(sizes)
         # A graph that is kept shows beside one that is not.
@@ -342,8 +350,6 @@ def settle(
         # Not there to be measured: what the loss keeps of rows that were left out.
         laws = _laws_of(plan, footprint)
         unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
-        # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
-        most = usable_bytes(budget) if budget.counting is Counting.CUDA_ALLOCATOR else budget.total_bytes
         if rung is not None and rung.peak_bytes + unseen <= most:
             seconds = rung.seconds * layout.rows / shown
             return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen
@@ -356,6 +362,24 @@ def settle(
         found="every rung measured more than that: " + "; ".join(tried[:4]),
         do="raise the budget; please report the step, since its prediction was wrong",
     )
+
+
+def _whole_if_close(
+    declared: DeclaredStep, batch: Any, measurement: Measurement, plan: Plan, most_bytes: int
+) -> str | None:
+    """What the plain step was found to need where that is too much; it is run where its prediction comes close.
+
+    Kernels are chosen by the rows as well: small probes may have seen others (distances, recurrent layers).
+    """
+    if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most_bytes:
+        return None
+    rung = measure_whole(
+        declared, batch, declared.layout(batch), StepDraws(measurement.ways.sites),
+        missing_state_bytes=measurement.missing_state_bytes,
+    )  # fmt: skip
+    if rung is None:
+        return "out of memory"
+    return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
 
 
 def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:

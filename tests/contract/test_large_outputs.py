@@ -118,3 +118,31 @@ def test_no_advice_on_outputs_where_they_are_not_what_is_large() -> None:
     with pytest.raises(BudgetTooSmall) as refused:
         sg.Step(deep(), spread, budget="400KiB").backward(batch())
     assert "normalise=" not in str(refused.value)
+
+
+class Distances(nn.Module):
+    """torch.cdist takes other kernels from 26 rows on, which hold more than small probes see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centers = nn.Parameter(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(x, self.centers)
+
+
+def test_a_plain_step_that_comes_close_to_the_budget_is_measured_before_it_is_believed() -> None:
+    rows = (torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(1)), torch.arange(ROWS) % 40)
+    loss_fn = lambda z, b: F.cross_entropy(z, b[1])  # noqa: E731
+    predicted = sg.measure_step(sg.Step(Distances(), loss_fn), rows).predicted_peak_bytes(rows=ROWS)
+    model = Distances()
+    counter = sg.count_bytes(sg.Step(model, loss_fn))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    *_, last = sg.train(sg.Step(model, loss_fn, rows=ROWS, optimizer=optimizer), [rows, rows], counter=counter)
+    needed = last.peak_allocated_bytes
+    assert needed is not None and needed > 1.05 * predicted
+    budget = int(1.02 * predicted)
+    step = sg.Step(Distances(), loss_fn, budget=budget)
+    assert step.prepare(rows).levers["split_rows"]["rows"] < ROWS
+    # Where it is far below the budget it is not run for that.
+    assert sg.Step(Distances(), loss_fn, budget=2 * needed).prepare(rows).levers == {}
