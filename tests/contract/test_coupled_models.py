@@ -21,7 +21,7 @@ from samegrad.settle import settle_plan
 from ..exact import coupled_zoo as zoo
 from ..exact.coupled_zoo import CASES, made, step_of
 
-ROWS = 96
+ROWS = 64
 # What a prediction may be off by.
 WITHIN = 0.03
 

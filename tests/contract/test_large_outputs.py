@@ -125,14 +125,14 @@ class Distances(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.centers = nn.Parameter(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
+        self.centers = nn.Parameter(torch.randn(20, 64, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, x: Tensor) -> Tensor:
         return -torch.cdist(x, self.centers)
 
 
 def test_a_plain_step_that_comes_close_to_the_budget_is_measured_before_it_is_believed() -> None:
-    rows = (torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(1)), torch.arange(ROWS) % 40)
+    rows = (torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(1)), torch.arange(ROWS) % 20)
     loss_fn = lambda z, b: F.cross_entropy(z, b[1])  # noqa: E731
     predicted = sg.measure_step(sg.Step(Distances(), loss_fn), rows).predicted_peak_bytes(rows=ROWS)
     model = Distances()
