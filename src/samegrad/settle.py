@@ -30,7 +30,8 @@ from samegrad.levers._variants import variant_in
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.laws import fit_laws, fit_mapped_laws
-from samegrad.measure.probe import Probe, measure_rung, probe_plain, probe_split, standing_batch_bytes
+from samegrad.measure.probe import Probe, measure_rung, measure_whole, standing_batch_bytes
+from samegrad.measure.probe_sets import kept_row_bytes, mapped_probes, plain_probes, split_probes, times
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
@@ -49,9 +50,9 @@ from samegrad.records import (
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
-# Rows of a probe's chunk; few enough for any card, enough for the law to show.
-_PROBE_CHUNK_ROWS = 8
 # Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
+# The share of a budget up to which the plain step's prediction is believed as it is.
+_BELIEVED_FRACTION = 0.75
 # What a backward takes, in forwards.
 _BACKWARD_FORWARDS = 2.0
 _MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
@@ -128,16 +129,16 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
     missing = residents.missing_state_bytes
     optimizer_law = _optimizer_law(residents, standing_batch_bytes(batch, declared.device))
     whole_only = isinstance(ways.refusal, FailsOnFewRows)
-    plain = _plain_probes(declared, batch, layout, StepDraws(ways.sites), whole_only)
+    plain = plain_probes(declared, batch, layout, StepDraws(ways.sites), whole_only)
     parts: list[Probe] = []
     if ways.by_rows is not None:
-        parts = _split_probes(_by_rows(declared, aliases, ways.by_rows), batch, layout)
+        parts = split_probes(_by_rows(declared, aliases, ways.by_rows), batch, layout)
     # Where nothing is split by rows, the plain step is what there is to time.
-    seconds_per_row, seconds_per_chunk = _times(parts or plain)
+    seconds_per_row, seconds_per_chunk = times(parts or plain)
     probed, variants = [*plain, *parts], []
     for lever in ways.mapped:
         mapped = MappedStep(declared, aliases, ways.mapped_examination(), lever.scheme())
-        probes = _mapped_probes(mapped, lever, batch, layout)
+        probes = mapped_probes(mapped, batch, layout, in_chunks="rows" in lever.knobs())
         variants.append(_variant(lever, probes, seconds_per_row, missing, optimizer_law))
         probed += probes
     shown = probed[-1]
@@ -161,12 +162,21 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         laws=(*fit_laws(parts, missing_bytes=missing), optimizer_law) if parts else (),
         plain_laws=(*fit_laws(plain, missing_bytes=missing), optimizer_law),
         variants=tuple(variants),
-        kept_row_bytes=_kept_row_bytes(parts) if ways.by_rows is not None and ways.by_rows.passes == 2 else None,
+        kept_row_bytes=_kept_row_bytes(parts, declared, batch, layout)
+        if ways.by_rows is not None and ways.by_rows.passes == 2
+        else None,
         refusals=refusals,
         facts=_facts(ways, residents),
         timeline=shown.timeline,
     )
     return Measurement(footprint=footprint, ways=ways, missing_state_bytes=missing)
+
+
+def _kept_row_bytes(parts: Sequence[Probe], declared: DeclaredStep, batch: Any, layout: RowLayout) -> float | None:
+    graph = kept_row_bytes(parts)
+    # On the device a chunk whose graph is kept has rows of its own, since the next one arrives in its place.
+    copied = trees.row_bytes(batch, layout) if declared.device.type == "cuda" else 0
+    return None if graph is None else graph + copied
 
 
 def _by_rows(declared: DeclaredStep, aliases: ParameterAliases, examination: Examination) -> SplitStep:
@@ -193,72 +203,9 @@ def _variant(
     )
 
 
-def _mapped_probes(step: MappedStep, lever: MappingLever, batch: Any, layout: RowLayout) -> list[Probe]:
-    """Chunks of few rows, or all rows at once where the lever's parts see all of them."""
-    shapes = _few_shapes(layout)
-    if "rows" not in lever.knobs():
-        shapes = list(dict.fromkeys((n, n) for _, n in shapes))
-    return [probe_split(step, batch, layout, trees.even_sizes(n, r)) for r, n in shapes]
-
-
-def _few_shapes(layout: RowLayout) -> list[tuple[int, int]]:
-    """Rows of a chunk and of the batch: each at several sizes of the other, and three batches for pairs of rows."""
-    rows = max(1, min(_PROBE_CHUNK_ROWS // 2, layout.rows // 8))
-    shapes = [(rows, 2 * rows), (rows, 4 * rows), (2 * rows, 4 * rows), (2 * rows, 8 * rows)]
-    return list(dict.fromkeys((r, min(n, layout.rows)) for r, n in shapes))
-
-
-def _kept_row_bytes(probes: Sequence[Probe]) -> float | None:
-    """What one row's graph holds after its forward, from the second pass of the first and the last probe."""
-    small, large = probes[0], probes[-1]
-    if small.rows == large.rows:
-        return None
-    held = []
-    for probe in (small, large):
-        # First pass, loss, then forward and backward of each chunk.
-        before, forward = probe.moments[probe.chunks], probe.moments[probe.chunks + 1]
-        if not before or not forward:
-            return None
-        held.append(forward[-1][1] - before[-1][1])
-    return max(0.0, (held[1] - held[0]) / (large.rows - small.rows))
-
-
 def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> bool:
     row_leaves = [leaf for leaf, axis in zip(trees.leaves_of(batch), layout.axes) if axis is not None]
     return any(not isinstance(leaf, Tensor) or leaf.device != device for leaf in row_leaves)
-
-
-def _plain_probes(
-    declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, whole_only: bool
-) -> list[Probe]:
-    if whole_only:
-        return [probe_plain(declared, batch, layout, batch_rows=layout.rows, draws=draws)]
-    # Not one row where there are more: batch normalisation in training mode refuses it.
-    rows = min(_PROBE_CHUNK_ROWS // 2, max(min(2, layout.rows), layout.rows // 4))
-    shapes = dict.fromkeys(min(n, layout.rows) for n in (rows, 2 * rows, 4 * rows))
-    return [probe_plain(declared, batch, layout, batch_rows=n, draws=draws) for n in shapes]
-
-
-def _split_probes(split: SplitStep, batch: Any, layout: RowLayout) -> list[Probe]:
-    """Two chunks at two sizes; for two passes more, which tell the rows of a chunk from those of the batch."""
-    rows = max(1, min(_PROBE_CHUNK_ROWS, layout.rows // 4))
-    shapes = dict.fromkeys((r, min(2 * r, layout.rows)) for r in (rows, 2 * rows))
-    two_passes = split.examination.passes == 2
-    return [
-        probe_split(split, batch, layout, trees.even_sizes(n, r))
-        for r, n in (_few_shapes(layout) if two_passes else shapes)
-    ]
-
-
-def _times(probes: Sequence[Probe]) -> tuple[float | None, float | None]:
-    """Seconds a row and a chunk take, through the first and last probe of two chunks or more."""
-    if len(probes) < 2:
-        return None, None
-    small, large = probes[0], probes[-1]
-    per_row = (large.seconds - small.seconds) / max(1, large.batch_rows - small.batch_rows)
-    per_row = max(per_row, 0.0)
-    chunks = -(-large.batch_rows // large.rows)
-    return per_row, max(0.0, (large.seconds - per_row * large.batch_rows) / chunks)
 
 
 def _optimizer_law(residents: Residents, standing_bytes: int) -> PhaseLaw:
@@ -330,8 +277,14 @@ def settle(
     for plan in choose_plan(footprint, options, budget):
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
+        # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
+        most = usable_bytes(budget) if budget.counting is Counting.CUDA_ALLOCATOR else budget.total_bytes
         if sizes is None or execution.runs_whole:
-            return plan, footprint, None
+            found = _whole_if_close(declared, batch, measurement, plan, most)
+            if found is None:
+                return plan, footprint, None
+            tried.append(f"all rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
+            continue
         chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
         rows = max(sizes)
         # A graph that is kept shows beside one that is not.
@@ -344,8 +297,6 @@ def settle(
         # Not there to be measured: what the loss keeps of rows that were left out.
         laws = _laws_of(plan, footprint)
         unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
-        # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
-        most = usable_bytes(budget) if budget.counting is Counting.CUDA_ALLOCATOR else budget.total_bytes
         if rung is not None and rung.peak_bytes + unseen <= most:
             seconds = rung.seconds * layout.rows / shown
             return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen
@@ -358,6 +309,24 @@ def settle(
         found="every rung measured more than that: " + "; ".join(tried[:4]),
         do="raise the budget; please report the step, since its prediction was wrong",
     )
+
+
+def _whole_if_close(
+    declared: DeclaredStep, batch: Any, measurement: Measurement, plan: Plan, most_bytes: int
+) -> str | None:
+    """What the plain step was found to need where that is too much; it is run where its prediction comes close.
+
+    Kernels are chosen by the rows as well: small probes may have seen others (distances, recurrent layers).
+    """
+    if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most_bytes:
+        return None
+    rung = measure_whole(
+        declared, batch, declared.layout(batch), StepDraws(measurement.ways.sites),
+        missing_state_bytes=measurement.missing_state_bytes,
+    )  # fmt: skip
+    if rung is None:
+        return "out of memory"
+    return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
 
 
 def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -17,8 +18,14 @@ __all__ = ["Execution", "Lever", "Slot", "find_levers", "levers_of"]
 
 def find_levers() -> dict[str, type[Lever]]:
     """Every lever by name, in slot order."""
+    return dict(_scanned(tuple(__path__)))
+
+
+@functools.cache
+def _scanned(folders: tuple[str, ...]) -> dict[str, type[Lever]]:
+    # Once a process: a plan is looked at in every step, and the folder may lie on a slow disk.
     found: list[type[Lever]] = []
-    for module in pkgutil.iter_modules(__path__):
+    for module in pkgutil.iter_modules(folders):
         if module.name.startswith("_"):
             continue
         content = importlib.import_module(f"{__name__}.{module.name}")

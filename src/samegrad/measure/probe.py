@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,24 +83,36 @@ def measure_rung(
     None where the allocator ran out of memory, or had to give memory back and try again, under a cap.
     """
     few, few_layout = _first_rows(batch, layout, sum(sizes))
-    device = split.declared.device
-    with undisturbed(split.declared.modules, device):
+    return _rung(split.declared, batch, lambda: split.totals(few, few_layout, sizes), missing_state_bytes)
+
+
+def measure_whole(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, *, missing_state_bytes: int
+) -> Rung | None:
+    """The same of the plain step on the whole batch."""
+    with _plain_run(declared, batch, layout, layout.rows, draws) as run:
+        return _rung(declared, batch, run, missing_state_bytes)
+
+
+def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], missing_state_bytes: int) -> Rung | None:
+    device = declared.device
+    with undisturbed(declared.modules, device):
         if device.type != "cuda":
-            counter = ByteCounter(device, gradients_of=[split.declared.network])
-            claim_residents(counter, split.declared, batch)
+            counter = ByteCounter(device, gradients_of=[declared.network])
+            claim_residents(counter, declared, batch)
             with counter, listening(counter):
-                seconds = timed(lambda: split.totals(few, few_layout, sizes), device)
+                seconds = timed(run, device)
             return Rung(counter.peak_bytes + missing_state_bytes, seconds)
         counters.release_cached(device)
         try:
-            gradients = split.totals(few, few_layout, sizes)
+            gradients = run()
             # The first step creates the state while its gradients are alive; where it lands decides what fits later.
-            state = _standing_in(split.declared, missing_state_bytes)
+            state = _standing_in(declared, missing_state_bytes)
             del gradients
-            split.totals(few, few_layout, sizes)
+            run()
             before = counters.read_allocator(device)
             counters.reset_peaks(device)
-            seconds = timed(lambda: split.totals(few, few_layout, sizes), device)
+            seconds = timed(run, device)
         except torch.OutOfMemoryError:
             return None
         after = counters.read_allocator(device)
@@ -126,11 +139,20 @@ def probe_plain(
     declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int, draws: StepDraws | None = None
 ) -> Probe:
     """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped."""
+    with _plain_run(declared, batch, layout, batch_rows, draws) as run:
+        return _probed(declared, batch, run, [batch_rows])
+
+
+@contextlib.contextmanager
+def _plain_run(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, batch_rows: int, draws: StepDraws | None
+) -> Iterator[Callable[[], Sequence[Tensor]]]:
+    """The plain step up to its gradients; what its forward writes on the rows is undone at the end of the block."""
     declared = under_draws(declared, draws)
     few, _ = _first_rows(cut_loose(batch), layout, batch_rows)
     before = trees.map_tensors(few, Tensor.clone)
 
-    def run() -> None:
+    def run() -> Sequence[Tensor]:
         [chunk] = arriving_chunks(sliced_chunks(few, layout, [batch_rows], declared.device))
         announce(Phase.FORWARD)
         outputs = declared.forward(declared.network, chunk)
@@ -140,12 +162,11 @@ def probe_plain(
         announce(Phase.BACKWARD)
         leaves = losses.leaves_under(loss)
         with hooks_silenced(leaves), torch.autocast(declared.device.type, enabled=False):
-            torch.autograd.grad(loss, leaves)
+            return torch.autograd.grad(loss, leaves)
 
     try:
-        return _probed(declared, batch, run, [batch_rows])
+        yield run
     finally:
-        # A forward that writes on its input has written on the user's batch.
         for leaf, kept in zip(trees.leaves_of(few), trees.leaves_of(before)):
             if isinstance(leaf, Tensor) and not torch.equal(leaf, kept):
                 leaf.detach().copy_(kept)

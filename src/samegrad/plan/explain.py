@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
-from samegrad.records import Budget, Category, Footprint, Plan
+from samegrad.records import Budget, Category, Footprint, PhaseLaw, Plan
 from samegrad.units import format_bytes, format_seconds
 
+# Of the budget, from which on it is worth saying how less would be kept for the whole batch.
+_SHARE_OF_KEPT = 0.1
 _FLOOR = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS)
 
 
@@ -38,14 +41,7 @@ def ways_down(footprint: Footprint, budget: Budget) -> list[str]:
     """The three cheapest ways to fit, each with its bytes."""
     floor = floor_bytes(footprint)
     ways = [f"raise the budget to {format_bytes(budget_for(floor, budget.counting))}"]
-    per_batch_row = max((law.per_batch_row_bytes for law in footprint.laws), default=0.0)
-    if per_batch_row * footprint.batch_rows > 0.1 * budget.total_bytes:
-        kept = format_bytes(per_batch_row * footprint.batch_rows)
-        ways += [
-            f"normalise= if the loss is a sum over rows over a count, so that {kept} of output rows need not be kept",
-            f"a loss computed inside the model or a sg.rowwise function, so that its few numbers a row are kept "
-            f"instead of {kept} of outputs",
-        ]
+    ways += _ways_to_keep_less(footprint, budget)
     state = footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
     parameters = footprint.resident_bytes.get(Category.PARAMETERS, 0)
     if state:
@@ -55,6 +51,30 @@ def ways_down(footprint: Footprint, budget: Budget) -> list[str]:
         ways.append(f"a smaller batch ({format_bytes(plain_row)} a row; that is another step)")
     ways.append(f"a smaller model (parameters and gradients take {format_bytes(2 * parameters)}; another model)")
     return ways[:3]
+
+
+def _ways_to_keep_less(footprint: Footprint, budget: Budget) -> list[str]:
+    """Where what is there for the whole batch takes its share of the budget, in two passes or in a coupled model."""
+    ways = [footprint.laws] if footprint.laws else [variant.laws for variant in footprint.variants]
+    laws = min(ways, key=_kept_bytes(footprint), default=())
+    rows = footprint.batch_rows
+    largest = max(laws, key=lambda law: law.kept_bytes(rows), default=None)
+    if largest is None or largest.kept_bytes(rows) <= _SHARE_OF_KEPT * budget.total_bytes:
+        return []
+    if (pairs := largest.per_row_pair_bytes * rows**2) > largest.per_batch_row_bytes * rows:
+        return [f"sg.over for what compares all rows with all, some at a time, instead of {format_bytes(pairs)}"]
+    kept = format_bytes(largest.kept_bytes(rows))
+    if not footprint.laws:
+        return [f"segments= that take in more of the model, so that less of the {kept} between them is kept"]
+    return [
+        f"normalise= if the loss is a sum over rows over a count, so that {kept} of output rows need not be kept",
+        f"a loss computed inside the model or a sg.rowwise function, so that its few numbers a row are kept "
+        f"instead of {kept} of outputs",
+    ]
+
+
+def _kept_bytes(footprint: Footprint) -> Callable[[Sequence[PhaseLaw]], float]:
+    return lambda laws: max(law.kept_bytes(footprint.batch_rows) for law in laws)
 
 
 def explain_plan(plan: Plan, footprint: Footprint) -> str:
