@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad.exact import keyed_direct, randomness
@@ -104,6 +105,19 @@ def test_a_dispatch_mode_and_fake_tensors_see_the_operation() -> None:
             outputs = F.dropout(imagined, 0.4)
     assert outputs.shape == x.shape
     assert type(outputs) is type(imagined)
+
+
+@pytest.mark.parametrize("before_autograd", [False, True])
+def test_a_recorded_graph_holds_the_operation_and_draws_anew(before_autograd: bool) -> None:
+    x, ids = torch.randn(6, 5), torch.arange(6)
+
+    def chunk(key: Tensor) -> Tensor:
+        with keyed(key, ids, sites=LeadingRows()):
+            return F.dropout(x, 0.4) + torch.randn_like(x)
+
+    graph = make_fx(chunk, pre_dispatch=before_autograd)(KEY)
+    for key in (KEY, KEY + 1):
+        assert torch.equal(graph(key), chunk(key))
 
 
 def test_transforms_go_through_a_draw() -> None:

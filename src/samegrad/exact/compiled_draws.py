@@ -18,12 +18,17 @@ from samegrad.errors import EnvironmentProblem
 def handed_over(draws: Iterable[Callable[..., Any]]) -> Callable[[], None]:
     """A function that puts ``draws`` on the compiler's list, where a compiler is there; it may be compiled itself."""
     functions = frozenset(draws)
+    completed: object = None
 
     def show() -> None:
+        nonlocal completed
         compiler = sys.modules.get("torch._dynamo.variables.torch")
-        listed = getattr(compiler, "get_overridable_functions", None)
-        if listed is not None:
-            listed().update(functions)
+        listing = getattr(compiler, "get_overridable_functions", None)
+        if listing is not None:
+            listed = listing()
+            if listed is not completed:
+                listed.update(functions)
+                completed = listed
         elif torch.compiler.is_compiling():
             raise EnvironmentProblem(
                 asked="compile draws that are keyed by rows",

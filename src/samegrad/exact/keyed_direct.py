@@ -27,6 +27,7 @@ def looked_on(tensor: Tensor) -> bool:
         torch.compiler.is_compiling()
         or (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
         or _C._len_torch_dispatch_stack() > 0
+        or _C._dispatch_tls_is_dispatch_key_included(_C.DispatchKey.PreDispatch)
         or _C._get_tracing_state() is not None
         or _transformed()
     )
