@@ -83,15 +83,35 @@ def dropouts(x: Tensor, cotangent: Tensor) -> dict[str, tuple[Callable[[], objec
     return {"forward": (ours, theirs), "forward_and_backward": (both(ours), both(theirs))}
 
 
-def normals(shape: tuple[int, ...], device: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    key = torch.zeros((), dtype=torch.int64, device=device)
-    ids = torch.arange(shape[0], device=device)
+def normals(x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+    key = torch.zeros((), dtype=torch.int64, device=x.device)
+    ids = torch.arange(len(x), device=x.device)
 
     def ours() -> Tensor:
         with keyed(key, ids, sites=LeadingRows()):
-            return torch.randn(shape, device=device)
+            return torch.randn_like(x)
 
-    return ours, lambda: torch.randn(shape, device=device)
+    return ours, lambda: torch.randn_like(x)
+
+
+def host_seconds(run: Callable[[], object], device: str, repeats: int = 200) -> float:
+    """Of the host alone: the device is waited for before, and is given little to do."""
+    for _ in range(repeats):
+        run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - begin) / repeats
+
+
+def host_times(device: str) -> dict[str, dict[str, float]]:
+    x = torch.randn(8, 16, device=device, requires_grad=True)
+    return {
+        f"host {name} 8x16": {"ours_seconds": host_seconds(ours, device), "torch_seconds": host_seconds(theirs, device)}
+        for name, (ours, theirs) in dropouts(x, torch.randn_like(x)).items()
+    }
 
 
 def main() -> None:
@@ -108,7 +128,13 @@ def main() -> None:
                 figures[label] = paired(ours, theirs, device, pairs)
                 if device == "cuda":
                     figures[f"{label} graphed"] = paired(graphed(ours), graphed(theirs), device, pairs)
-    figures["randn 1024x1024"] = paired(*normals((1024, 1024), device), device, max(pairs // 4, 3))
+    for shape in [(1024, 1024), (8192, 4096)] if device == "cuda" else [(1024, 1024)]:
+        ours, theirs = normals(torch.empty(shape, device=device))
+        label = f"randn_like {'x'.join(map(str, shape))}"
+        figures[label] = paired(ours, theirs, device, max(pairs // 4, 3))
+        if device == "cuda":
+            figures[f"{label} graphed"] = paired(graphed(ours), graphed(theirs), device, pairs)
+    figures.update(host_times(device))
     _results.write(f"keyed_dropout_{device}", figures)
 
 

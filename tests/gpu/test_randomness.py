@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samegrad.exact import philox
+from samegrad.exact import keyed_direct, philox
 from samegrad.exact.randomness import DrawSites, LeadingRows, StepKey, keyed, learn_sites, recording
 from tests.exact.test_randomness import DRAWS, ROWS, rows_of_batch, tensors
 
@@ -55,6 +55,7 @@ def test_kernels_follow_the_specification(key: int, before: int, rows: int, inne
     assert torch.equal(words.cpu(), laid_out(expected))
     for drop in (0.1, 0.5, 0.9):
         keep = laid_out(philox.keyed_keep(key, ids.numpy(), 3, 17, elements, philox.keep_threshold(drop)))
+        assert torch.equal(torch.ops.samegrad.keyed_keep(*on_device, 3, 17, before, inner, drop).cpu(), keep)
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             x = torch.randn(before, rows, inner, dtype=dtype, device="cuda", requires_grad=True)
             kept, mask = torch.ops.samegrad.keyed_dropout(x, *on_device, 3, 17, before, inner, drop)
@@ -63,6 +64,46 @@ def test_kernels_follow_the_specification(key: int, before: int, rows: int, inne
             torch.testing.assert_close(kept.detach(), plain, rtol=torch.finfo(dtype).eps, atol=0)
             (gradient,) = torch.autograd.grad(kept, x, torch.ones_like(x))
             assert torch.equal(gradient != 0, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("before, rows, inner", [*LAYOUTS, (1, 64, 16_000)])
+def test_normal_numbers_are_the_cpus_bit_for_bit(before: int, rows: int, inner: int, dtype: torch.dtype) -> None:
+    key, ids = torch.tensor(KEYS[2]), torch.arange(rows) * 2**33
+    for scale, shift in ((1.0, 0.0), (3.0, -0.3)):
+        options = (3, 17, before, inner, "normal", scale, shift, dtype)
+        on_cpu = torch.ops.samegrad.keyed_numbers(key, ids, *options)
+        on_cuda = torch.ops.samegrad.keyed_numbers(key.cuda(), ids.cuda(), *options).cpu()
+        assert on_cuda.dtype == dtype
+        assert torch.equal(on_cuda.view(torch.uint8), on_cpu.view(torch.uint8))
+
+
+def test_a_kernel_that_contracts_products_and_sums_shows() -> None:
+    from samegrad.exact import normal_triton, philox_triton
+
+    key, ids = torch.tensor(KEYS[2], device="cuda"), torch.arange(64, device="cuda")
+    right = normal_triton.keyed_normal(key, ids, 3, 17, 1, 16_000, torch.float64)
+    wrong = torch.empty_like(right)
+    philox_triton.launch(
+        normal_triton._normal_kernel, (wrong,), key, ids, (256 * 3, 17), (1, 16_000), (), enable_fp_fusion=True
+    )
+    torch.testing.assert_close(wrong, right, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(wrong, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dropout_by_itself_is_the_operation(dtype: torch.dtype) -> None:
+    x, cotangent, second = (torch.randn(5, 7, 33, device="cuda").to(dtype).requires_grad_() for _ in range(3))
+    where = torch.tensor(7, device="cuda"), torch.arange(7, device="cuda"), 3, 17, 5, 33
+    results = []
+    for dropped, keep in (
+        keyed_direct.dropout(x, where, 0.3),
+        torch.ops.samegrad.keyed_dropout(x, *where, 0.3),
+    ):
+        (first,) = torch.autograd.grad(dropped, x, cotangent, create_graph=True)
+        results.append((dropped, keep, first, *torch.autograd.grad(first, cotangent, second)))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("order", ["channels last", "every other"])

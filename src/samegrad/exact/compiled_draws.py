@@ -12,18 +12,29 @@ from typing import Any
 
 import torch
 
+from samegrad.errors import EnvironmentProblem
+
 
 def handed_over(draws: Iterable[Callable[..., Any]]) -> Callable[[], None]:
     """A function that puts ``draws`` on the compiler's list, where a compiler is there; it may be compiled itself."""
     functions = frozenset(draws)
+    completed: object = None
 
     def show() -> None:
+        nonlocal completed
         compiler = sys.modules.get("torch._dynamo.variables.torch")
-        listed = getattr(compiler, "get_overridable_functions", None)
-        if listed is not None:
-            listed().update(functions)
+        listing = getattr(compiler, "get_overridable_functions", None)
+        if listing is not None:
+            listed = listing()
+            if listed is not completed:
+                listed.update(functions)
+                completed = listed
         elif torch.compiler.is_compiling():
-            raise RuntimeError(f"torch {torch.__version__} does not say what draws it compiles: compile no keyed block")
+            raise EnvironmentProblem(
+                asked="compile draws that are keyed by rows",
+                found=f"the compiler of torch {torch.__version__} does not say which functions it hands to modes",
+                do="compile no part that draws, or take a torch from 2.11 to 2.15",
+            )
 
     # Called while code is compiled, as torch.compiler.assume_constant_result has it, which imports the compiler.
     show._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch.nn.functional as F
 
 
-def _is_composite(func: Any) -> bool:
+def _is_composite(func: Any) -> TypeGuard[FunctionType]:
     return type(func) is FunctionType and func.__module__ == F.__name__
 
 

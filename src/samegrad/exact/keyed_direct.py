@@ -1,8 +1,8 @@
 """The operations of ``keyed_ops`` called by themselves, where nothing looks on.
 
-torch's way to an operation that is written in Python takes the host 30 us forward and far more backward, which is more
-than a large dropout takes the device. Compilers, transforms (functorch), dispatch modes and forward-mode derivatives
-must see the operation, so they get torch's; what is computed is the same function either way, hence the same bits.
+torch's way to an operation that is written in Python takes the host longer than a large dropout takes the device.
+Compilers, transforms (functorch), dispatch modes and forward-mode differentiation must see the operation, so they get
+torch's; what is computed is the same function either way, hence the same bits.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ def looked_on(tensor: Tensor) -> bool:
         torch.compiler.is_compiling()
         or (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
         or _C._len_torch_dispatch_stack() > 0
-        or _C._are_functorch_transforms_active()
+        or _C._dispatch_tls_is_dispatch_key_included(_C.DispatchKey.PreDispatch)
         or _C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
+        or _transformed()
     )
+
+
+def _transformed() -> bool:
+    return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def operation(name: str, ids: Tensor) -> Callable[..., Tensor]:
@@ -43,6 +47,10 @@ def operation(name: str, ids: Tensor) -> Callable[..., Tensor]:
 def dropout(values: Tensor, where: Where, drop: float) -> tuple[Tensor, Tensor]:
     """``samegrad::keyed_dropout``: values kept and divided by ``1 - drop``, or zero; and the mask, bool."""
     if looked_on(values) or not (values.is_cuda or values.is_cpu):
+        if not torch.compiler.is_compiling() and _transformed():
+            # torch's own products: an operation that is written in Python has no forward mode.
+            keep = operation("keep", where[1])(*where, drop).view(values.shape)
+            return values * keep * (1 / (1 - drop)), keep
         dropped: tuple[Tensor, Tensor] = torch.ops.samegrad.keyed_dropout(values, *where, drop)
         return dropped
     if values.requires_grad and torch.is_grad_enabled():

@@ -12,6 +12,7 @@ position ``e`` of (before, inner) in row-major order. Registered when this modul
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -42,10 +43,17 @@ def _words_cpu(key: Tensor, ids: Tensor, stream: int, call: int, before: int, in
     return _on_host(words.astype("int64"), before, inner)
 
 
-def _words_cuda(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, plane: int) -> Tensor:
-    from samegrad.exact import philox_triton
+@functools.cache
+def _triton() -> tuple[Any, Any]:
+    """The modules of the kernels. Triton is there where CUDA is, and is slow to import."""
+    from samegrad.exact import normal_triton, philox_triton
 
-    return philox_triton.keyed_words(key, ids, stream, call, plane, before, inner)
+    return philox_triton, normal_triton
+
+
+def _words_cuda(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, plane: int) -> Tensor:
+    words: Tensor = _triton()[0].keyed_words(key, ids, stream, call, plane, before, inner)
+    return words
 
 
 def _keep_cpu(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float) -> Tensor:
@@ -54,9 +62,8 @@ def _keep_cpu(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inn
 
 
 def _keep_cuda(key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float) -> Tensor:
-    from samegrad.exact import philox_triton
-
-    return philox_triton.keyed_keep(key, ids, stream, call, before, inner, philox.keep_threshold(drop))
+    keep: Tensor = _triton()[0].keyed_keep(key, ids, stream, call, before, inner, philox.keep_threshold(drop))
+    return keep
 
 
 def _dropout_cpu(
@@ -70,12 +77,11 @@ def _dropout_cuda(
     values: Tensor, key: Tensor, ids: Tensor, stream: int, call: int, before: int, inner: int, drop: float
 ) -> tuple[Tensor, Tensor]:
     if values.is_contiguous() and values.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        from samegrad.exact import philox_triton
-
-        threshold = philox.keep_threshold(drop)
-        return philox_triton.keyed_dropout(
-            values, key, ids, stream, call, before, inner, threshold, 1 / (1 - drop)
-        )  # fmt: skip
+        factors = philox.keep_threshold(drop), 1 / (1 - drop)
+        dropped: tuple[Tensor, Tensor] = _triton()[0].keyed_dropout(
+            values, key, ids, stream, call, before, inner, *factors
+        )
+        return dropped
     keep = _keep_cuda(key, ids, stream, call, before, inner, drop).view(values.shape)
     return scaled(values, keep, drop), keep
 
@@ -112,11 +118,12 @@ def _numbers_cuda(
     shift: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     if distribution == "normal":
-        from samegrad.exact import normal_triton
-
-        if scale == 1 and shift == 0 and dtype in normal_triton.DTYPES:
-            return normal_triton.keyed_normal(key, ids, stream, call, before, inner, dtype)
-        normal = normal_triton.keyed_normal(key, ids, stream, call, before, inner, torch.float64)
+        kernels = _triton()[1]
+        normal: Tensor
+        if scale == 1 and shift == 0 and dtype in kernels.DTYPES:
+            normal = kernels.keyed_normal(key, ids, stream, call, before, inner, dtype)
+            return normal
+        normal = kernels.keyed_normal(key, ids, stream, call, before, inner, torch.float64)
         return (normal * scale + shift).to(dtype)
     words = [_words_cuda(key, ids, stream, call, before, inner, plane) for plane in range(_planes(distribution))]
     numbers: Tensor = _DISTRIBUTIONS[distribution](words, scale, shift)
@@ -205,9 +212,7 @@ def _register() -> None:
     _library.define(f"keyed_words({_WHERE}, int plane) -> Tensor")
     _library.define(f"keyed_keep({_WHERE}, float drop) -> Tensor")
     _library.define(f"keyed_dropout(Tensor values, {_WHERE}, float drop) -> (Tensor, Tensor)")
-    _library.define(
-        f"keyed_numbers({_WHERE}, str distribution, float scale, float shift, ScalarType dtype) -> Tensor"
-    )
+    _library.define(f"keyed_numbers({_WHERE}, str distribution, float scale, float shift, ScalarType dtype) -> Tensor")
     for name, (on_cpu, on_cuda) in {**KERNELS, "dropout": DROPOUTS}.items():
         _library.impl(f"keyed_{name}", on_cpu, "CPU")
         _library.impl(f"keyed_{name}", on_cuda, "CUDA")

@@ -15,6 +15,7 @@ that stays in the cache at a time: about as fast as torch's own generator on one
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,6 +32,7 @@ WHOLE_BATCH = -1
 Words = npt.NDArray[np.uint32]
 _Lanes = npt.NDArray[np.uint64]
 
+_FACTORS = tuple(np.uint64(multiplier) for multiplier in MULTIPLIERS)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(WORD_BITS)
 # Counters worked on at a time: their lanes of 8 bytes, about eight of them, stay in a core's cache.
@@ -49,15 +51,23 @@ class Tile:
 def philox(counter: tuple[_Lanes, _Lanes, _Lanes, _Lanes], key: int) -> tuple[_Lanes, _Lanes, _Lanes, _Lanes]:
     """The four words of each counter; lanes are uint64 below 2**32 and broadcast against each other."""
     c0, c1, c2, c3 = counter
-    first, second = (np.uint64(multiplier) for multiplier in MULTIPLIERS)
-    k0, k1 = key & 0xFFFFFFFF, (key >> WORD_BITS) & 0xFFFFFFFF
-    for _ in range(ROUNDS):
+    first, second = _FACTORS
+    for k0, k1 in _round_keys(key):
         # Products of 32 by 32 bits; lanes grow to the full shape in the third round only.
         p0, p1 = c0 * first, c2 * second
-        c0, c1 = (p1 >> _SHIFT) ^ (c1 ^ np.uint64(k0)), p1 & _LOW
-        c2, c3 = (p0 >> _SHIFT) ^ (c3 ^ np.uint64(k1)), p0 & _LOW
-        k0, k1 = (k0 + KEY_STEPS[0]) & 0xFFFFFFFF, (k1 + KEY_STEPS[1]) & 0xFFFFFFFF
+        c0, c1 = (p1 >> _SHIFT) ^ (c1 ^ k0), p1 & _LOW
+        c2, c3 = (p0 >> _SHIFT) ^ (c3 ^ k1), p0 & _LOW
     return c0, c1, c2, c3
+
+
+@functools.lru_cache(maxsize=16)
+def _round_keys(key: int) -> tuple[tuple[np.uint64, np.uint64], ...]:
+    """The two halves of the key in each round. Kept, since one key makes all draws of a step."""
+    low, high = key & 0xFFFFFFFF, key >> WORD_BITS
+    return tuple(
+        (np.uint64((low + turn * KEY_STEPS[0]) & 0xFFFFFFFF), np.uint64((high + turn * KEY_STEPS[1]) & 0xFFFFFFFF))
+        for turn in range(ROUNDS)
+    )
 
 
 def tiles(
