@@ -83,7 +83,7 @@ def main() -> None:
                 step = sg.Step(model, loss_fn, rows=rows)
                 verdict = sg.verify_step(step, batch, rows=ROWS)
                 shares = [check.error / check.allowed for check in verdict.checks if check.allowed]
-                share = max(shares) if verdict.same else float("inf")
+                share = max(shares, default=0.0) if verdict.same else float("inf")
                 table[f"{model_name}; {loss_name}; {rows} rows"] = {
                     "share_of_contract": share,
                     "max_relative_error": verdict.max_relative_error,
