@@ -146,7 +146,7 @@ def find_ways(
     if not mapped:
         _try_segments(declared, batch, layout, segments, fits, refusals)
     elif Segments.name not in refusals:
-        refusals[Segments.name] = "not needed beside exact BatchNorm"
+        refusals[Segments.name] = "tried only where BatchNorm has no exact way of its own"
     return Ways(None, refusal, tuple(mapped), sites, refusals)
 
 

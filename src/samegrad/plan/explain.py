@@ -100,7 +100,7 @@ def _how(plan: Plan, footprint: Footprint) -> str:
     """How the plan runs, in a sentence."""
     taken = {name: knobs for name, knobs in plan.levers.items() if name != "host_rows"}
     if not taken:
-        return "It runs whole: the plain call, bit for bit."
+        return "It runs whole: the plain call, bit for bit under the same draws."
     [(name, knobs)] = taken.items()
     how = _in_two_passes(knobs, footprint) if name == SplitRows.name else _in_parts(name, knobs, plan, footprint)
     if "rows" not in knobs:

@@ -21,6 +21,7 @@ from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.split import SplitStep
+from samegrad.verify.captured import in_float64
 from samegrad.verify.sides import Planned
 
 
@@ -42,9 +43,17 @@ def float64_twin(planned: Planned) -> Planned:
 def float64_declared(declared: DeclaredStep, device: torch.device) -> DeclaredStep:
     """The declared step on copies of the model and the loss in float64 on ``device``."""
     network, loss_module = copy.deepcopy((declared.network, declared.loss_module))
-    loss_fn = declared.loss_fn if loss_module is None else loss_module.to(device, torch.float64)
+    if loss_module is None:
+        loss_fn = in_float64(declared.loss_fn, device)
+    else:
+        loss_fn = loss_module.to(device, torch.float64)
     return dataclasses.replace(
-        declared, model=network.to(device, torch.float64), loss_fn=loss_fn, optimizer=None, device=device
+        declared,
+        model=network.to(device, torch.float64),
+        loss_fn=loss_fn,
+        forward=in_float64(declared.forward, device),
+        optimizer=None,
+        device=device,
     )
 
 
