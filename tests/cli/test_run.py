@@ -220,7 +220,7 @@ def test_a_second_signal_ends_at_once(folder: Path, start: Callable[..., int]) -
     pid = start("run", "stuck.py:stuck", "--output", "out", "-q")
     wait_for_steps(folder / "out", 1)
     os.kill(pid, signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(1.0)
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     os.kill(pid, signal.SIGTERM)
     assert wait(pid) == -signal.SIGTERM
