@@ -60,7 +60,7 @@ def log_sum_exp() -> Case:
 
 def log_sum_exp_in_one_pass() -> Case:
     def ours(fn: Any, items: Tensor, shared: Any, rows: int) -> Tensor:
-        scores = lambda i, s: (fn(i, s)[0], ())  # noqa: E731
+        scores = lambda i, s: (fn(i, s)[0], ())
         return -sg.over(scores, items, shared=shared, reduce="softmax_mean", rows=rows)[0].mean()
 
     return over_centers(lambda o, _: -o[0].logsumexp(0).mean(), ours)
@@ -139,7 +139,7 @@ def heun_steps(steps: int = 8) -> Case:
             totals = [t + h / 2 * (f + s) for t, f, s in zip(totals, first[2:], second[2:])]
         return totals
 
-    plain = lambda: [integrated(heun)]  # noqa: E731
+    plain = lambda: [integrated(heun)]
     return Case(parameters, plain, loss, differentiated(parameters, ours), {"t": target}, naive=adjoint)
 
 

@@ -69,7 +69,7 @@ def info_nce(tiled: bool = False) -> Case:
     def by_tiles(outputs: Outputs, rows: int) -> Tensor:
         first, second = (F.normalize(z, dim=1) for z in outputs)
         shared = (second, log_scale)
-        logits = lambda items, s: items @ s[0].T * s[1].exp()  # noqa: E731
+        logits = lambda items, s: items @ s[0].T * s[1].exp()
         along = sg.over(lambda i, s: logits(i, s).logsumexp(1), first, shared=shared, rows=rows)
         across = sg.over(logits, first, shared=shared, reduce="logsumexp", rows=rows)
         return ((along + across) / 2 - (first * second).sum(1) * log_scale.exp()).mean()
@@ -154,7 +154,7 @@ def prototypes() -> Case:
     model, rows_of, support = network(), batch(), draws(5, 4 * 5, 6)
     rows_of["y"] = rows_of["y"] % 4
     parameters = list(model.parameters())
-    means = lambda: model(support).reshape(4, 5, -1).mean(1)  # noqa: E731
+    means = lambda: model(support).reshape(4, 5, -1).mean(1)
 
     def loss(z: Tensor, b: Batch) -> Tensor:
         return F.cross_entropy(-(z[:, None] - b["p"][None]).pow(2).sum(-1), b["y"])

@@ -28,7 +28,7 @@ ROWS = {**_exact_losses.ROWS, **_exact_models.ROWS, **_exact_items.ROWS}
 def magnitudes(case: Case) -> list[Tensor]:
     """Σ_k |g_k| for each parameter: the gradient of the plain loss through a few rows at a time, added up."""
     outputs = case.outputs()
-    loss = lambda o: case.loss(o, case.batch)  # noqa: E731
+    loss = lambda o: case.loss(o, case.batch)
     most = max(len(o) for o in outputs)
     sums = [torch.zeros_like(p) for p in case.parameters]
     for rows in torch.arange(most).chunk(min(PARTS, most)):

@@ -104,7 +104,7 @@ def deep(**how: Any) -> sg.Step:
     torch.manual_seed(0)
     model = Deep()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    forward = lambda model, batch: model(batch["image"])  # noqa: E731
+    forward = lambda model, batch: model(batch["image"])
     return sg.Step(model, CASES["mlp with batchnorm"].loss, forward=forward, optimizer=optimizer, **how)
 
 

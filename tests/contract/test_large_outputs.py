@@ -77,7 +77,7 @@ def of_pairs(losses: Tensor, b: Any) -> Tensor:
 
 def test_the_loss_of_a_row_inside_the_model_is_a_way_out() -> None:
     ours, plain = WithLoss(model()), WithLoss(model())
-    forward = lambda m, b: m(*b)  # noqa: E731
+    forward = lambda m, b: m(*b)
     of_pairs(forward(plain, batch()), batch()).backward()
     step = sg.Step(ours, of_pairs, forward=forward, budget=BUDGET)
     step.backward(batch())
@@ -133,7 +133,7 @@ class Distances(nn.Module):
 
 def test_a_plain_step_that_comes_close_to_the_budget_is_measured_before_it_is_believed() -> None:
     rows = (torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(1)), torch.arange(ROWS) % 20)
-    loss_fn = lambda z, b: F.cross_entropy(z, b[1])  # noqa: E731
+    loss_fn = lambda z, b: F.cross_entropy(z, b[1])
     predicted = sg.measure_step(sg.Step(Distances(), loss_fn), rows).predicted_peak_bytes(rows=ROWS)
     model = Distances()
     counter = sg.count_bytes(sg.Step(model, loss_fn))

@@ -188,7 +188,7 @@ CASES: dict[str, Case] = {
 def batch(rows: int = ROWS, seed: int = 0, dtype: torch.dtype = D) -> dict[str, Tensor]:
     """x (rows, 6), y (rows,), image (rows, 2, 5, 5), and what all rows share: support (12, 6), classes (12,)."""
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, dtype=D, generator=generator).to(dtype)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, dtype=D, generator=generator).to(dtype)
     # A mean that differs from row to row, so that statistics of a chunk are not those of all rows.
     drift = torch.linspace(-1, 1, rows, dtype=D).to(dtype)
     return {

@@ -40,7 +40,7 @@ SCHEMES: dict[str, Callable[[nn.Module, list[int]], Any]] = {
 @pytest.mark.parametrize("name", zoo.NETWORKS)
 def test_a_step_in_chunks_leaves_what_the_plain_step_leaves(name: str, scheme: str, sizes: list[int]) -> None:
     network, x = made(name)
-    within = lambda twin: SCHEMES[scheme](twin, sizes)  # noqa: E731
+    within = lambda twin: SCHEMES[scheme](twin, sizes)
     for loss_fn in (row_loss, coupled_loss):
         if name == "many views" and scheme == "rendezvous":
             # It cannot know that no row enters one of the outputs.

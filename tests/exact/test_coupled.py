@@ -116,7 +116,7 @@ def test_info_nce_without_the_square_of_logits(at_a_time: int) -> None:
 
     def tiled(a: Tensor, b: Tensor) -> Tensor:
         a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-        logits = lambda items, shared: items @ shared[0].T * shared[1].exp()  # noqa: E731
+        logits = lambda items, shared: items @ shared[0].T * shared[1].exp()
         shared = (b, log_scale)
         along = sg.over(lambda i, s: logits(i, s).logsumexp(1), a, shared=shared, rows=at_a_time)
         across = sg.over(logits, a, shared=shared, reduce="logsumexp", rows=at_a_time)

@@ -176,7 +176,7 @@ def test_an_infinite_scale_skips_the_step_as_the_plain_one_does() -> None:
     model, rows = made("mlp with batchnorm", torch.float32), zoo.batch(dtype=torch.float32)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=3e38)
     before = copy.deepcopy(list(model.parameters()))
-    loss_fn = lambda o, b: 100 * F.cross_entropy(o, b["y"])  # noqa: E731
+    loss_fn = lambda o, b: 100 * F.cross_entropy(o, b["y"])
     sg.Step(model, loss_fn, forward=lambda m, b: m(b["x"]), rows=8).backward(rows, scaler=scaler)
     scaler.step(optimizer)
     scaler.update()
@@ -301,7 +301,7 @@ def test_a_segment_of_several_entries_a_row_keeps_them_together_and_draws_for_ea
     torch.manual_seed(1)
     model, rows = Views().to(D), zoo.batch()["x"]
     twin = copy.deepcopy(model)
-    loss_fn = lambda o, b: (o * 0.3).logsumexp(1).mean() - o.diagonal().mean()  # noqa: E731
+    loss_fn = lambda o, b: (o * 0.3).logsumexp(1).mean() - o.diagonal().mean()
     plain, step = sg.Step(model, loss_fn, rows=10**6), sg.Step(twin, loss_fn, rows=[4, 25])
     left = [zoo.left_by(m, s.backward, [rows, rows]) for m, s in ((model, plain), (twin, step))]
     assert worst(left[1], left[0]) <= 1

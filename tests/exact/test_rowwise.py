@@ -100,7 +100,7 @@ def test_several_encoders_tied_weights_and_unused_parameters() -> None:
     first, second = net(), net()
     second[0].weight = first[0].weight
     first.register_module("unused", nn.Linear(2, 2))
-    function = lambda module, x: module[4](module[3](module[2](module[1](module[0](x)))))  # noqa: E731
+    function = lambda module, x: module[4](module[3](module[2](module[1](module[0](x)))))
 
     def contrastive(a: Tensor, b: Tensor) -> Tensor:
         return F.cross_entropy(F.normalize(a, dim=1) @ F.normalize(b, dim=1).T, torch.arange(len(a)) % len(b))

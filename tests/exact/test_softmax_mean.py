@@ -34,7 +34,7 @@ def kernels(centers: Tensor, shared: Any) -> tuple[Tensor, dict[str, Any]]:
 def plain(fn: Callable[[Any, Any], Any], items: Any, shared: Any) -> tuple[Tensor, Any]:
     scores, values = fn(items, shared)
     shares = scores.softmax(0)
-    mean = lambda v: (shares.reshape(*shares.shape, *(1 for _ in range(v.dim() - shares.dim()))) * v).sum(0)  # noqa: E731
+    mean = lambda v: (shares.reshape(*shares.shape, *(1 for _ in range(v.dim() - shares.dim()))) * v).sum(0)
     return scores.logsumexp(0), torch.utils._pytree.tree_map(mean, values)
 
 

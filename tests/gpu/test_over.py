@@ -95,7 +95,7 @@ def test_prototypes_of_a_support_set_have_the_plain_gradient(place: str) -> None
     encoder = nn.Sequential(nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, 16)).double().cuda()
     queries, support = (points(n, s).detach().double() for n, s in ((509, 1), (20, 2)))
     classes = torch.arange(509) % 4
-    means = lambda: encoder(support).reshape(4, 5, -1).mean(1)  # noqa: E731
+    means = lambda: encoder(support).reshape(4, 5, -1).mean(1)
     nearest(encoder(queries), (queries, classes.cuda(), means())).backward()
     reference = [p.grad.clone() for p in encoder.parameters()]
     encoder.zero_grad()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samegrad.errors import BadInput
+from samegrad.levers._variants import chunk_sizes
 from samegrad.levers.split_rows import SplitRows
 from samegrad.records import Phase
 
@@ -17,14 +18,14 @@ from ..plan.test_choose import BYTES, MIB, footprint, law
 
 @given(st.integers(1, 500), st.integers(1, 600))
 def test_chunks_add_up_and_only_the_last_is_shorter(batch_rows: int, rows: int) -> None:
-    sizes = SplitRows(rows).sizes(batch_rows)
+    sizes = chunk_sizes(rows, batch_rows)
     assert sum(sizes) == batch_rows and set(sizes[:-1]) <= {rows} and 1 <= sizes[-1] <= rows
 
 
 def test_a_list_is_taken_as_it_is_and_must_add_up() -> None:
-    assert SplitRows([3, 1, 3]).sizes(7) == [3, 1, 3]
+    assert chunk_sizes([3, 1, 3], 7) == (3, 1, 3)
     with pytest.raises(BadInput, match=r"(?s)add up to 7.*8 rows"):
-        SplitRows([3, 1, 3]).sizes(8)
+        chunk_sizes([3, 1, 3], 8)
 
 
 @pytest.mark.parametrize("rows", [0, -3, 1.5, True, "4", [], [3, 0], [3, "4"], None], ids=str)

@@ -26,7 +26,7 @@ class CollectiveSeen(Exception):
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
     def __init__(self, allowed: tuple[str, ...]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self._allowed = (*allowed, *_WAITS)
 
     def __torch_dispatch__(

@@ -28,7 +28,7 @@ from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import give_up, ranks_of, refuse_in_loss, refuse_unsafe, reshard
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.state import StateRule
-from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried, undisturbed
+from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried, step_undisturbed
 from samegrad.trees import RowLayout
 
 
@@ -121,7 +121,7 @@ def examine_model(
         trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in chosen_rows(layout.rows, rows)
     )
     few_layout = dataclasses.replace(layout, rows=rows)
-    with undisturbed(declared.modules, declared.device) as (generators, state):
+    with step_undisturbed(declared) as (generators, state):
         probes = RowProbes(declared, few, few_layout, generators, state)
         found = probes.run(others)
         if aliases.sharded:
@@ -164,7 +164,7 @@ def _first_pass(aliases: ParameterAliases, forward: StepForward, probes: RowProb
 
 def examine_loss(declared: DeclaredStep, model: ModelFindings) -> Examination:
     """One pass or two, by the loss of the probe rows. Raises CannotSplit or FalseNormalise."""
-    with undisturbed(declared.modules, declared.device) as (_, state):
+    with step_undisturbed(declared) as (_, state):
         examination = _of_loss(declared, model, state)
         if model.aliases.sharded and examination.passes == 1:
             examination = _per_rank(declared, examination, model)
@@ -360,7 +360,7 @@ def draws_or_none(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Draw
     """The same. Raises NotToBeTried for a model that no forward may be tried of."""
     rows = min(PROBE_ROWS, layout.rows)
     few = trees.move(trees.take_rows(batch, layout, chosen_rows(layout.rows, rows)[0]), declared.device)
-    with undisturbed(declared.modules, declared.device) as (generators, state):
+    with step_undisturbed(declared) as (generators, state):
         try:
             return RowProbes(declared, few, dataclasses.replace(layout, rows=rows), generators, state).draw_sites()
         except NotToBeTried:

@@ -68,7 +68,7 @@ class MappedStep:
     ) -> StepTotals:
         """The step's gradients, not handed over. Buffers are written; when anything raises they are put back."""
         device = self.declared.device
-        state = ModuleState(self.declared.modules)
+        state = ModuleState.of(self.declared)
         with Generators(device).restored_on_failure():
             draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
             draws.take()

@@ -33,7 +33,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @_jit
-def _polynomial(values, COEFFICIENTS: tl.constexpr, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _polynomial(values, COEFFICIENTS: tl.constexpr, LAST: tl.constexpr):
     total = tl.full(values.shape, COEFFICIENTS[LAST], tl.float64)
     for k in tl.static_range(LAST):
         total = total * values + tl.full(values.shape, COEFFICIENTS[LAST - 1 - k], tl.float64)
@@ -41,7 +41,7 @@ def _polynomial(values, COEFFICIENTS: tl.constexpr, LAST: tl.constexpr):  # type
 
 
 @_jit
-def _log(values):  # type: ignore[no-untyped-def]
+def _log(values):
     """Of positive normal numbers."""
     bits = values.to(tl.int64, bitcast=True)
     exponent = ((bits >> 52) & 0x7FF) - 1022
@@ -56,7 +56,7 @@ def _log(values):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _cosine(bits):  # type: ignore[no-untyped-def]
+def _cosine(bits):
     """Of ``bits * 2**-53`` full turns; int64 in [0, 2**53)."""
     turns = bits.to(tl.float64) * tl.full(bits.shape, 2.0**-53, tl.float64)
     # The nearest quarter, the even one of two that are as near.
@@ -69,7 +69,7 @@ def _cosine(bits):  # type: ignore[no-untyped-def]
 
 
 @_jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
-def _normal_kernel(  # type: ignore[no-untyped-def]
+def _normal_kernel(
     out_at, key_at, ids_at, place, call, rows, elements, inner, FLAT: tl.constexpr, TILE: tl.constexpr
 ):
     w0, offset, valid = tile_of_words(key_at, ids_at, place, call, rows, elements, inner, FLAT, TILE)

@@ -25,7 +25,7 @@ ANYWHERE = ["key_at", "ids_at"]
 
 
 @_jit
-def _philox(block, sample, key, call, place):  # type: ignore[no-untyped-def]
+def _philox(block, sample, key, call, place):
     """The four words of every lane. Lanes: block uint32, sample int64; the rest are scalars."""
     k0 = (key & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -48,7 +48,7 @@ def _philox(block, sample, key, call, place):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def tile_of_words(  # type: ignore[no-untyped-def]
+def tile_of_words(
     key_at, ids_at, place, call, rows, elements, inner, FLAT: tl.constexpr, TILE: tl.constexpr
 ):
     """Words (4 * TILE,) uint32 of this program, the offset of each in the draw, and whether there is such a place.
@@ -81,7 +81,7 @@ def tile_of_words(  # type: ignore[no-untyped-def]
 
 
 @_jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
-def _words_kernel(  # type: ignore[no-untyped-def]
+def _words_kernel(
     out_at, key_at, ids_at, place, call, rows, elements, inner, FLAT: tl.constexpr, TILE: tl.constexpr
 ):
     words, offset, valid = tile_of_words(key_at, ids_at, place, call, rows, elements, inner, FLAT, TILE)
@@ -89,7 +89,7 @@ def _words_kernel(  # type: ignore[no-untyped-def]
 
 
 @_jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
-def _keep_kernel(  # type: ignore[no-untyped-def]
+def _keep_kernel(
     keep_at, key_at, ids_at, place, call, rows, elements, inner, threshold, FLAT: tl.constexpr, TILE: tl.constexpr
 ):
     words, offset, valid = tile_of_words(key_at, ids_at, place, call, rows, elements, inner, FLAT, TILE)
@@ -97,7 +97,7 @@ def _keep_kernel(  # type: ignore[no-untyped-def]
 
 
 @_jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=ANYWHERE)
-def _dropout_kernel(  # type: ignore[no-untyped-def]
+def _dropout_kernel(
     in_at, out_at, keep_at, key_at, ids_at, place, call, rows, elements, inner, threshold, scale,
     FLAT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip

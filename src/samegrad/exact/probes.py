@@ -95,6 +95,7 @@ class RowProbes:
                 check_sites(sites, self.declared.network, self._plain_forward, self.restored)
             self._draws = StepDraws(sites, StepKey.fixed(0))
             outputs = self.forward(self.batch)
+            self._check_held()
             rules = StateProbe(
                 self.declared.network, self._rows, self._forward_rows, lambda: self.forward(others), self.state
             ).rules()
@@ -107,6 +108,15 @@ class RowProbes:
                 self._check_replace(outputs, others)
                 self._check_subset(outputs)
         return Findings(outputs, sites, tuple(rules))
+
+    def _check_held(self) -> None:
+        if changed := self.state.held_changed():
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"the forward changes {', '.join(changed[:3])}, which would happen once a chunk and not "
+                "once a step",
+                do=f"{_WAYS_OUT}, or update that outside the forward",
+            )
 
     @property
     def draws(self) -> StepDraws:

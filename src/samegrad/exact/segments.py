@@ -106,7 +106,7 @@ def _calls(declared: DeclaredStep, few: Any) -> dict[str, list[Call]]:
 
         return hook
 
-    generators, state = Generators(declared.device), ModuleState(declared.modules)
+    generators, state = Generators(declared.device), ModuleState.of(declared)
     try:
         for path, part in declared.network.named_modules():
             if path:

@@ -23,6 +23,7 @@ from samegrad.exact.aliases import NARROW, GradientMagnitudes, GradientTotals, P
 from samegrad.exact.examine import Examination
 from samegrad.exact.forward import StepForward
 from samegrad.exact.handoff import begin_step, hand_over
+from samegrad.exact.held import Held, held_by
 from samegrad.exact.loop import with_idle_chunks
 from samegrad.exact.losses import Form
 from samegrad.exact.on_use import arriving
@@ -110,7 +111,9 @@ class SplitStep:
             scale = scaler.scale(torch.ones((), device=device)).to(torch.float64)
         versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
         owned = [] if self.declared.loss_module is None else [self.declared.loss_module]
-        loss_state = ModuleState(owned)
+        # In one pass the loss was seen to change nothing.
+        held = held_by(self.declared) if self.examination.passes == 2 else Held()
+        loss_state = ModuleState(owned, held)
         batch, aliases = stood_in(batch, layout, self.aliases)
         standing = dataclasses.replace(self, aliases=aliases)
         with Generators(device).restored_on_failure():

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, same_tensor
+from samegrad.exact.held import Held, held_by
+
+_NOTHING = Held()
 
 
 class NotToBeTried(CannotSplit):
@@ -74,10 +78,17 @@ def _same_state(a: Any, b: Any) -> bool:
 class ModuleState:
     """Buffers and Python attributes of modules, to compare with and to return to.
 
-    Attributes are those of the kinds that ``attributes.py`` lists.
+    Attributes are those of the kinds that ``attributes.py`` lists. ``held``: what functions hold beside them.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    @classmethod
+    def of(cls, declared: DeclaredStep) -> ModuleState:
+        """Of everything that running the step may change, gradients and generators aside."""
+        return cls(declared.modules, held_by(declared))
+
+    def __init__(self, modules: Sequence[nn.Module], held: Held = _NOTHING) -> None:
+        self._held = held
+        self._others = ModuleState(held.modules) if held.modules else None
         self._parts = [(name, part) for module in modules for name, part in module.named_modules()]
         self._buffers = [
             (part, name, key, buffer, buffer.detach().clone())
@@ -90,7 +101,11 @@ class ModuleState:
 
     def changed(self) -> list[str]:
         """What changed since this snapshot, as ``module.buffer`` or ``module.attribute``."""
-        return [f"{path}.{key}" if path else key for path, key in self.changed_places()]
+        return [f"{path}.{key}" if path else key for path, key in self.changed_places()] + self.held_changed()
+
+    def held_changed(self) -> list[str]:
+        """What changed of that which functions hold."""
+        return self._held.changed() + ([] if self._others is None else self._others.changed())
 
     def changed_places(self) -> list[tuple[str, str]]:
         """The same as (module path, name of the buffer or attribute)."""
@@ -142,6 +157,9 @@ class ModuleState:
             for key, kept in attributes.items():
                 mine[key] = kept.restored()
         self._versions = self._read_versions()
+        self._held.restore()
+        if self._others is not None:
+            self._others.restore()
 
 
 # What nn.Module keeps for itself.
@@ -161,11 +179,18 @@ def _attributes(part: nn.Module) -> dict[str, Attribute]:
 
 
 @contextlib.contextmanager
-def undisturbed(modules: Sequence[nn.Module], device: torch.device) -> Iterator[tuple[Generators, ModuleState]]:
+def undisturbed(
+    modules: Sequence[nn.Module], device: torch.device, held: Held = _NOTHING
+) -> Iterator[tuple[Generators, ModuleState]]:
     """Snapshots that are restored on every way out."""
-    generators, state = Generators(device), ModuleState(modules)
+    generators, state = Generators(device), ModuleState(modules, held)
     try:
         yield generators, state
     finally:
         state.restore()
         generators.restore()
+
+
+def step_undisturbed(declared: DeclaredStep) -> contextlib.AbstractContextManager[tuple[Generators, ModuleState]]:
+    """``undisturbed`` for everything that running the step may change."""
+    return undisturbed(declared.modules, declared.device, held_by(declared))

@@ -36,7 +36,7 @@ from samegrad.exact.recomputed import find_blocks
 from samegrad.exact.rounding import eps_in_use
 from samegrad.exact.segments import find_segments
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import NotToBeTried, undisturbed
+from samegrad.exact.undisturbed import NotToBeTried, step_undisturbed
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.segments import Segments
@@ -300,7 +300,7 @@ class _Trial:
         draws = StepDraws(self.sites, StepKey.fixed(0))
         ids = torch.arange(self.layout.rows, device=declared.device)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(undisturbed(declared.modules, declared.device))
+            stack.enter_context(step_undisturbed(declared))
             standing = stack.enter_context(self.aliases.swapped())
             stack.enter_context(torch.enable_grad())
             if scheme is not None:

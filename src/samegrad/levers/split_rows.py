@@ -124,9 +124,5 @@ class SplitRows:
         sizes = chunk_sizes(self.rows, execution.batch_rows)
         yield dataclasses.replace(execution, sizes=sizes, kept_chunks=min(self.kept_chunks, len(sizes)))
 
-    def sizes(self, batch_rows: int) -> list[int]:
-        """The rows of each chunk of a batch of ``batch_rows``. Raises BadInput when a list does not add up."""
-        return list(chunk_sizes(self.rows, batch_rows))
-
     def knobs(self) -> dict[str, Any]:
         return {"rows": self.rows, "kept_chunks": self.kept_chunks}

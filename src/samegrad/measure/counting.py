@@ -50,7 +50,7 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     def __init__(
         self, device: torch.device, *, gradients_of: Iterable[nn.Module] = (), with_timeline: bool = False
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self._device_type = device.type
         self._gradients_of = list(gradients_of)
         self._known: dict[int, tuple[Any, int, Category]] = {}

@@ -20,7 +20,7 @@ from samegrad.exact.phases import announce, arriving_chunks, listening
 from samegrad.exact.shared_leaves import cut_loose
 from samegrad.exact.split import sliced_chunks, under_draws
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import undisturbed
+from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.measure import census, counters
 from samegrad.measure.counting import ByteCounter
 from samegrad.records import Category, Phase, TimelinePoint
@@ -96,7 +96,7 @@ def measure_whole(
 
 def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], missing_state_bytes: int) -> Rung | None:
     device = declared.device
-    with undisturbed(declared.modules, device):
+    with step_undisturbed(declared):
         if device.type != "cuda":
             counter = ByteCounter(device, gradients_of=[declared.network])
             claim_residents(counter, declared, batch)
@@ -178,7 +178,7 @@ def _first_rows(batch: Any, layout: RowLayout, rows: int) -> tuple[Any, RowLayou
 
 def _probed(declared: DeclaredStep, batch: Any, run: Callable[[], object], sizes: Sequence[int]) -> Probe:
     device = declared.device
-    with undisturbed(declared.modules, device):
+    with step_undisturbed(declared):
         # The first run creates library handles and workspaces that later ones share.
         run()
         seconds = min(timed(run, device) for _ in range(_TIMED_RUNS))

@@ -5,14 +5,15 @@ A copy of the step in float64 that met them as they are would raise, or compute 
 
 from __future__ import annotations
 
-import dis
 import functools
 from collections.abc import Callable
-from types import CellType, CodeType, FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from samegrad.exact.held import global_names, of_a_library
 
 
 def in_float64(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -50,12 +51,12 @@ class _Widening:
         return functools.partial(func, *args, **keywords)
 
     def _function(self, value: FunctionType) -> FunctionType:
-        if _is_of_a_library(value):
+        if of_a_library(value):
             return value
         cells, before, options = value.__closure__ or (), value.__defaults__ or (), value.__kwdefaults__ or {}
         inside = tuple(self._cell(cell) for cell in cells)
         defaults, keywords = self._sequence(before), self._mapping(options)
-        names, stored = _global_names(value.__code__)
+        names, stored = global_names(value.__code__)
         named = {name: value.__globals__[name] for name in names if name in value.__globals__}
         # What it assigns to must stay one place for the copy and itself.
         wide = {} if stored else {name: new for name, old in named.items() if (new := self.widened(old)) is not old}
@@ -82,21 +83,3 @@ class _Widening:
     def _mapping(self, values: dict[str, Any]) -> dict[str, Any]:
         wide = {name: self.widened(value) for name, value in values.items()}
         return values if all(wide[name] is values[name] for name in values) else wide
-
-
-def _is_of_a_library(function: FunctionType) -> bool:
-    return (function.__module__ or "").partition(".")[0] in ("torch", "samegrad", "numpy")
-
-
-def _global_names(code: CodeType) -> tuple[set[str], bool]:
-    """The globals that ``code`` and the functions within it read, and whether any is assigned to."""
-    read, stored = set(), False
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "LOAD_GLOBAL":
-            read.add(str(instruction.argval))
-        stored = stored or instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner, inner_stored = _global_names(constant)
-            read, stored = read | inner, stored or inner_stored
-    return read, stored

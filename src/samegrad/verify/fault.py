@@ -25,7 +25,7 @@ from samegrad.exact.passes import as_in_first_pass
 from samegrad.exact.probes import close, same_rows
 from samegrad.exact.split import SplitStep, sliced_chunks, under_draws
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import undisturbed
+from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.execute.apply import applied
 from samegrad.levers import levers_of
 from samegrad.records import Check
@@ -127,7 +127,7 @@ def _first_unrepeated(planned: Planned, rows: Any) -> str:
     declared, split = planned.declared, planned.split
     if not isinstance(split, SplitStep):
         return ""
-    with undisturbed(declared.modules, declared.device):
+    with step_undisturbed(declared):
         copies = trees.map_tensors(rows, Tensor.clone)
         forward = _chunk_forward(planned, split, declared)
         start = 0
@@ -166,7 +166,7 @@ def _different_in_chunks(planned: Planned, rows: Any) -> str:
     if not isinstance(split, SplitStep):
         # Parts of the model run in chunks; the plain forward of a chunk is not what runs.
         return ""
-    with undisturbed(declared.modules, declared.device) as (generators, state), torch.no_grad():
+    with step_undisturbed(declared) as (generators, state), torch.no_grad():
         copies = trees.map_tensors(rows, Tensor.clone)
         with _watched(declared.network) as whole:
             drawing = under_draws(declared, StepDraws(planned.sites, step_key()))

@@ -17,7 +17,7 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
-from samegrad.exact.undisturbed import undisturbed
+from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.measure import counters
 from samegrad.measure.laws import fit_laws
 from samegrad.measure.probe import probe_plain, timed
@@ -96,7 +96,7 @@ def cpu_is_possible(declared: DeclaredStep, batch: Any, layout: RowLayout, rows:
     few = widened(_copied_rows(batch, layout, few_rows))
     try:
         twin = float64_declared(declared, torch.device("cpu"))
-        with undisturbed([], declared.device), torch.autocast(declared.device.type, enabled=False):
+        with step_undisturbed(declared), torch.autocast(declared.device.type, enabled=False):
             seconds = min(timed(lambda: plain_gradients(twin, few), twin.device) for _ in range(2))
     except (RuntimeError, TypeError):
         # Code that fixes a device or a dtype cannot be copied to the CPU in float64.
@@ -134,6 +134,6 @@ def _seconds(declared: DeclaredStep, batch: Any, layout: RowLayout) -> float:
     """What a verification on all rows would take, from the time of a few: an upper bound where launches dominate."""
     rows = min(_TIMED_ROWS, layout.rows)
     few = _copied_rows(batch, layout, rows)
-    with undisturbed(declared.modules, declared.device):
+    with step_undisturbed(declared):
         seconds = timed(lambda: plain_gradients(declared, few), declared.device)
     return _WORTH_STEPS * seconds / rows * layout.rows

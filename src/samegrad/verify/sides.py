@@ -24,7 +24,7 @@ from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.shared_leaves import cut_loose
 from samegrad.exact.split import under_draws
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
+from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.execute.apply import applied
 from samegrad.records import Plan
 from samegrad.trees import RowLayout
@@ -135,7 +135,7 @@ def _magnitudes(
     # terms: their size is taken from parts much smaller than the plan's.
     fine = trees.even_sizes(layout.rows, max(1, layout.rows // _MAGNITUDE_PARTS))
     keeping = split.keeping_magnitudes()
-    with undisturbed(split.declared.modules, split.declared.device):
+    with step_undisturbed(split.declared):
         try:
             small = keeping.totals(batch, layout, fine, key=step_key())
         except GradientsDiffer:

@@ -19,7 +19,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import GradientsDiffer
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.mapped import ChunkedStep
-from samegrad.exact.undisturbed import Generators, ModuleState, undisturbed
+from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.records import Check
 from samegrad.verify import tolerance
 from samegrad.verify.compare import (
@@ -66,7 +66,7 @@ def compare(planned: Planned, rows: Any) -> Compared:
     """All tiers that can run, against the plain step on the same device. Nothing of the user's changes."""
     declared = planned.declared
     precision = precision_in_use(declared)
-    with undisturbed(declared.modules, declared.device) as (generators, state):
+    with step_undisturbed(declared) as (generators, state):
         bench = Bench(generators, state, rows)
         plain = bench.run(lambda rows: plain_gradients(declared, rows, planned.sites))
         draws = bool(generators.advanced())
@@ -93,9 +93,9 @@ def compare_with_cpu(planned: Planned, rows: Any) -> list[Check]:
     reference, twin = float64_declared(planned.declared, cpu), float64_twin(planned)
     wide = widened(rows)
     generators = Generators(planned.declared.device)
-    plain_bench = Bench(generators, ModuleState(reference.modules), wide)
-    our_bench = Bench(generators, ModuleState(twin.declared.modules), wide)
-    with undisturbed([], planned.declared.device), _no_autocast(planned.declared):
+    plain_bench = Bench(generators, ModuleState.of(reference), wide)
+    our_bench = Bench(generators, ModuleState.of(twin.declared), wide)
+    with step_undisturbed(planned.declared), _no_autocast(planned.declared):
         plain = plain_bench.run(lambda rows: plain_gradients(reference, rows, planned.sites))
         ours = our_bench.run(twin.handed_over).on(cpu)
         allowance = dataclasses.replace(
@@ -196,7 +196,7 @@ class _Twin:
             return None
         try:
             twin = float64_twin(planned)
-            wide = Bench(bench.generators, ModuleState(twin.declared.modules), widened(bench.rows))
+            wide = Bench(bench.generators, ModuleState.of(twin.declared), widened(bench.rows))
             seen = NarrowestSeen()
 
             def watched(rows: Any) -> Gradients:
@@ -234,7 +234,7 @@ def _own_unrest(planned: Planned, bench: Bench, plain: Gradients) -> Unrest:
         twin = copied(planned.declared)
     except (RuntimeError, TypeError):
         return Unrest()
-    own = dataclasses.replace(bench, state=ModuleState(twin.modules))
+    own = dataclasses.replace(bench, state=ModuleState.of(twin))
     return _unrest_of(twin, own, plain, planned.sites)
 
 

@@ -73,7 +73,7 @@ class NarrowestSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     """Keeps the narrowest floating dtype that any operation inside the block returned."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.dtype = torch.float64
 
     def __torch_dispatch__(

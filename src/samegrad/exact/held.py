@@ -1,0 +1,191 @@
+"""What a loss or a forward holds without being a module: closures, globals, defaults, partials, objects it belongs to.
+
+Trials and verification run them more often than the step does; a moving centre or a queue that stands in a closure
+must be found as it was, like a buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import dis
+import functools
+from collections.abc import Callable, Iterator
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from samegrad.declared import DeclaredStep
+from samegrad.errors import UsageError
+from samegrad.exact.attributes import Attribute, can_hold_state
+
+# Tables and data sets are held as well, and hardly ever written; copies of them are not what memory is for.
+_LARGEST_BYTES = 2**28
+_DEEPEST = 3
+_LIBRARIES = ("torch", "samegrad", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One place that holds state, as it was. ``write`` is None where the object there cannot be replaced."""
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], None] | None
+    before: Attribute | None
+    version: int = 0
+
+    @classmethod
+    def of(cls, name: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> Place:
+        value = read()
+        if isinstance(value, Tensor) and value.nbytes > _LARGEST_BYTES:
+            return cls(name, read, write, None, value._version)
+        return cls(name, read, write, Attribute.of(value))
+
+    def changed(self) -> bool:
+        try:
+            now = self.read()
+        except (KeyError, ValueError):  # deleted
+            return True
+        return now._version != self.version if self.before is None else not self.before.same(now)
+
+    def restore(self) -> None:
+        """Raises UsageError for what is too large to be copied and was written."""
+        if self.before is not None:
+            value = self.before.restored()
+            if self.write is not None:
+                self.write(value)
+        elif self.changed():
+            raise UsageError(
+                asked="try the step on a few rows and leave everything as it was",
+                found=f"{self.name} is written, a tensor of {tuple(self.read().shape)}, too large to be set aside",
+                do="make the loss an nn.Module that holds it as a buffer, and fill it again",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The places, and the modules that samegrad was not given."""
+
+    places: tuple[Place, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
+
+    def changed(self) -> list[str]:
+        return [place.name for place in self.places if place.changed()]
+
+    def restore(self) -> None:
+        for place in self.places:
+            place.restore()
+
+
+def held_by(declared: DeclaredStep) -> Held:
+    """What the step's loss and forward hold, as it is now."""
+    known = {id(part) for module in declared.modules for part in module.modules()}
+    search = _Search(known | {id(declared.model)})
+    for name in ("loss_fn", "forward"):
+        search.look(getattr(declared, name), name, 0)
+    return Held(tuple(search.places), tuple(search.modules))
+
+
+class _Search:
+    def __init__(self, seen: set[int]) -> None:
+        self._seen = seen
+        self.places: list[Place] = []
+        self.modules: list[nn.Module] = []
+
+    def look(self, value: Any, name: str, depth: int) -> None:
+        """Into what is no state itself but may hold some."""
+        if id(value) in self._seen or depth > _DEEPEST or isinstance(value, (type, ModuleType)):
+            return
+        self._seen.add(id(value))
+        if isinstance(value, nn.Module):
+            self.modules.append(value)
+            self._seen |= {id(part) for part in value.modules()}
+        elif isinstance(value, functools.partial):
+            for at, held in ((value.func, ""), *((part, f"({i})") for i, part in enumerate(value.args))):
+                self._fixed(at, name + held, depth)
+            for key, part in value.keywords.items():
+                self._fixed(part, f"{name}({key})", depth)
+        elif isinstance(value, MethodType):
+            self.look(value.__self__, f"{name}'s object", depth)
+            self.look(value.__func__, name, depth)
+        elif isinstance(value, FunctionType):
+            if not of_a_library(value):
+                self._function(value, name, depth)
+        elif hasattr(value, "__dict__") and not of_a_library(type(value)):
+            for key in list(vars(value)):
+                self._at(vars(value), key, f"{name}.{key}", depth)
+            if isinstance(call := vars(type(value)).get("__call__"), FunctionType):
+                self.look(call, name, depth)
+
+    def _function(self, function: FunctionType, name: str, depth: int) -> None:
+        for key, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+            self._cell(cell, f"{name}'s {key}", depth)
+        for part in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._fixed(part, f"a default of {name}", depth)
+        for key in global_names(function.__code__)[0]:
+            if key in function.__globals__:
+                self._at(function.__globals__, key, f"the global {key}", depth)
+
+    def _cell(self, cell: CellType, name: str, depth: int) -> None:
+        try:
+            held = cell.cell_contents
+        except ValueError:  # not assigned yet
+            return
+        if can_hold_state(held):
+            self._add(name, lambda: cell.cell_contents, lambda value: setattr(cell, "cell_contents", value))
+            self._within(held, name, depth)
+        else:
+            self.look(held, name, depth + 1)
+
+    def _at(self, holder: dict[str, Any], key: str, name: str, depth: int) -> None:
+        held = holder[key]
+        if can_hold_state(held):
+            self._add(name, lambda: holder[key], lambda value: holder.__setitem__(key, value))
+            self._within(held, name, depth)
+        else:
+            self.look(held, name, depth + 1)
+
+    def _fixed(self, held: Any, name: str, depth: int) -> None:
+        if can_hold_state(held):
+            self._add(name, lambda: held, None)
+            self._within(held, name, depth)
+        else:
+            self.look(held, name, depth + 1)
+
+    def _within(self, held: Any, name: str, depth: int) -> None:
+        """Objects in a short container: a list of modules, a dictionary of queues."""
+        if isinstance(held, (list, tuple, dict)) and len(held) <= 64:
+            for key, part in held.items() if isinstance(held, dict) else enumerate(held):
+                if not can_hold_state(part):
+                    self.look(part, f"{name}[{key!r}]", depth + 1)
+
+    def _add(self, name: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> None:
+        value = read()
+        if not (isinstance(value, Tensor) and value.requires_grad):  # parameters are the engine's
+            self.places.append(Place.of(name, read, write))
+
+
+def of_a_library(kind: Any) -> bool:
+    """Whether a function or a class is torch's, numpy's or samegrad's own."""
+    return (getattr(kind, "__module__", None) or "").partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=1024)
+def global_names(code: CodeType) -> tuple[frozenset[str], bool]:
+    """The globals that ``code`` and the functions within it name, and whether it assigns to any."""
+    named: set[str] = set()
+    stored = False
+    for part in _codes(code):
+        for instruction in dis.get_instructions(part):
+            if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"):
+                named.add(str(instruction.argval))
+                stored = stored or instruction.opname != "LOAD_GLOBAL"
+    return frozenset(named), stored
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
