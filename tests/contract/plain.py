@@ -19,6 +19,15 @@ Gradients = Mapping[str, Tensor | None]
 Batch = tuple[Tensor, Tensor]
 
 
+class Tally:
+    """What a test notes of calls. Objects with slots are not looked into, so it is no state of the step."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+
 def mlp(dtype: torch.dtype = torch.float64) -> nn.Module:
     """6 features to 3 classes, 10 hidden; no draws and no state."""
     torch.manual_seed(0)

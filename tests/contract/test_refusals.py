@@ -19,6 +19,7 @@ import samegrad as sg
 from samegrad.errors import CannotSplit
 
 from .plain import (
+    Tally,
     assert_close,
     cross_entropy,
     gradients,
@@ -290,11 +291,11 @@ def test_a_forward_that_starts_to_draw_later_changes_nothing_when_it_is_refused(
 
 
 def test_an_exception_in_the_user_code_leaves_the_step_untouched_and_usable() -> None:
-    calls: list[int] = []
+    tally = Tally()
 
     def fragile(outputs: Tensor, batch: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == limit:
+        tally.seen.append(1)
+        if len(tally.seen) == limit:
             raise ZeroDivisionError
         return cross_entropy(outputs, batch)
 
@@ -302,7 +303,7 @@ def test_an_exception_in_the_user_code_leaves_the_step_untouched_and_usable() ->
     model = mlp()
     step = sg.Step(model, fragile, rows=4)
     step.backward((X, Y))
-    limit = len(calls) + 3
+    limit = len(tally.seen) + 3
     with left_alone(model), pytest.raises(ZeroDivisionError):
         step.backward((X, Y))
     model.zero_grad()

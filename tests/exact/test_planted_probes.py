@@ -17,6 +17,7 @@ from samegrad.exact.probes import RowProbes
 from samegrad.exact.state_probe import StateProbe
 from samegrad.exact.undisturbed import ModuleState
 
+from ..contract.plain import Tally
 from . import zoo
 from .module_zoo import BY_PARTS, BY_ROWS, REFUSED
 from .test_module_zoo import Run, assert_same_run, batch, forward, loss_on, reference
@@ -107,15 +108,14 @@ def test_without_looking_at_versions_a_converged_power_iteration_stops_the_step(
 
 @pytest.mark.parametrize("loss", ["mse", "rmse"])
 def test_about_ten_forwards_of_few_rows_once_for_a_model_a_shape_and_a_mode(loss: str) -> None:
-    calls: list[int] = []
+    tally = Tally()
 
     def counting(model: nn.Module, rows: Any) -> Any:
-        calls.append(len(rows["x"]))
+        tally.seen.append(len(rows["x"]))
         return model(rows["x"])
 
     def taken() -> list[int]:
-        seen = list(calls)
-        calls.clear()
+        seen, tally.seen = tally.seen, []
         return seen
 
     model, rows = zoo.mlp(), zoo.batch()

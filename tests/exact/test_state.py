@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from samegrad.errors import CannotSplit
 from samegrad.exact.state import Reducer, StateTransaction
 
+from ..contract.plain import Tally
 from . import zoo
 
 D = torch.float64
@@ -196,17 +197,17 @@ def test_state_updated_once_a_chunk_is_seen(name: str, monkeypatch: pytest.Monke
 
 def test_a_step_that_fails_leaves_the_state_as_it_was() -> None:
     model, rows = Keeps(_zeros() + 2, _in_place), zoo.batch()
-    calls = []
+    tally = Tally()
 
     def fragile(z: Tensor, b: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == limit:
+        tally.seen.append(1)
+        if len(tally.seen) == limit:
             raise ZeroDivisionError
         return F.mse_loss(z, b["t"])
 
     limit = -1
     split, layout = zoo.split_step(model, fragile, rows)
-    limit = len(calls) + 3
+    limit = len(tally.seen) + 3
     buffer, before = model.kept, model.kept.clone()
     with pytest.raises(ZeroDivisionError):
         split.backward(rows, layout, [8, 8, 13])

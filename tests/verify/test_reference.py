@@ -126,3 +126,15 @@ def test_more_rows_than_usual_only_where_they_take_seconds(monkeypatch: Patch) -
     monkeypatch.setattr(reference, "timed", lambda *_: 3600.0)
     verdict = verified()
     assert (verdict.rows_checked, verdict.reference) == (20, f"{ON_DEVICE}, on as many rows as take seconds")
+
+
+class _AboveSixteenRows(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        return z - z.mean(0) if len(x) > 16 else z
+
+
+def test_code_that_does_something_else_for_many_rows_differs() -> None:
+    """Trials on eight rows cannot see it."""
+    step = sg.Step(_AboveSixteenRows(6, 3).double(), cross_entropy, rows=8)
+    assert sg.verify_step(step, labelled(61)).answer is Same.DIFFERS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import dis
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -80,10 +80,14 @@ class Held:
 
 def held_by(declared: DeclaredStep) -> Held:
     """What the step's loss and forward hold, as it is now."""
-    known = {id(part) for module in declared.modules for part in module.modules()}
-    search = _Search(known | {id(declared.model)})
-    for name in ("loss_fn", "forward"):
-        search.look(getattr(declared, name), name, 0)
+    return held_in({"loss_fn": declared.loss_fn, "forward": declared.forward}, [declared.model, *declared.modules])
+
+
+def held_in(functions: Mapping[str, Any], known: Sequence[nn.Module]) -> Held:
+    """What ``functions`` hold, as it is now; ``known`` modules are looked after elsewhere."""
+    search = _Search({id(part) for module in known for part in module.modules()})
+    for name, function in functions.items():
+        search.look(function, name, 0)
     return Held(tuple(search.places), tuple(search.modules))
 
 

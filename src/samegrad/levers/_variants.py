@@ -93,6 +93,12 @@ def predicted(name: str, knobs: dict[str, Any], footprint: Footprint, rows: int)
     for law in variant.laws:
         peak = law.peak_bytes(rows=rows, batch_rows=footprint.batch_rows)
         by_phase[law.phase] = max(peak, by_phase.get(law.phase, 0))
+    seconds = variant.predicted_seconds(rows=rows, batch_rows=footprint.batch_rows)
+    return predicted_at(footprint, rows, by_phase, seconds)
+
+
+def predicted_at(footprint: Footprint, rows: int, by_phase: dict[Phase, int], seconds: float | None) -> Footprint:
+    """The footprint at ``rows`` at a time, with the peak of each phase and the time of a step that are predicted."""
     return dataclasses.replace(
         footprint,
         origin=Origin.PREDICTED,
@@ -100,7 +106,7 @@ def predicted(name: str, knobs: dict[str, Any], footprint: Footprint, rows: int)
         peak_allocated_bytes=max(by_phase.values()),
         peak_reserved_bytes=None,
         by_phase=by_phase,
-        seconds=variant.predicted_seconds(rows=rows, batch_rows=footprint.batch_rows),
+        seconds=seconds,
         timeline=(),
         by_category={},
     )

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 from samegrad.levers._lever import Execution, Slot
-from samegrad.levers._variants import check_rows, chunk_sizes, most_rows, rungs_of
-from samegrad.records import Exactness, Footprint, Origin, Phase
+from samegrad.levers._variants import check_rows, chunk_sizes, most_rows, predicted_at, rungs_of
+from samegrad.records import Exactness, Footprint, Phase
 
 # A row's first forward of two forwards and a backward, which takes about two.
 _FORWARD_SHARE = 0.25
@@ -107,17 +107,7 @@ class SplitRows:
             if law.phase is not Phase.OPTIMIZER:
                 peak += beside.get(law.phase, kept * max(0, self.kept_chunks - 1))
             by_phase[law.phase] = max(peak, by_phase.get(law.phase, 0))
-        return dataclasses.replace(
-            footprint,
-            origin=Origin.PREDICTED,
-            rows=rows,
-            peak_allocated_bytes=max(by_phase.values()),
-            peak_reserved_bytes=None,
-            by_phase=by_phase,
-            seconds=self._seconds(footprint),
-            timeline=(),
-            by_category={},
-        )
+        return predicted_at(footprint, rows, by_phase, self._seconds(footprint))
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
