@@ -1,0 +1,60 @@
+"""What a traced step did: its operations in order, and the memory each took and gave back.
+
+A trace is data: the allocator's model replays its events, the roofline adds up its operations, and both can do so
+from a file and without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from samegrad.records import Category, Phase
+
+
+class Operation(NamedTuple):
+    """One operation of a step, as torch dispatched it.
+
+    ``name``: as ``aten.addmm.default``. ``module``: path of the innermost submodule it ran for, "" for the step's own
+    code; in backward the module whose forward it differentiates. ``step``: 0 for the first step, 1 for the second,
+    which has the optimizer's state. ``moved_bytes``: read and written, each tensor once. ``dtype``: the one its
+    arithmetic runs in, as "bfloat16". ``kernels``: how many launches it takes, 0 for views.
+    """
+
+    name: str
+    module: str
+    phase: Phase
+    step: int
+    flops: int
+    moved_bytes: int
+    dtype: str
+    kernels: int
+
+
+class MemoryEvent(NamedTuple):
+    """A storage taken (``change_bytes`` > 0) or given back (< 0), in bytes as asked for, not rounded.
+
+    ``storage``: a number of its own for each storage of the trace. ``operation``: index of the operation during or
+    after which it happened; what stands before the first has -1. ``category``: what the storage was for in the end.
+    """
+
+    storage: int
+    change_bytes: int
+    operation: int
+    category: Category
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Two steps of a training step on ``batch_rows`` rows in chunks of ``sizes``, followed without running them.
+
+    ``events`` begin with what lives between steps and the batch. ``device`` is the kind whose dispatch was followed,
+    "cuda" or "cpu". ``notes``: what could not be followed, by module or operation, in words.
+    """
+
+    operations: tuple[Operation, ...]
+    events: tuple[MemoryEvent, ...]
+    device: str
+    batch_rows: int
+    sizes: tuple[int, ...]
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
