@@ -29,12 +29,13 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def write(name: str, figures: dict[str, Any]) -> None:
-    """Writes ``results/<name>.json`` (or below $OUT) and prints it."""
+def write(name: str, figures: dict[str, Any], *, quiet: bool = False) -> None:
+    """Writes ``results/<name>.json`` (or below $OUT) and prints it, unless ``quiet``."""
     folder = Path(os.environ.get("OUT", RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
     document = {"command": command, "machine": machine(), **figures}
     text = json.dumps(document, indent=2) + "\n"
     (folder / f"{name}.json").write_text(text)
-    print(text)
+    if not quiet:
+        print(text)
