@@ -28,6 +28,13 @@ def can_hold_state(value: Any) -> bool:
     return isinstance(value, (*PLAIN, *_ARRAYS, *_CONTAINERS))
 
 
+def arrays_in(value: Any, depth: int = 0) -> list[Tensor | np.ndarray]:
+    """``value`` where it is a tensor or an array, or those in it where it is a short container."""
+    if isinstance(value, _CONTAINERS) and depth < _DEEPEST and len(value) <= _LONGEST:
+        return [array for entry in _values(value) for array in arrays_in(entry, depth + 1)]
+    return [value] if isinstance(value, _ARRAYS) else []
+
+
 @dataclasses.dataclass(frozen=True)
 class Attribute:
     """One attribute: the object, and a copy of its content where that can change."""

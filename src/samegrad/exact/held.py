@@ -17,37 +17,47 @@ from torch import Tensor, nn
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
-from samegrad.exact.attributes import Attribute, can_hold_state
+from samegrad.exact.attributes import Attribute, arrays_in, can_hold_state
 
 # Tables and data sets are held as well, and hardly ever written; copies of them are not what memory is for.
 _LARGEST_BYTES = 2**28
+# A function of items is looked at in every call.
+_LARGEST_BYTES_EACH_CALL = 2**20
 _DEEPEST = 3
 _LIBRARIES = ("torch", "samegrad", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One place that holds state, as it was. ``write`` is None where the object there cannot be replaced."""
+    """One place that holds state, as it was. ``write`` is None where the object there cannot be replaced.
+
+    ``before``: a copy, None of what is large; ``marks`` tell whether the tensors there are others or were written.
+    """
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], None] | None
     before: Attribute | None
-    version: int = 0
+    marks: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, name: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> Place:
+    def of(
+        cls, name: str, read: Callable[[], Any], write: Callable[[Any], None] | None, largest_bytes: int
+    ) -> Place:
         value = read()
-        if isinstance(value, Tensor) and value.nbytes > _LARGEST_BYTES:
-            return cls(name, read, write, None, value._version)
-        return cls(name, read, write, Attribute.of(value))
+        large = sum(array.nbytes for array in arrays_in(value)) > largest_bytes
+        return cls(name, read, write, None if large else Attribute.of(value), _marks(value))
 
     def changed(self) -> bool:
         try:
             now = self.read()
         except (KeyError, ValueError):  # deleted
             return True
-        return now._version != self.version if self.before is None else not self.before.same(now)
+        return _marks(now) != self.marks if self.before is None else not self.before.same(now)
+
+    def concerns_arrays(self) -> bool:
+        """Whether tensors or arrays stand there, or stood there."""
+        return self.before is None or bool(arrays_in(self.before.value) or arrays_in(self.read()))
 
     def restore(self) -> None:
         """Raises UsageError for what is too large to be copied and was written."""
@@ -58,24 +68,35 @@ class Place:
         elif self.changed():
             raise UsageError(
                 asked="try the step on a few rows and leave everything as it was",
-                found=f"{self.name} is written, a tensor of {tuple(self.read().shape)}, too large to be set aside",
-                do="make the loss an nn.Module that holds it as a buffer, and fill it again",
+                found=f"{self.name} is written, and too large to be set aside",
+                do="hold it as a buffer of an nn.Module that the step knows, and fill it again",
             )
+
+
+def _marks(value: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((id(array), array._version) for array in arrays_in(value) if isinstance(array, Tensor))
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """The places, and the modules that samegrad was not given."""
+    """The places, and the modules that samegrad was not given.
+
+    ``arrays_only``: a changed count or switch is no matter, only what a computation may read back.
+    """
 
     places: tuple[Place, ...] = ()
     modules: tuple[nn.Module, ...] = ()
+    arrays_only: bool = False
 
     def changed(self) -> list[str]:
-        return [place.name for place in self.places if place.changed()]
+        return [place.name for place in self._concerned() if place.changed()]
 
     def restore(self) -> None:
-        for place in self.places:
+        for place in self._concerned():
             place.restore()
+
+    def _concerned(self) -> Sequence[Place]:
+        return [p for p in self.places if p.concerns_arrays()] if self.arrays_only else self.places
 
 
 def held_by(declared: DeclaredStep) -> Held:
@@ -83,17 +104,27 @@ def held_by(declared: DeclaredStep) -> Held:
     return held_in({"loss_fn": declared.loss_fn, "forward": declared.forward}, [declared.model, *declared.modules])
 
 
-def held_in(functions: Mapping[str, Any], known: Sequence[nn.Module]) -> Held:
+def arrays_held_in(function: Any, known: Sequence[nn.Module], *, each_call: bool = False) -> Held:
+    """The tensors and arrays that a function of rows or items holds; whoever counts its calls may go on counting.
+
+    ``each_call``: this is asked in every step, so only small ones are copied.
+    """
+    largest = _LARGEST_BYTES_EACH_CALL if each_call else _LARGEST_BYTES
+    return dataclasses.replace(held_in({"fn": function}, known, largest), arrays_only=True)
+
+
+def held_in(functions: Mapping[str, Any], known: Sequence[nn.Module], largest_bytes: int | None = None) -> Held:
     """What ``functions`` hold, as it is now; ``known`` modules are looked after elsewhere."""
-    search = _Search({id(part) for module in known for part in module.modules()})
+    most = _LARGEST_BYTES if largest_bytes is None else largest_bytes
+    search = _Search({id(part) for module in known for part in module.modules()}, most)
     for name, function in functions.items():
         search.look(function, name, 0)
     return Held(tuple(search.places), tuple(search.modules))
 
 
 class _Search:
-    def __init__(self, seen: set[int]) -> None:
-        self._seen = seen
+    def __init__(self, seen: set[int], largest_bytes: int) -> None:
+        self._seen, self._largest_bytes = seen, largest_bytes
         self.places: list[Place] = []
         self.modules: list[nn.Module] = []
 
@@ -167,7 +198,7 @@ class _Search:
     def _add(self, name: str, read: Callable[[], Any], write: Callable[[Any], None] | None) -> None:
         value = read()
         if not (isinstance(value, Tensor) and value.requires_grad):  # parameters are the engine's
-            self.places.append(Place.of(name, read, write))
+            self.places.append(Place.of(name, read, write, self._largest_bytes))
 
 
 def of_a_library(kind: Any) -> bool:

@@ -19,6 +19,7 @@ from samegrad.errors import BadInput, CannotSplit, UsageError
 from samegrad.exact import collectives, losses
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
+from samegrad.exact.held import arrays_held_in
 from samegrad.exact.probes import close
 from samegrad.exact.ranks import Ranks, SplitItems, largest_over_ranks, sum_over_ranks
 from samegrad.exact.sharded import refuse_sharded
@@ -189,7 +190,7 @@ class _Over:
     def _check(self, fn: Callable[[Any, Any], Any]) -> None:
         """One chunk of two items, to see that nothing but items and shared gets a gradient and nothing changes."""
         generators = Generators(self._items[0].device)
-        state = ModuleState(self._modules)
+        state = ModuleState(self._modules, arrays_held_in(fn, self._modules, each_call=True))
         inputs = [leaf.detach().narrow(0, 0, min(2, self._layout.rows)) for leaf in self._items]
         inputs += [tensor.detach() for tensor in self._inputs()[len(self._items) :]]
         inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
@@ -211,7 +212,7 @@ class _Over:
             raise CannotSplit(
                 asked="a function of items that is the same for every chunk",
                 found=draws if drew else f"it changes {', '.join(changed[:3])}",
-                do="draw outside and pass the draw in items or shared",
+                do="draw outside and pass the draw in items or shared; keep what is to change outside of it",
             )
         self._check_alone(fn, inputs, outputs)
         leaves = [leaf for output in outputs for leaf in losses.leaves_under(output)]

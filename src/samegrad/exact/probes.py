@@ -95,7 +95,7 @@ class RowProbes:
                 check_sites(sites, self.declared.network, self._plain_forward, self.restored)
             self._draws = StepDraws(sites, StepKey.fixed(0))
             outputs = self.forward(self.batch)
-            self._check_held()
+            refuse_held(self.state)
             rules = StateProbe(
                 self.declared.network, self._rows, self._forward_rows, lambda: self.forward(others), self.state
             ).rules()
@@ -108,15 +108,6 @@ class RowProbes:
                 self._check_replace(outputs, others)
                 self._check_subset(outputs)
         return Findings(outputs, sites, tuple(rules))
-
-    def _check_held(self) -> None:
-        if changed := self.state.held_changed():
-            raise CannotSplit(
-                asked="split the rows of a step",
-                found=f"the forward changes {', '.join(changed[:3])}, which would happen once a chunk and not "
-                "once a step",
-                do=f"{_WAYS_OUT}, or update that outside the forward",
-            )
 
     @property
     def draws(self) -> StepDraws:
@@ -297,6 +288,16 @@ def check_alone(
                 found=f"{path} of a group depends on the groups that run with it",
                 do=f"{_WAYS_OUT}, or put what must see each other into one group",
             )
+
+
+def refuse_held(state: ModuleState) -> None:
+    """Raises CannotSplit naming what the function holds outside modules and has changed."""
+    if changed := state.held_changed():
+        raise CannotSplit(
+            asked="split the rows of a step",
+            found=f"the forward changes {', '.join(changed[:3])}, which would happen once a chunk and not once a step",
+            do=f"{_WAYS_OUT}, or update that outside the forward",
+        )
 
 
 def check_reach(aliases: ParameterAliases, outputs: Any, standing: Sequence[nn.Parameter]) -> None:

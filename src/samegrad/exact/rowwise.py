@@ -21,7 +21,8 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.backward_probe import BackwardProbe
-from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach
+from samegrad.exact.held import arrays_held_in
+from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach, refuse_held
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.row_map import RowCall
 from samegrad.exact.sharded import refuse_sharded
@@ -118,7 +119,8 @@ class Rowwise(nn.Module):
         )
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         probed = DeclaredStep(model=self.module, loss_fn=_no_loss, forward=self._rows_first, device=device)
-        with undisturbed([self.module], device) as (generators, state):
+        held = arrays_held_in(self._fn[0], [self.module])
+        with undisturbed([self.module], device, held) as (generators, state):
             if self._groups is None:
                 few, others, few_layout = _probe_rows(batch, layout)
                 probes = RowProbes(probed, few, few_layout, generators, state)
@@ -136,6 +138,7 @@ class Rowwise(nn.Module):
                 check_alone(probed, few, among, self._groups[0], generators, state)
                 with self._aliases.swapped() as standing, torch.enable_grad():
                     check_reach(self._aliases, self._rows_first(self.module, few), standing)
+                refuse_held(state)
         return None
 
     def _rows_first(self, _: nn.Module, batch: Any) -> Any:
