@@ -132,8 +132,8 @@ def make_batch(case: StepCase, device: str) -> tuple[Tensor, Tensor]:
     _, shape = NETWORKS[case.network]
     rows = case.rows
     if len(shape) == 1 and case.network.startswith("gpt"):
-        tokens = torch.zeros(rows, *shape, dtype=torch.int64, device=device)
-        return tokens, tokens.clone()
+        tokens = torch.randint(16000, (rows, *shape), device=device)
+        return tokens, tokens.roll(-1, 1)
     inputs = torch.zeros(rows, *shape, device=device)
     if case.network.startswith("unet"):
         return inputs, torch.zeros_like(inputs)
