@@ -18,7 +18,7 @@ from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.examine import Examination
+from samegrad.exact.findings import Examination
 from samegrad.exact.mapped import MappedStep
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.errors import CannotSplit
-from samegrad.exact.examine import _module_hooks
+from samegrad.exact.examine_loss import module_hooks
 
 from . import zoo
 from .zoo_modules import Alone, Fn, OneWeight, between, linear
@@ -211,4 +211,4 @@ def test_hooks_that_only_chunks_would_double_are_listed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model[2].register_full_backward_pre_hook(lambda *_: None)
-    assert _module_hooks(model) == ("1 (Tanh)", "2 (Linear)")
+    assert module_hooks(model) == ("1 (Tanh)", "2 (Linear)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from samegrad.exact import examine as examination
+from samegrad.exact import examine_loss as examination
 from samegrad.exact.audit import Residual
 
 from . import zoo

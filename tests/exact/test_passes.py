@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import BadInput, FalseNormalise, GradientsDiffer
 from samegrad.exact import passes, program
-from samegrad.exact.examine import Examination
+from samegrad.exact.findings import Examination
 from samegrad.exact.losses import Form
 from samegrad.exact.split import SplitStep, sliced_chunks
 

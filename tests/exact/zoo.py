@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from samegrad.declared import declare
 from samegrad.exact.aliases import GradientMagnitudes
-from samegrad.exact.examine import Examination, examine
+from samegrad.exact.examine import examine
+from samegrad.exact.findings import Examination
 from samegrad.exact.split import SplitStep
 from samegrad.settle import aliases_for
 from samegrad.verify import tolerance

@@ -20,7 +20,7 @@ from samegrad.declared import DeclaredStep, plain_loss
 from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
 from samegrad.exact import passes, program
 from samegrad.exact.aliases import NARROW, GradientMagnitudes, GradientTotals, ParameterAliases
-from samegrad.exact.examine import Examination
+from samegrad.exact.findings import Examination
 from samegrad.exact.forward import StepForward
 from samegrad.exact.handoff import begin_step, hand_over
 from samegrad.exact.held import Held, held_by

@@ -20,15 +20,9 @@ from samegrad.errors import CannotSplit
 from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.batchnorm import by_rows, has_batchnorm, shared_over_ranks
-from samegrad.exact.examine import (
-    Examination,
-    chosen_rows,
-    draws_or_none,
-    examine,
-    examine_loss,
-    examine_model,
-    refuse_batch_gradients,
-)
+from samegrad.exact.examine import chosen_rows, draws_or_none, examine, examine_model, refuse_batch_gradients
+from samegrad.exact.examine_loss import examine_loss
+from samegrad.exact.findings import Examination
 from samegrad.exact.mapped import MappedExamination, Scheme
 from samegrad.exact.probes import PROBE_ROWS, close
 from samegrad.exact.randomness import DrawSites, StepKey
