@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from pathlib import Path
 
 import torch
 
 from samegrad.errors import EnvironmentProblem, UsageError
+from samegrad.measure.allocator_rules import fraction_of_cap
+from samegrad.measure.host_memory import read_host_memory
 from samegrad.records import Budget, Counting
 from samegrad.units import format_bytes, parse_bytes, parse_share
 
@@ -69,7 +70,8 @@ def total_bytes(device: torch.device) -> tuple[int, str]:
     """All the memory ``device`` has, and how that was read."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1], "the driver's total"
-    return _host_limit()
+    host = read_host_memory()
+    return host.limit_bytes, host.source
 
 
 def free_now(device: torch.device) -> tuple[int, str]:
@@ -84,13 +86,9 @@ def free_now(device: torch.device) -> tuple[int, str]:
         if cap < free:
             free, how = cap, f"the allocator's cap {format_bytes(cap)}"
         return int(free * (1 - _FREE_MARGIN)), f"{how}, less {_FREE_MARGIN:.0%}"
-    limit, source = _host_limit()
-    used = _cgroup_used()
-    if used is not None:
-        free, how = limit - used, f"{source} {format_bytes(limit)} less {format_bytes(used)} in use"
-    else:
-        free, how = _meminfo("MemAvailable"), "MemAvailable of the host"
-    return int(max(free, 0) * (1 - _FREE_MARGIN)), f"{how}, less {_FREE_MARGIN:.0%}"
+    host = read_host_memory()
+    how = f"{host.source} {format_bytes(host.limit_bytes)} less {format_bytes(host.used_bytes)} in use"
+    return int(host.available_bytes * (1 - _FREE_MARGIN)), f"{how}, less {_FREE_MARGIN:.0%}"
 
 
 def read_budget(asked: str | int | None, device: torch.device, *, host: str | int | None = None) -> Budget:
@@ -171,7 +169,7 @@ def cap_allocator(device: torch.device, budget_bytes: int) -> float | None:
     """Makes the allocator refuse to reserve more than ``budget_bytes``; returns the fraction that did it."""
     if device.type != "cuda":
         return None
-    fraction = min(1.0, budget_bytes / torch.cuda.mem_get_info(device)[1])
+    fraction = fraction_of_cap(budget_bytes, torch.cuda.mem_get_info(device)[1])
     torch.cuda.set_per_process_memory_fraction(fraction, device)
     return fraction
 
@@ -179,37 +177,3 @@ def cap_allocator(device: torch.device, budget_bytes: int) -> float | None:
 def uncap_allocator(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def _host_limit() -> tuple[int, str]:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _read(path)
-        # cgroup v2 says "max", v1 a number near 2**63, when there is no limit.
-        if text.isdigit() and int(text) < 2**60:
-            return min(int(text), _meminfo("MemTotal")), "the cgroup's limit"
-    return _meminfo("MemTotal"), "MemTotal of the host"
-
-
-def _cgroup_used() -> int | None:
-    if _host_limit()[1] != "the cgroup's limit":
-        return None
-    for path in ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"):
-        if (text := _read(path)).isdigit():
-            return int(text)
-    return None
-
-
-def _meminfo(field: str) -> int:
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise EnvironmentProblem(
-        asked="how much memory is free",
-        found=f"no {field} in /proc/meminfo",
-        do="give a budget in bytes, for example budget='6GiB'",
-    )
-
-
-def _read(path: str) -> str:
-    file = Path(path)
-    return file.read_text().strip() if file.is_file() else ""

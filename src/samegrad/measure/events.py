@@ -12,13 +12,33 @@ from typing import NamedTuple
 from samegrad.records import Category, Phase
 
 
+class Convolution(NamedTuple):
+    """The shape of a convolution, forward or backward, which decides what the library takes for itself.
+
+    ``inputs``, ``outputs``: channels of what its forward reads and writes, ``input_pixels`` and ``output_pixels`` the
+    places of one row in them, ``kernel_pixels`` those under the kernel. ``pointwise``: one place, stride 1, no padding.
+    ``channels_last``: its tensors lie with channels innermost.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    input_pixels: int
+    output_pixels: int
+    kernel_pixels: int
+    groups: int = 1
+    pointwise: bool = False
+    channels_last: bool = False
+
+
 class Operation(NamedTuple):
     """One operation of a step, as torch dispatched it.
 
     ``name``: as ``aten.addmm.default``. ``module``: path of the innermost submodule it ran for, "" for the step's own
     code; in backward the module whose forward it differentiates. ``step``: 0 for the first step, 1 for the second,
     which has the optimizer's state. ``moved_bytes``: read and written, each tensor once. ``dtype``: the one its
-    arithmetic runs in, as "bfloat16". ``kernels``: how many launches it takes, 0 for views.
+    arithmetic runs in, as "bfloat16". ``kernels``: how many launches it takes, 0 for views. ``convolution``: of a
+    convolution and its backward, its shape.
     """
 
     name: str
@@ -29,6 +49,7 @@ class Operation(NamedTuple):
     moved_bytes: int
     dtype: str
     kernels: int
+    convolution: Convolution | None = None
 
 
 class MemoryEvent(NamedTuple):

@@ -1,0 +1,118 @@
+"""The smallest caps on reserved memory under which a step runs: at all, and without giving cached memory back.
+
+A cap changes what happens only where it refuses a segment, so one replay speaks for a whole range of caps: it says
+from which to which the same would have happened. The search halves what is left and skips those ranges. More memory
+can hurt (another block is cached, another one is split), so above the cap that is found others are tried as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+from samegrad.measure.allocator_rules import SEGMENT_ROUNDING_BYTES, AllocatorRules
+from samegrad.measure.replay import Replay, Request, replay
+
+# How many caps above the one that was found are tried, evenly spaced.
+_TRIED_ABOVE = 8
+
+
+class Goal(enum.Enum):
+    """What a cap must allow."""
+
+    RUNS = "all requests are served, after giving cached memory back where needed"
+    STEADY = "after the second step no cached memory is given back"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cap:
+    """The smallest cap that serves a ``goal`` such that all larger ones that were tried serve it too.
+
+    ``largest_failing_bytes``: the largest cap that was seen to fail. ``tried``: replays made.
+    """
+
+    goal: Goal
+    cap_bytes: int
+    largest_failing_bytes: int
+    tried: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reserved:
+    """What a step makes the allocator reserve: without a cap, and the smallest caps under which it runs."""
+
+    free_running: Replay
+    steady: Cap
+    smallest: Cap
+
+
+def predict_reserved(
+    requests: Sequence[Request],
+    rules: AllocatorRules = AllocatorRules(),  # noqa: B008 (frozen)
+) -> Reserved:
+    """The free-running peak and both caps of the requests of several steps (``repeat_steps``)."""
+    free_running = replay(requests, rules)
+    steady = find_cap(requests, Goal.STEADY, rules, free_running=free_running)
+    smallest = find_cap(requests, Goal.RUNS, rules, free_running=free_running, no_more_than_bytes=steady.cap_bytes)
+    return Reserved(free_running=free_running, steady=steady, smallest=smallest)
+
+
+def find_cap(
+    requests: Sequence[Request],
+    goal: Goal,
+    rules: AllocatorRules = AllocatorRules(),  # noqa: B008 (frozen)
+    *,
+    free_running: Replay | None = None,
+    no_more_than_bytes: int | None = None,
+) -> Cap:
+    """The smallest cap, in steps of 2 MiB, that serves ``goal``.
+
+    ``no_more_than_bytes``: a cap that is known to serve it, with all above.
+    """
+    free_running = free_running or replay(requests, rules)
+    serving = free_running.lowest_equal_cap_bytes if no_more_than_bytes is None else no_more_than_bytes
+    # Live blocks need no less than themselves.
+    failing = free_running.peak_allocated_bytes - SEGMENT_ROUNDING_BYTES
+    known = [serving]
+    tried = 0
+    while True:
+        while (cap := _between(failing, serving)) is not None:
+            tried += 1
+            done = replay(requests, rules, cap_bytes=cap, stop_at_unsteady=goal is Goal.STEADY)
+            if _serves(done, goal):
+                serving = min(cap, _rounded_up(done.lowest_equal_cap_bytes))
+                known.append(serving)
+            else:
+                failing = max(cap, done.highest_equal_cap_bytes or cap)
+        refuting = None
+        for cap in _above(serving, max(known)):
+            tried += 1
+            done = replay(requests, rules, cap_bytes=cap, stop_at_unsteady=goal is Goal.STEADY)
+            if not _serves(done, goal):
+                refuting = max(cap, done.highest_equal_cap_bytes or cap)
+        if refuting is None:
+            return Cap(goal=goal, cap_bytes=serving, largest_failing_bytes=failing, tried=tried)
+        failing = refuting
+        serving = min(cap for cap in known if cap > refuting)
+
+
+def _serves(done: Replay, goal: Goal) -> bool:
+    return done.runs if goal is Goal.RUNS else done.steady
+
+
+def _between(failing: int, serving: int) -> int | None:
+    """A multiple of 2 MiB halfway between, None where there is none left."""
+    lowest = failing // SEGMENT_ROUNDING_BYTES + 1
+    highest = -(-serving // SEGMENT_ROUNDING_BYTES) - 1
+    return (lowest + highest) // 2 * SEGMENT_ROUNDING_BYTES if lowest <= highest else None
+
+
+def _above(serving: int, highest: int) -> list[int]:
+    step = (highest - serving) // (_TRIED_ABOVE + 1)
+    caps = [_rounded_up(serving + step * (k + 1)) for k in range(_TRIED_ABOVE)]
+    return sorted({cap for cap in caps if serving < cap < highest})
+
+
+def _rounded_up(cap_bytes: int) -> int:
+    return -(-cap_bytes // SEGMENT_ROUNDING_BYTES) * SEGMENT_ROUNDING_BYTES

@@ -1,0 +1,131 @@
+"""What CUDA libraries take for themselves on a card: sizes of workspaces, by compute capability and torch version.
+
+cuBLAS's sizes are torch's own (aten/src/ATen/cuda/CublasHandlePool.cpp). cuDNN's are fitted to recorded histories: one
+H200, torch 2.11, cuDNN 9.19, ``cudnn.benchmark`` off; on other cards they are the same rules with that card's number
+of multiprocessors, and uncalibrated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+from samegrad.errors import UsageError
+
+_MIB = 2**20
+_KIB = 2**10
+# :4096:2:16:8, what cuBLAS asks for before Hopper.
+_EARLIER_CUBLAS_BYTES = (2 * 4096 + 8 * 16) * _KIB
+_LATER_CUBLAS_BYTES = 32 * _MIB
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlasWorkspaces:
+    """``cublas_bytes`` and ``cublaslt_bytes`` of one handle, which is one thread's on one stream.
+
+    ``kept``: taken at the first product and kept; otherwise taken and given back around each. ``shared``: cuBLASLt uses
+    cuBLAS's.
+    """
+
+    cublas_bytes: int
+    cublaslt_bytes: int
+    kept: bool
+    shared: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvolutionCalibration:
+    """Constants of cuDNN's convolutions on one kind of card.
+
+    ``multiprocessors``: over which the sum of a weight's gradient is split when its tiles are fewer.
+    ``channel_multiple_16_bit``: to which channels are padded in copies of 16-bit tensors. ``alignment_bytes``: what
+    aligning the copies takes. ``pointwise_splits`` by bytes of an element: parts that the gradient of a pointwise
+    weight is summed in, up to ``largest_pointwise_bytes`` together. ``source`` names the measurement.
+    """
+
+    multiprocessors: int
+    channel_multiple_16_bit: int = 8
+    alignment_bytes: int = 256
+    pointwise_splits: tuple[tuple[int, int], ...] = ((2, 64), (4, 48))
+    largest_pointwise_bytes: int = 50 * _MIB
+    source: str = "uncalibrated"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LibraryCalibration:
+    """All that the model of library workspaces takes from a card. ``context_bytes``: outside the allocator."""
+
+    blas: BlasWorkspaces
+    convolutions: ConvolutionCalibration
+    context_bytes: int | None = None
+
+
+# Of the largest card of each capability.
+_MULTIPROCESSORS = {
+    (7, 0): 80, (7, 5): 72, (8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148, (12, 0): 170,
+}  # fmt: skip
+_MULTIPROCESSORS_ELSEWHERE = 108
+_CALIBRATED = {(9, 0): "one H200, torch 2.11, cuDNN 9.19"}
+
+
+def calibrate_libraries(
+    capability: tuple[int, int], torch_version: str, *, multiprocessors: int | None = None
+) -> LibraryCalibration:
+    """The constants for a card of ``capability`` under ``torch_version`` (as "2.11.0+cu130").
+
+    ``multiprocessors``: the card's own number where it is known. Raises UsageError for another torch than 2.11 to 2.15.
+    """
+    return LibraryCalibration(
+        blas=blas_workspaces(capability, torch_version),
+        convolutions=ConvolutionCalibration(
+            multiprocessors=multiprocessors or _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS_ELSEWHERE),
+            source=_CALIBRATED.get(capability, "uncalibrated"),
+        ),
+    )
+
+
+def blas_workspaces(capability: tuple[int, int], torch_version: str) -> BlasWorkspaces:
+    """What torch gives cuBLAS and cuBLASLt, from its version, the card and the environment variables it reads."""
+    release = _release_of(torch_version)
+    # Blackwell got Hopper's size between 2.11 and 2.12.
+    larger = capability == (9, 0) if release == (2, 11) else capability[0] >= 9
+    cublas_bytes = _cublas_setting() or (_LATER_CUBLAS_BYTES if larger else _EARLIER_CUBLAS_BYTES)
+    kept = release < (2, 15) or _is_set("TORCH_CUBLAS_WORKSPACE_CACHE") is True
+    asked_to_share = _is_set("TORCH_CUBLASLT_UNIFIED_WORKSPACE")
+    # 2.11 limits the size by default as if it were shared, but shares only when asked to.
+    shared = kept and (asked_to_share is True if release == (2, 11) else asked_to_share is not False)
+    cublaslt_bytes = _number("CUBLASLT_WORKSPACE_SIZE", 1024) * _KIB
+    return BlasWorkspaces(
+        cublas_bytes=cublas_bytes,
+        cublaslt_bytes=min(cublas_bytes, cublaslt_bytes) if kept and asked_to_share is not False else cublaslt_bytes,
+        kept=kept,
+        shared=shared,
+    )
+
+
+def _cublas_setting() -> int | None:
+    pools = re.findall(r":([0-9]+):([0-9]+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    return sum(int(size) * int(count) for size, count in pools) * _KIB or None
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdigit() else default
+
+
+def _is_set(variable: str) -> bool | None:
+    """As torch reads a switch: 1 or 0, None where it is neither."""
+    return {"1": True, "0": False}.get(os.environ.get(variable, ""))
+
+
+def _release_of(torch_version: str) -> tuple[int, int]:
+    match = re.match(r"([0-9]+)\.([0-9]+)", torch_version)
+    release = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not (2, 11) <= release <= (2, 15):
+        raise UsageError(
+            asked=f"library workspaces under torch {torch_version}",
+            found="known are torch 2.11 to 2.15",
+            do="measure a step on the device, or use one of these versions",
+        )
+    return release

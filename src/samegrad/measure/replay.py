@@ -1,0 +1,167 @@
+"""A traced step replayed through the allocator's model: what is reserved when the step runs over and over.
+
+A trace holds two steps. The second is the one that repeats: what it takes and leaves stands in for what it found and
+gave back (this step's gradients for the last one's), and all else that it leaves lives on.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from samegrad.errors import UsageError
+from samegrad.measure.allocator import CachingAllocator
+from samegrad.measure.allocator_rules import AllocatorRules
+from samegrad.measure.events import MemoryEvent, Trace
+
+# Two of the trace, and two more: what the second leaves behind shows in the third, what that leaves in the fourth.
+REPLAYED_STEPS = 4
+
+
+class Request(NamedTuple):
+    """A storage taken (``size_bytes`` > 0) or given back (0), during or after the trace's ``operation`` of ``step``."""
+
+    storage: int
+    size_bytes: int
+    operation: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What the allocator did with the requests of several steps.
+
+    Peaks are bytes: ``requested`` as asked for, ``allocated`` in whole blocks, ``reserved`` in segments.
+    ``retries_by_step``: how often all cached memory was given back to make room, in each step; what stands before the
+    first counts as the first's. ``out_of_memory_at``: the request that found no room, None where all did.
+    ``lowest_equal_cap_bytes`` to ``highest_equal_cap_bytes`` (None: no limit): caps under which the same happens.
+    """
+
+    cap_bytes: int | None
+    peak_requested_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    retries_by_step: tuple[int, ...]
+    segments_taken: int
+    out_of_memory_at: Request | None
+    lowest_equal_cap_bytes: int
+    highest_equal_cap_bytes: int | None
+
+    @property
+    def retries(self) -> int:
+        return sum(self.retries_by_step)
+
+    @property
+    def runs(self) -> bool:
+        return self.out_of_memory_at is None
+
+    @property
+    def steady(self) -> bool:
+        """Whether all steps after the second ran without giving cached memory back."""
+        return self.runs and not any(self.retries_by_step[2:])
+
+
+def repeat_steps(trace: Trace, steps: int = REPLAYED_STEPS) -> tuple[Request, ...]:
+    """The requests of ``steps`` steps: the trace's two, then the second again. Raises UsageError below two.
+
+    A storage that the repeated step found and gave back is matched with one of the same size and category that it
+    left: oldest with oldest. What it gave back without leaving the like is not given back again, and what it left
+    without having found the like is not taken again, since steps that grow without end are not what is predicted.
+    """
+    if steps < 2:
+        raise UsageError(
+            asked=f"a replay of {steps} steps", found="a trace holds two", do="replay two steps or more"
+        )
+    step_of = [operation.step for operation in trace.operations]
+    requests = [
+        Request(event.storage, max(event.change_bytes, 0), event.operation, _step(event, step_of))
+        for event in trace.events
+    ]
+    repeated = [event for event, request in zip(trace.events, requests) if request.step == 1]
+    if not repeated or steps == 2:
+        return tuple(requests)
+    successors = _successors(trace.events, repeated)
+    born = {event.storage for event in repeated if event.change_bytes > 0}
+    ended = {event.storage for event in repeated if event.change_bytes < 0}
+    again = (born & ended) | set(successors.values())
+    # The number of each storage in the step before; what is not matched keeps its own.
+    names: dict[int, int] = {storage: storage for storage in born}
+    following = 1 + max(event.storage for event in trace.events)
+    for step in range(2, steps):
+        before, names = names, dict(names)
+        for event in repeated:
+            if event.change_bytes > 0:
+                if event.storage in again:
+                    names[event.storage] = following
+                    requests.append(Request(following, event.change_bytes, event.operation, step))
+                    following += 1
+            elif event.storage in born:
+                requests.append(Request(names[event.storage], 0, event.operation, step))
+            elif event.storage in successors:
+                requests.append(Request(before[successors[event.storage]], 0, event.operation, step))
+    return tuple(requests)
+
+
+def replay(
+    requests: Sequence[Request],
+    rules: AllocatorRules = AllocatorRules(),  # noqa: B008 (frozen)
+    *,
+    cap_bytes: int | None = None,
+    stop_at_unsteady: bool = False,
+) -> Replay:
+    """Runs ``requests`` through an empty allocator, as far as there is memory.
+
+    ``stop_at_unsteady``: also stop at the first retry after the second step, which decides whether a cap holds.
+    """
+    allocator = CachingAllocator(rules, cap_bytes=cap_bytes)
+    take, give_back = allocator.take, allocator.give_back
+    retries = [0] * (1 + max((request.step for request in requests), default=0))
+    failed = None
+    for request in requests:
+        storage, size_bytes, _, step = request
+        if not size_bytes:
+            give_back(storage)
+            continue
+        before = allocator.retries
+        found = take(storage, size_bytes)
+        if allocator.retries != before:
+            retries[step] += 1
+        if not found:
+            failed = request
+            break
+        if stop_at_unsteady and step > 1 and retries[step]:
+            break
+    return Replay(
+        cap_bytes=cap_bytes,
+        peak_requested_bytes=allocator.peak_requested_bytes,
+        peak_allocated_bytes=allocator.peak_allocated_bytes,
+        peak_reserved_bytes=allocator.peak_reserved_bytes,
+        retries_by_step=tuple(retries),
+        segments_taken=allocator.segments_taken,
+        out_of_memory_at=failed,
+        lowest_equal_cap_bytes=allocator.lowest_equal_cap_bytes,
+        highest_equal_cap_bytes=allocator.highest_equal_cap_bytes,
+    )
+
+
+def _step(event: MemoryEvent, step_of: list[int]) -> int:
+    return step_of[event.operation] if event.operation >= 0 else 0
+
+
+def _successors(events: Sequence[MemoryEvent], repeated: Sequence[MemoryEvent]) -> dict[int, int]:
+    """For each storage that the repeated step found and gave back, the one it left in its place."""
+    born = {event.storage for event in repeated if event.change_bytes > 0}
+    ended = {event.storage for event in repeated if event.change_bytes < 0}
+    left: dict[tuple[int, object], collections.deque[int]] = collections.defaultdict(collections.deque)
+    for event in repeated:
+        if event.change_bytes > 0 and event.storage not in ended:
+            left[event.change_bytes, event.category].append(event.storage)
+    successors = {}
+    for event in events:
+        if event.change_bytes > 0 and event.storage in ended and event.storage not in born:
+            heirs = left[event.change_bytes, event.category]
+            if heirs:
+                successors[event.storage] = heirs.popleft()
+    return successors
