@@ -28,6 +28,8 @@ _VARIANTS = frozenset("ti super laptop ada".split())
 # A whole card's reported total is 1 to 9 % under its box; neighbours in size are further apart than this.
 _SIZE_WITHIN = 0.15
 _ANY = "any"
+# Kinds that mostly move bytes are not timed by their arithmetic; should they do much of it, at this part of the peak.
+_LEAST_FLOPS_FRACTION = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,6 @@ class Calibration(Record):
 
     def bandwidth_fraction(self, kind: OperationClass) -> float:
         return self.bandwidth_fractions[kind]
-
-
-# Kinds that mostly move bytes are not timed by their arithmetic; should they do much of it, at this part of the peak.
-_LEAST_FLOPS_FRACTION = 0.3
 
 
 def find_card(name: str, *, memory_bytes: int | None = None) -> Card:
@@ -167,13 +165,18 @@ PRIOR = Calibration(
     card="",
     origin=Origin.PREDICTED,
     source="stated rates times fractions that are usual on other cards",
-    dispatch_seconds=8e-6,
+    dispatch_seconds=12e-6,
     launch_seconds=4e-6,
     view_seconds=2e-6,
-    kernel_seconds=2e-6,
-    flops_fractions={_ANY: {_K.MATMUL: 0.65, _K.CONVOLUTION: 0.5, _K.ATTENTION: 0.4}},
+    kernel_seconds=4e-6,
+    flops_fractions={
+        _ANY: {_K.MATMUL: 0.65, _K.CONVOLUTION: 0.25, _K.ATTENTION: 0.4},
+        "tf32": {_K.MATMUL: 0.65, _K.CONVOLUTION: 0.35, _K.ATTENTION: 0.4},
+        "float32": {_K.MATMUL: 0.8, _K.CONVOLUTION: 0.6, _K.ATTENTION: 0.4},
+        "float64": {_K.MATMUL: 0.8, _K.CONVOLUTION: 0.6, _K.ATTENTION: 0.4},
+    },
     bandwidth_fractions={
-        _K.MATMUL: 0.75, _K.CONVOLUTION: 0.6, _K.ATTENTION: 0.6, _K.NORMALISATION: 0.65, _K.ELEMENTWISE: 0.8,
-        _K.REDUCTION: 0.65, _K.EMBEDDING: 0.4, _K.COPY: 0.8, _K.OPTIMIZER: 0.75,
+        _K.MATMUL: 0.75, _K.CONVOLUTION: 0.6, _K.ATTENTION: 0.6, _K.NORMALISATION: 0.4, _K.ELEMENTWISE: 0.7,
+        _K.REDUCTION: 0.2, _K.EMBEDDING: 0.4, _K.COPY: 0.7, _K.OPTIMIZER: 0.75,
     },
 )  # fmt: skip
