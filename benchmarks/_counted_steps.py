@@ -98,15 +98,15 @@ def _count_chunk(loss: Callable[[int], Tensor], rows: int) -> list[Operation]:
 
 
 def _fused_step(parameters: list[nn.Parameter], optimizer: str) -> Operation:
-    """Reads parameter, gradient and moments, writes parameter and moments."""
-    reads_and_writes = {"adamw": 7, "sgd with momentum": 5}[optimizer]
+    """Parameter, gradient and moments, each counted once."""
+    tensors = {"adamw": 4, "sgd with momentum": 3}[optimizer]
     return Operation(
         name={"adamw": "aten._fused_adamw_.default", "sgd with momentum": "aten._fused_sgd_.default"}[optimizer],
         module="",
         phase=Phase.OPTIMIZER,
         step=0,
         flops=0,
-        moved_bytes=reads_and_writes * sum(p.nbytes for p in parameters),
+        moved_bytes=tensors * sum(p.nbytes for p in parameters),
         dtype="float32",
         kernels=math.ceil(len(parameters) / _TENSORS_PER_FUSED_LAUNCH),
     )
@@ -165,12 +165,12 @@ def pictures_loss(model: nn.Module) -> Callable[[int], Tensor]:
     return loss
 
 
-class _Blocks(nn.Module):
-    """Twelve transformer blocks of width 768, the casts of CUDA's autocast written out."""
+class Blocks(nn.Module):
+    """Twelve transformer blocks, the casts of CUDA's autocast written out."""
 
-    def __init__(self, dtype: torch.dtype, *, causal: bool) -> None:
+    def __init__(self, dtype: torch.dtype, *, causal: bool, width: int = 768) -> None:
         super().__init__()
-        width, self.heads, self.dtype, self.causal = 768, 12, dtype, causal
+        self.heads, self.dtype, self.causal = 12, dtype, causal
         self.blocks = nn.ModuleList(
             nn.ModuleDict({
                 "norm1": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width),
@@ -190,12 +190,17 @@ class _Blocks(nn.Module):
         rows, places, width = x.shape
         q, k, v = self.linear(x, block["qkv"]).split(width, dim=2)
         q, k, v = (part.view(rows, places, self.heads, -1).transpose(1, 2) for part in (q, k, v))
+        out = self._attention(q, k, v)
+        return self.linear(out.transpose(1, 2).reshape(rows, places, width), block["out"])
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not q.is_meta:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        # Without a device torch would take the way that spells out the square of the places.
         if self.dtype is torch.float32:
             attend = torch.ops.aten._scaled_dot_product_efficient_attention
-            out = attend(q, k, v, None, True, is_causal=self.causal)[0]
-        else:
-            out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=self.causal)[0]
-        return self.linear(out.transpose(1, 2).reshape(rows, places, width), block["out"])
+            return attend(q, k, v, None, True, is_causal=self.causal)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=self.causal)[0]
 
     def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
         return F.linear(x.to(self.dtype), layer.weight.to(self.dtype), layer.bias.to(self.dtype))
@@ -207,7 +212,7 @@ class Gpt(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(50257, 768), nn.Embedding(1024, 768)
-        self.body = _Blocks(dtype, causal=True)
+        self.body = Blocks(dtype, causal=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.body(self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device)))
@@ -220,7 +225,7 @@ class Vit(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.patches, self.head = nn.Conv2d(3, 768, 16, 16), nn.Linear(768, 1000)
-        self.body = _Blocks(dtype, causal=False)
+        self.body = Blocks(dtype, causal=False)
         self.first, self.places = nn.Parameter(torch.empty(1, 1, 768)), nn.Parameter(torch.empty(1, 197, 768))
 
     def forward(self, x: Tensor) -> Tensor:

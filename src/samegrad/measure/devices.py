@@ -177,6 +177,6 @@ PRIOR = Calibration(
     },
     bandwidth_fractions={
         _K.MATMUL: 0.75, _K.CONVOLUTION: 0.6, _K.ATTENTION: 0.6, _K.NORMALISATION: 0.4, _K.ELEMENTWISE: 0.7,
-        _K.REDUCTION: 0.2, _K.EMBEDDING: 0.4, _K.COPY: 0.7, _K.OPTIMIZER: 0.75,
+        _K.REDUCTION: 0.2, _K.EMBEDDING: 0.4, _K.COPY: 0.7, _K.OPTIMIZER: 0.45,
     },
 )  # fmt: skip
