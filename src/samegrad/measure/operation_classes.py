@@ -24,8 +24,9 @@ class OperationClass(enum.Enum):
 # of "normal". What no line knows is elementwise.
 _WORDS: tuple[tuple[OperationClass, str], ...] = (
     (OperationClass.OPTIMIZER, "foreach fused_adam fused_adamw fused_sgd fused_adagrad"),
-    # Before the products of matrices, of which "dot" is one.
-    (OperationClass.ATTENTION, "scaled_dot_product flash_attention efficient_attention"),
+    # Before the products of matrices, of which "dot" is one, and the reductions, of which "min" is one.
+    (OperationClass.ATTENTION, "scaled_dot_product attention"),
+    (OperationClass.ELEMENTWISE, "clamp"),
     (OperationClass.MATMUL, "mm bmm addmm addbmm baddbmm mv dot linear matmul einsum cudnn_rnn lstm_cell gru_cell"),
     (OperationClass.CONVOLUTION, "convolution conv1d conv2d conv3d conv_transpose2d"),
     (OperationClass.NORMALISATION, "batch_norm layer_norm group_norm rms_norm instance_norm"),
