@@ -16,6 +16,7 @@ from samegrad.measure.events import Operation, Trace
 from samegrad.measure.operation_classes import OperationClass, class_of
 from samegrad.measure.timing import (
     Limit,
+    Roofline,
     StepSeconds,
     predict_seconds,
     scale_by_reference,
@@ -259,6 +260,25 @@ def test_what_cannot_correct_is_refused() -> None:
     for seconds in (0.0, -1.0, float("nan")):
         with pytest.raises(UsageError, match="measured"):
             scale_to_measured(one, seconds, measured_on="a test")
+
+
+def test_a_stretch_of_a_step_can_be_priced_by_itself() -> None:
+    """As a planner does with the forward of one module."""
+    stretch = some_operations(5)
+    roofline = Roofline(CARD, CALIBRATION, matmul_tf32=False, convolution_tf32=True)
+    moments = list(roofline.follow(stretch))
+    assert [moment.operation for moment in moments] == stretch
+    assert sum(moment.elapsed_seconds for moment in moments) == pytest.approx(predicted(stretch).seconds)
+    for one, moment in zip(stretch, moments):
+        assert (moment.device_seconds, moment.limit) == roofline.device_seconds(one)
+        assert moment.host_seconds == roofline.host_seconds(one)
+
+
+def test_a_trace_of_other_operations_than_cudas_is_said_to_be_one() -> None:
+    trace = Trace((operation(),), (), "cpu", 1, (1,))
+    assert "the operations of cpu, not of CUDA" in predict_seconds(trace, find_card("h200")).basis
+    cuda = dataclasses.replace(trace, device="cuda")
+    assert "cpu" not in predict_seconds(cuda, find_card("h200")).basis
 
 
 def test_an_empty_trace_is_refused_with_what_could_not_be_traced() -> None:

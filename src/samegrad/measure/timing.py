@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from samegrad.errors import UsageError
@@ -34,6 +34,71 @@ class Limit(enum.Enum):
     LAUNCH = "launch"
     ARITHMETIC = "arithmetic"
     BANDWIDTH = "bandwidth"
+
+
+class Moment(NamedTuple):
+    """One operation on both clocks. ``elapsed_seconds``: by how much it moved the end of what has been computed."""
+
+    operation: Operation
+    host_seconds: float
+    device_seconds: float
+    elapsed_seconds: float
+    limit: Limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The time of operations on one card: of each alone, and of a stretch of them in order.
+
+    ``matmul_tf32`` and ``convolution_tf32``: whether float32 may run in TF32, in cuDNN's convolutions and elsewhere.
+    """
+
+    card: Card
+    calibration: Calibration
+    _: dataclasses.KW_ONLY
+    matmul_tf32: bool
+    convolution_tf32: bool
+
+    def follow(self, operations: Iterable[Operation]) -> Iterator[Moment]:
+        """Each operation on both clocks, which begin at zero, as after a loss was read."""
+        host = device = reached = 0.0
+        queued: collections.deque[float] = collections.deque()
+        for operation in operations:
+            launching = self.host_seconds(operation)
+            working, limit = self.device_seconds(operation)
+            host += launching
+            if operation.kernels:
+                device = max(device, host) + working
+                queued.extend([device] * operation.kernels)
+                while len(queued) > _QUEUED_LAUNCHES:
+                    host = max(host, queued.popleft())
+            if host_waits_for(operation.name):
+                host = max(host, device)
+            before, reached = reached, max(host, device)
+            yield Moment(operation, launching, working, reached - before, limit)
+
+    def host_seconds(self, operation: Operation) -> float:
+        """Seconds the host takes to launch it."""
+        known = self.calibration
+        if not operation.kernels:
+            return known.view_seconds
+        return known.dispatch_seconds + known.launch_seconds * operation.kernels
+
+    def device_seconds(self, operation: Operation) -> tuple[float, Limit]:
+        """Seconds the device works on it, and what bounds them."""
+        if not operation.kernels:
+            return 0.0, Limit.LAUNCH
+        card, known, kind = self.card, self.calibration, class_of(operation.name)
+        tf32 = self.convolution_tf32 if kind is OperationClass.CONVOLUTION else self.matmul_tf32
+        dtype = card.arithmetic_of(operation.dtype, tf32=tf32)
+        rate = card.flops_per_second[dtype] * known.flops_fraction(kind, dtype)
+        bandwidth = card.bandwidth_bytes_per_second * known.bandwidth_fraction(kind)
+        return max(
+            (operation.kernels * known.kernel_seconds, Limit.LAUNCH),
+            (operation.flops / rate, Limit.ARITHMETIC),
+            (operation.moved_bytes / bandwidth, Limit.BANDWIDTH),
+            key=lambda bound: bound[0],
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,13 +156,14 @@ def predict_seconds(
     steps: dict[int, list[Operation]] = collections.defaultdict(list)
     for operation in trace.operations:
         steps[operation.step].append(operation)
-    model = _Model(card, known, matmul_tf32=matmul_tf32, convolution_tf32=convolution_tf32)
-    courses = [list(model.follow(steps[step])) for step in sorted(steps)]
+    roofline = Roofline(card, known, matmul_tf32=matmul_tf32, convolution_tf32=convolution_tf32)
+    courses = [list(roofline.follow(steps[step])) for step in sorted(steps)]
     last = courses[-1]
     return StepSeconds(
         card=card.name,
         origin=Origin.PREDICTED,
-        basis=f"roofline on {card.name}, {calibration_in_words(known, torch_version=torch_version)}",
+        basis=f"roofline on {card.name}, {calibration_in_words(known, torch_version=torch_version)}"
+        + ("" if trace.device == "cuda" else f"; the trace followed the operations of {trace.device}, not of CUDA"),
         calibrated=known.origin is Origin.MEASURED,
         predicted_seconds=_total(last),
         host_seconds=sum(moment.host_seconds for moment in last),
@@ -143,65 +209,6 @@ def scale_by_reference(predicted: StepSeconds, reference: StepSeconds) -> StepSe
     return _scaled(predicted, ratio, predicted_seconds=predicted.predicted_seconds * ratio, basis=basis)
 
 
-class _Moment(NamedTuple):
-    """One operation on both clocks. ``elapsed_seconds``: by how much it moved the end of what has been computed."""
-
-    operation: Operation
-    host_seconds: float
-    device_seconds: float
-    elapsed_seconds: float
-    limit: Limit
-
-
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    card: Card
-    calibration: Calibration
-    _: dataclasses.KW_ONLY
-    matmul_tf32: bool
-    convolution_tf32: bool
-
-    def follow(self, operations: Iterable[Operation]) -> Iterable[_Moment]:
-        """The operations of one step, in order; it begins with both clocks at zero, as after a loss was read."""
-        host = device = reached = 0.0
-        queued: collections.deque[float] = collections.deque()
-        for operation in operations:
-            launching = self.host_seconds(operation)
-            working, limit = self.device_seconds(operation)
-            host += launching
-            if operation.kernels:
-                device = max(device, host) + working
-                queued.extend([device] * operation.kernels)
-                while len(queued) > _QUEUED_LAUNCHES:
-                    host = max(host, queued.popleft())
-            if host_waits_for(operation.name):
-                host = max(host, device)
-            before, reached = reached, max(host, device)
-            yield _Moment(operation, launching, working, reached - before, limit)
-
-    def host_seconds(self, operation: Operation) -> float:
-        known = self.calibration
-        if not operation.kernels:
-            return known.view_seconds
-        return known.dispatch_seconds + known.launch_seconds * operation.kernels
-
-    def device_seconds(self, operation: Operation) -> tuple[float, Limit]:
-        """Seconds the device works on it, and what bounds them."""
-        if not operation.kernels:
-            return 0.0, Limit.LAUNCH
-        card, known, kind = self.card, self.calibration, class_of(operation.name)
-        tf32 = self.convolution_tf32 if kind is OperationClass.CONVOLUTION else self.matmul_tf32
-        dtype = card.arithmetic_of(operation.dtype, tf32=tf32)
-        rate = card.flops_per_second[dtype] * known.flops_fraction(kind, dtype)
-        bandwidth = card.bandwidth_bytes_per_second * known.bandwidth_fraction(kind)
-        return max(
-            (operation.kernels * known.kernel_seconds, Limit.LAUNCH),
-            (operation.flops / rate, Limit.ARITHMETIC),
-            (operation.moved_bytes / bandwidth, Limit.BANDWIDTH),
-            key=lambda bound: bound[0],
-        )
-
-
 def _scaled(seconds: StepSeconds, ratio: float, *, predicted_seconds: float, basis: str) -> StepSeconds:
     return dataclasses.replace(
         seconds,
@@ -228,5 +235,5 @@ def _added(parts: Iterable[tuple[_Key, float]]) -> dict[_Key, float]:
     return dict(sums)
 
 
-def _total(course: Iterable[_Moment]) -> float:
+def _total(course: Iterable[Moment]) -> float:
     return sum(moment.elapsed_seconds for moment in course)
