@@ -24,7 +24,8 @@ from samegrad.measure.operation_classes import OperationClass, class_of, host_wa
 from samegrad.records import Origin, Phase
 
 _Key = TypeVar("_Key")
-# The driver's queue: a launch beyond it waits until the device has taken one. 1024 is what it holds on Linux.
+# The driver's queue: a launch beyond it waits until the device has taken one. It was found to hold about a thousand
+# (NVIDIA developer forum 68937).
 _QUEUED_LAUNCHES = 1024
 
 
