@@ -9,7 +9,14 @@ import pytest
 from samegrad.errors import BadInput, UsageError
 from samegrad.measure import devices
 from samegrad.measure.cards import CARDS, Card
-from samegrad.measure.devices import PRIOR, Calibration, calibration_in_words, find_calibration, find_card
+from samegrad.measure.devices import (
+    PRIOR,
+    Calibration,
+    calibration_in_words,
+    find_calibration,
+    find_card,
+    read_calibration,
+)
 from samegrad.measure.operation_classes import OperationClass
 from samegrad.records import Origin
 
@@ -115,9 +122,14 @@ def test_of_several_files_the_release_at_hand_is_taken(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "planted", [("dispatch_seconds", "dispatch_second"), ('"matmul"', '"matmull"'), ('"measured"', '"guessed"')]
-)
+    "planted",
+    [
+        ("dispatch_seconds", "dispatch_second"), ('"matmul"', '"matmull"'), ('"measured"', '"guessed"'),
+        ('"any"', '"some"'), ('    "embedding": 0.4,\n', ""),
+    ],
+)  # fmt: skip
 def test_a_wrong_file_is_refused_by_field(planted: tuple[str, str]) -> None:
-    text = dataclasses.replace(PRIOR, origin=Origin.MEASURED).to_json().replace(*planted)
+    text = dataclasses.replace(PRIOR, origin=Origin.MEASURED).to_json()
+    assert read_calibration(text, file="h900.json").bandwidth_fractions == PRIOR.bandwidth_fractions
     with pytest.raises(BadInput, match=r"h900\.json"):
-        Calibration.from_json(text, file="h900.json")
+        read_calibration(text.replace(*planted), file="h900.json")

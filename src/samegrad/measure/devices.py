@@ -14,7 +14,7 @@ import importlib.resources
 import re
 from collections.abc import Sequence
 
-from samegrad.errors import UsageError
+from samegrad.errors import BadInput, UsageError
 from samegrad.json_record import Record
 from samegrad.measure.cards import CARDS, Card
 from samegrad.measure.operation_classes import OperationClass
@@ -120,7 +120,22 @@ def calibrations() -> tuple[Calibration, ...]:
     """All calibrations that come with samegrad, by file name. Raises BadInput naming a file that is wrong."""
     folder = importlib.resources.files("samegrad.measure") / "calibration"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
-    return tuple(Calibration.from_json(file.read_text(), file=file.name) for file in files)
+    return tuple(read_calibration(file.read_text(), file=file.name) for file in files)
+
+
+def read_calibration(text: str, *, file: str) -> Calibration:
+    """The calibration that ``text`` holds. Raises BadInput when a field is wrong or a kind of operation is missing."""
+    calibration = Calibration.from_json(text, file=file)
+    missing = [kind.value for kind in OperationClass if kind not in calibration.bandwidth_fractions]
+    if _ANY not in calibration.flops_fractions or missing:
+        what = f"no bandwidth_fractions of {', '.join(missing)}" if missing else f"no flops_fractions of {_ANY!r}"
+        raise BadInput(
+            asked=f"read a calibration of {calibration.card}",
+            found=f"{file}: {what}",
+            do="write it anew with benchmarks/calibrate_gpu.py on that card",
+            file=file,
+        )
+    return calibration
 
 
 def _by_words(asked: frozenset[str]) -> list[Card]:
@@ -164,7 +179,7 @@ _K = OperationClass
 PRIOR = Calibration(
     card="",
     origin=Origin.PREDICTED,
-    source="stated rates times fractions that are usual on other cards",
+    source="stated rates times fractions set between one H200's and the whole; nothing was measured on this card",
     dispatch_seconds=12e-6,
     launch_seconds=4e-6,
     view_seconds=2e-6,
