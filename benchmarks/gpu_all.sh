@@ -7,4 +7,5 @@ tests=$?
 python3 benchmarks/contract_gpu.py || tests=1
 python3 benchmarks/autoencoder_gpu.py "$@"
 python3 benchmarks/keyed_dropout.py
+python3 benchmarks/calibrate_gpu.py
 exit $tests
