@@ -31,6 +31,7 @@ from samegrad.measure import autocast_policy, fused_attention, recurrent_kernels
 CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
 _ASK_DEVICE = torch.ops.prim.device.default
+_TO_COPY = torch.ops.aten._to_copy.default
 
 # Composite operations whose kernels on CUDA are others than those they are composed of elsewhere.
 _COMPOSITES: dict[str, Callable[..., Any]] = {
@@ -64,6 +65,9 @@ class CudaDispatch:
         device = kwargs.get("device")
         if device is not None and device.type == "cuda":
             kwargs = {**kwargs, "device": _META}
+            if operation is _TO_COPY and _is_there(args[0], kwargs):
+                # C++ asked for a copy since it sees two devices, cuda and meta.
+                operation, kwargs = torch.ops.aten.alias.default, {}
         self._running += 1
         try:
             return recurrent_kernels.STAND_INS.get(operation, operation)(*args, **kwargs)
@@ -103,6 +107,16 @@ class CudaDispatch:
         }
         with _attributes(FakeTensor, replacements):
             yield
+
+
+def _is_there(tensor: Tensor, asked: dict[str, Any]) -> bool:
+    """Whether ``tensor`` is on CUDA already and nothing else about it is asked to change."""
+    return (
+        tensor.device.type == "cuda"
+        and asked.get("dtype") in (None, tensor.dtype)
+        and asked.get("layout") in (None, tensor.layout)
+        and asked.get("memory_format") in (None, torch.preserve_format)
+    )
 
 
 def _composites() -> Iterator[tuple[Any, Callable[..., Any]]]:

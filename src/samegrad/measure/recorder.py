@@ -45,9 +45,13 @@ class Dispatch(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What was raised last, in which module, and in which operation if it was in one."""
+    """Where something was raised last: in which module, and in which operation if it was in one.
 
-    error: Exception
+    ``error``: the exception's ``id``. The exception itself would keep its frames, and tensors, alive: checkpoints end
+    recomputation with one.
+    """
+
+    error: int
     module: str
     operation: str = ""
 
@@ -121,8 +125,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
         def leaves(*_: Any) -> None:
             module, error = self._modules.pop(), sys.exception()
-            if isinstance(error, Exception) and (self.failure is None or self.failure.error is not error):
-                self.failure = Failure(error, module)
+            if isinstance(error, Exception) and (self.failure is None or self.failure.error != id(error)):
+                self.failure = Failure(id(error), module)
 
         handles = [
             module_hooks.register_module_forward_pre_hook(enters),
@@ -145,7 +149,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         try:
             result = self._dispatch.call(func, args, kwargs)
         except Exception as error:
-            self.failure = Failure(error, module, str(func))
+            self.failure = Failure(id(error), module, str(func))
             raise
         self._note(func, module, args, kwargs, result)
         return result

@@ -196,7 +196,7 @@ def _explained(recorder: Recorder) -> Iterator[None]:
 
 def _cannot_trace(recorder: Recorder, error: Exception) -> CannotTrace:
     failure = recorder.failure
-    at = failure if failure is not None and failure.error in (error, error.__cause__, error.__context__) else None
+    at = failure if failure is not None and failure.error in map(id, (error, error.__cause__, error.__context__)) else None
     module, operation = ("", "") if at is None else (at.module, at.operation)
     place = f"{module or 'the step itself'}{_line_of(error)}"
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
