@@ -1,8 +1,8 @@
 """Following CUDA's choice of kernels on a machine without one.
 
-torch's fake tensors carry the dispatch keys of the device that they stand for. With "cuda" that is enough for a forward,
-but the autograd engine then asks for a real device. So traced tensors keep CUDA's keys, say "cuda" to Python code, and
-"meta" to the engine and to kernels:
+torch's fake tensors carry the dispatch keys of the device that they stand for. With "cuda" that is enough for a
+forward, but the autograd engine then asks for a real device. So traced tensors keep CUDA's keys and say "cuda" to
+Python code, but "meta" to the engine and to kernels:
 
     keys        AutogradCUDA, AutocastCUDA: what is dispatched is what CUDA dispatches
     Python      ``.device`` is cuda:0 and ``.is_cuda`` true, outside of operations
@@ -81,6 +81,8 @@ class CudaDispatch:
             stack.enter_context(self._devices())
             stack.enter_context(_autocast())
             stack.enter_context(_kernels(_composites(), "AutogradCUDA"))
+            # Recurrent layers would lay their weights out for cuDNN, by their addresses.
+            stack.enter_context(_attributes(torch.backends.cudnn, {"is_acceptable": lambda tensor: False}))
             yield
 
     @contextlib.contextmanager
@@ -176,11 +178,13 @@ def _kernels(registrations: Iterator[tuple[Any, Callable[..., Any]]], key: str) 
 @functools.cache
 def why_not() -> str:
     """Why CUDA's dispatch cannot be followed with this torch, "" where it can: a toy step is tried, once a process."""
+    # The recorder is what operations are handed on by, and knows nothing of CUDA.
     from samegrad.measure.recorder import Recorder
+    from samegrad.measure.shadows import Twins
 
     try:
         dispatch = CudaDispatch()
-        with dispatch.followed(), FakeTensorMode(allow_non_fake_inputs=True), Recorder(dispatch, {}):
+        with dispatch.followed(), FakeTensorMode(allow_non_fake_inputs=True), Recorder(dispatch, Twins(CUDA, CUDA), {}):
             return _tried()
     except (AttributeError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
         return f"torch {torch.__version__}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

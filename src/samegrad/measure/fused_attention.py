@@ -1,4 +1,4 @@
-"""Which kernel ``scaled_dot_product_attention`` takes on CUDA, and its dropout's: both fuse what other devices spell out.
+"""The kernels of ``scaled_dot_product_attention`` and ``dropout`` on CUDA: they fuse what other devices spell out.
 
 The choice is that of ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` on sm80 and later: flash for 16-bit
 numbers without a mask, memory-efficient otherwise, plain products where neither can. cuDNN's own attention, which newer
@@ -66,7 +66,7 @@ def dropout(values: Tensor, p: float, train: bool) -> Tensor:
 def _takes_flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
     heads = {tensor.shape[-1] for tensor in (query, key, value)}
     return (
-        torch.backends.cuda.flash_sdp_enabled()
+        _enabled("flash")
         and mask is None
         and query.dim() == 4
         and query.dtype in _NARROW
@@ -80,7 +80,7 @@ def _takes_flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 def _takes_efficient(query: Tensor, key: Tensor, value: Tensor) -> bool:
     alignment = 8 if query.dtype in _NARROW else 4
     return (
-        torch.backends.cuda.mem_efficient_sdp_enabled()
+        _enabled("mem_efficient")
         and query.dim() == 4
         and query.dtype in (*_NARROW, torch.float32)
         and query.shape[-1] == key.shape[-1]
@@ -89,6 +89,11 @@ def _takes_efficient(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and value.shape[-1] % alignment == 0
         and _dense_last(query, key, value)
     )
+
+
+def _enabled(kernel: str) -> bool:
+    """Whether the user left this kernel on (``torch.nn.attention.sdpa_kernel``)."""
+    return bool(getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")())
 
 
 def _dense_last(*tensors: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from samegrad.exact import keyed_ops
 from samegrad.measure import fused_attention
 
 
@@ -45,7 +46,7 @@ def cost_of(
         _moved_bytes(given, made),
         dtype,
         _launches(args) if func._schema.name.startswith(("aten::_foreach_", "aten::_fused_")) else 1,
-        _scratch_bytes(func, args),
+        _scratch_bytes(func, args) if any(tensor.device.type == "cuda" for tensor in given) else 0,
     )
 
 
@@ -78,7 +79,8 @@ def _makes_nothing_new(func: Any, given: list[Tensor], made: list[Tensor]) -> bo
 
 
 def _moved_bytes(given: list[Tensor], made: list[Tensor]) -> int:
-    return sum({id(tensor): tensor.numel() * tensor.itemsize for tensor in (*given, *made)}.values())
+    sizes = {id(tensor): tensor.numel() * tensor.itemsize for tensor in (*given, *made)}
+    return int(sum(sizes.values()))
 
 
 def _dtype_of(given: list[Tensor], made: list[Tensor]) -> str:
@@ -100,4 +102,7 @@ def _launches(args: tuple[Any, ...]) -> int:
 def _scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
     if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
         return fused_attention.backward_scratch_bytes(args)
+    if func._schema.name == "samegrad::keyed_numbers":
+        _, ids, _, _, before, inner, distribution, scale, shift, _ = args
+        return keyed_ops.cuda_scratch_bytes(ids, before, inner, distribution, scale, shift)
     return 0

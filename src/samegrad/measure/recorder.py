@@ -16,12 +16,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad import trees
 from samegrad.measure import operation_costs
 from samegrad.measure.events import MemoryEvent, Operation
+from samegrad.measure.shadows import Twins
 from samegrad.records import Category, Phase
 
 _BORN_IN = {
@@ -45,29 +47,37 @@ class Dispatch(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Where something was raised last: in which module, and in which operation if it was in one.
+    """Where something was raised last: the module's path or words for it, and the operation if it was in one.
 
     ``error``: the exception's ``id``. The exception itself would keep its frames, and tensors, alive: checkpoints end
     recomputation with one.
     """
 
     error: int
-    module: str
+    place: str
     operation: str = ""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Operations and memory events of whatever runs inside. ``paths``: a module's path by its ``id``."""
+    """Operations and memory events of whatever runs inside.
 
-    def __init__(self, dispatch: Dispatch, paths: Mapping[int, str], gradients_of: Iterable[nn.Module] = ()) -> None:
+    ``twins``: for tensors with data that the user's code brings from elsewhere, a closure say. ``paths``: a module's
+    path by its ``id``.
+    """
+
+    def __init__(
+        self, dispatch: Dispatch, twins: Twins, paths: Mapping[int, str], gradients_of: Iterable[nn.Module] = ()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self._dispatch = dispatch
         self._device_type = dispatch.device.type
+        self._twins = twins
         self._paths = paths
         self._gradients_of = list(gradients_of)
         self._modules = [""]
         self._module_of_node: dict[int, str] = {}
         self._known: dict[int, tuple[Any, int]] = {}
+        self._stood_before: list[tuple[int, int, int]] = []
         self._events: list[tuple[int, int, int]] = []
         self._sizes_bytes: list[int] = []
         self._categories: list[Category] = []
@@ -113,7 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         """All events so far, each under what its storage was for in the end."""
         return tuple(
             MemoryEvent(storage, change, operation, self._categories[storage])
-            for storage, change, operation in self._events
+            for storage, change, operation in (*self._stood_before, *self._events)
         )
 
     @contextlib.contextmanager
@@ -124,9 +134,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             self._modules.append(self._paths.get(id(part), self._modules[-1]))
 
         def leaves(*_: Any) -> None:
-            module, error = self._modules.pop(), sys.exception()
+            error = sys.exception()
             if isinstance(error, Exception) and (self.failure is None or self.failure.error != id(error)):
-                self.failure = Failure(id(error), module)
+                self.failure = Failure(id(error), self._place())
+            self._modules.pop()
 
         handles = [
             module_hooks.register_module_forward_pre_hook(enters),
@@ -146,23 +157,46 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         if func is torch.ops.prim.device.default:
             return self._dispatch.call(func, args, kwargs)
         module = self._noted_module()
+        given = operation_costs.tensors_in((*args, *kwargs.values()))
+        if func not in _LIFTS and not all(isinstance(tensor, FakeTensor) for tensor in given):
+            args, kwargs = trees.map_tensors((args, kwargs), self._brought)
+            given = operation_costs.tensors_in((*args, *kwargs.values()))
         try:
             result = self._dispatch.call(func, args, kwargs)
         except Exception as error:
-            self.failure = Failure(id(error), module, str(func))
+            self.failure = Failure(id(error), self._place(), str(func))
             raise
-        self._note(func, module, args, kwargs, result)
+        self._note(func, module, args, kwargs, given, result)
         return result
+
+    def _place(self) -> str:
+        """What runs now, in words."""
+        return self.module() or ("the model" if len(self._modules) > 1 else "the step's own code")
 
     def _noted_module(self) -> str:
         if len(self._modules) == 1:
             return self.module()
         # The node of an operation is made before it is dispatched, so the last number is its own.
-        self._module_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, self._modules[-1])
+        self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._modules[-1])
         return self._modules[-1]
 
-    def _note(self, func: Any, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        given = operation_costs.tensors_in((*args, *kwargs.values()))
+    def _brought(self, tensor: Tensor) -> Tensor:
+        """``tensor``, or its twin where it has data; on the device such a twin has stood before the step."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        known = self._twins.known(tensor)
+        twin = self._twins.of(tensor, "a tensor that the step brings from elsewhere") if known is None else known
+        if known is None and twin.device.type == self._device_type:
+            for storage in _storages(twin):
+                if storage._cdata not in self._known:
+                    number = self._number(storage.nbytes(), Category.BUFFERS)
+                    self._known[storage._cdata] = weakref.ref(storage), number
+                    self._stood_before.append((number, storage.nbytes(), -1))
+        return twin.detach()
+
+    def _note(
+        self, func: Any, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], result: Any
+    ) -> None:
         made = operation_costs.tensors_in(result if isinstance(result, (tuple, list)) else (result,))
         if not any(tensor.device.type == self._device_type for tensor in (*given, *made)):
             # What the host does for itself: scalars of an optimizer, rows before they travel.

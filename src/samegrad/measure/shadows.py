@@ -1,8 +1,8 @@
 """Twins without data for everything a step works on, standing in its place for the time of a trace.
 
 Modules stay the user's own, since losses and closures hold them; what stands in their slots for parameters and buffers
-are twins. The optimizer steps on twins of its parameters, with twins of its state. Batches come again as twins, and rows
-on disk as rows that are read from nowhere.
+are twins. The optimizer steps on twins of its parameters, with twins of its state. Batches come again as twins, and
+rows on disk as rows that are read from nowhere.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from samegrad import trees
+from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotTrace
 
 # What a module keeps for itself and a forward could change.
@@ -25,6 +26,17 @@ _SLOTS = (
     "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
     "_backward_pre_hooks",
 )  # fmt: skip
+
+# Path and module.
+NamedModules = list[tuple[str, nn.Module]]
+
+
+def named_modules(declared: DeclaredStep) -> NamedModules:
+    """All modules of the step, each by its first path; those of a loss below "loss_fn"."""
+    found = list(declared.network.named_modules())
+    if declared.loss_module is not None:
+        found += declared.loss_module.named_modules(prefix="loss_fn")
+    return found
 
 
 class Twins:
@@ -36,6 +48,7 @@ class Twins:
     def __init__(self, home: torch.device, device: torch.device) -> None:
         self._home, self.device = home, device
         self._of: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
         self._memory: dict[int, Tensor] = {}
 
     def of(self, tensor: Tensor, name: str) -> Tensor:
@@ -43,10 +56,18 @@ class Twins:
         if id(tensor) not in self._of:
             # The tensor is kept too, so that its id stays its own.
             self._of[id(tensor)] = tensor, self._made(tensor, name)
+            if tensor.is_leaf:
+                self._gradients.append((tensor, tensor.grad))
         return self._of[id(tensor)][1]
 
     def known(self, tensor: Tensor) -> Tensor | None:
         return self._of[id(tensor)][1] if id(tensor) in self._of else None
+
+    def restore_gradients(self) -> None:
+        """A parameter that is reached past its slot has received one without data."""
+        for tensor, gradient in self._gradients:
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
 
     def _made(self, tensor: Tensor, name: str) -> Tensor:
         _refuse_unusual(tensor, name)
@@ -58,7 +79,7 @@ class Twins:
         elif tensor.requires_grad:
             twin.requires_grad_()
         for hook in (tensor._backward_hooks or {}).values():
-            twin.register_hook(hook)
+            twin.register_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types here
         return twin
 
     def _data(self, tensor: Tensor, device: torch.device) -> Tensor:
@@ -92,10 +113,9 @@ def _refuse_unusual(tensor: Tensor, name: str) -> None:
 
 
 @contextlib.contextmanager
-def standing_in(modules: list[tuple[str, nn.Module]], twins: Twins) -> Iterator[None]:
+def standing_in(modules: NamedModules, twins: Twins) -> Iterator[None]:
     """Twins in the slots of all ``modules`` (path and module); the slots as before on every way out."""
     kept = [(part, part.training, {slot: vars(part)[slot].copy() for slot in _SLOTS}) for _, part in modules]
-    gradients: list[tuple[Tensor, Tensor | None]] = []
     try:
         for path, part in modules:
             for slots in (part._parameters, part._buffers):
@@ -103,7 +123,6 @@ def standing_in(modules: list[tuple[str, nn.Module]], twins: Twins) -> Iterator[
                     if tensor is None:
                         continue
                     twin = twins.of(tensor, f"{path}.{key}" if path else key)
-                    gradients.append((tensor, tensor.grad))
                     if tensor.grad is not None and twin.grad is None:
                         twin.grad = twins.of(tensor.grad, f"the gradient of {path}.{key}")
                     slots[key] = twin  # type: ignore[assignment]  # a twin of a parameter is one
@@ -115,24 +134,27 @@ def standing_in(modules: list[tuple[str, nn.Module]], twins: Twins) -> Iterator[
                 now = vars(part)[slot]
                 now.clear()
                 now.update(before)
-        # A parameter that is reached past its slot would have received a gradient.
-        for tensor, gradient in gradients:
-            if tensor.grad is not gradient:
-                tensor.grad = gradient
+        twins.restore_gradients()
 
 
 def shadow_optimizer(optimizer: torch.optim.Optimizer, twins: Twins, numbers: Numbers) -> torch.optim.Optimizer:
     """A copy of ``optimizer`` for the twins of its parameters, with twins of the state that exists."""
-    shadow = copy.copy(optimizer)
-    # Copying leaves out what a user's optimizer keeps of its own, and must leave out a step that a scheduler wrapped.
-    own = {key: value for key, value in vars(optimizer).items() if key not in vars(shadow) and key != "step"}
-    vars(shadow).update(own)
+    shadow = copied_optimizer(optimizer)
     shadow.param_groups = [_shadow_group(group, twins) for group in optimizer.param_groups]
-    shadow.state = collections.defaultdict(dict)
     for parameter, state in optimizer.state.items():
         if isinstance(parameter, Tensor):
             shadow.state[twins.of(parameter, "an optimizer's parameter")] = _shadow_state(state, twins, numbers)
     return shadow
+
+
+def copied_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A shallow copy without state, whose groups are still the original's."""
+    copied = copy.copy(optimizer)
+    # Copying leaves out what a user's optimizer keeps of its own, and must leave out a step that a scheduler wrapped.
+    own = {key: value for key, value in vars(optimizer).items() if key not in vars(copied) and key != "step"}
+    vars(copied).update(own)
+    copied.state = collections.defaultdict(dict)
+    return copied
 
 
 def _shadow_group(group: dict[str, Any], twins: Twins) -> dict[str, Any]:

@@ -4,48 +4,51 @@
     trace = trace_step(declared, batch, run=in_chunks(split, sizes))    the same in chunks
 
 The user's own code runs, on twins without data (``shadows``), under CUDA's or the CPU's choice of kernels
-(``cuda_dispatch``), and is written down (``recorder``). The second step has the optimizer's state. Nothing of the user's
-changes. What needs values (``.item()``, shapes that depend on data) raises CannotTrace with its place.
+(``cuda_dispatch``), and is written down (``recorder``). The second step has the optimizer's state. Nothing of the
+user's changes. What needs values (``.item()``, shapes that depend on data) raises CannotTrace with its place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samegrad.declared import DeclaredStep
-from samegrad.errors import CannotTrace, SamegradError
+from samegrad.errors import CannotTrace
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.held import Held, held_in
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.phases import listening
 from samegrad.exact.split import SplitStep, plain_backward
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import step_undisturbed
+from samegrad.exact.undisturbed import undisturbed
 from samegrad.measure import census, cuda_dispatch
 from samegrad.measure.arriving_rows import ArrivingRows
 from samegrad.measure.cuda_dispatch import CpuDispatch, CudaDispatch
 from samegrad.measure.events import MemoryEvent, Operation, Trace
+from samegrad.measure.failures import explained, first_line
 from samegrad.measure.recorder import Recorder
-from samegrad.measure.shadows import Numbers, Twins, read_numbers, shadow_batch, shadow_optimizer, standing_in
+from samegrad.measure.shadows import (
+    NamedModules,
+    Numbers,
+    Twins,
+    named_modules,
+    read_numbers,
+    shadow_batch,
+    shadow_optimizer,
+    standing_in,
+)
 from samegrad.records import Category, Phase
 
 # run(declared, batch): forward, loss and backward, which leaves gradients in ``.grad``.
 Run = Callable[[DeclaredStep, Any], object]
 
 STEPS = 2
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), str(Path(contextlib.__file__).parent))
 
 
 def plainly(draws: StepDraws | None = None) -> Run:
@@ -91,8 +94,11 @@ def trace_step(
     """
     dispatch, notes = _dispatch(device)
     layout = declared.layout(batch)
-    with step_undisturbed(declared), torch.compiler.set_stance("force_eager"):
-        operations, events = _followed(declared, batch, dispatch, plainly() if run is None else run)
+    modules = named_modules(declared)
+    notes |= _notes_on(modules)
+    untouched = undisturbed(declared.modules, declared.device, _held_with_hooks(declared, modules))
+    with untouched, torch.compiler.set_stance("force_eager"):
+        operations, events = _followed(declared, modules, batch, dispatch, plainly() if run is None else run, notes)
     return Trace(
         operations=operations,
         events=events,
@@ -117,12 +123,16 @@ def _dispatch(device: str) -> tuple[CpuDispatch | CudaDispatch, dict[str, str]]:
 
 
 def _followed(
-    declared: DeclaredStep, batch: Any, dispatch: CpuDispatch | CudaDispatch, run: Run
+    declared: DeclaredStep,
+    modules: NamedModules,
+    batch: Any,
+    dispatch: CpuDispatch | CudaDispatch,
+    run: Run,
+    notes: dict[str, str],
 ) -> tuple[tuple[Operation, ...], tuple[MemoryEvent, ...]]:
-    modules = _named_modules(declared)
     paths = {id(part): path for path, part in reversed(modules)}
-    recorder = Recorder(dispatch, paths, gradients_of=declared.modules)
     twins = Twins(declared.device, dispatch.device)
+    recorder = Recorder(dispatch, twins, paths, gradients_of=declared.modules)
     numbers = read_numbers(declared.optimizer)
     with contextlib.ExitStack() as stack:
         if isinstance(dispatch, CudaDispatch):
@@ -131,25 +141,42 @@ def _followed(
         stack.enter_context(standing_in(modules, twins))
         standing, rows = _standing(declared, batch, dispatch.device, twins, numbers)
         _claim_residents(recorder, standing, rows)
-        stack.enter_context(_explained(recorder))
+        stack.enter_context(explained(recorder))
         stack.enter_context(recorder)
         stack.enter_context(recorder.following_modules())
         stack.enter_context(listening(recorder))
         for index in range(STEPS):
             recorder.step = index
-            _one_step(standing, rows, recorder, run)
+            _one_step(standing, rows, recorder, run, notes)
         # Before the twins go: they live between steps.
         return tuple(recorder.operations), recorder.events()
 
 
-def _named_modules(declared: DeclaredStep) -> list[tuple[str, nn.Module]]:
-    found = list(declared.network.named_modules())
-    if declared.loss_module is not None:
-        found += [(f"loss_fn.{path}" if path else "loss_fn", part) for path, part in declared.loss_module.named_modules()]
-    return found
+def _notes_on(modules: NamedModules) -> dict[str, str]:
+    compiled = [
+        path or "the model"
+        for path, part in modules
+        if part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
+    ]
+    return dict.fromkeys(compiled, "compiled; its operations were followed one by one, as without compilation")
 
 
-def _standing(declared: DeclaredStep, batch: Any, device: torch.device, twins: Twins, numbers: Numbers) -> tuple[DeclaredStep, Any]:
+def _held_with_hooks(declared: DeclaredStep, modules: NamedModules) -> Held:
+    """What the step's functions hold, the user's hooks included: they run too."""
+    functions: dict[str, Any] = {"loss_fn": declared.loss_fn, "forward": declared.forward}
+    for path, part in modules:
+        for hooks in (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks):
+            functions |= {f"a hook of {path or 'the model'} ({key})": hook for key, hook in hooks.items()}
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                hooks_of = (parameter._backward_hooks or {}).items()
+                functions |= {f"a hook of {path}.{name} ({key})": hook for key, hook in hooks_of}
+    return held_in(functions, [declared.model, *declared.modules])
+
+
+def _standing(
+    declared: DeclaredStep, batch: Any, device: torch.device, twins: Twins, numbers: Numbers
+) -> tuple[DeclaredStep, Any]:
     """The step and the batch on twins. A model that other processes share is followed as this process runs it."""
     optimizer = None
     if declared.optimizer is not None:
@@ -170,52 +197,19 @@ def _claim_residents(recorder: Recorder, declared: DeclaredStep, batch: Any) -> 
     recorder.arrived(batch)
 
 
-def _one_step(declared: DeclaredStep, batch: Any, recorder: Recorder, run: Run) -> None:
+def _one_step(declared: DeclaredStep, batch: Any, recorder: Recorder, run: Run, notes: dict[str, str]) -> None:
     recorder.announce(Phase.FORWARD)
     loss = run(declared, batch)
     recorder.announce(Phase.OPTIMIZER)
     if declared.optimizer is not None:
-        declared.optimizer.step()
+        try:
+            declared.optimizer.step()
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            # Steps that read values (line searches) end here; what they set up first is written down.
+            name = type(declared.optimizer).__name__
+            notes["optimizer"] = f"{name}'s step could not be followed to its end ({first_line(error)})"
         recorder.claim(census.state_tensors(declared.optimizer), Category.OPTIMIZER_STATE)
         declared.optimizer.zero_grad(set_to_none=True)
     for part in declared.modules:
         part.zero_grad(set_to_none=True)
     del loss
-
-
-@contextlib.contextmanager
-def _explained(recorder: Recorder) -> Iterator[None]:
-    """What the step raises as CannotTrace, with the module and the operation that it happened in."""
-    try:
-        yield
-    except SamegradError:
-        raise
-    except Exception as error:
-        raise _cannot_trace(recorder, error) from error
-
-
-def _cannot_trace(recorder: Recorder, error: Exception) -> CannotTrace:
-    failure = recorder.failure
-    at = failure if failure is not None and failure.error in map(id, (error, error.__cause__, error.__context__)) else None
-    module, operation = ("", "") if at is None else (at.module, at.operation)
-    place = f"{module or 'the step itself'}{_line_of(error)}"
-    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
-        what = "needs the values of" if isinstance(error, DataDependentOutputException) else "has a shape that depends on"
-        found = f"{operation or error.func} in {place} {what} a tensor"
-    else:
-        found = f"{operation + ' in ' if operation else ''}{place} raised {type(error).__name__}: {error}"
-    return CannotTrace(
-        asked="follow the step without running it",
-        found=found,
-        do="measure the step by probes on its device, or compute that value outside the step",
-    )
-
-
-def _line_of(error: BaseException) -> str:
-    """Where the user's own code was, as " (file.py:7)"."""
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<")
-    ]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
