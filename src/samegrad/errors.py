@@ -5,6 +5,7 @@
     ├── CannotSplit             1   the step cannot be split without changing its gradients
     │   ├── FalseNormalise      1   the declared normalise= is not what the loss does
     │   └── Untraceable         1   the model's Python code cannot be recorded as a graph of operations
+    ├── CannotTrace             1   the step cannot be followed without running it: it needs values
     ├── BudgetTooSmall          1   no exact plan fits the budget
     ├── GradientsDiffer         1   a check found other gradients than the plain step's
     ├── BadInput                3   data, a checkpoint, a plan or a report file is wrong
@@ -78,6 +79,10 @@ class FalseNormalise(CannotSplit):
 
 class Untraceable(CannotSplit):
     code = "untraceable"
+
+
+class CannotTrace(SamegradError):
+    exit_code, code = 1, "cannot-trace"
 
 
 class BudgetTooSmall(SamegradError):

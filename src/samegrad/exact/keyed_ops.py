@@ -130,6 +130,15 @@ def _numbers_cuda(
     return numbers.to(dtype)
 
 
+def cuda_scratch_bytes(ids: Tensor, before: int, inner: int, distribution: str, scale: float, shift: float) -> int:
+    """About what ``keyed_numbers`` holds at a time on CUDA beside its result: words, and float64 on the way to it."""
+    if distribution == "normal" and scale == 1 and shift == 0:
+        return 0
+    # Words are int64; a term and the sum that it goes into stand beside them.
+    held = 3 if distribution == "normal" else _planes(distribution) + 3
+    return int(ids.shape[0]) * before * inner * held * 8
+
+
 def _planes(distribution: str) -> int:
     return 4 if distribution in ("normal", "log_normal") else 2
 

@@ -38,7 +38,9 @@ class ArrivesOnUse(Tensor):
     def of(
         shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fetch: Callable[[], Tensor]
     ) -> ArrivesOnUse:
-        leaf = torch.empty(shape, dtype=dtype, device="meta").as_subclass(ArrivesOnUse)
+        # A trace would follow it as a tensor of the step's, and it is none.
+        with torch._C._DisableTorchDispatch():
+            leaf = torch.empty(shape, dtype=dtype, device="meta").as_subclass(ArrivesOnUse)
         leaf._fetch, leaf._target, leaf._arrived = fetch, device, None
         return leaf
 

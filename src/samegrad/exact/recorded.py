@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from samegrad.exact.dataless import has_data
+
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
@@ -82,11 +84,16 @@ def nodes_in(structure: Any) -> list[Node]:
 
 
 def agree(a: Any, b: Any) -> bool:
-    """Whether two results of one network on the same rows are the same, up to what kernels may do in another run."""
+    """Whether two results of one network on the same rows are the same, up to what kernels may do in another run.
+
+    Without data only shapes can tell.
+    """
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return not isinstance(a, Tensor) and not isinstance(b, Tensor)
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if not has_data(a) or not has_data(b):
+        return True
     if not a.is_floating_point():
         return torch.equal(a, b)
     scale = float(b.double().abs().nan_to_num(0, 0, 0).max()) if b.numel() else 0.0

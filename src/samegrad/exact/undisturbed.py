@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, same_tensor
+from samegrad.exact.dataless import computing
 from samegrad.exact.held import Held, held_by
 
 _NOTHING = Held()
@@ -35,9 +36,12 @@ class Generators:
         self.states = self.read()
 
     def read(self) -> dict[str, Any]:
-        states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if self._device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self._device)
+        states: dict[str, Any] = {"python": random.getstate()}
+        # A trace draws nothing from torch's, and could not compare what it reads.
+        if computing():
+            states["torch"] = torch.get_rng_state()
+            if self._device.type == "cuda":
+                states["cuda"] = torch.cuda.get_rng_state(self._device)
         if "numpy" in sys.modules:
             states["numpy"] = sys.modules["numpy"].random.get_state(legacy=True)
         return states
@@ -48,7 +52,8 @@ class Generators:
         return [name for name, state in self.states.items() if not _same_state(state, now[name])]
 
     def restore(self) -> None:
-        torch.set_rng_state(self.states["torch"])
+        if "torch" in self.states:
+            torch.set_rng_state(self.states["torch"])
         random.setstate(self.states["python"])
         if "cuda" in self.states:
             torch.cuda.set_rng_state(self.states["cuda"], self._device)

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from samegrad.errors import CannotTrace
+from samegrad.exact.dataless import computing
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -104,6 +107,13 @@ class Surroundings:
 
     @classmethod
     def now(cls, device: torch.device) -> Surroundings:
+        """Raises CannotTrace in a trace: it follows the thread that it began in."""
+        if not computing():
+            raise CannotTrace(
+                asked="follow a step whose chunks meet at each BatchNorm",
+                found="they run in threads of their own, into which a trace does not see",
+                do="measure the step by probes on its device, or take the lockstep scheme",
+            )
         return cls(torch.get_default_device(), torch.cuda.current_stream(device) if device.type == "cuda" else None)
 
     @contextlib.contextmanager

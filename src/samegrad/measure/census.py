@@ -6,7 +6,6 @@ data, so that no weight moves and no memory is taken.
 
 from __future__ import annotations
 
-import collections
 import copy
 import dataclasses
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.measure.counting import ByteCounter
+from samegrad.measure.shadows import copied_optimizer
 from samegrad.records import Category, Phase
 
 
@@ -67,15 +67,11 @@ def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
 
 def _shadow_step(optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[int, int, str]:
     """State bytes after one step and the bytes that step takes besides, by running it on the meta device."""
-    shadow = copy.copy(optimizer)
-    # Copying leaves out what a user's optimizer keeps of its own, and must leave out a step that a scheduler wrapped.
-    own = {key: value for key, value in vars(optimizer).items() if key not in vars(shadow) and key != "step"}
-    vars(shadow).update(own)
+    shadow = copied_optimizer(optimizer)
     shadow.param_groups = [_shadow_group(group) for group in optimizer.param_groups]
     parameters = [p for group in shadow.param_groups for p in group["params"]]
     # Some optimizers set up their state when they are made (Adagrad), and step only with it.
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    shadow.state = collections.defaultdict(dict)
     shadow.state.update(
         {own: _shadow_state(optimizer.state[p]) for own, p in zip(parameters, trained) if p in optimizer.state}
     )

@@ -1,0 +1,214 @@
+"""Following CUDA's choice of kernels on a machine without one.
+
+torch's fake tensors carry the dispatch keys of the device that they stand for. With "cuda" that is enough for a
+forward, but the autograd engine then asks for a real device. So traced tensors keep CUDA's keys and say "cuda" to
+Python code, but "meta" to the engine and to kernels:
+
+    keys        AutogradCUDA, AutocastCUDA: what is dispatched is what CUDA dispatches
+    Python      ``.device`` is cuda:0 and ``.is_cuda`` true, outside of operations
+    C++         ``device()`` is meta: no stream, no guard, no context
+
+What C++ decides by ``is_cuda()`` stands here in Python: autocast, attention, dropout, recurrent layers. All of it is
+private to torch, so ``why_not`` tries it once a process, and a trace says so where it does not work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.cuda.amp.common
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from samegrad.measure import autocast_policy, fused_attention, recurrent_kernels
+
+CUDA = torch.device("cuda", 0)
+_META = torch.device("meta")
+_ASK_DEVICE = torch.ops.prim.device.default
+_TO_COPY = torch.ops.aten._to_copy.default
+
+# Composite operations whose kernels on CUDA are others than those they are composed of elsewhere.
+_COMPOSITES: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": fused_attention.attention,
+    "dropout": fused_attention.dropout,
+    **recurrent_kernels.COMPOSITES,
+}
+
+
+class CpuDispatch:
+    """Operations as the CPU dispatches them, without data."""
+
+    device = torch.device("cpu")
+
+    def call(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return operation(*args, **kwargs)
+
+
+class CudaDispatch:
+    """Operations as CUDA dispatches them. To be entered before, and beside, a fake tensor mode."""
+
+    device = CUDA
+
+    def __init__(self) -> None:
+        self._running = 0
+
+    def call(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation's results. Runs below autograd, for every operation of the trace."""
+        if operation is _ASK_DEVICE:
+            return _META
+        device = kwargs.get("device")
+        if device is not None and device.type == "cuda":
+            kwargs = {**kwargs, "device": _META}
+            if operation is _TO_COPY and _is_there(args[0], kwargs):
+                # C++ asked for a copy since it sees two devices, cuda and meta.
+                operation, kwargs = torch.ops.aten.alias.default, {}
+        self._running += 1
+        try:
+            return recurrent_kernels.STAND_INS.get(operation, operation)(*args, **kwargs)
+        finally:
+            self._running -= 1
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """A block in which fake tensors stand for CUDA's. Everything in torch is as before on every way out."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._devices())
+            stack.enter_context(_autocast())
+            stack.enter_context(_kernels(_composites(), "AutogradCUDA"))
+            # Recurrent layers would lay their weights out for cuDNN, by their addresses.
+            stack.enter_context(_attributes(torch.backends.cudnn, {"is_acceptable": lambda tensor: False}))
+            yield
+
+    @contextlib.contextmanager
+    def _devices(self) -> Iterator[None]:
+        def standing_for(device: Any) -> torch.device:
+            device = torch.device(device)
+            return CUDA if device.type in ("cuda", "meta") else device
+
+        def set_device(tensor: Any, device: Any) -> None:
+            device = torch.device(device)
+            tensor._fake_device = _META if device.type in ("cuda", "meta") else device
+
+        def device_of(tensor: Any) -> torch.device:
+            if tensor.fake_mode.in_kernel_invocation:
+                return _META
+            device: torch.device = tensor._fake_device
+            return CUDA if device.type == "meta" and not self._running else device
+
+        replacements = {
+            "_normalize_fake_device": staticmethod(standing_for),
+            "fake_device": property(lambda tensor: tensor._fake_device, set_device),
+            "device": property(device_of),
+            "is_cuda": property(lambda tensor: device_of(tensor).type == "cuda"),
+        }
+        with _attributes(FakeTensor, replacements):
+            yield
+
+
+def _is_there(tensor: Tensor, asked: dict[str, Any]) -> bool:
+    """Whether ``tensor`` is on CUDA already and nothing else about it is asked to change."""
+    return (
+        tensor.device.type == "cuda"
+        and asked.get("dtype") in (None, tensor.dtype)
+        and asked.get("layout") in (None, tensor.layout)
+        and asked.get("memory_format") in (None, torch.preserve_format)
+    )
+
+
+def _composites() -> Iterator[tuple[Any, Callable[..., Any]]]:
+    for name, kernel in _COMPOSITES.items():
+        operation, _, overload = name.partition(".")
+        yield getattr(getattr(torch.ops.aten, operation), overload or "default"), kernel
+
+
+@contextlib.contextmanager
+def _autocast() -> Iterator[None]:
+    """``torch.autocast("cuda")`` without a device; also where a checkpoint enters it again."""
+    cache, clear = autocast_policy.CastCache(), torch.clear_autocast_cache
+
+    def clear_both() -> None:
+        cache.clear()
+        clear()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_attributes(torch.cuda.amp.common, {"amp_definitely_not_available": lambda: False}))
+        stack.enter_context(_attributes(torch.cuda, {"is_bf16_supported": lambda *_, **__: True}))
+        stack.enter_context(_attributes(torch, {"clear_autocast_cache": clear_both}))
+        stack.enter_context(_kernels(autocast_policy.kernels(cache), "AutocastCUDA"))
+        yield
+
+
+@contextlib.contextmanager
+def _attributes(holder: Any, replacements: dict[str, Any]) -> Iterator[None]:
+    """Attributes of ``holder`` replaced, and put back or taken away."""
+    own = {name: vars(holder)[name] for name in replacements if name in vars(holder)}
+    try:
+        for name, value in replacements.items():
+            setattr(holder, name, value)
+        yield
+    finally:
+        for name in replacements:
+            if name in own:
+                setattr(holder, name, own[name])
+            else:
+                delattr(holder, name)
+
+
+@contextlib.contextmanager
+def _kernels(registrations: Iterator[tuple[Any, Callable[..., Any]]], key: str) -> Iterator[None]:
+    """Python kernels in place of torch's under dispatch key ``key``."""
+    library = cast(Any, torch.library.Library)("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            # torch warns of every kernel that is replaced, which is what this is for.
+            warnings.simplefilter("ignore")
+            for operation, kernel in registrations:
+                library.impl(operation, kernel, key, allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+@functools.cache
+def why_not() -> str:
+    """Why CUDA's dispatch cannot be followed with this torch, "" where it can: a toy step is tried, once a process."""
+    # The recorder is what operations are handed on by, and knows nothing of CUDA.
+    from samegrad.measure.recorder import Recorder
+    from samegrad.measure.shadows import Twins
+
+    try:
+        dispatch = CudaDispatch()
+        with dispatch.followed(), FakeTensorMode(allow_non_fake_inputs=True), Recorder(dispatch, Twins(CUDA, CUDA), {}):
+            return _tried()
+    except (AttributeError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
+        return f"torch {torch.__version__}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _tried() -> str:
+    """What is not as expected in a toy step: a linear layer under autocast, attention that runs again in backward."""
+    rows = torch.empty(2, 4, 16, 8, device=CUDA)
+    layer = nn.Linear(8, 8, device=CUDA)
+    seen: dict[str, Any] = {"device": rows.device.type, "is_cuda": rows.is_cuda}
+
+    def attend(values: Tensor) -> Tensor:
+        projected = layer(values)
+        seen["linear"] = projected.dtype
+        return nn.functional.scaled_dot_product_attention(projected, projected, projected)
+
+    with torch.autocast("cuda", torch.bfloat16):
+        made = torch.utils.checkpoint.checkpoint(attend, rows, use_reentrant=False)
+        seen["softmax"] = made.softmax(-1).dtype
+    made.sum().backward()
+    grad = layer.weight.grad
+    seen["gradient"] = None if grad is None else grad.device.type
+    expected = {
+        "device": "cuda", "is_cuda": True, "linear": torch.bfloat16, "softmax": torch.float32, "gradient": "cuda",
+    }  # fmt: skip
+    wrong = [f"{name} is {seen.get(name)}, not {value}" for name, value in expected.items() if seen[name] != value]
+    return f"torch {torch.__version__}: {'; '.join(wrong)}" if wrong else ""

@@ -1,0 +1,62 @@
+"""Why a step could not be followed: which module, which operation, which line of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from samegrad.errors import CannotTrace, SamegradError
+from samegrad.measure.recorder import Recorder
+
+# Frames of torch, of samegrad and of Python itself are not the user's.
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_PYTHON = Path(contextlib.__file__).parent
+
+
+@contextlib.contextmanager
+def explained(recorder: Recorder) -> Iterator[None]:
+    """What the step raises as CannotTrace, with the module and the operation that it happened in."""
+    try:
+        yield
+    except SamegradError:
+        raise
+    except Exception as error:
+        raise _cannot_trace(recorder, error) from error
+
+
+def _cannot_trace(recorder: Recorder, error: Exception) -> CannotTrace:
+    failure = recorder.failure
+    place, operation = "the step's own code", ""
+    if failure is not None and failure.error in map(id, (error, error.__cause__, error.__context__)):
+        place, operation = failure.place, failure.operation
+    place += _line_of(error)
+    if isinstance(error, DataDependentOutputException):
+        found = f"{operation or error.func} in {place} needs the values of a tensor"
+    elif isinstance(error, DynamicOutputShapeException):
+        found = f"{operation or error.func} in {place} has a shape that depends on the values of a tensor"
+    else:
+        found = f"{operation + ' in ' if operation else ''}{place} raised {type(error).__name__}: {error}"
+    return CannotTrace(
+        asked="follow the step without running it",
+        found=found,
+        do="measure the step by probes on its device, or compute that value outside the step",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _line_of(error: BaseException) -> str:
+    """Where the user's own code was, as " (file.py:7)"."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*_LIBRARIES, "<")) and Path(frame.filename).parent != _PYTHON
+    ]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""

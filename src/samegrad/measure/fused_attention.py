@@ -1,0 +1,126 @@
+"""The kernels of ``scaled_dot_product_attention`` and ``dropout`` on CUDA: they fuse what other devices spell out.
+
+The choice is that of ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` on sm80 and later: flash for 16-bit
+numbers without a mask, memory-efficient otherwise, plain products where neither can. cuDNN's own attention, which newer
+torch prefers on Hopper, keeps the same tensors as flash does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NARROW = (torch.float16, torch.bfloat16)
+_WIDEST_FLASH_HEAD = 256
+# The efficient kernel reads masks in runs of so many entries.
+_MASK_ALIGNMENT = 16
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``aten::scaled_dot_product_attention`` for CUDA: (..., heads, length, head) each, 4 axes where it is fused."""
+    operations = torch.ops.aten
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if _takes_flash(query, key, value, attn_mask, is_causal):
+        head = query.shape[-1]
+        padded = [_padded(tensor, 8) for tensor in (query, key, value)]
+        rows: Tensor = operations._scaled_dot_product_flash_attention(
+            *padded, dropout_p, is_causal, False, scale=scale
+        )[0]
+        return rows[..., :head] if padded[0].shape[-1] != head else rows
+    if not enable_gqa and _takes_efficient(query, key, value):
+        keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+        mask = None if attn_mask is None else _additive(attn_mask, query, key)
+        made: Tensor = operations._scaled_dot_product_efficient_attention(
+            query, key, value, mask, keeps, dropout_p, is_causal, scale=scale
+        )[0]
+        return made
+    plain: Tensor = operations._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )[0]
+    return plain
+
+
+def dropout(values: Tensor, p: float, train: bool) -> Tensor:
+    """``aten::dropout`` for CUDA: one kernel that keeps a mask of a byte an element."""
+    if train and 0 < p < 1 and values.numel():
+        fused: Tensor = torch.ops.aten.native_dropout(values, p, train)[0]
+        return fused
+    if p == 0 or not train or not values.numel():
+        return values
+    return values * torch.zeros((), dtype=values.dtype, device=values.device)
+
+
+def _takes_flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
+    heads = {tensor.shape[-1] for tensor in (query, key, value)}
+    return (
+        _enabled("flash")
+        and mask is None
+        and query.dim() == 4
+        and query.dtype in _NARROW
+        and len(heads) == 1
+        and heads.pop() <= _WIDEST_FLASH_HEAD
+        and not (is_causal and query.shape[-2] != key.shape[-2])
+        and _dense_last(query, key, value)
+    )
+
+
+def _takes_efficient(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    alignment = 8 if query.dtype in _NARROW else 4
+    return (
+        _enabled("mem_efficient")
+        and query.dim() == 4
+        and query.dtype in (*_NARROW, torch.float32)
+        and query.shape[-1] == key.shape[-1]
+        and query.shape[-3] == key.shape[-3]
+        and query.shape[-1] % alignment == 0
+        and value.shape[-1] % alignment == 0
+        and _dense_last(query, key, value)
+    )
+
+
+def _enabled(kernel: str) -> bool:
+    """Whether the user left this kernel on (``torch.nn.attention.sdpa_kernel``)."""
+    return bool(getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")())
+
+
+def _dense_last(*tensors: Tensor) -> bool:
+    return all(tensor.stride(-1) == 1 and tensor.shape[-2] > 0 for tensor in tensors)
+
+
+def _padded(tensor: Tensor, multiple: int) -> Tensor:
+    rest = -tensor.shape[-1] % multiple
+    return torch.nn.functional.pad(tensor, (0, rest)) if rest else tensor
+
+
+def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The mask as numbers to add, in memory that the kernel can read, (batch, heads, query rows, key rows)."""
+    if mask.dtype is torch.bool:
+        nothing = torch.zeros((), dtype=query.dtype, device=query.device)
+        mask = torch.where(mask.logical_not(), float("-inf"), nothing)
+    columns = mask.shape[-1]
+    if columns % _MASK_ALIGNMENT and columns > 1:
+        mask = _padded(mask, _MASK_ALIGNMENT)[..., :columns]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def backward_scratch_bytes(args: tuple[Any, ...]) -> int:
+    """Bytes that flash attention's backward takes for itself: query gradients summed in float32, and row sums.
+
+    ``args``: of ``aten::_scaled_dot_product_flash_attention_backward``. Source: ``flash_attn/flash_api.cpp``, mha_bwd.
+    """
+    batch, heads, length, head = args[1].shape
+    length, head = -(-length // 128) * 128, -(-head // 32) * 32
+    return int(batch * heads * length * (head + 1) * 4)

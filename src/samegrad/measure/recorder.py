@@ -1,0 +1,260 @@
+"""What a traced step does, written down: every operation, and every storage from its first appearance to its end.
+
+To be entered above a fake tensor mode: operations are seen once, as they are dispatched, and what stands for their
+kernels is not. It is told of phases and arriving chunks as a ``phases.Listener``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from samegrad import trees
+from samegrad.measure import operation_costs
+from samegrad.measure.events import MemoryEvent, Operation
+from samegrad.measure.shadows import Twins
+from samegrad.records import Category, Phase
+
+_BORN_IN = {
+    Phase.FORWARD: Category.ACTIVATIONS,
+    Phase.LOSS: Category.ACTIVATIONS,
+    Phase.BACKWARD: Category.TEMPORARY,
+    Phase.HANDOFF: Category.TEMPORARY,
+    Phase.OPTIMIZER: Category.TEMPORARY,
+}
+_LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+
+
+class Dispatch(Protocol):
+    """Whose choice of kernels is followed."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def call(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Where something was raised last: the module's path or words for it, and the operation if it was in one.
+
+    ``error``: the exception's ``id``. The exception itself would keep its frames, and tensors, alive: checkpoints end
+    recomputation with one.
+    """
+
+    error: int
+    place: str
+    operation: str = ""
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Operations and memory events of whatever runs inside.
+
+    ``twins``: for tensors with data that the user's code brings from elsewhere, a closure say. ``paths``: a module's
+    path by its ``id``.
+    """
+
+    def __init__(
+        self, dispatch: Dispatch, twins: Twins, paths: Mapping[int, str], gradients_of: Iterable[nn.Module] = ()
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        self._dispatch = dispatch
+        self._device_type = dispatch.device.type
+        self._twins = twins
+        self._paths = paths
+        self._gradients_of = list(gradients_of)
+        self._modules = [""]
+        self._module_of_node: dict[int, str] = {}
+        self._known: dict[int, tuple[Any, int]] = {}
+        self._stood_before: list[tuple[int, int, int]] = []
+        self._events: list[tuple[int, int, int]] = []
+        self._sizes_bytes: list[int] = []
+        self._categories: list[Category] = []
+        self.operations: list[Operation] = []
+        self.phase = Phase.FORWARD
+        self.step = 0
+        self.failure: Failure | None = None
+
+    # As a listener.
+
+    def announce(self, phase: Phase) -> None:
+        self.claim_gradients()
+        self.phase = phase
+
+    def arrived(self, chunk: Any) -> None:
+        """The tensors of ``chunk`` are inputs."""
+        self.claim([leaf for leaf in trees.leaves_of(chunk) if isinstance(leaf, Tensor)], Category.INPUTS)
+
+    def repeating(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    # What storages are for.
+
+    def claim(self, tensors: Iterable[Tensor], category: Category) -> None:
+        """``tensors`` are for ``category``, whatever they were for before."""
+        for tensor in tensors:
+            if tensor.device.type == self._device_type:
+                for storage in _storages(tensor):
+                    self._see(storage, category, relabel=True)
+
+    def claim_gradients(self) -> None:
+        for part in self._gradients_of:
+            self.claim([p.grad for p in part.parameters() if p.grad is not None], Category.GRADIENTS)
+
+    def module(self) -> str:
+        """Path of the module that runs now; in backward of the one whose forward is differentiated."""
+        if len(self._modules) > 1:
+            return self._modules[-1]
+        node = torch._C._current_autograd_node()
+        return "" if node is None else self._module_of_node.get(node._sequence_nr(), "")
+
+    def events(self) -> tuple[MemoryEvent, ...]:
+        """All events so far, each under what its storage was for in the end."""
+        return tuple(
+            MemoryEvent(storage, change, operation, self._categories[storage])
+            for storage, change, operation in (*self._stood_before, *self._events)
+        )
+
+    @contextlib.contextmanager
+    def following_modules(self) -> Iterator[None]:
+        """A block in which calls of modules are seen."""
+
+        def enters(part: nn.Module, _: Any) -> None:
+            self._modules.append(self._paths.get(id(part), self._modules[-1]))
+
+        def leaves(*_: Any) -> None:
+            error = sys.exception()
+            if isinstance(error, Exception) and (self.failure is None or self.failure.error != id(error)):
+                self.failure = Failure(id(error), self._place())
+            self._modules.pop()
+
+        handles = [
+            module_hooks.register_module_forward_pre_hook(enters),
+            module_hooks.register_module_forward_hook(leaves, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            del self._modules[1:]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return self._dispatch.call(func, args, kwargs)
+        module = self._noted_module()
+        given = operation_costs.tensors_in((*args, *kwargs.values()))
+        if func not in _LIFTS and not all(isinstance(tensor, FakeTensor) for tensor in given):
+            args, kwargs = trees.map_tensors((args, kwargs), self._brought)
+            given = operation_costs.tensors_in((*args, *kwargs.values()))
+        try:
+            result = self._dispatch.call(func, args, kwargs)
+        except Exception as error:
+            self.failure = Failure(id(error), self._place(), str(func))
+            raise
+        self._note(func, module, args, kwargs, given, result)
+        return result
+
+    def _place(self) -> str:
+        """What runs now, in words."""
+        return self.module() or ("the model" if len(self._modules) > 1 else "the step's own code")
+
+    def _noted_module(self) -> str:
+        if len(self._modules) == 1:
+            return self.module()
+        # The node of an operation is made before it is dispatched, so the last number is its own.
+        self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._modules[-1])
+        return self._modules[-1]
+
+    def _brought(self, tensor: Tensor) -> Tensor:
+        """``tensor``, or its twin where it has data; on the device such a twin has stood before the step."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        known = self._twins.known(tensor)
+        twin = self._twins.of(tensor, "a tensor that the step brings from elsewhere") if known is None else known
+        if known is None and twin.device.type == self._device_type:
+            for storage in _storages(twin):
+                if storage._cdata not in self._known:
+                    number = self._number(storage.nbytes(), Category.BUFFERS)
+                    self._known[storage._cdata] = weakref.ref(storage), number
+                    self._stood_before.append((number, storage.nbytes(), -1))
+        return twin.detach()
+
+    def _note(
+        self, func: Any, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], result: Any
+    ) -> None:
+        made = operation_costs.tensors_in(result if isinstance(result, (tuple, list)) else (result,))
+        if not any(tensor.device.type == self._device_type for tensor in (*given, *made)):
+            # What the host does for itself: scalars of an optimizer, rows before they travel.
+            return
+        index = len(self.operations)
+        cost = operation_costs.cost_of(func, args, kwargs, result, given, made)
+        self.operations.append(
+            Operation(
+                str(func), module, self.phase, self.step, cost.flops, cost.moved_bytes, cost.dtype, cost.kernels
+            )
+        )
+        category = _BORN_IN[self.phase]
+        # Numbers that Python brings are the host's, here as where bytes of a real step are counted.
+        brought = {s._cdata for t in made for s in _storages(t)} if func in _LIFTS else None
+        for tensor in made:
+            if tensor.device.type != self._device_type:
+                continue
+            for storage in _storages(tensor):
+                if storage._cdata in self._known:
+                    continue
+                if brought is None:
+                    brought = {s._cdata for t in given for s in _storages(t)}
+                # A view of memory that nobody claimed, such as a table that stands elsewhere, takes none.
+                if storage._cdata not in brought:
+                    self._see(storage, category)
+        if cost.scratch_bytes:
+            self._pass_through(cost.scratch_bytes, index)
+
+    def _pass_through(self, size_bytes: int, index: int) -> None:
+        """Memory that a kernel takes for itself and gives back."""
+        number = self._number(size_bytes, Category.TEMPORARY)
+        self._events += [(number, size_bytes, index), (number, -size_bytes, index)]
+
+    def _see(self, storage: torch.UntypedStorage, category: Category, *, relabel: bool = False) -> None:
+        key = storage._cdata
+        if key in self._known:
+            if relabel:
+                self._categories[self._known[key][1]] = category
+            return
+        size = storage.nbytes()
+        if size == 0:
+            return
+        number = self._number(size, category)
+        self._known[key] = weakref.ref(storage, lambda _: self._free(key)), number
+        self._events.append((number, size, len(self.operations) - 1))
+
+    def _number(self, size_bytes: int, category: Category) -> int:
+        self._sizes_bytes.append(size_bytes)
+        self._categories.append(category)
+        return len(self._sizes_bytes) - 1
+
+    def _free(self, key: int) -> None:
+        _, number = self._known.pop(key)
+        self._events.append((number, -self._sizes_bytes[number], len(self.operations) - 1))
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The memory under ``tensor``; a sparse gradient has that of its indices and of its values."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
+    return [tensor.untyped_storage()]

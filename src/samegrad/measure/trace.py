@@ -1,0 +1,215 @@
+"""A step followed without being run: no data, no device, and yet every operation and every byte, twice.
+
+    trace = trace_step(declared, batch)                                 the plain step, as CUDA would run it
+    trace = trace_step(declared, batch, run=in_chunks(split, sizes))    the same in chunks
+
+The user's own code runs, on twins without data (``shadows``), under CUDA's or the CPU's choice of kernels
+(``cuda_dispatch``), and is written down (``recorder``). The second step has the optimizer's state. Nothing of the
+user's changes. What needs values (``.item()``, shapes that depend on data) raises CannotTrace with its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotTrace
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.held import Held, held_in
+from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.phases import listening
+from samegrad.exact.split import SplitStep, plain_backward
+from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.undisturbed import undisturbed
+from samegrad.measure import census, cuda_dispatch
+from samegrad.measure.arriving_rows import ArrivingRows
+from samegrad.measure.cuda_dispatch import CpuDispatch, CudaDispatch
+from samegrad.measure.events import MemoryEvent, Operation, Trace
+from samegrad.measure.failures import explained, first_line
+from samegrad.measure.recorder import Recorder
+from samegrad.measure.shadows import (
+    NamedModules,
+    Numbers,
+    Twins,
+    named_modules,
+    read_numbers,
+    shadow_batch,
+    shadow_optimizer,
+    standing_in,
+)
+from samegrad.records import Category, Phase
+
+# run(declared, batch): forward, loss and backward, which leaves gradients in ``.grad``.
+Run = Callable[[DeclaredStep, Any], object]
+
+STEPS = 2
+
+
+def plainly(draws: StepDraws | None = None) -> Run:
+    """The plain step on the whole batch; ``draws`` where it is one that may be split."""
+
+    def run(declared: DeclaredStep, batch: Any) -> object:
+        return plain_backward(declared, batch, declared.layout(batch), None, draws)
+
+    return run
+
+
+def in_chunks(step: ChunkedStep, sizes: Sequence[int]) -> Run:
+    """``step`` in chunks of ``sizes`` rows, handed over. Chunks of a batch on the host arrive ahead, as they do."""
+
+    chunks = ArrivingRows()
+
+    def run(declared: DeclaredStep, batch: Any) -> object:
+        aliases = ParameterAliases(step.aliases.roots)
+        standing: ChunkedStep
+        if isinstance(step, SplitStep):
+            standing = dataclasses.replace(step, declared=declared, aliases=aliases, chunks=chunks)
+        else:
+            standing = dataclasses.replace(step, declared=declared, aliases=aliases)
+        return standing.backward(batch, declared.layout(batch), sizes)
+
+    return run
+
+
+def trace_step(
+    declared: DeclaredStep,
+    batch: Any,
+    *,
+    device: str = "cuda",
+    run: Run | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Trace:
+    """Two steps of ``declared`` on ``batch``: ``run``, the optimizer's step, gradients cleared.
+
+    The model may be on any device or on none (meta); the step is followed as on ``device``, "cuda" or "cpu". Leaves of
+    the batch that are where the model is are there as a whole, except that a model on the CPU that is followed on CUDA
+    leaves its batch on the host. ``run``: by default the plain step. ``sizes``: what to write down as the chunks' rows.
+    Raises CannotTrace, with the module and the operation, for what needs values, and for what the step raises.
+    """
+    dispatch, notes = _dispatch(device)
+    layout = declared.layout(batch)
+    modules = named_modules(declared)
+    notes |= _notes_on(modules)
+    untouched = undisturbed(declared.modules, declared.device, _held_with_hooks(declared, modules))
+    with untouched, torch.compiler.set_stance("force_eager"):
+        operations, events = _followed(declared, modules, batch, dispatch, plainly() if run is None else run, notes)
+    return Trace(
+        operations=operations,
+        events=events,
+        device=dispatch.device.type,
+        batch_rows=layout.rows,
+        sizes=(layout.rows,) if sizes is None else tuple(sizes),
+        notes=notes,
+    )
+
+
+def _dispatch(device: str) -> tuple[CpuDispatch | CudaDispatch, dict[str, str]]:
+    if torch.device(device).type == "cpu":
+        return CpuDispatch(), {}
+    if torch.device(device).type != "cuda":
+        raise CannotTrace(
+            asked=f"follow a step as on {device!r}", found="neither 'cuda' nor 'cpu'", do="name one of the two"
+        )
+    reason = cuda_dispatch.why_not()
+    if not reason:
+        return CudaDispatch(), {}
+    return CpuDispatch(), {"cuda": f"the CPU's kernels were followed, since CUDA's could not be ({reason})"}
+
+
+def _followed(
+    declared: DeclaredStep,
+    modules: NamedModules,
+    batch: Any,
+    dispatch: CpuDispatch | CudaDispatch,
+    run: Run,
+    notes: dict[str, str],
+) -> tuple[tuple[Operation, ...], tuple[MemoryEvent, ...]]:
+    paths = {id(part): path for path, part in reversed(modules)}
+    twins = Twins(declared.device, dispatch.device)
+    recorder = Recorder(dispatch, twins, paths, gradients_of=declared.modules)
+    numbers = read_numbers(declared.optimizer)
+    with contextlib.ExitStack() as stack:
+        if isinstance(dispatch, CudaDispatch):
+            stack.enter_context(dispatch.followed())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(standing_in(modules, twins))
+        standing, rows = _standing(declared, batch, dispatch.device, twins, numbers)
+        _claim_residents(recorder, standing, rows)
+        stack.enter_context(explained(recorder))
+        stack.enter_context(recorder)
+        stack.enter_context(recorder.following_modules())
+        stack.enter_context(listening(recorder))
+        for index in range(STEPS):
+            recorder.step = index
+            _one_step(standing, rows, recorder, run, notes)
+        # Before the twins go: they live between steps.
+        return tuple(recorder.operations), recorder.events()
+
+
+def _notes_on(modules: NamedModules) -> dict[str, str]:
+    compiled = [
+        path or "the model"
+        for path, part in modules
+        if part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
+    ]
+    return dict.fromkeys(compiled, "compiled; its operations were followed one by one, as without compilation")
+
+
+def _held_with_hooks(declared: DeclaredStep, modules: NamedModules) -> Held:
+    """What the step's functions hold, the user's hooks included: they run too."""
+    functions: dict[str, Any] = {"loss_fn": declared.loss_fn, "forward": declared.forward}
+    for path, part in modules:
+        for hooks in (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks):
+            functions |= {f"a hook of {path or 'the model'} ({key})": hook for key, hook in hooks.items()}
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                hooks_of = (parameter._backward_hooks or {}).items()
+                functions |= {f"a hook of {path}.{name} ({key})": hook for key, hook in hooks_of}
+    return held_in(functions, [declared.model, *declared.modules])
+
+
+def _standing(
+    declared: DeclaredStep, batch: Any, device: torch.device, twins: Twins, numbers: Numbers
+) -> tuple[DeclaredStep, Any]:
+    """The step and the batch on twins. A model that other processes share is followed as this process runs it."""
+    optimizer = None
+    if declared.optimizer is not None:
+        optimizer = shadow_optimizer(declared.optimizer, twins, numbers)
+    standing = dataclasses.replace(declared, model=declared.network, device=device, optimizer=optimizer)
+    # A model on the CPU is one whose device is not at hand; its batch starts from the host there as it does here.
+    on_host = declared.device.type == "cpu" and device.type == "cuda"
+    rows = shadow_batch(batch, Twins(device, device) if on_host else twins)
+    return standing, rows
+
+
+def _claim_residents(recorder: Recorder, declared: DeclaredStep, batch: Any) -> None:
+    for part in declared.modules:
+        recorder.claim(part.parameters(), Category.PARAMETERS)
+        recorder.claim(part.buffers(), Category.BUFFERS)
+    recorder.claim_gradients()
+    recorder.claim(census.state_tensors(declared.optimizer), Category.OPTIMIZER_STATE)
+    recorder.arrived(batch)
+
+
+def _one_step(declared: DeclaredStep, batch: Any, recorder: Recorder, run: Run, notes: dict[str, str]) -> None:
+    recorder.announce(Phase.FORWARD)
+    loss = run(declared, batch)
+    recorder.announce(Phase.OPTIMIZER)
+    if declared.optimizer is not None:
+        try:
+            declared.optimizer.step()
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            # Steps that read values (line searches) end here; what they set up first is written down.
+            name = type(declared.optimizer).__name__
+            notes["optimizer"] = f"{name}'s step could not be followed to its end ({first_line(error)})"
+        recorder.claim(census.state_tensors(declared.optimizer), Category.OPTIMIZER_STATE)
+        declared.optimizer.zero_grad(set_to_none=True)
+    for part in declared.modules:
+        part.zero_grad(set_to_none=True)
+    del loss
