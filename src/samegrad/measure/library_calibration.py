@@ -38,23 +38,25 @@ class BlasWorkspaces:
 class ConvolutionCalibration:
     """Constants of cuDNN's convolutions on one kind of card.
 
-    ``multiprocessors``: over which the sum of a weight's gradient is split when its tiles are fewer.
-    ``channel_multiple_16_bit``: to which channels are padded in copies of 16-bit tensors. ``alignment_bytes``: what
-    aligning the copies takes. ``pointwise_splits`` by bytes of an element: parts that the gradient of a pointwise
-    weight is summed in, up to ``largest_pointwise_bytes`` together. ``source`` names the measurement.
+    ``multiprocessors``: over which the sum of a weight's gradient is split when its tiles, of ``tile_channels`` inputs
+    and outputs, are fewer. ``padded_bytes``: to which multiple the channels of one place are padded in copies.
+    ``alignment_bytes``: what aligning the copies takes. ``source`` names the measurement.
     """
 
     multiprocessors: int
-    channel_multiple_16_bit: int = 8
+    tile_channels: int = 128
+    padded_bytes: int = 16
     alignment_bytes: int = 256
-    pointwise_splits: tuple[tuple[int, int], ...] = ((2, 64), (4, 48))
-    largest_pointwise_bytes: int = 50 * _MIB
     source: str = "uncalibrated"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LibraryCalibration:
-    """All that the model of library workspaces takes from a card. ``context_bytes``: outside the allocator."""
+    """All that the model of library workspaces takes from a card.
+
+    ``context_bytes``: what a process takes of the device outside the allocator, by driver, context and the code of
+    kernels, with cuBLAS and cuDNN in use; None where it was not measured.
+    """
 
     blas: BlasWorkspaces
     convolutions: ConvolutionCalibration
@@ -67,6 +69,8 @@ _MULTIPROCESSORS = {
 }  # fmt: skip
 _MULTIPROCESSORS_ELSEWHERE = 108
 _CALIBRATED = {(9, 0): "one H200, torch 2.11, cuDNN 9.19"}
+# What the device had in use beside the allocator's segments after 100 kinds of operations, an idle driver included.
+_CONTEXT_BYTES = {(9, 0): 812_449_792}
 
 
 def calibrate_libraries(
@@ -82,6 +86,7 @@ def calibrate_libraries(
             multiprocessors=multiprocessors or _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS_ELSEWHERE),
             source=_CALIBRATED.get(capability, "uncalibrated"),
         ),
+        context_bytes=_CONTEXT_BYTES.get(capability),
     )
 
 
