@@ -14,6 +14,7 @@ from samegrad.measure import convolution_workspaces
 from samegrad.measure.convolution_workspaces import forward_bytes, input_gradient_bytes, weight_gradient_bytes
 from samegrad.measure.events import Convolution, Operation, Trace
 from samegrad.measure.library_calibration import LibraryCalibration, blas_workspaces, calibrate_libraries
+from samegrad.measure.reduction_workspaces import rows_sum_bytes
 from samegrad.measure.replay import repeat_steps, replay
 from samegrad.measure.workspaces import find_workspaces, with_workspaces
 from samegrad.records import Category, Phase
@@ -51,11 +52,10 @@ def errors() -> list[float]:
     found = []
     for name, recorded in RECORDED["convolutions_temporary_bytes"].items():
         shape, element = shape_of(name)
-        constants = H200.convolutions
         modelled = max(
-            forward_bytes(shape, element, constants),
-            input_gradient_bytes(shape, element, constants) if shape.inputs > 3 else 0,
-            weight_gradient_bytes(shape, element, constants),
+            forward_bytes(shape, element, H200),
+            input_gradient_bytes(shape, element, H200) if shape.inputs > 3 else 0,
+            weight_gradient_bytes(shape, element, H200),
         )
         tensors = shape.rows * (shape.inputs * shape.input_pixels + shape.outputs * shape.output_pixels) * element
         found.append((modelled - max(*recorded["forward"], *recorded["backward"], 0)) / tensors)
@@ -168,11 +168,10 @@ def test_each_gradient_of_a_convolution_has_its_workspace_behind_it() -> None:
     shape = Convolution(8, 64, 64, 56**2, 56**2, 9)
     trace = convolution_trace(shape)
     found = [(w.operation, w.after_takes, w.size_bytes) for w in find_workspaces(trace, H200)][:3]
-    constants = H200.convolutions
     assert found == [
-        (0, 1, forward_bytes(shape, 4, constants)),
-        (1, 1, input_gradient_bytes(shape, 4, constants)),
-        (1, 2, weight_gradient_bytes(shape, 4, constants)),
+        (0, 1, forward_bytes(shape, 4, H200)),
+        (1, 1, input_gradient_bytes(shape, 4, H200)),
+        (1, 2, weight_gradient_bytes(shape, 4, H200)),
     ]
     seen = with_workspaces(trace, H200)
     assert [e for e in seen.events if e.storage < 6] == list(trace.events)
@@ -183,9 +182,9 @@ def test_each_gradient_of_a_convolution_has_its_workspace_behind_it() -> None:
 
 def test_channels_that_lie_right_need_no_copies() -> None:
     shape = Convolution(8, 64, 64, 56**2, 56**2, 9, channels_last=True)
-    assert forward_bytes(shape, 2, H200.convolutions) == 0
+    assert forward_bytes(shape, 2, H200) == 0
     odd = shape._replace(inputs=3)
-    assert forward_bytes(odd, 2, H200.convolutions) >= 8 * 8 * 56**2 * 2
+    assert forward_bytes(odd, 2, H200) >= 8 * 8 * 56**2 * 2
 
 
 def test_a_trace_of_the_cpu_and_one_without_shapes_stay_as_they_are() -> None:
@@ -199,5 +198,29 @@ def test_the_context_is_no_event() -> None:
     assert H200.context_bytes is not None
     elsewhere: LibraryCalibration = calibrate_libraries((8, 6), "2.13.0", multiprocessors=30)
     assert elsewhere.context_bytes is None
-    assert elsewhere.convolutions.source == "uncalibrated"
-    assert elsewhere.convolutions.multiprocessors == 30
+    assert elsewhere.source == "uncalibrated"
+    assert elsewhere.multiprocessors == 30
+
+
+@pytest.mark.parametrize("name", RECORDED["sums_temporary_bytes"])
+def test_a_sum_over_rows_takes_what_was_recorded(name: str) -> None:
+    rows, columns = map(int, re.findall(r"[0-9]+", name))
+    assert rows_sum_bytes(rows, columns, H200) == RECORDED["sums_temporary_bytes"][name]
+
+
+def test_a_sum_over_few_rows_takes_none() -> None:
+    assert rows_sum_bytes(100, 4096, H200) == 0
+    # Odd columns are read one by one, by more threads that each have fewer rows.
+    assert rows_sum_bytes(8192, 4097, H200) != rows_sum_bytes(8192, 4096, H200)
+
+
+def test_a_bias_gradient_has_its_scratch_behind_it() -> None:
+    rows, columns = 8192, 4096
+    writer = TraceWriter()
+    for step in range(2):
+        for phase in (Phase.FORWARD, Phase.BACKWARD):
+            moved = (rows + 1) * columns * 4
+            writer.operations.append(Operation("aten.sum.dim_IntList", "", phase, step, 0, moved, "float32", 1))
+            writer.give_back(writer.take(columns * 4, Category.GRADIENTS))
+    found = find_workspaces(writer.trace(), H200)
+    assert [(w.operation, w.size_bytes) for w in found] == [(k, rows_sum_bytes(rows, columns, H200)) for k in (1, 3)]

@@ -12,12 +12,12 @@ cuDNN's heuristics choose otherwise; ``library_calibration`` holds the constants
 from __future__ import annotations
 
 from samegrad.measure.events import Convolution
-from samegrad.measure.library_calibration import ConvolutionCalibration
+from samegrad.measure.library_calibration import LibraryCalibration
 
 _FLOAT32_BYTES = 4
 
 
-def forward_bytes(shape: Convolution, element_bytes: int, constants: ConvolutionCalibration) -> int:
+def forward_bytes(shape: Convolution, element_bytes: int, constants: LibraryCalibration) -> int:
     """The workspace of the forward."""
     # Kernels of float32 skip channels that are not there, and take every second place without a copy.
     padded_bytes = constants.padded_bytes if element_bytes < _FLOAT32_BYTES else element_bytes
@@ -26,12 +26,12 @@ def forward_bytes(shape: Convolution, element_bytes: int, constants: Convolution
     return _copies_bytes(shape, element_bytes, padded_bytes, constants)
 
 
-def input_gradient_bytes(shape: Convolution, element_bytes: int, constants: ConvolutionCalibration) -> int:
+def input_gradient_bytes(shape: Convolution, element_bytes: int, constants: LibraryCalibration) -> int:
     """The workspace of the gradient by what the convolution reads."""
     return _copies_bytes(shape, element_bytes, constants.padded_bytes, constants)
 
 
-def weight_gradient_bytes(shape: Convolution, element_bytes: int, constants: ConvolutionCalibration) -> int:
+def weight_gradient_bytes(shape: Convolution, element_bytes: int, constants: LibraryCalibration) -> int:
     """The workspace of the gradient by the weight."""
     if shape.groups > 1:
         return 0
@@ -46,7 +46,7 @@ def weight_gradient_bytes(shape: Convolution, element_bytes: int, constants: Con
 
 
 def _copies_bytes(
-    shape: Convolution, element_bytes: int, padded_bytes: int, constants: ConvolutionCalibration
+    shape: Convolution, element_bytes: int, padded_bytes: int, constants: LibraryCalibration
 ) -> int:
     if shape.pointwise or shape.groups > 1:
         return 0
@@ -63,7 +63,7 @@ def _copies_bytes(
     return copies + constants.alignment_bytes if copies else 0
 
 
-def _tiles(shape: Convolution, constants: ConvolutionCalibration) -> int:
+def _tiles(shape: Convolution, constants: LibraryCalibration) -> int:
     """Tiles of the matrices that a weight's gradient is, one for each place under the kernel."""
     tile = constants.tile_channels
     return -(-shape.outputs // tile) * -(-shape.inputs // tile) * shape.kernel_pixels
