@@ -12,8 +12,9 @@ import pytest
 from samegrad.errors import UsageError
 from samegrad.measure import convolution_workspaces
 from samegrad.measure.convolution_workspaces import forward_bytes, input_gradient_bytes, weight_gradient_bytes
-from samegrad.measure.events import Convolution, Operation, Trace
+from samegrad.measure.events import Convolution, Operation, Recurrence, Trace
 from samegrad.measure.library_calibration import LibraryCalibration, blas_workspaces, calibrate_libraries
+from samegrad.measure.recurrent_workspaces import recurrence_bytes, reserve_bytes
 from samegrad.measure.reduction_workspaces import rows_sum_bytes
 from samegrad.measure.replay import repeat_steps, replay
 from samegrad.measure.workspaces import find_workspaces, with_workspaces
@@ -190,7 +191,7 @@ def test_channels_that_lie_right_need_no_copies() -> None:
 def test_a_trace_of_the_cpu_and_one_without_shapes_stay_as_they_are() -> None:
     trace = convolution_trace(Convolution(8, 64, 64, 56**2, 56**2, 9))
     assert with_workspaces(Trace(trace.operations, trace.events, "cpu", 8, (8,)), H200).events == trace.events
-    untold = tuple(operation._replace(convolution=None) for operation in trace.operations)
+    untold = tuple(operation._replace(shape=None) for operation in trace.operations)
     assert find_workspaces(Trace(untold, trace.events, "cuda", 8, (8,)), H200) == ()
 
 
@@ -224,3 +225,23 @@ def test_a_bias_gradient_has_its_scratch_behind_it() -> None:
             writer.give_back(writer.take(columns * 4, Category.GRADIENTS))
     found = find_workspaces(writer.trace(), H200)
     assert [(w.operation, w.size_bytes) for w in found] == [(k, rows_sum_bytes(rows, columns, H200)) for k in (1, 3)]
+
+
+@pytest.mark.parametrize("recorded", RECORDED["recurrences"], ids=lambda recorded: str([*recorded["shape"].values()]))
+def test_a_recurrent_layer_takes_what_was_recorded(recorded: dict[str, Any]) -> None:
+    shape, element = Recurrence(**recorded["shape"]), recorded["element_bytes"]
+    # Within the alignment of their parts.
+    assert 0 <= recorded["workspace_bytes"] - recurrence_bytes(shape, element) <= 1024
+    assert 0 <= recorded["reserve_bytes"] - reserve_bytes(shape, element) <= 1024
+
+
+def test_a_recurrent_layer_takes_it_forward_and_twice_backward() -> None:
+    shape = Recurrence(steps=9, rows=5, inputs=7, hidden=11, layers=2, gates=4)
+    writer = TraceWriter()
+    for step in range(2):
+        for phase, name in ((Phase.FORWARD, "_cudnn_rnn"), (Phase.BACKWARD, "_cudnn_rnn_backward")):
+            writer.operations.append(Operation(f"aten.{name}.default", "", phase, step, 0, 0, "float32", 1, shape))
+            for number in [writer.take(100 + k) for k in range(5)]:
+                writer.give_back(number)
+    found = [(w.operation, w.after_takes) for w in find_workspaces(writer.trace(), H200)]
+    assert found == [(0, 5), (1, 3), (1, 5), (2, 5), (3, 3), (3, 5)]

@@ -2,9 +2,9 @@
 
 A trace sees tensors; what a library asks the same allocator for on its own is missing from it. cuBLAS has a workspace
 for each thread and stream that multiplies matrices, which torch takes at the first product and keeps (from 2.15 on it
-takes one for each product); forward and backward run in threads of their own. cuDNN takes one around each convolution,
-torch's reduction kernel one around a sum over many rows, such as a bias's gradient. What the driver holds for the
-process (context, code of kernels) is outside the allocator and no event.
+takes one for each product); forward and backward run in threads of their own. cuDNN takes one around each convolution
+and recurrent layer, torch's reduction kernel one around a sum over many rows, such as a bias's gradient. What the
+driver holds for the process (context, code of kernels) is outside the allocator and no event.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from samegrad.measure.convolution_workspaces import forward_bytes, input_gradient_bytes, weight_gradient_bytes
-from samegrad.measure.events import MemoryEvent, Operation, Trace
+from samegrad.measure.events import Convolution, MemoryEvent, Operation, Recurrence, Trace
 from samegrad.measure.library_calibration import BlasWorkspaces, LibraryCalibration
+from samegrad.measure.recurrent_workspaces import recurrence_bytes
 from samegrad.measure.reduction_workspaces import rows_sum_bytes
 from samegrad.records import Category, Phase
 
@@ -22,7 +23,7 @@ from samegrad.records import Category, Phase
 _PRODUCTS = frozenset({"aten.mm", "aten.bmm", "aten.baddbmm", "aten.addmv", "aten.mv", "aten.dot"})
 _PRODUCTS_WITH_BIAS = frozenset({"aten.addmm", "aten._addmm_activation", "aten._scaled_mm"})
 _CONVOLUTIONS = frozenset({"aten.convolution", "aten._convolution", "aten.cudnn_convolution"})
-_CONVOLUTION_BACKWARD = "aten.convolution_backward"
+_RECURRENCE = "aten._cudnn_rnn"
 _SUM = "aten.sum"
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -42,7 +43,10 @@ class Workspace:
 
 
 def find_workspaces(trace: Trace, calibration: LibraryCalibration) -> tuple[Workspace, ...]:
-    """The workspaces of a CUDA trace, in order. Of a convolution whose shape the trace does not tell there is none."""
+    """The workspaces of a CUDA trace, in order.
+
+    Convolutions and recurrent layers whose shape the trace does not tell have none.
+    """
     takes: dict[int, list[int]] = {}
     for event in trace.events:
         if event.change_bytes > 0:
@@ -123,21 +127,30 @@ def _asked_by_product(operation: Operation, blas: BlasWorkspaces) -> list[tuple[
 def _asked_by_kernel(
     operation: Operation, taken: Sequence[int], calibration: LibraryCalibration
 ) -> list[tuple[str, int, int]]:
-    """What convolutions and sums take around their kernels: library, after how many takes, and bytes."""
-    name, shape = _packet(operation), operation.convolution
+    """What is taken around the kernels of an operation: library, after how many of its storages, and bytes."""
     element_bytes = _ELEMENT_BYTES.get(operation.dtype)
     if element_bytes is None:
         return []
-    if name == _SUM and operation.phase is Phase.BACKWARD and len(taken) == 1:
+    shape = operation.shape
+    if isinstance(shape, Convolution):
+        return _asked_by_convolution(operation, shape, taken, element_bytes, calibration)
+    if isinstance(shape, Recurrence):
+        size_bytes = recurrence_bytes(shape, element_bytes)
+        # Backward takes it for the gradients by inputs and states, and again for those by weights.
+        places = [len(taken)] if _packet(operation) == _RECURRENCE else [min(3, len(taken)), len(taken)]
+        return [("cuDNN", after, size_bytes) for after in places]
+    if _packet(operation) == _SUM and operation.phase is Phase.BACKWARD and len(taken) == 1:
         # Backward sums over leading dimensions: a bias's gradient, broadcasting undone.
         rows = operation.moved_bytes // taken[0] - 1
         return [("torch", 1, rows_sum_bytes(rows, taken[0] // element_bytes, calibration))]
-    if shape is None:
-        return []
-    if name in _CONVOLUTIONS:
+    return []
+
+
+def _asked_by_convolution(
+    operation: Operation, shape: Convolution, taken: Sequence[int], element_bytes: int, calibration: LibraryCalibration
+) -> list[tuple[str, int, int]]:
+    if _packet(operation) in _CONVOLUTIONS:
         return [("cuDNN", len(taken), forward_bytes(shape, element_bytes, calibration))]
-    if name != _CONVOLUTION_BACKWARD:
-        return []
     weight_bytes = shape.inputs * shape.outputs * shape.kernel_pixels // shape.groups * element_bytes
     asked = []
     for after, size_bytes in enumerate(taken, 1):
