@@ -1,13 +1,24 @@
-"""Random requests, and the history that a real allocator would have recorded of them if it were the model."""
+"""Histories to replay: of random requests, as a real allocator would have recorded them, and recorded ones.
+
+``h200_histories.npz`` are runs of benchmarks/allocator_gpu.py on one H200 (torch 2.11.0+cu130).
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import random
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from samegrad.measure.allocator import CachingAllocator
 from samegrad.measure.allocator_rules import AllocatorRules
+from samegrad.measure.recorded_history import HistoryEntry
 from samegrad.measure.replay import Request
+
+RECORDED = Path(__file__).parent / "h200_histories.npz"
 
 SIZES_BYTES = (1, 511, 513, 100_000, 2**20 - 511, 2**20, 2**20 + 1, 3_000_001, 9 * 2**20, 10 * 2**20 - 512, 10 * 2**20,
                23_000_003, 41 * 2**20)  # fmt: skip
@@ -53,3 +64,18 @@ def history_of(requests: list[Request], rules: AllocatorRules, cap_bytes: int | 
             break
         entry("alloc", place, size_bytes)
     return entries
+
+
+@functools.cache
+def recorded_names() -> tuple[str, ...]:
+    with np.load(RECORDED) as arrays:
+        return tuple(sorted({key.split("/")[0] for key in arrays.files if "/" in key}))
+
+
+def recorded_history(name: str) -> tuple[tuple[HistoryEntry, ...], dict[str, Any]]:
+    """The history of that name and what torch counted in it."""
+    with np.load(RECORDED) as arrays:
+        actions = [str(action) for action in arrays["action_names"]]
+        columns = [arrays[f"{name}/{key}"].tolist() for key in ("actions", "addresses", "sizes", "streams")]
+        facts = json.loads(arrays[f"{name}/facts"].tobytes())
+    return tuple(HistoryEntry(actions[a], place, size, s) for a, place, size, s in zip(*columns)), facts

@@ -31,14 +31,31 @@ class Convolution(NamedTuple):
     channels_last: bool = False
 
 
+class Recurrence(NamedTuple):
+    """The shape of a recurrent layer stack, forward or backward.
+
+    ``steps`` of ``rows`` with ``inputs`` features through ``layers`` of ``hidden`` cells with ``gates`` each (LSTM 4,
+    GRU 3, plain 1), in ``directions``. ``drops``: whether it drops between layers.
+    """
+
+    steps: int
+    rows: int
+    inputs: int
+    hidden: int
+    layers: int
+    gates: int
+    directions: int = 1
+    drops: bool = False
+
+
 class Operation(NamedTuple):
     """One operation of a step, as torch dispatched it.
 
     ``name``: as ``aten.addmm.default``. ``module``: path of the innermost submodule it ran for, "" for the step's own
     code; in backward the module whose forward it differentiates. ``step``: 0 for the first step, 1 for the second,
     which has the optimizer's state. ``moved_bytes``: read and written, each tensor once. ``dtype``: the one its
-    arithmetic runs in, as "bfloat16". ``kernels``: how many launches it takes, 0 for views. ``convolution``: of a
-    convolution and its backward, its shape.
+    arithmetic runs in, as "bfloat16". ``kernels``: how many launches it takes, 0 for views. ``shape``: of
+    convolutions, recurrent layers and their backwards, where it is known.
     """
 
     name: str
@@ -49,7 +66,7 @@ class Operation(NamedTuple):
     moved_bytes: int
     dtype: str
     kernels: int
-    convolution: Convolution | None = None
+    shape: Convolution | Recurrence | None = None
 
 
 class MemoryEvent(NamedTuple):

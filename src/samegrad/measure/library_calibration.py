@@ -1,6 +1,7 @@
 """What CUDA libraries take for themselves on a card: sizes of workspaces, by compute capability and torch version.
 
-cuBLAS's sizes are torch's own (aten/src/ATen/cuda/CublasHandlePool.cpp). cuDNN's are fitted to recorded histories: one
+cuBLAS's sizes are torch's own: aten/src/ATen/cuda/CublasHandlePool.cpp, for 2.11 also read from its binary; of 2.12
+and 2.14 no source was at hand, they count as 2.13. cuDNN's are fitted to recorded histories: one
 H200, torch 2.11, cuDNN 9.19, ``cudnn.benchmark`` off; on other cards they are the same rules with that card's number
 of multiprocessors, and uncalibrated.
 """
@@ -35,30 +36,24 @@ class BlasWorkspaces:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvolutionCalibration:
-    """Constants of cuDNN's convolutions on one kind of card.
+class LibraryCalibration:
+    """All that the model of library workspaces takes from a card.
 
-    ``multiprocessors``: over which the sum of a weight's gradient is split when its tiles are fewer.
-    ``channel_multiple_16_bit``: to which channels are padded in copies of 16-bit tensors. ``alignment_bytes``: what
-    aligning the copies takes. ``pointwise_splits`` by bytes of an element: parts that the gradient of a pointwise
-    weight is summed in, up to ``largest_pointwise_bytes`` together. ``source`` names the measurement.
+    ``multiprocessors`` and ``threads_per_multiprocessor``: over which sums are split. ``tile_channels``: inputs and
+    outputs of one tile of a convolution's weight gradient. ``padded_bytes``: to which multiple the channels of one
+    place are padded in copies. ``alignment_bytes``: what aligning the copies takes. ``context_bytes``: what a process
+    takes of the device outside the allocator, by driver, context and the code of kernels, with cuBLAS and cuDNN in
+    use; None where it was not measured. ``source`` names the measurement.
     """
 
-    multiprocessors: int
-    channel_multiple_16_bit: int = 8
-    alignment_bytes: int = 256
-    pointwise_splits: tuple[tuple[int, int], ...] = ((2, 64), (4, 48))
-    largest_pointwise_bytes: int = 50 * _MIB
-    source: str = "uncalibrated"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LibraryCalibration:
-    """All that the model of library workspaces takes from a card. ``context_bytes``: outside the allocator."""
-
     blas: BlasWorkspaces
-    convolutions: ConvolutionCalibration
+    multiprocessors: int
+    threads_per_multiprocessor: int = 2048
+    tile_channels: int = 128
+    padded_bytes: int = 16
+    alignment_bytes: int = 256
     context_bytes: int | None = None
+    source: str = "uncalibrated"
 
 
 # Of the largest card of each capability.
@@ -66,7 +61,10 @@ _MULTIPROCESSORS = {
     (7, 0): 80, (7, 5): 72, (8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148, (12, 0): 170,
 }  # fmt: skip
 _MULTIPROCESSORS_ELSEWHERE = 108
+_THREADS_PER_MULTIPROCESSOR = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
 _CALIBRATED = {(9, 0): "one H200, torch 2.11, cuDNN 9.19"}
+# What the device had in use beside the allocator's segments after 100 kinds of operations, an idle driver included.
+_CONTEXT_BYTES = {(9, 0): 812_449_792}
 
 
 def calibrate_libraries(
@@ -78,10 +76,10 @@ def calibrate_libraries(
     """
     return LibraryCalibration(
         blas=blas_workspaces(capability, torch_version),
-        convolutions=ConvolutionCalibration(
-            multiprocessors=multiprocessors or _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS_ELSEWHERE),
-            source=_CALIBRATED.get(capability, "uncalibrated"),
-        ),
+        multiprocessors=multiprocessors or _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS_ELSEWHERE),
+        threads_per_multiprocessor=_THREADS_PER_MULTIPROCESSOR.get(capability, 2048),
+        context_bytes=_CONTEXT_BYTES.get(capability),
+        source=_CALIBRATED.get(capability, "uncalibrated"),
     )
 
 
