@@ -24,6 +24,7 @@ import torch
 import torch.cuda.amp.common
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from samegrad.measure import autocast_policy, fused_attention, fused_kernels, recurrent_kernels
@@ -89,9 +90,12 @@ class CudaDispatch:
 
     @contextlib.contextmanager
     def _devices(self) -> Iterator[None]:
-        def standing_for(device: Any) -> torch.device:
-            device = torch.device(device)
-            return CUDA if device.type in ("cuda", "meta") else device
+        make = FakeTensor.__new__
+
+        def new(kind: Any, mode: Any, memory: Any = None, device: Any = None, *rest: Any, **named: Any) -> Any:
+            if device is not None and torch.device(device).type == "meta":
+                device = CUDA
+            return make(kind, mode, memory, device, *rest, **named)
 
         def set_device(tensor: Any, device: Any) -> None:
             device = torch.device(device)
@@ -104,12 +108,13 @@ class CudaDispatch:
             return CUDA if device.type == "meta" and not self._running else device
 
         replacements = {
-            "_normalize_fake_device": staticmethod(standing_for),
+            "__new__": staticmethod(new),
             "fake_device": property(lambda tensor: tensor._fake_device, set_device),
             "device": property(device_of),
             "is_cuda": property(lambda tensor: device_of(tensor).type == "cuda"),
         }
-        with _attributes(FakeTensor, replacements):
+        # A machine with a device need not set it up for this.
+        with _attributes(fake_tensor, {"init_gpu_context": lambda device: None}), _attributes(FakeTensor, replacements):
             yield
 
 
@@ -124,7 +129,7 @@ def _is_there(tensor: Tensor, asked: dict[str, Any]) -> bool:
 
 
 def _named(table: dict[str, Callable[..., Any]]) -> Iterator[tuple[Any, Callable[..., Any]]]:
-    """The operations that ``table`` names, each with what stands for it. Some torch releases do not have all of them."""
+    """The operations that ``table`` names, each with what stands for it; not every torch has all of them."""
     for name, function in table.items():
         operation, _, overload = name.partition(".")
         packet = getattr(torch.ops.aten, operation, None)
