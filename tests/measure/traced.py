@@ -54,7 +54,8 @@ def pictures(rows: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 
 def words(rows: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    return (torch.zeros(rows, 11, dtype=torch.int64, device=device),) * 2
+    tokens = torch.zeros(rows, 11, dtype=torch.int64, device=device)
+    return tokens, tokens.clone()
 
 
 def cross_entropy(outputs: Tensor, batch: Any) -> Tensor:

@@ -8,7 +8,7 @@ Python code, but "meta" to the engine and to kernels:
     Python      ``.device`` is cuda:0 and ``.is_cuda`` true, outside of operations
     C++         ``device()`` is meta: no stream, no guard, no context
 
-What C++ decides by ``is_cuda()`` stands here in Python: autocast, attention, dropout, recurrent layers. All of it is
+What C++ decides by ``is_cuda()`` stands here in Python: autocast, and which operations are one kernel. All of it is
 private to torch, so ``why_not`` tries it once a process, and a trace says so where it does not work.
 """
 
@@ -24,9 +24,10 @@ import torch
 import torch.cuda.amp.common
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from samegrad.measure import autocast_policy, fused_attention, recurrent_kernels
+from samegrad.measure import autocast_policy, fused_attention, fused_kernels, recurrent_kernels
 
 CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
@@ -36,9 +37,10 @@ _TO_COPY = torch.ops.aten._to_copy.default
 # Composite operations whose kernels on CUDA are others than those they are composed of elsewhere.
 _COMPOSITES: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": fused_attention.attention,
-    "dropout": fused_attention.dropout,
+    **fused_kernels.COMPOSITES,
     **recurrent_kernels.COMPOSITES,
 }
+_STAND_INS = {**fused_kernels.STAND_INS, **recurrent_kernels.STAND_INS}
 
 
 class CpuDispatch:
@@ -57,6 +59,7 @@ class CudaDispatch:
 
     def __init__(self) -> None:
         self._running = 0
+        self._stand_ins = dict(_named(_STAND_INS))
 
     def call(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation's results. Runs below autograd, for every operation of the trace."""
@@ -70,7 +73,7 @@ class CudaDispatch:
                 operation, kwargs = torch.ops.aten.alias.default, {}
         self._running += 1
         try:
-            return recurrent_kernels.STAND_INS.get(operation, operation)(*args, **kwargs)
+            return self._stand_ins.get(operation, operation)(*args, **kwargs)
         finally:
             self._running -= 1
 
@@ -80,16 +83,19 @@ class CudaDispatch:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._devices())
             stack.enter_context(_autocast())
-            stack.enter_context(_kernels(_composites(), "AutogradCUDA"))
+            stack.enter_context(_kernels(_named(_COMPOSITES), "AutogradCUDA"))
             # Recurrent layers would lay their weights out for cuDNN, by their addresses.
             stack.enter_context(_attributes(torch.backends.cudnn, {"is_acceptable": lambda tensor: False}))
             yield
 
     @contextlib.contextmanager
     def _devices(self) -> Iterator[None]:
-        def standing_for(device: Any) -> torch.device:
-            device = torch.device(device)
-            return CUDA if device.type in ("cuda", "meta") else device
+        make = FakeTensor.__new__
+
+        def new(kind: Any, mode: Any, memory: Any = None, device: Any = None, *rest: Any, **named: Any) -> Any:
+            if device is not None and torch.device(device).type == "meta":
+                device = CUDA
+            return make(kind, mode, memory, device, *rest, **named)
 
         def set_device(tensor: Any, device: Any) -> None:
             device = torch.device(device)
@@ -102,12 +108,13 @@ class CudaDispatch:
             return CUDA if device.type == "meta" and not self._running else device
 
         replacements = {
-            "_normalize_fake_device": staticmethod(standing_for),
+            "__new__": staticmethod(new),
             "fake_device": property(lambda tensor: tensor._fake_device, set_device),
             "device": property(device_of),
             "is_cuda": property(lambda tensor: device_of(tensor).type == "cuda"),
         }
-        with _attributes(FakeTensor, replacements):
+        # A machine with a device need not set it up for this.
+        with _attributes(fake_tensor, {"init_gpu_context": lambda device: None}), _attributes(FakeTensor, replacements):
             yield
 
 
@@ -121,10 +128,13 @@ def _is_there(tensor: Tensor, asked: dict[str, Any]) -> bool:
     )
 
 
-def _composites() -> Iterator[tuple[Any, Callable[..., Any]]]:
-    for name, kernel in _COMPOSITES.items():
+def _named(table: dict[str, Callable[..., Any]]) -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """The operations that ``table`` names, each with what stands for it; not every torch has all of them."""
+    for name, function in table.items():
         operation, _, overload = name.partition(".")
-        yield getattr(getattr(torch.ops.aten, operation), overload or "default"), kernel
+        packet = getattr(torch.ops.aten, operation, None)
+        if packet is not None:
+            yield getattr(packet, overload or "default"), function
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The kernels of ``scaled_dot_product_attention`` and ``dropout`` on CUDA: they fuse what other devices spell out.
+"""Which kernel ``scaled_dot_product_attention`` takes on CUDA.
 
 The choice is that of ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` on sm80 and later: flash for 16-bit
 numbers without a mask, memory-efficient otherwise, plain products where neither can. cuDNN's own attention, which newer
@@ -51,16 +51,6 @@ def attention(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
     return plain
-
-
-def dropout(values: Tensor, p: float, train: bool) -> Tensor:
-    """``aten::dropout`` for CUDA: one kernel that keeps a mask of a byte an element."""
-    if train and 0 < p < 1 and values.numel():
-        fused: Tensor = torch.ops.aten.native_dropout(values, p, train)[0]
-        return fused
-    if p == 0 or not train or not values.numel():
-        return values
-    return values * torch.zeros((), dtype=values.dtype, device=values.device)
 
 
 def _takes_flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> bool:

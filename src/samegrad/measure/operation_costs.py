@@ -96,7 +96,7 @@ def _launches(args: tuple[Any, ...]) -> int:
         return 1
     blocks = sum(-(-tensor.numel() // _ELEMENTS_A_BLOCK) for tensor in lists[0])
     by_tensors = -(-len(lists[0]) // _TENSORS_A_LAUNCH.get(len(lists), _TENSORS_A_LONG_LAUNCH))
-    return max(1, by_tensors, -(-blocks // _BLOCKS_A_LAUNCH))
+    return int(max(1, by_tensors, -(-blocks // _BLOCKS_A_LAUNCH)))
 
 
 def _scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:

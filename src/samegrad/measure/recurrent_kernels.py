@@ -124,7 +124,7 @@ def _backward_results(
 
 
 # In the place of shapes that torch has not, or has without the reserve.
-STAND_INS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten._cudnn_rnn.default: _forward_results,
-    torch.ops.aten._cudnn_rnn_backward.default: _backward_results,
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "_cudnn_rnn": _forward_results,
+    "_cudnn_rnn_backward": _backward_results,
 }
