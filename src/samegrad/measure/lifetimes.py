@@ -32,18 +32,22 @@ class Lifetimes:
     operations: list[int]
 
     @classmethod
-    def of(cls, events: Sequence[MemoryEvent]) -> Lifetimes:
+    def of(cls, events: Sequence[MemoryEvent], *, round_to_bytes: int = 1) -> Lifetimes:
+        """``round_to_bytes``: every storage takes a multiple of it."""
         found: dict[int, Lifetime] = {}
+        changes = []
         for event in events:
+            change = -(-abs(event.change_bytes) // round_to_bytes) * round_to_bytes
+            changes.append(change if event.change_bytes >= 0 else -change)
             known = found.get(event.storage)
             if known is None:
                 known = Lifetime(event.storage, 0, event.operation, math.inf, event.category)
             if event.change_bytes >= 0:
-                known = dataclasses.replace(known, size_bytes=known.size_bytes + event.change_bytes)
+                known = dataclasses.replace(known, size_bytes=known.size_bytes + change)
             else:
                 known = dataclasses.replace(known, died=event.operation)
             found[event.storage] = known
-        live = list(itertools.accumulate(event.change_bytes for event in events))
+        live = list(itertools.accumulate(changes))
         return cls(list(found.values()), live, [event.operation for event in events])
 
     def live_before(self, operation: int) -> int:

@@ -26,20 +26,22 @@ def units_of(
     *,
     row_independent: Collection[str] = (),
     launch_seconds: float = 0.0,
+    round_to_bytes: int = 1,
 ) -> UnitTable:
     """The units of the plain step that ``trace`` followed, on all its rows, in forward order.
 
     ``blocks``: module paths that can run again in backward; what runs outside them is a unit named "" for each stretch.
     ``operation_seconds``: for each operation of the trace. ``row_independent``: blocks that treat rows alone, where
-    ``launch_seconds`` a kernel is what a chunk costs by itself. A block that runs in several stretches is not
-    recomputable, since its calls cannot be chosen one by one.
+    ``launch_seconds`` a kernel is what a chunk costs by itself. ``round_to_bytes``: every storage takes a multiple of
+    it, on CUDA of 512. A block that runs in several stretches is not recomputable, since its calls cannot be chosen one
+    by one.
 
     A trace does not say which output a skip connection reads, so ``crossing_bytes`` stay 0.
 
     Raises BadInput for a trace of a step that is split or runs parts again, and for seconds of another trace.
     """
     stretches = _stretches(trace, blocks, operation_seconds)
-    lifetimes = Lifetimes.of(trace.events)
+    lifetimes = Lifetimes.of(trace.events, round_to_bytes=round_to_bytes)
     names = [stretch.block for stretch in stretches]
     units: list[Unit] = []
     for stretch in stretches:
@@ -140,9 +142,9 @@ def _bytes_of(stretch: _Stretch, lifetimes: Lifetimes, entering_bytes: int) -> d
     before, after = lifetimes.live_before(stretch.start), lifetimes.live_before(stretch.stop)
     arrival = lifetimes.live_before(stretch.arrival)
     own = lifetimes.born_in(stretch.start, stretch.stop)
-    output = _output_of(own, stretch)
-    output_bytes = _sum(output) if output else entering_bytes
     at_arrival = [s for s in lifetimes.born_in(stretch.stop, stretch.arrival) if s.died >= stretch.arrival]
+    output = _output_of(own, at_arrival, stretch)
+    output_bytes = _sum(output) or entering_bytes
     saved = [s for s in own if s.died >= stretch.arrival and s.category is Category.ACTIVATIONS and s not in output]
     gradients = [s for s in lifetimes.born_in(stretch.arrival, stretch.end) if s.category is Category.GRADIENTS]
     return {
@@ -159,11 +161,15 @@ def _bytes_of(stretch: _Stretch, lifetimes: Lifetimes, entering_bytes: int) -> d
     }
 
 
-def _output_of(own: Sequence[Lifetime], stretch: _Stretch) -> list[Lifetime]:
-    """What of a stretch later ones alone hold: it is gone when its gradient arrives. Else the last thing it made."""
+def _output_of(own: Sequence[Lifetime], at_arrival: Sequence[Lifetime], stretch: _Stretch) -> list[Lifetime]:
+    """What a stretch made for later ones: what they alone hold, which is gone when its gradient arrives; and where the
+    stretch needs its output itself, the last thing it made that is as large as that gradient."""
     standing = [s for s in own if s.died >= stretch.stop]
-    gone = [s for s in standing if s.died < stretch.arrival]
-    return gone or standing[-1:]
+    output = [s for s in standing if s.died < stretch.arrival]
+    gradients = [s.size_bytes for s in at_arrival if s.category is not Category.GRADIENTS]
+    # No gradient stands when that of the loss is made.
+    alike = [s for s in standing if not gradients or s.size_bytes == max(gradients)]
+    return output if set(alike) & set(output) else [*output, *alike[-1:]]
 
 
 def _sum(storages: Sequence[Lifetime]) -> int:
