@@ -21,12 +21,17 @@ REPLAYED_STEPS = 4
 
 
 class Request(NamedTuple):
-    """A storage taken (``size_bytes`` > 0) or given back (0), during or after the trace's ``operation`` of ``step``."""
+    """A storage taken (``size_bytes`` > 0) or given back (0), during or after the trace's ``operation`` of ``step``.
+
+    ``stream`` and ``pool`` as in ``MemoryEvent``.
+    """
 
     storage: int
     size_bytes: int
     operation: int
     step: int
+    stream: int = 0
+    pool: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,7 @@ def repeat_steps(trace: Trace, steps: int = REPLAYED_STEPS) -> tuple[Request, ..
         )
     step_of = [operation.step for operation in trace.operations]
     requests = [
-        Request(event.storage, max(event.change_bytes, 0), event.operation, _step(event, step_of))
+        _request(event, event.storage, _step(event, step_of))
         for event in trace.events
     ]
     repeated = [event for event, request in zip(trace.events, requests) if request.step == 1]
@@ -95,12 +100,12 @@ def repeat_steps(trace: Trace, steps: int = REPLAYED_STEPS) -> tuple[Request, ..
             if event.change_bytes > 0:
                 if event.storage in again:
                     names[event.storage] = following
-                    requests.append(Request(following, event.change_bytes, event.operation, step))
+                    requests.append(_request(event, following, step))
                     following += 1
             elif event.storage in born:
-                requests.append(Request(names[event.storage], 0, event.operation, step))
+                requests.append(_request(event, names[event.storage], step))
             elif event.storage in successors:
-                requests.append(Request(before[successors[event.storage]], 0, event.operation, step))
+                requests.append(_request(event, before[successors[event.storage]], step))
     return tuple(requests)
 
 
@@ -120,12 +125,12 @@ def replay(
     retries = [0] * (1 + max((request.step for request in requests), default=0))
     failed = None
     for request in requests:
-        storage, size_bytes, _, step = request
+        storage, size_bytes, _, step, stream, pool = request
         if not size_bytes:
             give_back(storage)
             continue
         before = allocator.retries
-        found = take(storage, size_bytes)
+        found = take(storage, size_bytes, stream=stream, private=pool)
         if allocator.retries != before:
             retries[step] += 1
         if not found:
@@ -144,6 +149,10 @@ def replay(
         lowest_equal_cap_bytes=allocator.lowest_equal_cap_bytes,
         highest_equal_cap_bytes=allocator.highest_equal_cap_bytes,
     )
+
+
+def _request(event: MemoryEvent, storage: int, step: int) -> Request:
+    return Request(storage, max(event.change_bytes, 0), event.operation, step, event.stream, event.pool)
 
 
 def _step(event: MemoryEvent, step_of: list[int]) -> int:
