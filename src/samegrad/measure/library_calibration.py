@@ -1,9 +1,9 @@
 """What CUDA libraries take for themselves on a card: sizes of workspaces, by compute capability and torch version.
 
 cuBLAS's sizes are torch's own: aten/src/ATen/cuda/CublasHandlePool.cpp, for 2.11 and 2.14 read from their binaries; of
-2.12 nothing was at hand, it counts as 2.13. cuDNN's are fitted to recorded histories: one
-H200, torch 2.11, cuDNN 9.19, ``cudnn.benchmark`` off; on other cards they are the same rules with that card's number
-of multiprocessors, and uncalibrated.
+2.12 nothing was at hand, it counts as 2.13. cuDNN's are fitted to recorded histories: one H200, torch 2.11, cuDNN 9.19,
+``cudnn.benchmark`` off; on other cards they are the same rules with that card's number of multiprocessors, and
+uncalibrated.
 """
 
 from __future__ import annotations

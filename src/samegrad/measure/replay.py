@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from samegrad.errors import UsageError
 from samegrad.measure.allocator import CachingAllocator
-from samegrad.measure.allocator_rules import AllocatorRules
+from samegrad.measure.allocator_rules import DEFAULT_RULES, AllocatorRules
 from samegrad.measure.events import MemoryEvent, Trace
 
 # Two of the trace, and two more: what the second leaves behind shows in the third, what that leaves in the fourth.
@@ -76,14 +76,9 @@ def repeat_steps(trace: Trace, steps: int = REPLAYED_STEPS) -> tuple[Request, ..
     without having found the like is not taken again, since steps that grow without end are not what is predicted.
     """
     if steps < 2:
-        raise UsageError(
-            asked=f"a replay of {steps} steps", found="a trace holds two", do="replay two steps or more"
-        )
+        raise UsageError(asked=f"a replay of {steps} steps", found="a trace holds two", do="replay two steps or more")
     step_of = [operation.step for operation in trace.operations]
-    requests = [
-        _request(event, event.storage, _step(event, step_of))
-        for event in trace.events
-    ]
+    requests = [_request(event, event.storage, _step(event, step_of)) for event in trace.events]
     repeated = [event for event, request in zip(trace.events, requests) if request.step == 1]
     if not repeated or steps == 2:
         return tuple(requests)
@@ -111,7 +106,7 @@ def repeat_steps(trace: Trace, steps: int = REPLAYED_STEPS) -> tuple[Request, ..
 
 def replay(
     requests: Sequence[Request],
-    rules: AllocatorRules = AllocatorRules(),  # noqa: B008 (frozen)
+    rules: AllocatorRules = DEFAULT_RULES,
     *,
     cap_bytes: int | None = None,
     stop_at_unsteady: bool = False,
