@@ -259,8 +259,25 @@ def _operations() -> dict[str, Callable[[], Any]]:
     add("embedding", lambda w: F.embedding(tokens, w), (8192, 512), dtype=single)
     add("cross_entropy", lambda x: F.cross_entropy(x, targets), (4096, 8192), dtype=single)
     add("gather rows", lambda x: x[targets % 4096], (4096, 512), dtype=single)
-    add("sum of rows", lambda x: x.sum(0), (8192, 4096), dtype=single)
+    for shape in ((8192, 4096), (4096, 3072), (4096, 1001), (1024, 768), (100, 768)):
+        for dtype in (single, half):
+            add("sum of rows", lambda x: x.sum(0), shape, dtype=dtype)
+    for kind, layers, both_ways in (
+        (nn.LSTM, 1, False), (nn.LSTM, 2, False), (nn.LSTM, 3, False), (nn.LSTM, 2, True), (nn.GRU, 2, False),
+    ):  # fmt: skip
+        _add_recurrence(made, kind, layers, both_ways)
     return made
+
+
+def _add_recurrence(
+    made: dict[str, Callable[[], Any]], kind: type[nn.LSTM] | type[nn.GRU], layers: int, both_ways: bool
+) -> None:
+    def make() -> Any:
+        module = kind(128, 512, layers, batch_first=True, bidirectional=both_ways).cuda()
+        x = torch.randn(48, 96, 128, device="cuda", requires_grad=True)
+        return (lambda: module(x)[0]), [x, *module.parameters()]
+
+    made[f"recurrence {kind.__name__} float32 n48 t96 i128 h512 l{layers} d{1 + both_ways}"] = make
 
 
 # Rows, channels in, height, channels out, kernel, stride, groups: a residual network, a patch embedding, a depthwise.

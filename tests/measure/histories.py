@@ -47,7 +47,7 @@ def history_of(requests: list[Request], rules: AllocatorRules, cap_bytes: int | 
     def entry(action: str, address: int, size_bytes: int) -> None:
         entries.append({"action": action, "addr": address, "size": size_bytes, "stream": 0})
 
-    for storage, size_bytes, _, _ in requests:
+    for storage, size_bytes, *_ in requests:
         if not size_bytes:
             entry("free_requested", allocator.address_of(storage), sizes[storage])
             entry("free_completed", allocator.address_of(storage), sizes[storage])

@@ -193,7 +193,7 @@ def segments_and_blocks(allocator: CachingAllocator) -> list[tuple[int, int, boo
 @given(st.integers(0, 2**32), st.sampled_from([ORDINARY, EXPANDABLE]), st.sampled_from([None, 100 * MIB, 220 * MIB]))
 def test_blocks_tile_what_is_reserved(seed: int, rules: AllocatorRules, cap: int | None) -> None:
     allocator = CachingAllocator(rules, cap_bytes=cap)
-    for storage, size, _, _ in random_requests(seed, count=120):
+    for storage, size, *_ in random_requests(seed, count=120):
         if size:
             allocator.take(storage, size)
         else:
@@ -218,7 +218,7 @@ def test_blocks_tile_what_is_reserved(seed: int, rules: AllocatorRules, cap: int
 def test_all_given_back_and_released_is_nothing_reserved(seed: int, rules: AllocatorRules) -> None:
     allocator = CachingAllocator(rules)
     live = set()
-    for storage, size, _, _ in random_requests(seed):
+    for storage, size, *_ in random_requests(seed):
         if size:
             allocator.take(storage, size)
             live.add(storage)
@@ -240,7 +240,7 @@ def test_a_replay_speaks_for_all_caps_that_it_says(seed: int, rules: AllocatorRu
     def run(cap: int) -> tuple[list[object], CachingAllocator]:
         allocator = CachingAllocator(rules, cap_bytes=cap)
         seen: list[object] = []
-        for storage, size, _, _ in requests:
+        for storage, size, *_ in requests:
             found = allocator.take(storage, size) if size else allocator.give_back(storage)
             seen.append((found, allocator.reserved_bytes, allocator.retries))
         return seen, allocator

@@ -26,9 +26,7 @@ def compared(name: str, *, recorded_segments: bool = True) -> tuple[HistoryCompa
     Without the recorded segments, addresses are the model's own and not compared.
     """
     history, facts = recorded_history(name)
-    found = compare_history(
-        history, rules_of(name), cap_bytes=facts["cap_bytes"], recorded_segments=recorded_segments
-    )
+    found = compare_history(history, rules_of(name), cap_bytes=facts["cap_bytes"], recorded_segments=recorded_segments)
     same_peak = found.modelled_peak_reserved_bytes == found.recorded_peak_reserved_bytes == facts["peak_reserved_bytes"]
     same_places = not recorded_segments or found.same_addresses == found.takes
     return found, found.first is None and same_peak and same_places and found.retries == facts["retries"]

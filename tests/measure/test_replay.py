@@ -21,7 +21,7 @@ ACTIVATIONS = [30 * MIB, 5 * MIB + 17, 41 * MIB, 2 * MIB]
 def live_after(requests: tuple[Request, ...], step: int) -> list[int]:
     """Sizes that are live at the end of a step, and that every request is sensible."""
     live: dict[int, int] = {}
-    for storage, size, _, of_step in requests:
+    for storage, size, _, of_step, *_ in requests:
         if of_step > step:
             break
         if size:
@@ -116,3 +116,16 @@ def test_a_trace_without_a_second_step_is_as_it_is() -> None:
     short: Trace = dataclasses.replace(trace, operations=first, events=events)
     assert len(repeat_steps(short)) == len(events)
     assert replay(repeat_steps(short), AllocatorRules(expandable_segments=True)).runs
+
+
+def test_streams_and_pools_of_events_have_memory_of_their_own() -> None:
+    trace = chain(WEIGHTS, ACTIVATIONS)
+    apart = tuple(
+        event._replace(stream=int(event.category is Category.TEMPORARY), pool=int(event.category is Category.GRADIENTS))
+        for event in trace.events
+    )
+    together, divided = (
+        replay(repeat_steps(dataclasses.replace(trace, events=events))) for events in (trace.events, apart)
+    )
+    assert divided.peak_requested_bytes == together.peak_requested_bytes
+    assert divided.peak_reserved_bytes > together.peak_reserved_bytes

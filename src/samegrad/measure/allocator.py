@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from samegrad.errors import UsageError
-from samegrad.measure.allocator_rules import LARGEST_SMALL_REQUEST_BYTES, AllocatorRules
+from samegrad.measure.allocator_rules import DEFAULT_RULES, LARGEST_SMALL_REQUEST_BYTES, AllocatorRules
 from samegrad.measure.blocks import Block, FreeBlocks, merge_with_neighbours
 from samegrad.measure.device_addresses import DeviceAddresses
 from samegrad.measure.expandable import (
@@ -37,7 +37,7 @@ class CachingAllocator:
 
     def __init__(
         self,
-        rules: AllocatorRules = AllocatorRules(),  # noqa: B008 (frozen)
+        rules: AllocatorRules = DEFAULT_RULES,
         *,
         cap_bytes: int | None = None,
         segment_addresses: Iterator[int] | None = None,

@@ -74,6 +74,9 @@ class AllocatorRules:
         return SMALL_SEGMENT_BYTES if small else self.large_segment_bytes
 
 
+DEFAULT_RULES = AllocatorRules()
+
+
 def cap_of_fraction(fraction: float, device_bytes: int) -> int:
     """The cap in bytes that ``set_per_process_memory_fraction(fraction)`` puts on a device of ``device_bytes``.
 
@@ -129,7 +132,7 @@ def parse_allocator_rules(text: str) -> AllocatorRules:
                 changes["power2_divisions"] = _parse_divisions(value)
             case _:
                 continue
-    return dataclasses.replace(AllocatorRules(), **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(DEFAULT_RULES, **changes)  # type: ignore[arg-type]
 
 
 def _next_division(requested_bytes: int, divisions: int) -> int:

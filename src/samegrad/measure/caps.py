@@ -11,7 +11,7 @@ import dataclasses
 import enum
 from collections.abc import Sequence
 
-from samegrad.measure.allocator_rules import SEGMENT_ROUNDING_BYTES, AllocatorRules
+from samegrad.measure.allocator_rules import DEFAULT_RULES, SEGMENT_ROUNDING_BYTES, AllocatorRules
 from samegrad.measure.replay import Replay, Request, replay
 
 # How many caps above the one that was found are tried, evenly spaced.
@@ -49,7 +49,7 @@ class Reserved:
 
 def predict_reserved(
     requests: Sequence[Request],
-    rules: AllocatorRules = AllocatorRules(),  # noqa: B008 (frozen)
+    rules: AllocatorRules = DEFAULT_RULES,
 ) -> Reserved:
     """The free-running peak and both caps of the requests of several steps (``repeat_steps``)."""
     free_running = replay(requests, rules)
@@ -61,7 +61,7 @@ def predict_reserved(
 def find_cap(
     requests: Sequence[Request],
     goal: Goal,
-    rules: AllocatorRules = AllocatorRules(),  # noqa: B008 (frozen)
+    rules: AllocatorRules = DEFAULT_RULES,
     *,
     free_running: Replay | None = None,
     no_more_than_bytes: int | None = None,

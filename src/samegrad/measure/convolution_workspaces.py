@@ -45,9 +45,7 @@ def weight_gradient_bytes(shape: Convolution, element_bytes: int, constants: Lib
     return copies_bytes + (parts * part_bytes if parts > 1 else 0)
 
 
-def _copies_bytes(
-    shape: Convolution, element_bytes: int, padded_bytes: int, constants: LibraryCalibration
-) -> int:
+def _copies_bytes(shape: Convolution, element_bytes: int, padded_bytes: int, constants: LibraryCalibration) -> int:
     if shape.pointwise or shape.groups > 1:
         return 0
     inputs, outputs = (

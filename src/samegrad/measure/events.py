@@ -74,12 +74,16 @@ class MemoryEvent(NamedTuple):
 
     ``storage``: a number of its own for each storage of the trace. ``operation``: index of the operation during or
     after which it happened; what stands before the first has -1. ``category``: what the storage was for in the end.
+    ``stream``: 0 for the one that computes, others for copies beside it; ``pool``: 0 for the memory that all share,
+    others for a captured graph's own.
     """
 
     storage: int
     change_bytes: int
     operation: int
     category: Category
+    stream: int = 0
+    pool: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

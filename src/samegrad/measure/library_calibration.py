@@ -1,9 +1,9 @@
 """What CUDA libraries take for themselves on a card: sizes of workspaces, by compute capability and torch version.
 
-cuBLAS's sizes are torch's own: aten/src/ATen/cuda/CublasHandlePool.cpp, for 2.11 also read from its binary; of 2.12
-and 2.14 no source was at hand, they count as 2.13. cuDNN's are fitted to recorded histories: one
-H200, torch 2.11, cuDNN 9.19, ``cudnn.benchmark`` off; on other cards they are the same rules with that card's number
-of multiprocessors, and uncalibrated.
+cuBLAS's sizes are torch's own: aten/src/ATen/cuda/CublasHandlePool.cpp, for 2.11 and 2.14 read from their binaries; of
+2.12 nothing was at hand, it counts as 2.13. cuDNN's are fitted to recorded histories: one H200, torch 2.11, cuDNN 9.19,
+``cudnn.benchmark`` off; on other cards they are the same rules with that card's number of multiprocessors, and
+uncalibrated.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def calibrate_libraries(
 def blas_workspaces(capability: tuple[int, int], torch_version: str) -> BlasWorkspaces:
     """What torch gives cuBLAS and cuBLASLt, from its version, the card and the environment variables it reads."""
     release = _release_of(torch_version)
-    # Blackwell got Hopper's size between 2.11 and 2.12.
-    larger = capability == (9, 0) if release == (2, 11) else capability[0] >= 9
+    # Blackwell got Hopper's size after 2.11.
+    larger = capability == (9, 0) if release == (2, 11) else 9 <= capability[0] <= 12
     cublas_bytes = _cublas_setting() or (_LATER_CUBLAS_BYTES if larger else _EARLIER_CUBLAS_BYTES)
     kept = release < (2, 15) or _is_set("TORCH_CUBLAS_WORKSPACE_CACHE") is True
     asked_to_share = _is_set("TORCH_CUBLASLT_UNIFIED_WORKSPACE")

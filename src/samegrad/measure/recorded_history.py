@@ -91,7 +91,8 @@ def requests_of(history: Sequence[HistoryEntry], step_starts: Sequence[int] = ()
     for entry in history:
         if entry.action == "alloc":
             at[entry.address] = takes
-            requests.append(Request(takes, entry.size_bytes, -1, _step(takes, step_starts)))
+            step = _step(takes, step_starts)
+            requests.append(Request(takes, entry.size_bytes, -1, step, entry.stream))
             takes += 1
         elif entry.action == "free_completed":
             requests.append(Request(_storage(at, entry), 0, -1, _step(takes, step_starts)))

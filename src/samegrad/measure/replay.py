@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from samegrad.errors import UsageError
 from samegrad.measure.allocator import CachingAllocator
-from samegrad.measure.allocator_rules import AllocatorRules
+from samegrad.measure.allocator_rules import DEFAULT_RULES, AllocatorRules
 from samegrad.measure.events import MemoryEvent, Trace
 
 # Two of the trace, and two more: what the second leaves behind shows in the third, what that leaves in the fourth.
@@ -21,12 +21,17 @@ REPLAYED_STEPS = 4
 
 
 class Request(NamedTuple):
-    """A storage taken (``size_bytes`` > 0) or given back (0), during or after the trace's ``operation`` of ``step``."""
+    """A storage taken (``size_bytes`` > 0) or given back (0), during or after the trace's ``operation`` of ``step``.
+
+    ``stream`` and ``pool`` as in ``MemoryEvent``.
+    """
 
     storage: int
     size_bytes: int
     operation: int
     step: int
+    stream: int = 0
+    pool: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,14 +76,9 @@ def repeat_steps(trace: Trace, steps: int = REPLAYED_STEPS) -> tuple[Request, ..
     without having found the like is not taken again, since steps that grow without end are not what is predicted.
     """
     if steps < 2:
-        raise UsageError(
-            asked=f"a replay of {steps} steps", found="a trace holds two", do="replay two steps or more"
-        )
+        raise UsageError(asked=f"a replay of {steps} steps", found="a trace holds two", do="replay two steps or more")
     step_of = [operation.step for operation in trace.operations]
-    requests = [
-        Request(event.storage, max(event.change_bytes, 0), event.operation, _step(event, step_of))
-        for event in trace.events
-    ]
+    requests = [_request(event, event.storage, _step(event, step_of)) for event in trace.events]
     repeated = [event for event, request in zip(trace.events, requests) if request.step == 1]
     if not repeated or steps == 2:
         return tuple(requests)
@@ -95,18 +95,18 @@ def repeat_steps(trace: Trace, steps: int = REPLAYED_STEPS) -> tuple[Request, ..
             if event.change_bytes > 0:
                 if event.storage in again:
                     names[event.storage] = following
-                    requests.append(Request(following, event.change_bytes, event.operation, step))
+                    requests.append(_request(event, following, step))
                     following += 1
             elif event.storage in born:
-                requests.append(Request(names[event.storage], 0, event.operation, step))
+                requests.append(_request(event, names[event.storage], step))
             elif event.storage in successors:
-                requests.append(Request(before[successors[event.storage]], 0, event.operation, step))
+                requests.append(_request(event, before[successors[event.storage]], step))
     return tuple(requests)
 
 
 def replay(
     requests: Sequence[Request],
-    rules: AllocatorRules = AllocatorRules(),  # noqa: B008 (frozen)
+    rules: AllocatorRules = DEFAULT_RULES,
     *,
     cap_bytes: int | None = None,
     stop_at_unsteady: bool = False,
@@ -120,12 +120,12 @@ def replay(
     retries = [0] * (1 + max((request.step for request in requests), default=0))
     failed = None
     for request in requests:
-        storage, size_bytes, _, step = request
+        storage, size_bytes, _, step, stream, pool = request
         if not size_bytes:
             give_back(storage)
             continue
         before = allocator.retries
-        found = take(storage, size_bytes)
+        found = take(storage, size_bytes, stream=stream, private=pool)
         if allocator.retries != before:
             retries[step] += 1
         if not found:
@@ -144,6 +144,10 @@ def replay(
         lowest_equal_cap_bytes=allocator.lowest_equal_cap_bytes,
         highest_equal_cap_bytes=allocator.highest_equal_cap_bytes,
     )
+
+
+def _request(event: MemoryEvent, storage: int, step: int) -> Request:
+    return Request(storage, max(event.change_bytes, 0), event.operation, step, event.stream, event.pool)
 
 
 def _step(event: MemoryEvent, step_of: list[int]) -> int:
