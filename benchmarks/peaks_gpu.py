@@ -36,9 +36,10 @@ def run_one(case: _steps.StepCase, cap_bytes: int | None, history: Path | None) 
     step, batch = _steps.make_step(case, "cuda")
     # What examining the step took is not the step's.
     step.sizes_for(batch)
-    split = case.rows_at_a_time is not None
-    if split:
-        step.split_for(batch, step.declared.layout(batch))
+    layout = step.declared.layout(batch)
+    step.draws_for(batch, layout)
+    if case.rows_at_a_time is not None:
+        step.split_for(batch, layout)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     if cap_bytes is not None:
