@@ -294,7 +294,8 @@ def settle(
         shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
         parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
         missing = measurement.missing_state_bytes
-        with in_force(plan, declared, layout.rows):
+        with in_force(plan, declared, layout.rows) as running:
+            chunked = dataclasses.replace(chunked, declared=running.declared)
             rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
         # Not there to be measured: what the loss keeps of rows that were left out.
         laws = _laws_of(plan, footprint)

@@ -129,9 +129,10 @@ class Step:
         draws = self.draws_for(batch, layout) if chunked is None else None
         assert self.plan is not None
         self._standing.bring(self.plan)
-        with applied(self.plan, self.declared, layout.rows):
+        with applied(self.plan, self.declared, layout.rows) as running:
             if chunked is None or execution.sizes is None:
-                return plain_backward(execution.declared, batch, layout, scaler, draws)
+                return plain_backward(running.declared, batch, layout, scaler, draws)
+            chunked = dataclasses.replace(chunked, declared=running.declared)
             return chunked.backward(batch, layout, execution.sizes, scaler)
 
     def prepare(self, worst_batch: Any) -> Plan:

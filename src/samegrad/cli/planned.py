@@ -132,13 +132,13 @@ def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footp
     whole = measured_rows == layout.rows
     if execution.runs_whole:
         draws = step.draws_for(batch, layout)
-        with in_force(step.plan, step.declared, layout.rows):
-            probe = probe_plain(execution.declared, batch, layout, batch_rows=layout.rows, draws=draws)
+        with in_force(step.plan, step.declared, layout.rows) as running:
+            probe = probe_plain(running.declared, batch, layout, batch_rows=layout.rows, draws=draws)
     else:
         shown = sizes if whole else trees.even_sizes(measured_rows, max(sizes))
         chunked = step.split_for(batch, layout)
-        with in_force(step.plan, step.declared, layout.rows):
-            probe = probe_split(chunked, batch, layout, shown)
+        with in_force(step.plan, step.declared, layout.rows) as running:
+            probe = probe_split(dataclasses.replace(chunked, declared=running.declared), batch, layout, shown)
     return dataclasses.replace(
         footprint,
         origin=Origin.MEASURED,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -29,7 +30,12 @@ class SavedTensors:
     def __init__(self, smallest_bytes: int, resident: Iterable[Tensor]) -> None:
         self._smallest_bytes = max(1, smallest_bytes)
         self._resident = {t.untyped_storage().data_ptr() for t in resident if _is_plain(t)}
-        self._copies: dict[tuple[int, int], _HostCopy] = {}
+        self._copies: dict[tuple[int, int, int], _HostCopy] = {}
+
+    @classmethod
+    def all_staying(cls) -> SavedTensors:
+        """Hooks under which nothing travels."""
+        return cls(sys.maxsize, [])
 
     def travelling(self) -> AbstractContextManager[object]:
         """A block in which what autograd saves goes to the host."""
@@ -45,12 +51,14 @@ class SavedTensors:
 
     def _copy_of(self, tensor: Tensor) -> _HostCopy:
         storage = tensor.untyped_storage()
-        # Written in place between two times that it is saved, it holds something else.
-        key = (storage.data_ptr(), tensor._version)
+        # Written in place between two times that it is saved, it holds something else. Parts of a storage may be
+        # counted apart (recurrent layers write gates so), and what one count says is nothing about the others.
+        counted = tensor if tensor._base is None else tensor._base
+        key = (storage.data_ptr(), id(counted), tensor._version)
         copy = self._copies.get(key)
         # Once a storage is freed, another may stand at its address.
-        if copy is None or copy.on_device() is not storage:
-            copy = self._copies[key] = _HostCopy(storage)
+        if copy is None or not copy.is_of(storage, counted):
+            copy = self._copies[key] = _HostCopy(storage, counted)
         return copy
 
 
@@ -102,18 +110,18 @@ def _unpack(packed: _Staying | _Travelling) -> Tensor:
 
 
 class _HostCopy:
-    """The bytes of a storage on the host, and the storage itself as long as somebody else holds it."""
+    """The bytes of a storage on the host; while somebody else holds it, also the storage or what it came back as."""
 
-    def __init__(self, storage: torch.UntypedStorage) -> None:
+    def __init__(self, storage: torch.UntypedStorage, counted: Tensor) -> None:
         self._device = storage.device
-        self._storage = weakref.ref(storage)
+        self._storage, self._counted = weakref.ref(storage), weakref.ref(counted)
         self._bytes = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         self._left: torch.cuda.Event | None = None
         self._send(_bytes_of(storage))
 
-    def on_device(self) -> torch.UntypedStorage | None:
-        """The storage that was saved, or the one it came back as; None when nobody holds either."""
-        return self._storage()
+    def is_of(self, storage: torch.UntypedStorage, counted: Tensor) -> bool:
+        """Whether these are bytes of ``storage`` as ``counted`` counts what is written on it."""
+        return self._storage() is storage and self._counted() is counted
 
     def brought_back(self) -> torch.UntypedStorage:
         storage = self._storage()

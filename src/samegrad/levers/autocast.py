@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep, Within
 from samegrad.errors import BadInput, UsageError
-from samegrad.exact.replaced_forward import forward_replaced
 from samegrad.levers._effects import effects_of, with_effect_of
 from samegrad.levers._lever import Execution, Slot
+from samegrad.levers._parts import parts_called
 from samegrad.records import Exactness, Footprint
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,11 +74,8 @@ class Autocast:
         declared = execution.declared
         device_type = declared.device.type
         narrow = functools.partial(_narrowed, device_type, _DTYPES[self.dtype])
-        with contextlib.ExitStack() as stack:
-            for path in self.full_precision:
-                part = _part(declared.network, path)
-                wide = functools.partial(_in_full_precision, device_type, part.forward)
-                stack.enter_context(forward_replaced(part, wide))
+        wide = functools.partial(_in_full_precision, device_type)
+        with parts_called(self.name, declared.network, self.full_precision, wide):
             changed = dataclasses.replace(
                 declared, forward=Within(declared.forward, narrow), loss_fn=Within(declared.loss_fn, narrow)
             )
@@ -100,18 +97,9 @@ def _narrowed(device_type: str, dtype: torch.dtype, *_: Any) -> Iterator[None]:
         yield
 
 
-def _part(network: nn.Module, path: str) -> nn.Module:
-    try:
-        return network.get_submodule(path)
-    except AttributeError:
-        raise BadInput(
-            asked=f"autocast with full_precision={path!r}",
-            found="the model has no such part",
-            do="use names of model.named_modules()",
-        ) from None
-
-
-def _in_full_precision(device_type: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _in_full_precision(
+    device_type: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """``forward`` without autocast, on float32 of what autocast made narrow on the way here."""
     if not torch.is_autocast_enabled(device_type):
         return forward(*args, **kwargs)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
 
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep, Within
 from samegrad.errors import BadInput
-from samegrad.exact.replaced_forward import forward_replaced
 from samegrad.levers._effects import effects_of, with_effect_of
 from samegrad.levers._lever import Execution, Slot
+from samegrad.levers._parts import parts_called
 from samegrad.levers._saved_tensors import SavedTensors
 from samegrad.records import Exactness, Footprint
 
@@ -70,42 +69,36 @@ class OffloadSaved:
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
         declared = execution.declared
-        block = functools.partial(_travelling, self.smallest_bytes, self._parts(declared.network))
-        forward = Within(declared.forward, block)
-        yield dataclasses.replace(execution, declared=dataclasses.replace(declared, forward=forward))
+        keeping = _Keeping(self.smallest_bytes, everywhere=self.modules is None)
+        with parts_called(self.name, declared.network, self.modules or [], keeping.call):
+            forward = Within(declared.forward, keeping.forward)
+            yield dataclasses.replace(execution, declared=dataclasses.replace(declared, forward=forward))
 
     def knobs(self) -> dict[str, Any]:
         return {"smallest_bytes": self.smallest_bytes, "modules": self.modules}
 
-    def _parts(self, network: nn.Module) -> list[nn.Module] | None:
-        if self.modules is None:
-            return None
-        known = dict(network.named_modules())
-        if missing := [path for path in self.modules if path not in known]:
-            raise BadInput(
-                asked=f"{self.name} with modules={self.modules}",
-                found=f"the model has no part {missing[0]!r}",
-                do="use names of model.named_modules()",
-            )
-        return [known[path] for path in self.modules]
 
+class _Keeping:
+    """What forwards keep for backward, those of the whole model or those of parts of it."""
 
-@contextlib.contextmanager
-def _travelling(
-    smallest_bytes: int, parts: list[nn.Module] | None, network: nn.Module, batch: Any
-) -> Iterator[None]:
-    """One forward, of which the tensors that ``parts`` keep for backward travel."""
-    resident = [*network.parameters(), *network.buffers(), *trees.leaves_of(batch)]
-    saved = SavedTensors(smallest_bytes, [leaf for leaf in resident if isinstance(leaf, Tensor)])
-    with contextlib.ExitStack() as stack:
-        if parts is None:
-            stack.enter_context(saved.travelling())
-        else:
-            for part in parts:
-                stack.enter_context(forward_replaced(part, functools.partial(_within, saved, part.forward)))
-        yield
+    def __init__(self, smallest_bytes: int, *, everywhere: bool) -> None:
+        self._smallest_bytes = smallest_bytes
+        self._everywhere = everywhere
+        self._saved: SavedTensors | None = None
 
+    @contextlib.contextmanager
+    def forward(self, network: nn.Module, batch: Any) -> Iterator[None]:
+        """One forward of the model."""
+        resident = [*network.parameters(), *network.buffers(), *trees.leaves_of(batch)]
+        saved = SavedTensors(self._smallest_bytes, [leaf for leaf in resident if isinstance(leaf, Tensor)])
+        self._saved = saved
+        try:
+            with saved.travelling() if self._everywhere else contextlib.nullcontext():
+                yield
+        finally:
+            self._saved = None
 
-def _within(saved: SavedTensors, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with saved.travelling():
-        return forward(*args, **kwargs)
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a part. In a block that runs again in backward, it is to save what it saved before: as many."""
+        with (self._saved or SavedTensors.all_staying()).travelling():
+            return forward(*args, **kwargs)
