@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.exact import program
-from samegrad.levers import _saved_tensors, autocast, layout, offload_saved
-from samegrad.levers._lever import Execution
+from samegrad.levers import _parts, _saved_tensors, layout
 from samegrad.levers.optimizer_state import _TravellingState
 
-from .lever_zoo import KNOBS, MODELS, ROWS, cnn, forced, mlp
+from .lever_zoo import KNOBS, MODELS, cnn, forced, mlp
 from .plain import Gradients, assert_bitwise, cross_entropy, gradients, left_alone, plain_step, spread
 
 Patch = pytest.MonkeyPatch
@@ -29,7 +26,12 @@ CASES = [
 ]  # fmt: skip
 EVERY = pytest.mark.parametrize(("lever", "kind"), CASES, ids=lambda value: value)
 PASSES = pytest.mark.parametrize("loss_fn", [cross_entropy, spread], ids=["one pass", "two passes"])
-SPLITS = {"whole": {}, "split": {"rows": 5}, "ragged": {"rows": [6, 1, 4, 2]}, "kept graphs": {"rows": 5, "kept_chunks": 2}}
+SPLITS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "split": {"rows": 5},
+    "ragged": {"rows": [6, 1, 4, 2]},
+    "kept graphs": {"rows": 5, "kept_chunks": 2},
+}
 
 
 def taken(lever: str, split: str) -> dict[str, dict[str, Any]]:
@@ -124,147 +126,7 @@ def assert_as_made(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     assert all(t.is_contiguous() for t in tensors)
 
 
-def test_all_four_go_together_with_a_split() -> None:
-    model, batch = cnn(torch.float32)
-    optimizer = optimizer_of(model)
-    with forced(model, cross_entropy, optimizer=optimizer, split_rows={"rows": [5, 8]}, **KNOBS) as step:
-        step.backward(batch)
-    expected = chunked_under_autocast(model, batch, [5, 8])
-    for name, gradient in gradients(model).items():
-        assert gradient is not None
-        torch.testing.assert_close(gradient, expected[name], atol=2e-3, rtol=2e-2)
-    optimizer.step()
-    assert_as_made(model, optimizer)
-
-
-# Autocast, against plain PyTorch under torch.autocast
-
-
-def chunked_under_autocast(
-    model: nn.Module, batch: Any, sizes: list[int], dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Tensor]:
-    """Gradients of the mean of cross entropy, chunk by chunk, written as one writes it by hand.
-
-    Chunks are weighted by their rows and divided at the end, since whole numbers round nothing.
-    """
-    counts = [float(size) for size in sizes] if len(sizes) > 1 else [1.0]
-    twin = copy.deepcopy(model)
-    start = 0
-    for size, count in zip(sizes, counts):
-        rows = batch[0][start : start + size], batch[1][start : start + size]
-        with torch.autocast("cpu", dtype=dtype):
-            loss = cross_entropy(twin(rows[0]), rows)
-        loss.backward(torch.tensor(count, dtype=loss.dtype))
-        start += size
-    return {name: p.grad / sum(counts) for name, p in twin.named_parameters() if p.grad is not None}
-
-
-SIZES = pytest.mark.parametrize("sizes", [[ROWS], [5, 5, 3], [6, 1, 4, 2]], ids=str)
-
-
-class Scaler:
-    """Scales by a power of two, as a GradScaler does, without a device."""
-
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss * 1024.0
-
-
-def under_autocast(
-    model: nn.Module, batch: Any, sizes: list[int], dtype: str, loss_fn: Any = cross_entropy, **more: Any
-) -> dict[str, Tensor]:
-    split = {"split_rows": {"rows": sizes}} if len(sizes) > 1 else {}
-    scaler = Scaler() if dtype == "float16" else None
-    model.zero_grad()
-    with forced(model, loss_fn, autocast={"dtype": dtype} | more, **split) as step:
-        step.backward(batch, scaler=scaler)
-    scale = 1024.0 if scaler else 1.0
-    return {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
-
-
-# torch has no LSTM in float16 on the CPU.
-NARROWED = [(kind, dtype) for kind in MODELS for dtype in ("bfloat16", "float16") if (kind, dtype) != ("lstm", "float16")]
-
-
-@pytest.mark.parametrize(("kind", "dtype"), NARROWED)
-@SIZES
-def test_autocast_is_autocast_written_by_hand(kind: str, dtype: str, sizes: list[int]) -> None:
-    model, batch = MODELS[kind](torch.float32)
-    narrow = getattr(torch, dtype)
-    ours = under_autocast(model, batch, sizes, dtype)
-    expected = chunked_under_autocast(model, batch, sizes, narrow)
-    assert ours.keys() == expected.keys()
-    # In float16 the scaled backward rounds elsewhere below its smallest normal number.
-    atol = 0.0 if dtype == "bfloat16" else 1e-5
-    for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5 if not atol else 1e-2, atol=1e-7 + atol, msg=name)
-
-
-@SIZES
-@pytest.mark.parametrize("kind", MODELS)
-def test_autocast_in_two_passes_is_the_whole_step_under_autocast_up_to_its_rounding(kind: str, sizes: list[int]) -> None:
-    model, batch = MODELS[kind](torch.float32)
-    twin = copy.deepcopy(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = spread(twin(batch[0]), batch)
-    loss.backward()
-    ours = under_autocast(model, batch, sizes, "bfloat16", spread)
-    for name, parameter in twin.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, rtol=0.05, atol=0.02, msg=name)
-        if len(sizes) == 1:
-            assert torch.equal(ours[name], parameter.grad)
-
-
-class SeesBackward(torch.autograd.Function):
-    """The identity that notes whether backward runs under autocast."""
-
-    seen: list[bool] = []
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
-        SeesBackward.seen.append(torch.is_autocast_enabled("cpu"))
-        return cotangent
-
-
-class Watched(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return SeesBackward.apply(x)
-
-
-def autocast_in_backward(loss_fn: Any, sizes: list[int]) -> set[bool]:
-    model, batch = mlp(torch.float32)
-    model.insert(2, Watched())
-    SeesBackward.seen.clear()
-    under_autocast(model, batch, sizes, "bfloat16", loss_fn)
-    assert SeesBackward.seen
-    return set(SeesBackward.seen)
-
-
-@PASSES
-@SIZES
-def test_backward_runs_outside_autocast(loss_fn: Any, sizes: list[int]) -> None:
-    assert autocast_in_backward(loss_fn, sizes) == {False}
-
-
 # Planted levers that are wrong
-
-
-@PASSES
-@SIZES
-def test_planted_autocast_that_is_left_on_in_backward_is_caught(loss_fn: Any, sizes: list[int], monkeypatch: Patch) -> None:
-    right = autocast.Autocast.apply
-
-    @contextlib.contextmanager
-    def wrong(self: Any, execution: Execution) -> Iterator[Execution]:
-        with right(self, execution) as inner, torch.autocast("cpu", dtype=torch.bfloat16):
-            yield dataclasses.replace(inner, declared=execution.declared)
-
-    monkeypatch.setattr(autocast.Autocast, "apply", wrong)
-    monkeypatch.setattr(program, "_no_autocast", lambda _: contextlib.nullcontext())
-    assert True in autocast_in_backward(loss_fn, sizes)
 
 
 def stale(copy_of: Callable[..., Any]) -> Callable[..., Any]:
@@ -299,8 +161,7 @@ def never_put_back(module: nn.Module, forward: Callable[..., Any]) -> Iterator[N
 
 @pytest.mark.parametrize("lever", ["autocast", "offload_saved", "layout", "optimizer_state"])
 def test_a_planted_lever_that_forgets_to_put_back_is_caught(lever: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(autocast, "forward_replaced", never_put_back)
-    monkeypatch.setattr(offload_saved, "forward_replaced", never_put_back)
+    monkeypatch.setattr(_parts, "forward_replaced", never_put_back)
     monkeypatch.setattr(layout, "_copied", lambda values, stride: values.as_strided(values.shape, stride))
     monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "remove", lambda self: None)
     knobs = {"autocast": {"full_precision": ["9"]}, "offload_saved": {"modules": ["0"], "smallest_bytes": 0}}
