@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,8 @@ def with_effect_of(name: str, knobs: dict[str, Any], footprint: Footprint) -> Fo
     chunks = -(-base.batch_rows // base.rows)
     added = effect.added_seconds_per_row * base.batch_rows + effect.added_seconds_per_chunk * chunks
     by_phase = {
-        phase: max(0, round(peak - effect.saved_bytes(phase, rows=base.rows))) for phase, peak in base.by_phase.items()
+        phase: max(0, math.ceil(peak - effect.saved_bytes(phase, rows=base.rows)))
+        for phase, peak in base.by_phase.items()
     }
     seconds = None if base.seconds is None else base.seconds + added
     return dataclasses.replace(
