@@ -93,9 +93,9 @@ KNOBS: dict[str, dict[str, Any]] = {
 
 
 def plan_with(**levers: dict[str, Any]) -> Plan:
-    """A plan that takes these levers, whatever they are refused for."""
+    """A plan that takes these levers, whatever they are refused for, on batches of any size."""
     exactness = max((find_levers()[name].exactness for name in levers), default=Exactness.SAME_BITS)
-    return Plan(levers=levers, exactness=exactness, batch_rows=ROWS)
+    return Plan(levers=levers, exactness=exactness, batch_rows=2**20)
 
 
 def forced(model: nn.Module, loss_fn: Any, *, optimizer: Any = None, **levers: dict[str, Any]) -> sg.Step:

@@ -179,6 +179,35 @@ def test_recomputed_blocks_run_again_under_autocast_bit_for_bit() -> None:
         assert torch.equal(gradients(model)[name], parameter.grad), name
 
 
+@pytest.mark.parametrize("sizes", [[ROWS], [5, 8]], ids=str)
+def test_training_in_float16_with_torchs_own_scaler_is_training_written_by_hand(sizes: list[int]) -> None:
+    model, batch = mlp(torch.float32)
+    plain = copy.deepcopy(model)
+    split = {"split_rows": {"rows": sizes}} if len(sizes) > 1 else {}
+    for network, ours in ((model, True), (plain, False)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        # The first steps overflow, and are skipped.
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=3)
+        step = forced(network, cross_entropy, optimizer=optimizer, autocast={"dtype": "float16"}, **split)
+        for _ in range(12):
+            if ours:
+                step.backward(batch, scaler=scaler)
+            else:
+                with torch.autocast("cpu", dtype=torch.float16):
+                    loss = cross_entropy(network(batch[0]), batch)
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        step.close()
+        assert scaler.get_scale() < 2.0**22
+    assert not torch.equal(plain[0].weight, mlp(torch.float32)[0][0].weight)
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-2, atol=1e-3, msg=name)
+
+
 # Parts in full precision
 
 

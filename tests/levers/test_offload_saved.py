@@ -325,9 +325,10 @@ def test_nothing_of_a_forward_is_held_on_the_device(kind: str) -> None:
 # Refusals
 
 
-@pytest.mark.parametrize(
-    "knobs", [{"smallest_bytes": -1}, {"smallest_bytes": 1.5}, {"smallest_bytes": True}, {"modules": ["nowhere"]}], ids=str
-)
+WRONG = [{"smallest_bytes": -1}, {"smallest_bytes": 1.5}, {"smallest_bytes": True}, {"modules": ["nowhere"]}]
+
+
+@pytest.mark.parametrize("knobs", WRONG, ids=str)
 def test_knobs_that_cannot_be_are_refused_by_name(knobs: dict[str, Any]) -> None:
     model, batch = cnn(D)
     with pytest.raises(BadInput, match="offload_saved"):

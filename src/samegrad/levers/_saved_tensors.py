@@ -5,23 +5,30 @@
 2. torch checks no versions behind hooks, so it is done here, for tensors that stay as well.
 3. Hooks see tensors with their graph, which what is saved must not hold: hence detached ones.
 
-On CUDA a copy leaves on a stream of its own. The pinned memory comes from torch's caching allocator, which keeps
-blocks for the next step and hands none out again before the copies that use it are done.
+On CUDA copies leave on a stream of their own. Two may be on their way while the computation goes on; then it waits, so
+that their memory is free for what comes next in its order. (``record_stream`` would free it when the host happens to
+see that a copy is done; the host is far ahead, and nothing would be saved.) Pinned memory comes from torch's caching
+allocator, which keeps blocks for the next step and hands none out again before the copies that use it are done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
 import weakref
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from samegrad.errors import UsageError
+
+
+# Copies to the host that may be on their way.
+_MOST_LEAVING = 2
 
 
 class SavedTensors:
@@ -31,15 +38,22 @@ class SavedTensors:
         self._smallest_bytes = max(1, smallest_bytes)
         self._resident = {t.untyped_storage().data_ptr() for t in resident if _is_plain(t)}
         self._copies: dict[tuple[int, int, int], _HostCopy] = {}
+        # Storages are held until the computation has waited for their copies.
+        self._leaving: deque[tuple[torch.UntypedStorage, _HostCopy]] = deque()
 
     @classmethod
     def all_staying(cls) -> SavedTensors:
         """Hooks under which nothing travels."""
         return cls(sys.maxsize, [])
 
-    def travelling(self) -> AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def travelling(self) -> Iterator[None]:
         """A block in which what autograd saves goes to the host."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self._let_go(0)
 
     def _pack(self, tensor: Tensor) -> _Staying | _Travelling:
         if not _is_plain(tensor) or not self._is_worth_it(tensor.untyped_storage()):
@@ -59,7 +73,14 @@ class SavedTensors:
         # Once a storage is freed, another may stand at its address.
         if copy is None or not copy.is_of(storage, counted):
             copy = self._copies[key] = _HostCopy(storage, counted)
+            self._leaving.append((storage, copy))
+            self._let_go(_MOST_LEAVING)
         return copy
+
+    def _let_go(self, most: int) -> None:
+        """Holds at most ``most`` storages for copies that are on their way."""
+        while len(self._leaving) > most:
+            self._leaving.popleft()[1].wait_until_left()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +144,16 @@ class _HostCopy:
         """Whether these are bytes of ``storage`` as ``counted`` counts what is written on it."""
         return self._storage() is storage and self._counted() is counted
 
+    def wait_until_left(self) -> None:
+        """What is computed from now on comes after the copy to the host."""
+        if self._left is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._left)
+
     def brought_back(self) -> torch.UntypedStorage:
         storage = self._storage()
         if storage is None:
             there = torch.empty(self._bytes.shape, dtype=torch.uint8, device=self._device)
-            if self._left is not None:
-                torch.cuda.current_stream(self._device).wait_event(self._left)
+            self.wait_until_left()
             there.copy_(self._bytes, non_blocking=True)
             storage = there.untyped_storage()
             self._storage = weakref.ref(storage)
@@ -143,8 +168,6 @@ class _HostCopy:
         with torch.cuda.stream(stream):
             self._bytes.copy_(there, non_blocking=True)
         self._left = stream.record_event()
-        # Its memory is not to be given to another tensor before it was read.
-        there.record_stream(stream)
 
 
 @functools.cache
