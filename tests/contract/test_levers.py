@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad import step as step_module
 from samegrad.levers import _parts, _saved_tensors, layout
 from samegrad.levers.optimizer_state import _TravellingState
 
-from .lever_zoo import KNOBS, MODELS, cnn, forced, mlp
+from .lever_zoo import KNOBS, MODELS, cnn, forced, mlp, plan_with
 from .plain import Gradients, assert_bitwise, cross_entropy, gradients, left_alone, plain_step, spread
 
 Patch = pytest.MonkeyPatch
@@ -124,6 +125,26 @@ def assert_as_made(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
     tensors = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
     assert all(t.is_contiguous() for t in tensors)
+
+
+def test_a_step_that_is_planned_anew_is_measured_as_the_user_made_it(monkeypatch: Patch) -> None:
+    model, batch = cnn()
+    optimizer = optimizer_of(model)
+    seen: list[bool] = []
+    right = step_module.measure
+
+    def noting(*given: Any) -> Any:
+        seen.append(model[0].weight.is_contiguous() and not optimizer._optimizer_step_pre_hooks)
+        return right(*given)
+
+    monkeypatch.setattr(step_module, "measure", noting)
+    step = sg.Step(model, cross_entropy, budget="1GiB", optimizer=optimizer)
+    step.backward(batch)
+    step._standing.bring(plan_with(layout={}, optimizer_state={}))
+    assert not model[0].weight.is_contiguous()
+    step.backward(tuple(torch.cat([leaf, leaf]) for leaf in batch))
+    assert seen == [True, True]
+    assert_as_made(model, optimizer)
 
 
 # Planted levers that are wrong

@@ -91,15 +91,15 @@ def chain() -> tuple[nn.Module, Any]:
     return model, (torch.randn(ROWS, WIDTH, device="cuda"), torch.randint(0, 3, (ROWS,), device="cuda"))
 
 
-def peak_bytes(step: sg.Step, batch: Any) -> int:
-    """Bytes that the allocator had to reserve for a backward, once it has settled."""
+def peak_bytes(step: sg.Step, batch: Any) -> tuple[int, int]:
+    """Bytes allocated and bytes reserved for a backward, once it has settled."""
     step.backward(batch)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step.backward(batch)
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_reserved()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
 def test_saved_tensors_leave_the_device() -> None:
@@ -109,7 +109,8 @@ def test_saved_tensors_leave_the_device() -> None:
     for levers in ({}, {"offload_saved": {"smallest_bytes": 2**20}}):
         with forced(model, cross_entropy, **levers) as step:
             peaks.append(peak_bytes(step, batch))
-    assert peaks[0] - peaks[1] >= (LAYERS - 6) * activation_bytes
+    for before, after in zip(*peaks):
+        assert before - after >= (LAYERS - 6) * activation_bytes
 
 
 def test_pinned_memory_is_used_again_in_the_next_step() -> None:
@@ -202,7 +203,8 @@ def test_state_is_off_the_device_in_forward_and_backward() -> None:
             peaks.append(peak_bytes(step, batch))
         del optimizer
         model.zero_grad()
-    assert peaks[0] - peaks[1] >= 0.9 * state_bytes
+    # Segments are shared with what stays, so only what is allocated falls by all of it.
+    assert peaks[0][0] - peaks[1][0] >= 0.99 * state_bytes
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
@@ -49,18 +50,23 @@ class Standing:
         self._declared = declared
         self._stack = contextlib.ExitStack()
         self._levers: Sequence[Lever] = []
+        self._brought: dict[str, dict[str, Any]] = {}
 
     def bring(self, plan: Plan) -> None:
         """Puts in place what ``plan`` needs, unless it stands already."""
+        # Asked in every step, and mostly for the plan of the step before.
+        if plan.levers == self._brought:
+            return
         levers = [lever for lever in levers_of(plan) if isinstance(lever, StandingLever)]
         if levers != self._levers:
             self.close()
             self._stack.enter_context(standing(plan, self._declared))
             self._levers = levers
+        self._brought = plan.levers
 
     def close(self) -> None:
         """Puts back everything."""
-        self._levers = []
+        self._levers, self._brought = [], {}
         self._stack.close()
 
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from samegrad.errors import UsageError
 
-
 # Copies to the host that may be on their way.
 _MOST_LEAVING = 2
 

@@ -5,8 +5,8 @@ Costs: a narrow copy of each weight while a chunk runs, and rounding.
 Why the gradient is the same: it is not, bit for bit; it is that of the same function, rounded to the narrower dtype.
 So the lever is ROUNDED and taken only where the step allows it. Backward runs outside autocast, every operation in
 the dtype of its forward; weights' gradients are added up in the weights' own dtype.
-Refuses: steps that are under autocast already (that is the reference then), models without float32 parameters, and
-float16 without a scaler.
+Refuses: steps that are under autocast already (it is part of the plain step then), models without float32 parameters,
+and float16 without a scaler.
 Source: Micikevicius et al. 2017, "Mixed Precision Training", arXiv:1710.03740; torch.amp.
 """
 

@@ -5,7 +5,7 @@ on CUDA in bfloat16 and float16, and none or less than none elsewhere: taken by 
 Costs: a copy of each chunk's images; strides of weights, of their gradients and of optimizer state while it stands.
 Why the gradient is the same: every value is where its index says, only strides change; kernels add up in another
 order, so it is the same sum and not the same bits. Strides are put back when the plan goes.
-Refuses: models without a convolution.
+Refuses: models without a convolution over two or three dimensions.
 Source: PyTorch tutorial "Channels Last Memory Format in PyTorch".
 """
 
@@ -30,7 +30,7 @@ from samegrad.records import Exactness, Footprint
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NO_CONVOLUTION = "the model has no convolution over two or three dimensions"
+_NO_CONVOLUTION = "the model has no convolution over two or three dimensions whose weight has memory of its own"
 
 
 @dataclasses.dataclass(frozen=True)

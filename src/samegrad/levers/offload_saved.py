@@ -6,7 +6,7 @@ Costs: every kept byte travels twice. Out it goes beside the computation, on a s
 its way in. Pinned host memory, in blocks of powers of two.
 Why the gradient is the same: backward reads the bits that forward kept, with the same strides. A kept tensor that is
 modified in place before backward raises, as autograd does.
-Refuses: models on the CPU, where it is on the host already.
+Refuses: models on the CPU, where it is on the host already. In a forward that uses torch.func, torch refuses it.
 Source: Rhu et al. 2016, "vDNN", arXiv:1602.08124; torch.autograd.graph.save_on_cpu.
 """
 

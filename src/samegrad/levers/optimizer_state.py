@@ -152,7 +152,7 @@ def _in_shared_memory(tensors: list[Tensor]) -> set[int]:
     seen: dict[int, int] = {}
     shared: set[int] = set()
     for tensor in tensors:
-        if type(tensor) is Tensor or isinstance(tensor, torch.nn.Parameter):
+        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
             if seen.setdefault(storage.data_ptr(), id(tensor)) != id(tensor) or storage.nbytes() != tensor.nbytes:
                 shared.add(storage.data_ptr())
