@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from samegrad.declared import checked_loss, declare, default_forward, plain_loss
+from samegrad.declared import Within, checked_loss, declare, default_forward, plain_loss
 from samegrad.errors import UsageError
 
 from .contract.plain import cross_entropy, labelled, mlp
@@ -134,3 +136,25 @@ def test_parameters_on_two_devices_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(UsageError, match="cpu, meta"):
         declare(model, cross_entropy)
+
+
+def test_a_function_within_a_block_is_still_seen_for_what_it_is() -> None:
+    class Loss(nn.Module):
+        def forward(self, outputs: Tensor, batch: Any) -> Tensor:
+            return cross_entropy(outputs, batch)
+
+    entered: list[Any] = []
+
+    @contextlib.contextmanager
+    def block(*arguments: Any) -> Iterator[None]:
+        entered.append(arguments)
+        yield
+        entered.append("left")
+
+    step = declare(mlp(), Loss())
+    changed = dataclasses.replace(step, loss_fn=Within(Within(step.loss_fn, block), block))
+    assert changed.loss_module is step.loss_fn and changed.modules == step.modules
+    outputs = torch.zeros(len(Y), 3)
+    assert torch.equal(changed.loss_fn(outputs, (X, Y)), cross_entropy(outputs, (X, Y)))
+    assert [entry == "left" for entry in entered] == [False, False, True, True]
+    assert entered[0][0] is outputs

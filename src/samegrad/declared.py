@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,21 @@ Normalise = Literal["mean", "sum"] | Callable[[Any], Any]
 
 # Keys of a mapping batch that belong to the loss. A model that takes labels would compute its own loss inside.
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets", "y"})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Within:
+    """``function``, every call of it inside a block of its own, ``block(*arguments)``: how a lever changes a step.
+
+    An object and not a closure, so that what the user's function is and holds can still be seen.
+    """
+
+    function: Callable[..., Any]
+    block: Callable[..., AbstractContextManager[object]]
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self.block(*arguments):
+            return self.function(*arguments)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +72,10 @@ class DeclaredStep:
 
     @property
     def loss_module(self) -> nn.Module | None:
-        return self.loss_fn if isinstance(self.loss_fn, nn.Module) else None
+        loss: Any = self.loss_fn
+        while isinstance(loss, Within):
+            loss = loss.function
+        return loss if isinstance(loss, nn.Module) else None
 
     @property
     def modules(self) -> list[nn.Module]:

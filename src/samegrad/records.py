@@ -203,13 +203,44 @@ class Variant(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Effect(Record):
+    """What a lever that leaves the chunks as they are changes, as traced: a lever's name, its knobs, what it gives.
+
+    ``saved_fixed_bytes`` and ``saved_row_bytes`` (for each row at a time) are fewer at the peak of each of ``phases``;
+    below 0 they are more. ``added_seconds_per_row`` and ``added_seconds_per_chunk``: below 0 it is faster.
+    ``host_buffer_bytes`` and ``host_buffer_row_bytes``: of each buffer that it holds on the host, those of one size
+    and those that grow with the rows at a time.
+    """
+
+    lever: str
+    knobs: dict[str, Any]
+    phases: tuple[Phase, ...] = tuple(Phase)
+    saved_fixed_bytes: float = 0.0
+    saved_row_bytes: float = 0.0
+    added_seconds_per_row: float = 0.0
+    added_seconds_per_chunk: float = 0.0
+    host_buffer_bytes: tuple[int, ...] = ()
+    host_buffer_row_bytes: tuple[float, ...] = ()
+
+    def saved_bytes(self, phase: Phase, *, rows: int) -> float:
+        """What is fewer at the peak of ``phase``."""
+        return self.saved_fixed_bytes + self.saved_row_bytes * rows if phase in self.phases else 0.0
+
+    def host_bytes(self, *, rows: int) -> int:
+        """Pinned host memory, every buffer rounded up to a power of two as the pinned allocator does."""
+        sizes = [*self.host_buffer_bytes, *(math.ceil(each * rows) for each in self.host_buffer_row_bytes)]
+        return sum(1 << (size - 1).bit_length() for size in sizes if size > 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Footprint(Record):
     """What a step holds and how long it takes, at a number of rows at a time.
 
     ``rows`` of ``batch_rows`` at a time. ``by_category`` is what is live at the peak, ``by_phase`` the peak inside
     each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step;
     ``variants`` are the ways to run a model in chunks that cannot be split by rows. ``kept_row_bytes``: what a row's
-    graph holds when it is kept from the first of two passes.
+    graph holds when it is kept from the first of two passes. ``effects``: what levers change that leave the chunks as
+    they are, ``host_bytes`` the pinned host memory that they take.
     ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.
     ``resident_bytes`` (parameters, gradients, optimizer
     state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
@@ -238,6 +269,8 @@ class Footprint(Record):
     plain_laws: tuple[PhaseLaw, ...] = ()
     variants: tuple[Variant, ...] = ()
     kept_row_bytes: float | None = None
+    effects: tuple[Effect, ...] = ()
+    host_bytes: int | None = None
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
     timeline: tuple[TimelinePoint, ...] = ()

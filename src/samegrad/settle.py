@@ -24,8 +24,9 @@ from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import FailsOnFewRows
-from samegrad.execute.apply import applied, chunked_step
+from samegrad.execute.apply import applied, chunked_step, in_force
 from samegrad.execute.ways import MappingLever, Ways, find_ways
+from samegrad.levers import unsuited_levers
 from samegrad.levers._variants import variant_in
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
@@ -119,7 +120,7 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
             "often as its own measurements ask",
             do="say how many rows run at a time: rows= or plan=",
         )
-    refusals = dict(ways.refusals)
+    refusals = ways.refusals | unsuited_levers(declared)
     if ways.refusal is not None:
         refusals["split_rows"] = ways.refusal.found
     if not _rows_are_elsewhere(batch, layout, declared.device):
@@ -293,7 +294,9 @@ def settle(
         shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
         parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
         missing = measurement.missing_state_bytes
-        rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
+        with in_force(plan, declared, layout.rows) as running:
+            chunked = dataclasses.replace(chunked, declared=running.declared)
+            rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
         # Not there to be measured: what the loss keeps of rows that were left out.
         laws = _laws_of(plan, footprint)
         unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
@@ -320,10 +323,12 @@ def _whole_if_close(
     """
     if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most_bytes:
         return None
-    rung = measure_whole(
-        declared, batch, declared.layout(batch), StepDraws(measurement.ways.sites),
-        missing_state_bytes=measurement.missing_state_bytes,
-    )  # fmt: skip
+    layout = declared.layout(batch)
+    with in_force(plan, declared, layout.rows) as execution:
+        rung = measure_whole(
+            execution.declared, batch, layout, StepDraws(measurement.ways.sites),
+            missing_state_bytes=measurement.missing_state_bytes,
+        )  # fmt: skip
     if rung is None:
         return "out of memory"
     return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"

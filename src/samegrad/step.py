@@ -29,7 +29,7 @@ from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
-from samegrad.execute.apply import applied, chunked_step
+from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
 from samegrad.execute.ways import Ways, check_lever, find_ways, is_mapping
 from samegrad.levers import Execution, levers_of
 from samegrad.measure import counters
@@ -102,6 +102,7 @@ class Step:
         self._model_accepted = False
         self._plans: dict[tuple[str, str], tuple[Plan, Footprint]] = {}
         self._accepted_levers: set[tuple[str, str]] = set()
+        self._standing = Standing(self.declared)
         self._closed = False
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
@@ -122,10 +123,17 @@ class Step:
                 do="call it outside that block",
             )
         layout, execution = self._agreed_execution(batch)
+        check_scaled(execution, scaler)
+        # Examined first: what levers put on the model is not the user's.
         chunked = self._chunked(execution, batch, layout)
-        if chunked is None or execution.sizes is None:
-            return plain_backward(self.declared, batch, layout, scaler, self.draws_for(batch, layout))
-        return chunked.backward(batch, layout, execution.sizes, scaler)
+        draws = self.draws_for(batch, layout) if chunked is None else None
+        assert self.plan is not None
+        self._standing.bring(self.plan)
+        with applied(self.plan, self.declared, layout.rows) as running:
+            if chunked is None or execution.sizes is None:
+                return plain_backward(running.declared, batch, layout, scaler, draws)
+            chunked = dataclasses.replace(chunked, declared=running.declared)
+            return chunked.backward(batch, layout, execution.sizes, scaler)
 
     def prepare(self, worst_batch: Any) -> Plan:
         """The plan for batches up to ``worst_batch``'s rows, made now instead of at the first backward."""
@@ -154,7 +162,11 @@ class Step:
         return explain_plan(self.plan, self.footprint)
 
     def close(self) -> None:
-        """Gives back what the step holds beyond the model: pinned buffers, the reader thread, the allocator's cap."""
+        """Gives back what the step holds beyond the model: pinned buffers, the reader thread, the allocator's cap.
+
+        What levers put in place between steps (strides of weights, optimizer state on the host) is put back.
+        """
+        self._standing.close()
         self._prefetcher.close()
         if self._capped:
             counters.uncap_allocator(self.declared.device)
@@ -261,6 +273,7 @@ class Step:
             key = (layout.signature(batch), self.declared.mode())
             known = self._plans.get(key)
             if known is None or layout.rows > known[0].batch_rows:
+                self._standing.close()
                 known = self._plans[key] = self._planned(batch, layout)
             self.plan, self.footprint = known
         assert self.plan is not None

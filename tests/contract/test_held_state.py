@@ -147,10 +147,12 @@ def test_a_declared_loss_that_keeps_state_is_refused() -> None:
         sg.Step(mlp(), loss_fn, rows=8, normalise="mean").backward(labelled(N))
 
 
-def test_a_step_that_raises_puts_it_back() -> None:
+@pytest.mark.parametrize("lever", [{}, {"autocast": {}}, {"offload_saved": {"smallest_bytes": 0}}], ids=str)
+def test_a_step_that_raises_puts_it_back(lever: dict[str, Any]) -> None:
     loss_fn, _, read = closure()
     model = mlp()
-    step = sg.Step(model, loss_fn, rows=8)
+    plan = sg.Plan(levers={"split_rows": {"rows": 8}, **lever}, exactness=sg.Exactness.SAME_SUM, batch_rows=N)
+    step = sg.Step(model, loss_fn, plan=plan, allow=sg.Exactness.ROUNDED)
     step.backward(labelled(N))
     before = copy.deepcopy(read())
 

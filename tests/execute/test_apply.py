@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from samegrad.declared import declare
-from samegrad.execute.apply import applied
+from samegrad.declared import DeclaredStep, declare
+from samegrad.errors import UsageError
+from samegrad.execute.apply import Standing, applied, in_force
 from samegrad.records import Exactness, Plan
 
+from ..contract.lever_zoo import cnn
 from ..contract.plain import cross_entropy, mlp
 
 
@@ -31,3 +34,51 @@ def test_levers_in_force_say_how_the_batch_at_hand_is_run() -> None:
 def test_an_exception_inside_reaches_the_caller() -> None:
     with pytest.raises(ZeroDivisionError), applied(plan(split_rows={"rows": 4}), declare(mlp(), cross_entropy), 10):
         raise ZeroDivisionError
+
+
+def convolved() -> tuple[DeclaredStep, torch.optim.Optimizer]:
+    model, _ = cnn()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return declare(model, cross_entropy, optimizer=optimizer), optimizer
+
+
+def stands(step: DeclaredStep, optimizer: torch.optim.Optimizer) -> tuple[bool, int]:
+    """Whether weights have their channels last, and how many hooks the optimizer has."""
+    [weight] = [p for name, p in step.model.named_parameters() if name == "0.weight"]
+    return not weight.is_contiguous(), len(optimizer._optimizer_step_pre_hooks)
+
+
+def test_what_stands_stays_until_a_plan_that_needs_other_comes_or_it_is_closed() -> None:
+    step, optimizer = convolved()
+    standing = Standing(step)
+    standing.bring(plan(layout={}, optimizer_state={}))
+    assert stands(step, optimizer) == (True, 2)
+    hooks = list(optimizer._optimizer_step_pre_hooks)
+    standing.bring(plan(layout={}, optimizer_state={}, split_rows={"rows": 3}))
+    assert list(optimizer._optimizer_step_pre_hooks) == hooks
+    standing.bring(plan(optimizer_state={}))
+    assert stands(step, optimizer) == (False, 1)
+    standing.bring(plan(split_rows={"rows": 3}))
+    assert stands(step, optimizer) == (False, 0)
+    standing.bring(plan(layout={}))
+    for _ in range(2):
+        standing.close()
+        assert stands(step, optimizer) == (False, 0)
+
+
+def test_what_cannot_stand_leaves_nothing_standing_and_is_tried_again() -> None:
+    model, _ = cnn()
+    standing = Standing(declare(model, cross_entropy))
+    for _ in range(2):
+        with pytest.raises(UsageError, match="optimizer="):
+            standing.bring(plan(layout={}, optimizer_state={}))
+        assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_in_force_is_both_and_is_undone_after_an_exception() -> None:
+    step, optimizer = convolved()
+    with pytest.raises(ZeroDivisionError), in_force(plan(layout={}, split_rows={"rows": 4}), step, 10) as execution:
+        assert execution.sizes == (4, 4, 2) and execution.declared is not step
+        assert stands(step, optimizer) == (True, 1)
+        raise ZeroDivisionError
+    assert stands(step, optimizer) == (False, 0)

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import samegrad.levers as folder
 from samegrad.declared import DeclaredStep, declare
 from samegrad.errors import BadInput
 from samegrad.execute.apply import applied
 from samegrad.levers import Execution, Lever, Slot, find_levers, levers_of
-from samegrad.records import Exactness, Phase, Plan, Variant
+from samegrad.records import Effect, Exactness, Phase, Plan, Variant
 
-from ..contract.plain import cross_entropy, mlp
+from ..contract.lever_zoo import cnn
+from ..contract.plain import cross_entropy
 from ..plan.test_choose import MIB, footprint, law
 
 LEVERS = find_levers()
@@ -25,7 +27,9 @@ BATCH_ROWS = 1000
 
 
 def declared() -> DeclaredStep:
-    return declare(mlp(), cross_entropy)
+    """A step that every lever can be forced on."""
+    model, _ = cnn()
+    return declare(model, cross_entropy, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
 
 
 # What those levers that run parts of a model in chunks have measured.
@@ -38,7 +42,19 @@ VARIANTS = tuple(
         ("recompute", {"blocks": ["0", "2"]}, 0.0),
     )
 )
-STEP = footprint(refusals={}, variants=VARIANTS)
+# What those that leave the chunks as they are were traced to change.
+EFFECTS = tuple(
+    Effect(lever=name, knobs=knobs, saved_row_bytes=MIB / 4)
+    for name, knobs in (
+        ("autocast", {"dtype": "bfloat16", "full_precision": []}),
+        ("autocast", {"dtype": "float16", "full_precision": ["0", "4"]}),
+        ("layout", {}),
+        ("offload_saved", {"smallest_bytes": MIB, "modules": None}),
+        ("offload_saved", {"smallest_bytes": 0, "modules": ["0"]}),
+        ("optimizer_state", {}),
+    )
+)
+STEP = footprint(refusals={}, variants=VARIANTS, effects=EFFECTS)
 
 
 def examples(lever: type[Lever]) -> list[Lever]:
@@ -86,6 +102,39 @@ def test_a_lever_undoes_itself_also_after_an_exception(lever: Any) -> None:
         with pytest.raises(ZeroDivisionError), example.apply(execution):
             raise ZeroDivisionError
     assert {name: dict(vars(part)) for name, part in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("lever", [lever for lever in LEVERS.values() if hasattr(lever, "standing")])
+def test_a_lever_that_stands_between_steps_undoes_that_also_after_an_exception(lever: Any) -> None:
+    step = declared()
+    assert step.optimizer is not None
+    batch = cnn()[1]
+    cross_entropy(step.model(batch[0]), batch).backward()
+    step.optimizer.step()
+    before = standing_of(step)
+    for example in examples(lever):
+        with example.standing(step):
+            assert standing_of(step) != before
+            # As where a plan that stands is measured.
+            with example.standing(step):
+                pass
+        assert standing_of(step) == before
+        with pytest.raises(ZeroDivisionError), example.standing(step):
+            raise ZeroDivisionError
+        assert standing_of(step) == before
+
+
+def standing_of(step: DeclaredStep) -> list[Any]:
+    """What a lever may change between steps: strides, values, the optimizer's hooks and its state."""
+    assert step.optimizer is not None
+    state = [leaf for entry in step.optimizer.state.values() for leaf in entry.values() if leaf is not None]
+    tensors = [*step.model.state_dict().values(), *(p.grad for p in step.model.parameters()), *state]
+    return [
+        [(t.stride(), t.tolist(), t.device) for t in tensors],
+        list(step.optimizer._optimizer_step_pre_hooks),
+        list(step.optimizer._optimizer_step_post_hooks),
+        {name: dict(vars(part)) for name, part in step.model.named_modules()},
+    ]
 
 
 @EVERY

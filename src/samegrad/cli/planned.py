@@ -9,7 +9,7 @@ import samegrad as sg
 from samegrad import trees
 from samegrad.cli.training import Training
 from samegrad.errors import BudgetTooSmall, UsageError
-from samegrad.execute.apply import applied
+from samegrad.execute.apply import applied, in_force
 from samegrad.levers import levers_of
 from samegrad.measure.counters import read_budget
 from samegrad.measure.probe import probe_plain, probe_split
@@ -132,10 +132,13 @@ def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footp
     whole = measured_rows == layout.rows
     if execution.runs_whole:
         draws = step.draws_for(batch, layout)
-        probe = probe_plain(step.declared, batch, layout, batch_rows=layout.rows, draws=draws)
+        with in_force(step.plan, step.declared, layout.rows) as running:
+            probe = probe_plain(running.declared, batch, layout, batch_rows=layout.rows, draws=draws)
     else:
         shown = sizes if whole else trees.even_sizes(measured_rows, max(sizes))
-        probe = probe_split(step.split_for(batch, layout), batch, layout, shown)
+        chunked = step.split_for(batch, layout)
+        with in_force(step.plan, step.declared, layout.rows) as running:
+            probe = probe_split(dataclasses.replace(chunked, declared=running.declared), batch, layout, shown)
     return dataclasses.replace(
         footprint,
         origin=Origin.MEASURED,

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from samegrad.declared import DeclaredStep
+from samegrad.declared import DeclaredStep, Within
 from samegrad.errors import UsageError
 from samegrad.exact.attributes import Attribute, arrays_in, can_hold_state
 
@@ -136,6 +136,8 @@ class _Search:
         if isinstance(value, nn.Module):
             self.modules.append(value)
             self._seen |= {id(part) for part in value.modules()}
+        elif isinstance(value, Within):
+            self.look(value.function, name, depth)
         elif isinstance(value, functools.partial):
             for at, held in ((value.func, ""), *((part, f"({i})") for i, part in enumerate(value.args))):
                 self._fixed(at, name + held, depth)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from samegrad.declared import DeclaredStep
+from samegrad.errors import UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.mapped import ChunkedStep, MappedStep
 from samegrad.exact.split import Chunks, SplitStep
 from samegrad.execute.ways import Ways
-from samegrad.levers import Execution, levers_of
+from samegrad.levers import Execution, Lever, StandingLever, levers_of
 from samegrad.records import Plan
 
 
@@ -22,6 +24,60 @@ def applied(plan: Plan, declared: DeclaredStep, batch_rows: int) -> Iterator[Exe
         for lever in levers_of(plan):
             execution = stack.enter_context(lever.apply(execution))
         yield execution
+
+
+@contextlib.contextmanager
+def standing(plan: Plan, declared: DeclaredStep) -> Iterator[None]:
+    """A block in which stands what ``plan`` needs between steps as well, for batches of any number of rows."""
+    with contextlib.ExitStack() as stack:
+        for lever in levers_of(plan):
+            if isinstance(lever, StandingLever):
+                stack.enter_context(lever.standing(declared))
+        yield
+
+
+@contextlib.contextmanager
+def in_force(plan: Plan, declared: DeclaredStep, batch_rows: int) -> Iterator[Execution]:
+    """Both: the execution of ``plan`` on a batch, and what stands as long as the plan is in force."""
+    with standing(plan, declared), applied(plan, declared, batch_rows) as execution:
+        yield execution
+
+
+class Standing:
+    """What stands for a step's plans: it stays from batch to batch, and goes when a plan that needs other comes."""
+
+    def __init__(self, declared: DeclaredStep) -> None:
+        self._declared = declared
+        self._stack = contextlib.ExitStack()
+        self._levers: Sequence[Lever] = []
+        self._brought: dict[str, dict[str, Any]] = {}
+
+    def bring(self, plan: Plan) -> None:
+        """Puts in place what ``plan`` needs, unless it stands already."""
+        # Asked in every step, and mostly for the plan of the step before.
+        if plan.levers == self._brought:
+            return
+        levers = [lever for lever in levers_of(plan) if isinstance(lever, StandingLever)]
+        if levers != self._levers:
+            self.close()
+            self._stack.enter_context(standing(plan, self._declared))
+            self._levers = levers
+        self._brought = plan.levers
+
+    def close(self) -> None:
+        """Puts back everything."""
+        self._levers, self._brought = [], {}
+        self._stack.close()
+
+
+def check_scaled(execution: Execution, scaler: object) -> None:
+    """Raises UsageError where gradients would vanish without a ``scaler`` and there is none."""
+    if execution.needs_scaler and scaler is None:
+        raise UsageError(
+            asked="step.backward(batch) under a plan in float16",
+            found="no scaler=, and what is below 6e-8 is zero in float16: small gradients would be lost",
+            do="step.backward(batch, scaler=torch.amp.GradScaler()), and its step and update, or plan for bfloat16",
+        )
 
 
 def chunked_step(

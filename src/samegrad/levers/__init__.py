@@ -9,11 +9,12 @@ import itertools
 import pkgutil
 from typing import cast
 
+from samegrad.declared import DeclaredStep
 from samegrad.errors import BadInput
-from samegrad.levers._lever import Execution, Lever, Slot
+from samegrad.levers._lever import ChoosyLever, Execution, Lever, Slot, StandingLever
 from samegrad.records import Plan
 
-__all__ = ["Execution", "Lever", "Slot", "find_levers", "levers_of"]
+__all__ = ["Execution", "Lever", "Slot", "StandingLever", "find_levers", "levers_of", "unsuited_levers"]
 
 
 def find_levers() -> dict[str, type[Lever]]:
@@ -61,3 +62,10 @@ def levers_of(plan: Plan) -> list[Lever]:
                 do="keep one of them, or plan again",
             )
     return chosen
+
+
+def unsuited_levers(declared: DeclaredStep) -> dict[str, str]:
+    """The levers that a declared step cannot take, or gains nothing by, each with the reason."""
+    levers: dict[str, object] = {**find_levers()}
+    asked = {name: lever.unsuited(declared) for name, lever in levers.items() if isinstance(lever, ChoosyLever)}
+    return {name: reason for name, reason in asked.items() if reason is not None}

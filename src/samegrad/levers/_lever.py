@@ -10,7 +10,7 @@ import dataclasses
 import enum
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from samegrad.declared import DeclaredStep
 from samegrad.exact.mapped import Scheme
@@ -37,7 +37,7 @@ class Execution:
 
     ``rows_on_host``: the batch stays where it is and only chunks travel. ``kept_chunks``: how many keep their graph
     from the first of two passes. ``scheme``: what puts parts of the model into chunks, where rows cannot be split
-    through the whole model.
+    through the whole model. ``needs_scaler``: gradients vanish where the loss is not scaled.
     """
 
     declared: DeclaredStep
@@ -46,6 +46,7 @@ class Execution:
     rows_on_host: bool = False
     kept_chunks: int = 0
     scheme: Scheme | None = None
+    needs_scaler: bool = False
 
     @property
     def runs_whole(self) -> bool:
@@ -79,3 +80,21 @@ class Lever(Protocol):
         ...
 
     def knobs(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class StandingLever(Protocol):
+    """A lever that also puts something in place for as long as its plan is in force, between steps as well."""
+
+    def standing(self, declared: DeclaredStep) -> AbstractContextManager[None]:
+        """A block in which it stands; leaving it puts everything back, on every way out."""
+        ...
+
+
+@runtime_checkable
+class ChoosyLever(Protocol):
+    """The class of a lever that some declared steps cannot take, or gain nothing by, before anything is measured."""
+
+    def unsuited(self, declared: DeclaredStep) -> str | None:
+        """Why this step is one of them, with the place, or None."""
+        ...

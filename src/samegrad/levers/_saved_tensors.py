@@ -1,0 +1,198 @@
+"""Saved tensors of a forward that wait for backward on the host, bit for bit and with their strides.
+
+1. A storage travels whole and once, however many views of it are saved; it comes back once while something holds it.
+   What is still on the device when it is asked for is used as it is.
+2. torch checks no versions behind hooks, so it is done here, for tensors that stay as well.
+3. Hooks see tensors with their graph, which what is saved must not hold: hence detached ones.
+
+On CUDA copies leave on a stream of their own. Two may be on their way while the computation goes on; then it waits, so
+that their memory is free for what comes next in its order. (``record_stream`` would free it when the host happens to
+see that a copy is done; the host is far ahead, and nothing would be saved.) Pinned memory comes from torch's caching
+allocator, which keeps blocks for the next step and hands none out again before the copies that use it are done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from samegrad.errors import UsageError
+
+# Copies to the host that may be on their way.
+_MOST_LEAVING = 2
+
+
+class SavedTensors:
+    """Hooks for one forward. ``resident``: tensors that stay on the device whether they are saved or not."""
+
+    def __init__(self, smallest_bytes: int, resident: Iterable[Tensor]) -> None:
+        self._smallest_bytes = max(1, smallest_bytes)
+        self._resident = {t.untyped_storage().data_ptr() for t in resident if _is_plain(t)}
+        self._copies: dict[tuple[int, int, int], _HostCopy] = {}
+        # Storages are held until the computation has waited for their copies.
+        self._leaving: deque[tuple[torch.UntypedStorage, _HostCopy]] = deque()
+
+    @classmethod
+    def all_staying(cls) -> SavedTensors:
+        """Hooks under which nothing travels."""
+        return cls(sys.maxsize, [])
+
+    @contextlib.contextmanager
+    def travelling(self) -> Iterator[None]:
+        """A block in which what autograd saves goes to the host."""
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self._let_go(0)
+
+    def _pack(self, tensor: Tensor) -> _Staying | _Travelling:
+        if not _is_plain(tensor) or not self._is_worth_it(tensor.untyped_storage()):
+            return _Staying.of(tensor)
+        return _Travelling.of(tensor, self._copy_of(tensor))
+
+    def _is_worth_it(self, storage: torch.UntypedStorage) -> bool:
+        return storage.nbytes() >= self._smallest_bytes and storage.data_ptr() not in self._resident
+
+    def _copy_of(self, tensor: Tensor) -> _HostCopy:
+        storage = tensor.untyped_storage()
+        # Written in place between two times that it is saved, it holds something else. Parts of a storage may be
+        # counted apart (recurrent layers write gates so), and what one count says is nothing about the others.
+        counted = tensor if tensor._base is None else tensor._base
+        key = (storage.data_ptr(), id(counted), tensor._version)
+        copy = self._copies.get(key)
+        # Once a storage is freed, another may stand at its address.
+        if copy is None or not copy.is_of(storage, counted):
+            copy = self._copies[key] = _HostCopy(storage, counted)
+            self._leaving.append((storage, copy))
+            self._let_go(_MOST_LEAVING)
+        return copy
+
+    def _let_go(self, most: int) -> None:
+        """Holds at most ``most`` storages for copies that are on their way."""
+        while len(self._leaving) > most:
+            self._leaving.popleft()[1].wait_until_left()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Staying:
+    """A saved tensor that stays where it is, and how often it had been written in place."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Staying:
+        return cls(tensor.detach(), tensor._version)
+
+    def unpacked(self) -> Tensor:
+        _check_unwritten(self.tensor, self.version, self.tensor.shape)
+        return self.tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Travelling:
+    """A view of a storage that is on the host. ``counter`` counts what is written in place on the tensor saved."""
+
+    copy: _HostCopy
+    dtype: torch.dtype
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    counter: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, copy: _HostCopy) -> _Travelling:
+        # Detached, it shares the count; with other data, it holds none of the memory that is to be free.
+        counter = tensor.detach()
+        counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        offset = int(tensor.storage_offset())
+        return cls(copy, tensor.dtype, offset, tensor.shape, tensor.stride(), counter, tensor._version)
+
+    def unpacked(self) -> Tensor:
+        _check_unwritten(self.counter, self.version, self.shape)
+        storage = self.copy.brought_back()
+        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return empty.set_(storage, self.offset, self.shape, self.stride)
+
+
+def _unpack(packed: _Staying | _Travelling) -> Tensor:
+    return packed.unpacked()
+
+
+class _HostCopy:
+    """The bytes of a storage on the host; while somebody else holds it, also the storage or what it came back as."""
+
+    def __init__(self, storage: torch.UntypedStorage, counted: Tensor) -> None:
+        self._device = storage.device
+        self._storage, self._counted = weakref.ref(storage), weakref.ref(counted)
+        self._bytes = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self._left: torch.cuda.Event | None = None
+        self._send(_bytes_of(storage))
+
+    def is_of(self, storage: torch.UntypedStorage, counted: Tensor) -> bool:
+        """Whether these are bytes of ``storage`` as ``counted`` counts what is written on it."""
+        return self._storage() is storage and self._counted() is counted
+
+    def wait_until_left(self) -> None:
+        """What is computed from now on comes after the copy to the host."""
+        if self._left is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._left)
+
+    def brought_back(self) -> torch.UntypedStorage:
+        storage = self._storage()
+        if storage is None:
+            there = torch.empty(self._bytes.shape, dtype=torch.uint8, device=self._device)
+            self.wait_until_left()
+            there.copy_(self._bytes, non_blocking=True)
+            storage = there.untyped_storage()
+            self._storage = weakref.ref(storage)
+        return storage
+
+    def _send(self, there: Tensor) -> None:
+        if self._device.type != "cuda":
+            self._bytes.copy_(there)
+            return
+        stream = _stream_to_host(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._bytes.copy_(there, non_blocking=True)
+        self._left = stream.record_event()
+
+
+@functools.cache
+def _stream_to_host(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is its dtype, shape and strides over a storage, and nothing else."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_meta)
+    )
+
+
+def _check_unwritten(tensor: Tensor, version: int, shape: torch.Size) -> None:
+    if tensor._version != version:
+        raise UsageError(
+            asked="gradients of the tensors that the forward used",
+            found=f"a tensor of shape {tuple(shape)} that backward needs was modified in place after it was saved "
+            f"(version {tensor._version}, saved at {version})",
+            do="write its new values into another tensor (x = x + 1 for x += 1); the step fails without "
+            "offload_saved as well",
+        )

@@ -1,0 +1,216 @@
+"""The optimizer's state on the host between steps: the bits of plain training, whatever is done with it meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import samegrad as sg
+from samegrad.declared import declare
+from samegrad.errors import UsageError
+from samegrad.levers.optimizer_state import OptimizerState, _TravellingState
+
+from ..contract.lever_zoo import cnn, forced, mlp, plan_with
+from ..contract.plain import assert_bitwise, cross_entropy, same
+
+Patch = pytest.MonkeyPatch
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def in_groups(model: nn.Module) -> torch.optim.Optimizer:
+    first, *rest = model.parameters()
+    return torch.optim.AdamW([{"params": [first], "lr": 0.1}, {"params": rest, "weight_decay": 0.3}], amsgrad=True)
+
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.01),
+    "foreach": lambda model: torch.optim.Adam(model.parameters(), lr=0.01, foreach=True),
+    "fused": lambda model: torch.optim.Adam(model.parameters(), lr=0.01, fused=True),
+    "groups": in_groups,
+    "adafactor": lambda model: torch.optim.Adafactor(model.parameters()),
+    "adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=0.1),
+    "lbfgs": lambda model: torch.optim.LBFGS(model.parameters(), max_iter=3, history_size=2),
+}
+EVERY = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+class Training:
+    """Steps of plain PyTorch, or under the lever."""
+
+    def __init__(self, name: str, *, lever: bool, model: nn.Module | None = None) -> None:
+        made, self.batch = cnn()
+        self.model = made if model is None else model
+        self.optimizer = OPTIMIZERS[name](self.model)
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.5)
+        self.step: sg.Step | None = None
+        if lever:
+            self.step = forced(self.model, cross_entropy, optimizer=self.optimizer, optimizer_state={})
+
+    def closure(self) -> Tensor:
+        self.optimizer.zero_grad()
+        if self.step is not None:
+            return self.step.backward(self.batch)
+        loss = cross_entropy(self.model(self.batch[0]), self.batch)
+        loss.backward()
+        return loss.detach()
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            if isinstance(self.optimizer, torch.optim.LBFGS):
+                self.optimizer.step(self.closure)
+            else:
+                self.closure()
+                self.optimizer.step()
+            self.schedule.step()
+
+
+def contents(training: Training) -> list[Any]:
+    """Weights and state, in copies."""
+    return copy.deepcopy([training.model.state_dict(), training.optimizer.state_dict()])
+
+
+@EVERY
+def test_training_is_plain_training_bit_for_bit_and_so_is_the_state_at_any_time(name: str) -> None:
+    plain, ours = Training(name, lever=False), Training(name, lever=True)
+    for _ in range(4):
+        plain.run(1)
+        ours.run(1)
+        assert same(contents(ours), contents(plain))
+    assert ours.step is not None
+    ours.step.close()
+    assert same(contents(ours), contents(plain))
+    plain.run(1)
+    ours.model.zero_grad()
+    ours.step = None
+    ours.run(1)
+    assert same(contents(ours), contents(plain))
+
+
+@EVERY
+def test_a_checkpoint_taken_between_steps_is_plains_and_is_loaded_between_steps(name: str) -> None:
+    plain, ours = Training(name, lever=False), Training(name, lever=True)
+    plain.run(2)
+    ours.run(2)
+    file = io.BytesIO()
+    torch.save(ours.optimizer.state_dict(), file)
+    weights = copy.deepcopy(ours.model.state_dict())
+    taken = contents(plain)
+    plain.run(2)
+    ours.run(2)
+    assert not same(contents(ours), taken) and same(contents(ours), contents(plain))
+    ours.model.load_state_dict(weights)
+    file.seek(0)
+    ours.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    assert same(contents(ours), taken)
+    ours.run(2)
+    if name != "lbfgs":  # its own counters of calls go on
+        assert same(ours.model.state_dict(), plain.model.state_dict())
+
+
+def test_what_was_taken_from_the_state_stays_what_it_was() -> None:
+    ours = Training("adam", lever=True)
+    ours.run(2)
+    taken = [t.cpu() for state in ours.optimizer.state.values() for t in state.values() if t.dim()]
+    before = [t.clone() for t in taken]
+    ours.run(2)
+    assert all(torch.equal(a, b) for a, b in zip(taken, before))
+
+
+@EVERY
+def test_an_exception_in_the_optimizers_step_loses_nothing(name: str) -> None:
+    plain, ours = Training(name, lever=False), Training(name, lever=True)
+    plain.run(2)
+    ours.run(2)
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    handle = ours.optimizer.register_step_pre_hook(fails)
+    ours.closure()
+    with pytest.raises(ZeroDivisionError):
+        ours.optimizer.step(ours.closure) if name == "lbfgs" else ours.optimizer.step()
+    handle.remove()
+    ours.optimizer.zero_grad()
+    plain.run(1)
+    ours.run(1)
+    assert same(contents(ours), contents(plain))
+
+
+def test_a_parameter_that_is_added_and_state_that_is_put_there_are_looked_after() -> None:
+    plain, ours = Training("momentum", lever=False), Training("momentum", lever=True)
+    for training in (plain, ours):
+        training.run(2)
+        extra = nn.Parameter(torch.ones(5, dtype=torch.float64))
+        extra.grad = torch.full_like(extra, 0.5)
+        training.optimizer.add_param_group({"params": [extra]})
+        training.optimizer.state[extra]["momentum_buffer"] = torch.full((5,), 2.0, dtype=torch.float64)
+        extra.grad = None
+        training.run(2)
+    assert same(contents(ours), contents(plain))
+
+
+def test_memory_that_tensors_share_is_not_parted() -> None:
+    model = mlp()[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second, third, fourth, *_ = model.parameters()
+    flat = torch.arange(24.0)
+    optimizer.state[first]["part"] = flat[:12]
+    optimizer.state[second]["part"] = flat[12:]
+    optimizer.state[third]["slow"] = third.detach()
+    shared = torch.randn(7)
+    optimizer.state[fourth]["one"] = optimizer.state[first]["same"] = shared
+    step = declare(model, cross_entropy, optimizer=optimizer)
+    with OptimizerState().standing(step):
+        assert optimizer.state[first]["part"].data_ptr() == flat.data_ptr()
+        assert optimizer.state[third]["slow"].data_ptr() == third.data_ptr()
+        assert optimizer.state[fourth]["one"] is optimizer.state[first]["same"] is not shared
+    assert optimizer.state[fourth]["one"] is optimizer.state[first]["same"]
+    assert torch.equal(optimizer.state[fourth]["one"], shared)
+
+
+def test_it_stands_from_the_first_backward_until_another_plan_or_close() -> None:
+    model, batch = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    step = forced(model, cross_entropy, optimizer=optimizer, optimizer_state={})
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    step.prepare(batch)
+    assert not any(hooks)
+    for _ in range(3):
+        step.backward(batch)
+        assert [len(hook) for hook in hooks] == [1, 1]
+    step.close()
+    assert not any(hooks)
+
+
+def test_steps_that_cannot_take_it_are_refused_with_the_reason() -> None:
+    model, batch = mlp()
+    step = declare(model, cross_entropy)
+    assert "on the CPU" in (OptimizerState.unsuited(step) or "")
+    with pytest.raises(UsageError, match="optimizer="):
+        sg.Step(model, cross_entropy, plan=plan_with(optimizer_state={})).backward(batch)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["_sent", "_returned"])
+def test_planted_state_that_is_lost_on_its_way_is_caught(method: str, monkeypatch: Patch) -> None:
+    right = getattr(_TravellingState, method)
+    monkeypatch.setattr(_TravellingState, method, lambda self, *given: right(self, *given).zero_())
+    plain, ours = Training("adam", lever=False), Training("adam", lever=True)
+    plain.run(3)
+    ours.run(3)
+    with pytest.raises(AssertionError):
+        assert_bitwise(ours.model.state_dict(), plain.model.state_dict())
+
+
+def test_planted_copies_that_are_written_again_are_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(_TravellingState, "_returned", lambda self, copies, leaf: leaf)
+    with pytest.raises(AssertionError):
+        test_what_was_taken_from_the_state_stays_what_it_was()
