@@ -296,7 +296,9 @@ def settle(
         rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
         # Not there to be measured: what the loss keeps of rows that were left out.
         laws = _laws_of(plan, footprint)
-        unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
+        unseen = 0
+        if shown < layout.rows:
+            unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
         if rung is not None and rung.peak_bytes + unseen <= most:
             seconds = rung.seconds * layout.rows / shown
             return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen

@@ -23,6 +23,7 @@ from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.batchnorm import shared_over_ranks
 from samegrad.exact.examine import find_draws
+from samegrad.exact.find_head import find_head, named_head
 from samegrad.exact.loop import agreed_cut
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.randomness import DrawSites
@@ -32,6 +33,7 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step
 from samegrad.execute.ways import Ways, check_lever, find_ways, is_mapping
 from samegrad.levers import Execution, levers_of
+from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.measure import counters
 from samegrad.plan.explain import explain_plan
 from samegrad.plan.options import Options
@@ -54,8 +56,9 @@ class Step:
     exactness a plan may have.
 
     ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere; without it they are
-    found. ``groups`` and ``head`` are refused until the levers behind them exist; ``expected_steps`` and
-    ``host_budget`` are recorded for the levers that will use them.
+    found. ``head`` names the nn.Linear whose logits only the loss takes, where it is not the last one: a plan may then
+    run that loss in chunks, and with ``rows`` it does. ``groups`` is refused until the lever behind it exists;
+    ``expected_steps`` and ``host_budget`` are recorded for the levers that will use them.
     """
 
     def __init__(
@@ -80,11 +83,13 @@ class Step:
         allow: Exactness = Exactness.SAME_SUM,
     ) -> None:
         check_one_of(budget=budget, rows=rows, plan=plan)
-        _refuse_not_there(groups=groups, head=head)
+        _refuse_not_there(groups=groups)
         self.declared: DeclaredStep = declare(
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
-            segments=segments, device=device,
+            segments=segments, head=head, device=device,
         )  # fmt: skip
+        if head is not None:
+            named_head(self.declared.network, head)
         self.budget: Budget | None = None if plan is None else plan.budget
         self.plan: Plan | None = plan
         self.footprint: Footprint | None = None
@@ -206,13 +211,21 @@ class Step:
 
     def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
         ways = self._ways_for(batch, layout)
-        key = (layout.signature(batch), self.declared.mode())
-        if execution.scheme is not None and self._given is not None and key not in self._accepted_levers:
-            for lever in levers_of(self._given):
-                if is_mapping(lever):
-                    check_lever(self.declared, self._aliases, batch, layout, lever, ways)
-            self._accepted_levers.add(key)
+        self._accept_levers(batch, layout, ways)
         return chunked_step(execution, self._aliases, ways, self._chunks)
+
+    def _accept_levers(self, batch: Any, layout: RowLayout, ways: Ways) -> None:
+        """Tries what the levers of a plan that was given change, once for each shape and mode. Raises CannotSplit."""
+        key = (layout.signature(batch), self.declared.mode())
+        plan = self.plan
+        if plan is None or (self._given is None and self._rows is None) or key in self._accepted_levers:
+            return
+        for lever in levers_of(plan):
+            if is_mapping(lever):
+                check_lever(self.declared, self._aliases, batch, layout, lever, ways)
+            elif isinstance(lever, ChunkLoss):
+                find_head(dataclasses.replace(self.declared, head=lever.head), batch, layout)
+        self._accepted_levers.add(key)
 
     def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
         self._refresh_aliases()
@@ -292,9 +305,11 @@ class Step:
     def _pinned_plan(self, batch: Any, layout: RowLayout) -> Plan:
         assert self._rows is not None
         rows = self._rows if isinstance(self._rows, int) else list(self._rows)
+        head = self._named_head_lever()
         waits = bool(shared_over_ranks(self.declared.network))
         if isinstance(rows, int) and rows >= layout.rows and not waits:
-            return Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=layout.rows)
+            exactness = ChunkLoss.exactness if head else Exactness.SAME_BITS
+            return Plan(levers=head, exactness=exactness, batch_rows=layout.rows)
         levers: dict[str, dict[str, Any]] = {"host_rows": {}, "split_rows": {"rows": rows}}
         # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
         ways = None if self._aliases.sharded else self._ways_for(batch, layout)
@@ -307,11 +322,19 @@ class Step:
                 raise ways.refusal or AssertionError("ways that are mapped say why rows cannot be split")
             levers = {first.name: first.knobs() | {"rows": rows}}
         return Plan(
-            levers=levers,
+            levers=levers | head,
             exactness=Exactness.SAME_SUM,
             batch_rows=layout.rows,
             knob_origins={f"{list(levers)[-1]}.rows": KnobOrigin.PINNED},
         )
+
+    def _named_head_lever(self) -> dict[str, dict[str, Any]]:
+        """The lever that ``head=`` asks for where ``rows=`` leaves nothing to choose, with its knobs."""
+        path = self.declared.head
+        if path is None:
+            return {}
+        rows = ChunkLoss.usual_rows(named_head(self.declared.network, path).out_features)
+        return {ChunkLoss.name: ChunkLoss(path, rows).knobs()}
 
     def _check_allowed(self, plan: Plan) -> None:
         weakest = max((lever.exactness for lever in levers_of(plan)), default=Exactness.SAME_BITS)

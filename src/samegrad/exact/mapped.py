@@ -7,8 +7,9 @@ in a split step.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
@@ -38,6 +39,12 @@ class Scheme(Protocol):
     def __call__(
         self, network: nn.Module, *, sizes: Sequence[int], draws: StepDraws
     ) -> AbstractContextManager[object]: ...
+
+
+@contextlib.contextmanager
+def unchanged(network: nn.Module, *, sizes: Sequence[int], draws: StepDraws) -> Iterator[None]:
+    """The scheme of a step that runs whole, but whose forward or loss a lever changed."""
+    yield
 
 
 @dataclasses.dataclass(frozen=True)

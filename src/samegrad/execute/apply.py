@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.mapped import ChunkedStep, MappedStep
 from samegrad.exact.split import Chunks, SplitStep
@@ -36,4 +37,10 @@ def chunked_step(
     if ways.by_rows is None:
         assert ways.refusal is not None
         raise ways.refusal
+    if execution.one_pass_for and ways.by_rows.passes == 2:
+        raise CannotSplit(
+            asked=f"{execution.one_pass_for} in a step that takes two passes",
+            found=f"the first pass keeps the logits of every row for the loss ({ways.by_rows.reason}), so none are spared",
+            do=f"leave {execution.one_pass_for} or the split out, or declare normalise= if the loss is a sum over rows",
+        )
     return SplitStep(execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks)

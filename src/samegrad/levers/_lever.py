@@ -37,7 +37,7 @@ class Execution:
 
     ``rows_on_host``: the batch stays where it is and only chunks travel. ``kept_chunks``: how many keep their graph
     from the first of two passes. ``scheme``: what puts parts of the model into chunks, where rows cannot be split
-    through the whole model.
+    through the whole model. ``one_pass_for``: the lever that needs the loss in the pass that computes the outputs.
     """
 
     declared: DeclaredStep
@@ -46,6 +46,7 @@ class Execution:
     rows_on_host: bool = False
     kept_chunks: int = 0
     scheme: Scheme | None = None
+    one_pass_for: str = ""
 
     @property
     def runs_whole(self) -> bool:
