@@ -23,7 +23,7 @@ from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.batchnorm import shared_over_ranks
 from samegrad.exact.examine import find_draws
-from samegrad.exact.find_head import find_head, named_head
+from samegrad.exact.find_head import named_head
 from samegrad.exact.loop import agreed_cut
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.randomness import DrawSites
@@ -31,7 +31,8 @@ from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step
-from samegrad.execute.ways import Ways, check_lever, find_ways, is_mapping
+from samegrad.execute.given import check_levers
+from samegrad.execute.ways import Ways, find_ways, is_mapping
 from samegrad.levers import Execution, levers_of
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.measure import counters
@@ -211,21 +212,12 @@ class Step:
 
     def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
         ways = self._ways_for(batch, layout)
-        self._accept_levers(batch, layout, ways)
-        return chunked_step(execution, self._aliases, ways, self._chunks)
-
-    def _accept_levers(self, batch: Any, layout: RowLayout, ways: Ways) -> None:
-        """Tries what the levers of a plan that was given change, once for each shape and mode. Raises CannotSplit."""
         key = (layout.signature(batch), self.declared.mode())
-        plan = self.plan
-        if plan is None or (self._given is None and self._rows is None) or key in self._accepted_levers:
-            return
-        for lever in levers_of(plan):
-            if is_mapping(lever):
-                check_lever(self.declared, self._aliases, batch, layout, lever, ways)
-            elif isinstance(lever, ChunkLoss):
-                find_head(dataclasses.replace(self.declared, head=lever.head), batch, layout)
-        self._accepted_levers.add(key)
+        if (self._given is not None or self._rows is not None) and key not in self._accepted_levers:
+            assert self.plan is not None
+            check_levers(self.plan, self.declared, self._aliases, batch, layout, ways)
+            self._accepted_levers.add(key)
+        return chunked_step(execution, self._aliases, ways, self._chunks)
 
     def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
         self._refresh_aliases()
@@ -305,7 +297,7 @@ class Step:
     def _pinned_plan(self, batch: Any, layout: RowLayout) -> Plan:
         assert self._rows is not None
         rows = self._rows if isinstance(self._rows, int) else list(self._rows)
-        head = self._named_head_lever()
+        head = {lever.name: lever.knobs() for lever in ChunkLoss.asked_for(self.declared)}
         waits = bool(shared_over_ranks(self.declared.network))
         if isinstance(rows, int) and rows >= layout.rows and not waits:
             exactness = ChunkLoss.exactness if head else Exactness.SAME_BITS
@@ -327,14 +319,6 @@ class Step:
             batch_rows=layout.rows,
             knob_origins={f"{list(levers)[-1]}.rows": KnobOrigin.PINNED},
         )
-
-    def _named_head_lever(self) -> dict[str, dict[str, Any]]:
-        """The lever that ``head=`` asks for where ``rows=`` leaves nothing to choose, with its knobs."""
-        path = self.declared.head
-        if path is None:
-            return {}
-        rows = ChunkLoss.usual_rows(named_head(self.declared.network, path).out_features)
-        return {ChunkLoss.name: ChunkLoss(path, rows).knobs()}
 
     def _check_allowed(self, plan: Plan) -> None:
         weakest = max((lever.exactness for lever in levers_of(plan)), default=Exactness.SAME_BITS)

@@ -123,7 +123,7 @@ class _Sums:
 
     def __init__(self, loss: HeadLoss, hidden: Tensor, wanted: Sequence[bool]) -> None:
         self.wanted = tuple(wanted)
-        self._like = (hidden, loss.logits.weight, loss.logits.bias)
+        self._like: Sequence[Tensor | None] = (hidden, loss.logits.weight, loss.logits.bias)
         self._parts = loss.parts
         self._hidden = torch.empty_like(hidden) if self.wanted[0] else None
         self._parameters: list[Tensor | None] = [None, None]
@@ -151,19 +151,24 @@ class _Sums:
         hidden, self._hidden = self._hidden, None
         if hidden is not None and factor is not None:
             for part in self._parts(len(hidden)):
-                hidden[part] = _multiplied(hidden[part], factor)
+                multiply(hidden[part], factor)
         found = [hidden]
         for index, like in enumerate(self._like[1:]):
             total, self._parameters[index] = self._parameters[index], None
             if total is not None and like is not None:
-                total = (total if factor is None else total.mul_(factor.to(total.dtype))).to(like.dtype)
+                if factor is not None:
+                    multiply(total, factor)
+                total = total.to(like.dtype)
             found.append(total)
         return found
 
 
-def _multiplied(rows: Tensor, factor: Tensor) -> Tensor:
-    wide = rows.float() if rows.dtype in NARROW else rows
-    return wide.mul(factor.to(wide.dtype)).to(rows.dtype)
+def multiply(gradients: Tensor, factor: Tensor) -> None:
+    """``gradients`` times ``factor``, () float64, in place; narrow ones are multiplied in float32."""
+    if gradients.dtype in NARROW:
+        gradients.copy_(gradients.float().mul_(factor.float()))
+    else:
+        gradients.mul_(factor.to(gradients.dtype))
 
 
 def _in_chunks(
@@ -171,7 +176,8 @@ def _in_chunks(
 ) -> Iterator[Tensor]:
     """Each chunk's losses, (positions,), when its gradients are in ``sums``. ``cotangents``: one each, or 1 for all."""
     logits = loss.logits.as_leaves()
-    for part in loss.parts(len(hidden)):
+
+    def run(part: slice) -> Tensor:
         rows = hidden.detach()[part].requires_grad_(sums.wanted[0])
         leaves = [rows, logits.weight, logits.bias]
         live = [leaf for leaf, wanted in zip(leaves, sums.wanted) if wanted and leaf is not None]
@@ -181,10 +187,16 @@ def _in_chunks(
             given = torch.ones_like(losses) if cotangents is None else cotangents[part]
             by_leaf = dict(zip(map(id, live), program.gradients_outside_autocast(losses, given, live)))
             sums.add(part, [by_leaf.get(id(leaf)) for leaf in leaves])
-        yield losses.detach()
+        return losses.detach()
+
+    for part in loss.parts(len(hidden)):
+        # A call of its own: nothing of a chunk is there while the next one runs.
+        yield run(part)
 
 
 class ChunkedLikelihood(torch.autograd.Function):
+    """A sum over positions, or a mean, whose gradients are formed in the forward."""
+
     @staticmethod
     def forward(
         ctx: Any, loss: HeadLoss, with_grad: bool, targets: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
@@ -218,6 +230,8 @@ class ChunkedLikelihood(torch.autograd.Function):
 
 
 class SeparateLikelihoods(torch.autograd.Function):
+    """The losses of positions, whose chunks run again in backward."""
+
     @staticmethod
     def forward(
         ctx: Any, loss: HeadLoss, with_grad: bool, targets: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None

@@ -54,6 +54,14 @@ class DeferredLogits(Tensor):
 
     pending: PendingLogits
 
+    def check(self) -> None:
+        """Raises CannotSplit where these logits are no longer what is known of them."""
+        self.pending.uses.check_unchanged()
+        with torch._C.DisableTorchFunctionSubclass():
+            origin = self.grad_fn
+        if origin is not None and origin.name() != _Stand.__name__ + "Backward":
+            raise _refused(f"an autograd function ({origin.name()})")
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -65,7 +73,7 @@ class DeferredLogits(Tensor):
                 return func(*args, **kwargs)
         subject = args[0] if args else kwargs.get("input")
         if name in RULES and isinstance(subject, DeferredLogits):
-            subject.pending.uses.check_unchanged()
+            subject.check()
             rest = {key: value for key, value in kwargs.items() if args or key != "input"}
             found = RULES[name](subject.pending, func, *args[1:], **rest)
             if found is not NotImplemented:
@@ -73,7 +81,7 @@ class DeferredLogits(Tensor):
         return func(*_whole(args, name), **_whole(kwargs, name))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch types it as the function that switches it off
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         raise _refused(str(func))
@@ -110,7 +118,7 @@ def _name_of(function: Any) -> str:
 def _whole(argument: Any, operation: str) -> Any:
     """``argument`` with the whole logits where deferred ones stand in it."""
     if isinstance(argument, DeferredLogits):
-        argument.pending.uses.check_unchanged()
+        argument.check()
         return argument.pending.whole(operation)
     if type(argument) in (list, tuple):
         return type(argument)(_whole(part, operation) for part in argument)

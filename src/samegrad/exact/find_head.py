@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from samegrad import trees
@@ -34,7 +34,10 @@ _LOOKED_AT = 3
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear layer whose output only losses take. ``positions_per_row``: logit rows that a row of the batch brings."""
+    """A linear layer whose output only losses take.
+
+    ``positions_per_row``: rows of logits that a row of the batch brings.
+    """
 
     path: str
     classes: int
@@ -76,7 +79,7 @@ def named_head(module: nn.Module, path: str) -> nn.Linear:
         linear = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
         raise UsageError(
             asked=f"head={path!r}",
-            found="the model has no such submodule" if head is None else f"it is a {type(head).__name__}, not nn.Linear",
+            found="no such submodule" if head is None else f"it is a {type(head).__name__}, not an nn.Linear",
             do=f"name the nn.Linear that gives the logits; the last ones are {', '.join(linear[-3:]) or 'none'}",
         )
     return head
@@ -156,12 +159,12 @@ def _tried(declared: DeclaredStep, path: str, few: Any, rows: int) -> Head:
     with step_undisturbed(declared), torch.enable_grad(), _quiet():
         with deferred_head(head, rows=max(1, rows // 2), uses=uses):
             outputs = declared.forward(declared.network, few)
-        loss = checked_loss(declared.loss_fn(outputs, few))
+        checked_loss(declared.loss_fn(outputs, few))
     if not uses.calls:
         raise _refused(path, "it is not called")
     if uses.met:
         raise _refused(path, f"its logits meet {', '.join(uses.met)}, for which they are made whole")
-    if not uses.losses or isinstance(loss, Tensor) and loss.grad_fn is None:
+    if not uses.losses:
         raise _refused(path, "no cross-entropy takes its output")
     return Head(path, head.out_features, head.in_features, uses.positions / rows)
 

@@ -137,7 +137,8 @@ def argmax(known: PendingLogits, _: Any, dim: int | None = None, keepdim: bool =
         return NotImplemented
     rows, logits = known.hidden.detach().reshape(-1, known.hidden.shape[-1]), known.logits.detached()
     with torch.no_grad():
-        found = torch.cat([logits.of(part).argmax(-1) for part in rows.split(known.rows)]).view(known.positions)
+        parts = torch.split(rows, known.rows)
+        found = torch.cat([logits.of(part).argmax(-1) for part in parts]).view(known.positions)
     return found.unsqueeze(known.class_axis) if keepdim else found
 
 

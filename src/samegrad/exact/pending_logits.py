@@ -19,10 +19,10 @@ from samegrad.exact.chunked_head import LogitRows
 
 @dataclasses.dataclass
 class Uses:
-    """What became of one head's outputs: how often it was called, losses in chunks of how many positions at most, and what
-    made the logits whole.
+    """What became of one head's outputs: calls, losses in chunks, and the operations that made the logits whole.
 
-    Whole logits must not change in place: those that are made later would not show it.
+    ``positions``: of the largest loss. Whole logits must not change in place: those that are made later would not show
+    it.
     """
 
     head: str
@@ -86,7 +86,7 @@ class PendingLogits:
         return dataclasses.replace(self, hidden=self.hidden.detach(), logits=self.logits.detached())
 
     def whole(self, operation: str) -> Tensor:
-        """The logits themselves, as the plain step makes them: once with a graph and once without, as they are asked."""
+        """The logits themselves, as the plain step makes them; once with a graph and once without."""
         with_graph = torch.is_grad_enabled()
         if with_graph not in self._made:
             if operation not in self.uses.met:

@@ -40,7 +40,7 @@ def chunked_step(
     if execution.one_pass_for and ways.by_rows.passes == 2:
         raise CannotSplit(
             asked=f"{execution.one_pass_for} in a step that takes two passes",
-            found=f"the first pass keeps the logits of every row for the loss ({ways.by_rows.reason}), so none are spared",
+            found=f"the first pass keeps the logits of all rows for the loss ({ways.by_rows.reason})",
             do=f"leave {execution.one_pass_for} or the split out, or declare normalise= if the loss is a sum over rows",
         )
     return SplitStep(execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks)

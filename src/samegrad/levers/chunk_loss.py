@@ -20,15 +20,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
-from samegrad.exact.find_head import with_deferred_head
+from samegrad.declared import DeclaredStep
+from samegrad.exact.find_head import named_head, with_deferred_head
 from samegrad.exact.mapped import unchanged
 from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._variants import check_rows, predicted_at
 from samegrad.records import Exactness, Footprint, Origin, Phase
 
-# Positions of a chunk: more are no faster, and fewer leave the head's products too small.
+# Positions of a chunk: more are no faster.
 _MOST_POSITIONS = 4096
-_FEWEST_POSITIONS = 64
 # Logits of a chunk where nobody chose: 256 MiB of them in float32.
 _LOGITS_OF_A_CHUNK = 2**26
 
@@ -43,6 +43,8 @@ class ChunkLoss:
     name: ClassVar[str] = "chunk_loss"
     slot: ClassVar[Slot] = Slot.LOSS
     exactness: ClassVar[Exactness] = Exactness.SAME_SUM
+    # Of a chunk: with fewer the head's products are too small to be worth their launches.
+    fewest_positions: ClassVar[int] = 64
 
     def __post_init__(self) -> None:
         check_rows(self.name, self.rows)
@@ -52,10 +54,13 @@ class ChunkLoss:
         return footprint.refusals.get(cls.name)
 
     @classmethod
-    def usual_rows(cls, classes: int) -> int:
-        """Positions of a chunk where no budget decides them: a power of two."""
-        rows = max(1, _LOGITS_OF_A_CHUNK // classes)
-        return max(_FEWEST_POSITIONS, min(_MOST_POSITIONS, 1 << (rows.bit_length() - 1)))
+    def asked_for(cls, declared: DeclaredStep) -> list[Self]:
+        """The lever on the declared head, if there is one, for a step whose plan leaves nothing to choose."""
+        if declared.head is None:
+            return []
+        rows = max(1, _LOGITS_OF_A_CHUNK // named_head(declared.network, declared.head).out_features)
+        power_of_two = 1 << (rows.bit_length() - 1)
+        return [cls(declared.head, max(cls.fewest_positions, min(_MOST_POSITIONS, power_of_two)))]
 
     @classmethod
     def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
@@ -65,7 +70,7 @@ class ChunkLoss:
             return
         positions = head.positions_per_row * _rows_at_a_time(footprint)
         rows = _MOST_POSITIONS
-        while rows >= _FEWEST_POSITIONS:
+        while rows >= cls.fewest_positions:
             candidate = cls(head.path, rows)
             if rows < positions and candidate.predict(footprint).peak_allocated_bytes <= budget_bytes:
                 yield candidate

@@ -48,7 +48,7 @@ def fit_mapped_laws(probes: Sequence[Probe], *, missing_bytes: int) -> tuple[Pha
 
 
 def fit_head_laws(probes: Sequence[Probe], positions: Sequence[int], *, missing_bytes: int) -> tuple[PhaseLaw, ...]:
-    """The same for a step whose loss runs ``positions[k]`` at a time in ``probes[k]``; those are a chunk's rows here."""
+    """The same for a step whose loss runs ``positions[k]`` at a time in ``probes[k]``: a chunk's rows are those."""
     courses = [[moment for stretch in probe.moments for moment in stretch] for probe in probes]
     columns = [[1.0, chunk, probe.batch_rows] for chunk, probe in zip(positions, probes)]
     return _fitted(courses, probes, columns, missing_bytes)

@@ -7,11 +7,13 @@ footprint, options and budget give the same ladder.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
 from samegrad.errors import BudgetTooSmall, CannotSplit
 from samegrad.levers import Lever, find_levers
+from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.host_rows import HostRows
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.explain import floor_sentence, ways_down
@@ -85,6 +87,9 @@ def _rungs(footprint: Footprint, options: Options, budget: Budget, usable: int) 
         return
     if _plain_peak(footprint) <= usable:
         yield _plan(footprint, [], budget, {})
+    if _may_chunk_loss(footprint, options):
+        for head in itertools.islice(ChunkLoss.candidates(footprint, usable), 1):
+            yield _plan(footprint, [head], budget, {"chunk_loss.rows": KnobOrigin.CHOSEN})
     if _may_split(footprint, options):
         for lever in SplitRows.candidates(footprint, usable):
             yield _plan(footprint, [*host, lever], budget, {"split_rows.rows": KnobOrigin.CHOSEN})
@@ -129,6 +134,10 @@ def _mapped(footprint: Footprint, options: Options, usable: int) -> list[Lever]:
 
 def _may_split(footprint: Footprint, options: Options) -> bool:
     return SplitRows.refusal(footprint) is None and options.allow >= SplitRows.exactness and bool(footprint.laws)
+
+
+def _may_chunk_loss(footprint: Footprint, options: Options) -> bool:
+    return ChunkLoss.refusal(footprint) is None and options.allow >= ChunkLoss.exactness
 
 
 def _plain_peak(footprint: Footprint) -> int:
