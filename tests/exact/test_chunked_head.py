@@ -157,6 +157,26 @@ def test_a_factor_that_is_no_power_of_two_is_not_rounded_to_a_narrow_dtype() -> 
     assert abs(float((ones * factor.bfloat16()).double().mean()) / 0.3 - 1) > 5e-4
 
 
+def test_hidden_rows_get_the_bits_of_the_plain_step() -> None:
+    """Each position's term is what it is there, so that everything before the head gets what it gets there."""
+    head, targets = nn.Linear(16, 300), torch.arange(96)
+    hidden = torch.randn(96, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    [expected] = torch.autograd.grad(F.cross_entropy(head(hidden), targets), [hidden])
+    with deferred_head(head, rows=32, uses=Uses("head")):
+        [found] = torch.autograd.grad(F.cross_entropy(head(hidden), targets), [hidden])
+    # All of them, but where a kernel adds up in another order for fewer rows.
+    assert float((found == expected).double().mean()) > 0.9
+
+
+def test_one_position_has_its_own_cotangent_in_narrow_dtypes() -> None:
+    head, hidden = nn.Linear(4, 9).bfloat16(), torch.randn(1, 4, dtype=torch.bfloat16)
+    loss = lambda: F.cross_entropy(head(hidden), torch.tensor([3]), reduction="none").sum() * 4
+    [expected] = torch.autograd.grad(loss(), [head.bias])
+    with deferred_head(head, rows=2, uses=Uses("head")):
+        [found] = torch.autograd.grad(loss(), [head.bias])
+    assert torch.equal(found, expected)
+
+
 # What is refused
 
 

@@ -1,13 +1,16 @@
 """The loss of a linear head, some positions at a time: no more logits exist than those of one chunk.
 
 A loss is one number, so the gradient of its terms can be formed while they are computed: each chunk's logits give the
-chunk's losses and, for cotangent 1, what it adds to the gradients of the hidden rows, the weight and the bias. Backward
-multiplies those sums by the cotangent that arrives, divided by the count. Nothing runs twice. Losses that are not
-reduced here have a cotangent each, which is not known yet: their chunks run again in backward.
+chunk's losses and, for cotangent 1 of the loss, what it adds to the gradients of the hidden rows, the weight and the
+bias. Backward multiplies those sums by the cotangent that arrives. Nothing runs twice. Losses that are not reduced here
+have a cotangent each, which is not known yet: their chunks run again in backward. First order only.
 
-Operations and dtypes of a chunk are those of the plain step, its own autocast blocks included. Sums over chunks are
-kept in float32 at least, and are multiplied there: a factor rounded to the head's dtype would weigh all rows wrongly.
-First order only.
+1. Operations and dtypes of a chunk are those of the plain step, its own autocast blocks included, and so is what each
+   position's term is multiplied by (one over the count): the hidden rows' gradients differ by the kernels' choice only.
+2. Not in float16, where that leaves nothing of small probabilities before a scaler's scale arrives, nor where the loss
+   is narrow itself: there terms have the cotangent 1, and the sums are divided by the count.
+3. Sums over chunks are kept in float32 at least, and narrow ones are multiplied there: a factor rounded to the head's
+   dtype would weigh all rows wrongly.
 
 Sources: Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, for gradients formed in the forward; Wijmans et al. 2024,
 "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
@@ -106,6 +109,10 @@ class HeadLoss:
             with listener.repeating() if listener is not None and repeats else contextlib.nullcontext():
                 yield slice(start, min(start + self.rows, positions))
 
+    def has_half_products(self, hidden: Tensor) -> bool:
+        """Whether the head computes in float16; rule 2."""
+        return self.logits.autocast.cast(hidden[:0]).dtype is torch.float16
+
     def divisor(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """() float64 what the sum is divided by, and () int64 how many targets count."""
         counted = targets != self.ignore_index
@@ -174,7 +181,10 @@ def multiply(gradients: Tensor, factor: Tensor) -> None:
 def _in_chunks(
     loss: HeadLoss, hidden: Tensor, targets: Tensor, sums: _Sums, cotangents: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Each chunk's losses, (positions,), when its gradients are in ``sums``. ``cotangents``: one each, or 1 for all."""
+    """Each chunk's losses, (positions,), when its gradients are in ``sums``.
+
+    ``cotangents``: (positions,), or () for all of them; a narrow loss takes 1 instead of the latter (rule 2).
+    """
     logits = loss.logits.as_leaves()
 
     def run(part: slice) -> Tensor:
@@ -184,7 +194,10 @@ def _in_chunks(
         with torch.set_grad_enabled(bool(live)):
             losses = loss.of_chunk(logits, rows, targets[part])
         if live:
-            given = torch.ones_like(losses) if cotangents is None else cotangents[part]
+            if cotangents is None or (cotangents.dim() == 0 and losses.dtype in NARROW):
+                given = torch.ones_like(losses)
+            else:
+                given = cotangents.to(losses.dtype).expand(len(hidden))[part]
             by_leaf = dict(zip(map(id, live), program.gradients_outside_autocast(losses, given, live)))
             sums.add(part, [by_leaf.get(id(leaf)) for leaf in leaves])
         return losses.detach()
@@ -202,13 +215,16 @@ class ChunkedLikelihood(torch.autograd.Function):
         ctx: Any, loss: HeadLoss, with_grad: bool, targets: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         sums = _Sums(loss, hidden, [with_grad and needed for needed in ctx.needs_input_grad[3:]])
-        total, dtype = torch.zeros((), dtype=torch.float64, device=hidden.device), None
-        for losses in _in_chunks(loss, hidden, targets, sums):
+        divisor, count = loss.divisor(targets)
+        # Without a target the plain loss is 0/0, and its gradient nothing.
+        share = torch.where(count == 0, torch.zeros_like(divisor), 1 / divisor)
+        total, dtype = torch.zeros((), dtype=torch.float64, device=hidden.device), torch.float32
+        undivided = loss.has_half_products(hidden)
+        for losses in _in_chunks(loss, hidden, targets, sums, None if undivided else share):
             total += losses.sum(dtype=torch.float64)
             dtype = losses.dtype
         sums.let_go_of_inputs()
-        divisor, ctx.count = loss.divisor(targets)
-        ctx.sums = sums
+        ctx.sums, ctx.share = sums, share if undivided or dtype in NARROW else None
         # As torch's own likelihoods save it: ``losses.count_of`` reads it from either.
         ctx._saved_total_weight = divisor
         return (total / divisor).to(dtype)
@@ -223,10 +239,8 @@ class ChunkedLikelihood(torch.autograd.Function):
                 do="run the step again, or leave the lever chunk_loss out of the plan",
             )
         sums, ctx.sums = ctx.sums, None
-        factor = cotangent.double() / ctx._saved_total_weight
-        # Without a target the plain loss is 0/0, and its gradient nothing.
-        factor = torch.where(ctx.count == 0, torch.zeros_like(factor), factor)
-        return (None, None, None, *sums.taken(factor))
+        factor = cotangent.double()
+        return (None, None, None, *sums.taken(factor if ctx.share is None else factor * ctx.share))
 
 
 class SeparateLikelihoods(torch.autograd.Function):

@@ -21,6 +21,7 @@ from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import kept_magnitudes
+from samegrad.exact.examine import Examination
 from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
 from samegrad.exact.passes import StepTotals, owned_parameter
 from samegrad.exact.phases import announce, arriving_chunks
@@ -49,10 +50,14 @@ def unchanged(network: nn.Module, *, sizes: Sequence[int], draws: StepDraws) -> 
 
 @dataclasses.dataclass(frozen=True)
 class MappedExamination:
-    """What is known of a mapped step. ``reason``: what couples its rows, in words. ``sites``: where it draws."""
+    """What is known of a mapped step. ``reason``: what couples its rows, in words. ``sites``: where it draws.
+
+    ``by_rows``: how its rows could be split through the whole model, where they could.
+    """
 
     reason: str
     sites: DrawSites | None = None
+    by_rows: Examination | None = None
     passes: ClassVar[int] = 1
 
 
