@@ -76,6 +76,12 @@ class ChunkLoss:
                 yield candidate
             rows //= 2
 
+    @classmethod
+    def smallest(cls, footprint: Footprint) -> Iterator[int]:
+        """The peak of the smallest chunk, if there is a head."""
+        if footprint.head is not None:
+            yield cls(footprint.head.path, cls.fewest_positions).predict(footprint).peak_allocated_bytes
+
     def predict(self, footprint: Footprint) -> Footprint:
         """By laws in the positions of a chunk and the rows that run at a time, all of them or a split's."""
         head = footprint.head

@@ -18,10 +18,11 @@ _FLOOR = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Cat
 
 
 def floor_bytes(footprint: Footprint) -> int:
-    """Bytes of the smallest plan: everything resident and one row at a time."""
+    """Bytes of the smallest plan: everything resident and one row at a time, or one chunk of the head's loss."""
+    head = list(ChunkLoss.smallest(footprint))
     if SplitRows.refusal(footprint) is None and footprint.laws:
-        return footprint.predicted_peak_bytes(rows=1)
-    smallest = [
+        return min([footprint.predicted_peak_bytes(rows=1), *head])
+    smallest = head + [
         max(law.peak_bytes(rows=1, batch_rows=footprint.batch_rows) for law in variant.laws)
         for variant in footprint.variants
     ]
