@@ -256,9 +256,17 @@ def test_a_loss_in_chunks_comes_before_a_split_and_every_rung_is_smaller() -> No
     assert ladder[0].exactness is Exactness.SAME_SUM and ladder[0].reasons["chunk_loss"].startswith("taken: saves")
     peaks = [plan.predicted_peak_bytes for plan in ladder]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks) and max(peaks) <= 300 * MIB
-    assert "split_rows" in ladder[-1].levers
     said = explain_plan(ladder[0], footprint(head=HEAD))
     assert "It runs all rows at once, the loss of decoder 4096 positions at a time" in said
+
+
+def test_a_split_follows_where_it_needs_less_than_the_smallest_chunk_of_the_loss() -> None:
+    head = dataclasses.replace(HEAD, laws=(law(Phase.LOSS, 20 * MIB, MIB / 20, MIB / 5),))
+    ladder = choose_plan(footprint(head=head), Options(), budget(300 * MIB))
+    levers = ["split_rows" if "split_rows" in plan.levers else "chunk_loss" for plan in ladder]
+    assert levers == sorted(levers) and set(levers) == {"split_rows", "chunk_loss"}
+    peaks = [plan.predicted_peak_bytes for plan in ladder]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
 
 
 def test_a_loss_in_chunks_is_left_alone_where_it_is_refused_or_not_needed_or_not_allowed() -> None:
