@@ -90,10 +90,15 @@ def test_rows_pinned_where_splitting_is_not_allowed_are_refused() -> None:
         step.backward((X, Y))
 
 
-@pytest.mark.parametrize("option", ["groups", "head"])
-def test_what_is_not_there_yet_is_refused_and_not_ignored(option: str) -> None:
-    with pytest.raises(UsageError, match=f"{option}="):
-        sg.Step(mlp(), cross_entropy, **{option: "x"})
+def test_what_is_not_there_yet_is_refused_and_not_ignored() -> None:
+    with pytest.raises(UsageError, match="groups="):
+        sg.Step(mlp(), cross_entropy, groups="x")
+
+
+@pytest.mark.parametrize(("name", "found"), [("x", "no such submodule"), ("1", "it is a Tanh")])
+def test_a_head_that_is_no_linear_layer_is_refused_by_name(name: str, found: str) -> None:
+    with pytest.raises(UsageError, match=f"(?s)head='{name}'.*{found}.*the last ones are 0, 2"):
+        sg.Step(mlp(), cross_entropy, head=name)
 
 
 # The plain path

@@ -50,7 +50,8 @@ class DeclaredStep:
     ``forward(module, batch)`` runs the model on a batch or a chunk of it. ``normalise`` declares the loss a sum over
     rows ("sum"), a mean over rows ("mean"), or a sum over rows divided by ``normalise(batch)``. ``batch_axes`` says
     where rows are when their leading axis does not (see ``trees.find_rows``). ``device`` is where the model is.
-    ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere.
+    ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere. ``head`` names the
+    nn.Linear whose output only the loss takes, where it is not the last one.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class DeclaredStep:
     normalise: Normalise | None = None
     batch_axes: Any = None
     segments: tuple[str, ...] | None = None
+    head: str | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -109,6 +111,7 @@ def declare(
     normalise: Normalise | None = None,
     batch_axes: Any = None,
     segments: Sequence[str] | None = None,
+    head: str | None = None,
     device: torch.device | str | None = None,
 ) -> DeclaredStep:
     """A DeclaredStep, with the arguments checked. Raises UsageError naming the argument."""
@@ -145,6 +148,7 @@ def declare(
         normalise=normalise,
         batch_axes=batch_axes,
         segments=_checked_names(segments),
+        head=head,
     )
 
 

@@ -233,14 +233,28 @@ class Effect(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadLaws(Record):
+    """The linear layer whose logits only a loss takes, and what a step holds that makes them a few at a time.
+
+    ``path``: of the layer. ``positions_per_row``: rows of logits that a row of the batch brings. In ``laws`` a chunk's
+    rows are such positions, and the batch's rows those that run at a time.
+    """
+
+    path: str
+    classes: int
+    positions_per_row: float
+    laws: tuple[PhaseLaw, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Footprint(Record):
     """What a step holds and how long it takes, at a number of rows at a time.
 
     ``rows`` of ``batch_rows`` at a time. ``by_category`` is what is live at the peak, ``by_phase`` the peak inside
     each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step;
     ``variants`` are the ways to run a model in chunks that cannot be split by rows. ``kept_row_bytes``: what a row's
-    graph holds when it is kept from the first of two passes. ``effects``: what levers change that leave the chunks as
-    they are, ``host_bytes`` the pinned host memory that they take.
+    graph holds when it is kept from the first of two passes. ``head``: what ``chunk_loss`` would change. ``effects``:
+    what levers change that leave the chunks as they are, ``host_bytes`` the pinned host memory that they take.
     ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.
     ``resident_bytes`` (parameters, gradients, optimizer
     state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
@@ -268,6 +282,7 @@ class Footprint(Record):
     laws: tuple[PhaseLaw, ...] = ()
     plain_laws: tuple[PhaseLaw, ...] = ()
     variants: tuple[Variant, ...] = ()
+    head: HeadLaws | None = None
     kept_row_bytes: float | None = None
     effects: tuple[Effect, ...] = ()
     host_bytes: int | None = None

@@ -18,18 +18,21 @@ from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, UsageError
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.find_head import Head, find_head
 from samegrad.exact.findings import Examination
-from samegrad.exact.mapped import MappedStep
+from samegrad.exact.mapped import MappedStep, unchanged
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import FailsOnFewRows
+from samegrad.exact.undisturbed import FailsOnFewRows, NotToBeTried
 from samegrad.execute.apply import applied, chunked_step, in_force
 from samegrad.execute.ways import MappingLever, Ways, find_ways
 from samegrad.levers import unsuited_levers
 from samegrad.levers._variants import variant_in
+from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
+from samegrad.measure.head_laws import measure_head
 from samegrad.measure.laws import fit_laws, fit_mapped_laws
 from samegrad.measure.probe import Probe, measure_rung, measure_whole, standing_batch_bytes
 from samegrad.measure.probe_sets import kept_row_bytes, mapped_probes, plain_probes, split_probes, times
@@ -54,6 +57,8 @@ from samegrad.units import format_bytes
 # Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
 # The share of a budget up to which the plain step's prediction is believed as it is.
 _BELIEVED_FRACTION = 0.75
+# The share of the plain step's peak from which on logits are worth probes of their own.
+_WORTH_FRACTION = 0.05
 # What a backward takes, in forwards.
 _BACKWARD_FORWARDS = 2.0
 _MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
@@ -142,6 +147,16 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         probes = mapped_probes(mapped, batch, layout, in_chunks="rows" in lever.knobs())
         variants.append(_variant(lever, probes, seconds_per_row, missing, optimizer_law))
         probed += probes
+    plain_laws = (*fit_laws(plain, missing_bytes=missing), optimizer_law)
+    head = None
+    found = _find_head(declared, batch, layout, ways, _law_peak(plain_laws, layout.rows, layout.rows))
+    if isinstance(found, Head):
+        head = measure_head(
+            lambda deferred: MappedStep(deferred, aliases, ways.mapped_examination(), unchanged),
+            declared, batch, layout, found, missing_bytes=missing, optimizer_law=optimizer_law,
+        )  # fmt: skip
+    else:
+        refusals[ChunkLoss.name] = found
     shown = probed[-1]
     footprint = Footprint(
         device=counters.device_name(declared.device),
@@ -161,8 +176,9 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         by_phase=shown.by_phase,
         resident_bytes=residents.by_category,
         laws=(*fit_laws(parts, missing_bytes=missing), optimizer_law) if parts else (),
-        plain_laws=(*fit_laws(plain, missing_bytes=missing), optimizer_law),
+        plain_laws=plain_laws,
         variants=tuple(variants),
+        head=head,
         kept_row_bytes=_kept_row_bytes(parts, declared, batch, layout)
         if ways.by_rows is not None and ways.by_rows.passes == 2
         else None,
@@ -171,6 +187,23 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         timeline=shown.timeline,
     )
     return Measurement(footprint=footprint, ways=ways, missing_state_bytes=missing)
+
+
+def _find_head(declared: DeclaredStep, batch: Any, layout: RowLayout, ways: Ways, plain_bytes: int) -> Head | str:
+    """The head whose loss may run in chunks, or why there is none. ``plain_bytes``: the peak of the plain step."""
+    if isinstance(ways.refusal, NotToBeTried):
+        return ways.refusal.found
+    try:
+        head = find_head(declared, batch, layout)
+    except CannotSplit as refused:
+        return refused.found
+    positions = head.positions_per_row * layout.rows
+    if positions <= ChunkLoss.fewest_positions:
+        return f"{head.path}: its {positions:g} rows of logits are no more than a chunk has"
+    logits_bytes = int(positions * head.classes * torch.float32.itemsize)
+    if logits_bytes < _WORTH_FRACTION * plain_bytes and declared.head is None:
+        return f"not needed: the logits of {head.path} are {format_bytes(logits_bytes)} of {format_bytes(plain_bytes)}"
+    return head
 
 
 def _kept_row_bytes(parts: Sequence[Probe], declared: DeclaredStep, batch: Any, layout: RowLayout) -> float | None:
@@ -299,7 +332,9 @@ def settle(
             rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
         # Not there to be measured: what the loss keeps of rows that were left out.
         laws = _laws_of(plan, footprint)
-        unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
+        unseen = 0
+        if shown < layout.rows:
+            unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
         if rung is not None and rung.peak_bytes + unseen <= most:
             seconds = rung.seconds * layout.rows / shown
             return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen

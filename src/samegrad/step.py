@@ -23,6 +23,7 @@ from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.batchnorm import shared_over_ranks
 from samegrad.exact.examine import find_draws
+from samegrad.exact.find_head import named_head
 from samegrad.exact.loop import agreed_cut
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.randomness import DrawSites
@@ -30,8 +31,10 @@ from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
-from samegrad.execute.ways import Ways, check_lever, find_ways, is_mapping
+from samegrad.execute.given import check_levers
+from samegrad.execute.ways import Ways, find_ways, is_mapping
 from samegrad.levers import Execution, levers_of
+from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.measure import counters
 from samegrad.plan.explain import explain_plan
 from samegrad.plan.options import Options
@@ -54,8 +57,9 @@ class Step:
     exactness a plan may have.
 
     ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere; without it they are
-    found. ``groups`` and ``head`` are refused until the levers behind them exist; ``expected_steps`` and
-    ``host_budget`` are recorded for the levers that will use them.
+    found. ``head`` names the nn.Linear whose logits only the loss takes, where it is not the last one: a plan may then
+    run that loss in chunks, and with ``rows`` it does. ``groups`` is refused until the lever behind it exists;
+    ``expected_steps`` and ``host_budget`` are recorded for the levers that will use them.
     """
 
     def __init__(
@@ -80,11 +84,13 @@ class Step:
         allow: Exactness = Exactness.SAME_SUM,
     ) -> None:
         check_one_of(budget=budget, rows=rows, plan=plan)
-        _refuse_not_there(groups=groups, head=head)
+        _refuse_not_there(groups=groups)
         self.declared: DeclaredStep = declare(
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
-            segments=segments, device=device,
+            segments=segments, head=head, device=device,
         )  # fmt: skip
+        if head is not None:
+            named_head(self.declared.network, head)
         self.budget: Budget | None = None if plan is None else plan.budget
         self.plan: Plan | None = plan
         self.footprint: Footprint | None = None
@@ -219,10 +225,9 @@ class Step:
     def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
         ways = self._ways_for(batch, layout)
         key = (layout.signature(batch), self.declared.mode())
-        if execution.scheme is not None and self._given is not None and key not in self._accepted_levers:
-            for lever in levers_of(self._given):
-                if is_mapping(lever):
-                    check_lever(self.declared, self._aliases, batch, layout, lever, ways)
+        if (self._given is not None or self._rows is not None) and key not in self._accepted_levers:
+            assert self.plan is not None
+            check_levers(self.plan, self.declared, self._aliases, batch, layout, ways)
             self._accepted_levers.add(key)
         return chunked_step(execution, self._aliases, ways, self._chunks)
 
@@ -305,9 +310,11 @@ class Step:
     def _pinned_plan(self, batch: Any, layout: RowLayout) -> Plan:
         assert self._rows is not None
         rows = self._rows if isinstance(self._rows, int) else list(self._rows)
+        head = {lever.name: lever.knobs() for lever in ChunkLoss.asked_for(self.declared)}
         waits = bool(shared_over_ranks(self.declared.network))
         if isinstance(rows, int) and rows >= layout.rows and not waits:
-            return Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=layout.rows)
+            exactness = ChunkLoss.exactness if head else Exactness.SAME_BITS
+            return Plan(levers=head, exactness=exactness, batch_rows=layout.rows)
         levers: dict[str, dict[str, Any]] = {"host_rows": {}, "split_rows": {"rows": rows}}
         # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
         ways = None if self._aliases.sharded else self._ways_for(batch, layout)
@@ -320,7 +327,7 @@ class Step:
                 raise ways.refusal or AssertionError("ways that are mapped say why rows cannot be split")
             levers = {first.name: first.knobs() | {"rows": rows}}
         return Plan(
-            levers=levers,
+            levers=levers | head,
             exactness=Exactness.SAME_SUM,
             batch_rows=layout.rows,
             knob_origins={f"{list(levers)[-1]}.rows": KnobOrigin.PINNED},

@@ -16,7 +16,7 @@ from samegrad.declared import DeclaredStep, declare
 from samegrad.errors import BadInput
 from samegrad.execute.apply import applied
 from samegrad.levers import Execution, Lever, Slot, find_levers, levers_of
-from samegrad.records import Effect, Exactness, Phase, Plan, Variant
+from samegrad.records import Effect, Exactness, HeadLaws, Phase, Plan, Variant
 
 from ..contract.lever_zoo import cnn
 from ..contract.plain import cross_entropy
@@ -54,7 +54,8 @@ EFFECTS = tuple(
         ("optimizer_state", {}),
     )
 )
-STEP = footprint(refusals={}, variants=VARIANTS, effects=EFFECTS)
+HEAD = HeadLaws(path="2", classes=3, positions_per_row=9.0, laws=(law(Phase.LOSS, 25 * MIB, MIB / 100, MIB / 5),))
+STEP = footprint(refusals={}, variants=VARIANTS, effects=EFFECTS, head=HEAD)
 
 
 def examples(lever: type[Lever]) -> list[Lever]:
@@ -192,7 +193,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> None:
     monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(path)])
 
 
-HEAD = """
+LEVER_FILE = """
 import dataclasses
 from samegrad.levers._lever import Slot
 """
@@ -205,14 +206,16 @@ class {name}:
 
 
 def test_a_file_added_to_the_folder_is_a_lever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plant(monkeypatch, tmp_path, HEAD + ONE.format(name="planted"))
+    plant(monkeypatch, tmp_path, LEVER_FILE + ONE.format(name="planted"))
     monkeypatch.delitem(__import__("sys").modules, "samegrad.levers.planted", raising=False)
     assert "planted" in find_levers()
     monkeypatch.undo()
     assert "planted" not in find_levers()
 
 
-@pytest.mark.parametrize("text", [HEAD, HEAD + ONE.format(name="one") + ONE.format(name="two")], ids=["none", "two"])
+@pytest.mark.parametrize(
+    "text", [LEVER_FILE, LEVER_FILE + ONE.format(name="one") + ONE.format(name="two")], ids=["none", "two"]
+)
 def test_a_file_without_exactly_one_lever_is_refused_by_its_name(
     text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from samegrad.records import (
     Counting,
     Exactness,
     Footprint,
+    HeadLaws,
     KnobOrigin,
     Origin,
     Phase,
@@ -241,6 +242,51 @@ def test_where_only_the_bits_may_be_kept_a_split_is_not_taken_and_the_error_says
     for rows in (None, 30):
         with pytest.raises(BudgetTooSmall, match="allow SAME_SUM"):
             choose_plan(footprint(), Options(rows=rows, allow=Exactness.SAME_BITS), budget(200 * MIB))
+
+
+HEAD = HeadLaws(
+    path="decoder", classes=50257, positions_per_row=10.0,
+    laws=(law(Phase.LOSS, 20 * MIB, MIB / 20, MIB / 20), law(Phase.OPTIMIZER, 22 * MIB, 0.0)),
+)  # fmt: skip
+
+
+def test_a_loss_in_chunks_comes_before_a_split_and_every_rung_is_smaller() -> None:
+    ladder = choose_plan(footprint(head=HEAD), Options(), budget(300 * MIB))
+    assert ladder[0].levers == {"chunk_loss": {"head": "decoder", "rows": 4096}}
+    assert ladder[0].exactness is Exactness.SAME_SUM and ladder[0].reasons["chunk_loss"].startswith("taken: saves")
+    peaks = [plan.predicted_peak_bytes for plan in ladder]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks) and max(peaks) <= 300 * MIB
+    said = explain_plan(ladder[0], footprint(head=HEAD))
+    assert "It runs all rows at once, the loss of decoder 4096 positions at a time" in said
+
+
+def test_a_split_follows_where_it_needs_less_than_the_smallest_chunk_of_the_loss() -> None:
+    head = dataclasses.replace(HEAD, laws=(law(Phase.LOSS, 20 * MIB, MIB / 20, MIB / 5),))
+    ladder = choose_plan(footprint(head=head), Options(), budget(300 * MIB))
+    levers = ["split_rows" if "split_rows" in plan.levers else "chunk_loss" for plan in ladder]
+    assert levers == sorted(levers) and set(levers) == {"split_rows", "chunk_loss"}
+    peaks = [plan.predicted_peak_bytes for plan in ladder]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+
+
+def test_a_loss_in_chunks_is_left_alone_where_it_is_refused_or_not_needed_or_not_allowed() -> None:
+    with_head = footprint(head=HEAD)
+    assert choose_plan(with_head, Options(), budget(2000 * MIB))[0].levers == {}
+    refused = footprint(head=HEAD, refusals={"chunk_loss": "decoder: its logits meet logsumexp"})
+    assert all("chunk_loss" not in plan.levers for plan in choose_plan(refused, Options(), budget(300 * MIB)))
+    with pytest.raises(BudgetTooSmall):
+        choose_plan(with_head, Options(allow=Exactness.SAME_BITS), budget(300 * MIB))
+
+
+def test_where_nothing_can_be_split_the_smallest_chunk_of_the_loss_is_the_floor() -> None:
+    step = footprint(laws=(), refusals={"split_rows": "norm mixes rows"}, head=HEAD)
+    assert floor_bytes(step) == HEAD.laws[0].peak_bytes(rows=64, batch_rows=1000)
+    [*_, last] = choose_plan(step, Options(), budget(80 * MIB))
+    assert last.levers["chunk_loss"]["rows"] == 64
+    both = explain_plan(
+        dataclasses.replace(last, levers={"split_rows": {"rows": 100}} | last.levers), footprint(head=HEAD)
+    )
+    assert "10 chunks, 1 pass, the loss of decoder 64 positions at a time" in both
 
 
 def test_a_plan_says_nothing_of_a_device_and_needs_none() -> None:

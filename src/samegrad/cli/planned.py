@@ -93,7 +93,9 @@ def _check_fits(training: Training, plan: Plan) -> None:
 
 
 def _rows_at_a_time(plan: Plan) -> Any:
-    return next((knobs["rows"] for knobs in plan.levers.values() if "rows" in knobs), "all")
+    # The rows of chunk_loss are positions, not rows of the batch.
+    split = {name: knobs for name, knobs in plan.levers.items() if name != "chunk_loss"}
+    return next((knobs["rows"] for knobs in split.values() if "rows" in knobs), "all")
 
 
 def predicted_footprint(footprint: Footprint, plan: Plan) -> Footprint:

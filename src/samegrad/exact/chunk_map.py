@@ -77,6 +77,13 @@ class Autocast:
     def off(self) -> Autocast:
         return Autocast(tuple((d, dtype, False) for d, dtype, _ in self.states))
 
+    def cast(self, factor: Tensor) -> Tensor:
+        """``factor`` in the dtype in which a product inside these blocks takes it."""
+        for device_type, dtype, enabled in self.states:
+            if enabled and device_type == factor.device.type and factor.dtype is not torch.float64:
+                return factor.to(dtype)
+        return factor
+
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:

@@ -64,6 +64,8 @@ _LOSSES = frozenset(
     ).split()
 )
 _NLL = frozenset({"NllLossBackward0", "NllLoss2DBackward0"})
+# A likelihood that runs in chunks (``chunked_head.py``) stands in one node.
+CHUNKED = "ChunkedLikelihoodBackward"
 _RESHAPES = frozenset(
     {
         "ViewBackward0",
@@ -121,7 +123,7 @@ def count_of(loss: Tensor) -> Tensor:
     """The denominator of a COUNTED loss on this chunk, () on its device: targets not ignored, or their weights."""
     assert loss.grad_fn is not None
     for node in _walk(loss.grad_fn):
-        if node.name() in _NLL:
+        if node.name() in _NLL or node.name() == CHUNKED:
             return node._saved_total_weight  # type: ignore[no-any-return]
     raise AssertionError("a counted loss has a likelihood node")
 

@@ -7,8 +7,9 @@ in a split step.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
@@ -20,6 +21,7 @@ from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import kept_magnitudes
+from samegrad.exact.findings import Examination
 from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
 from samegrad.exact.passes import StepTotals, owned_parameter
 from samegrad.exact.phases import announce, arriving_chunks
@@ -40,12 +42,22 @@ class Scheme(Protocol):
     ) -> AbstractContextManager[object]: ...
 
 
+@contextlib.contextmanager
+def unchanged(network: nn.Module, *, sizes: Sequence[int], draws: StepDraws) -> Iterator[None]:
+    """The scheme of a step that runs whole, but whose forward or loss a lever changed."""
+    yield
+
+
 @dataclasses.dataclass(frozen=True)
 class MappedExamination:
-    """What is known of a mapped step. ``reason``: what couples its rows, in words. ``sites``: where it draws."""
+    """What is known of a mapped step. ``reason``: what couples its rows, in words. ``sites``: where it draws.
+
+    ``by_rows``: how its rows could be split through the whole model, where they could.
+    """
 
     reason: str
     sites: DrawSites | None = None
+    by_rows: Examination | None = None
     passes: ClassVar[int] = 1
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from samegrad.declared import DeclaredStep
-from samegrad.errors import UsageError
+from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.mapped import ChunkedStep, MappedStep
 from samegrad.exact.split import Chunks, SplitStep
@@ -92,4 +92,10 @@ def chunked_step(
     if ways.by_rows is None:
         assert ways.refusal is not None
         raise ways.refusal
+    if execution.one_pass_for and ways.by_rows.passes == 2:
+        raise CannotSplit(
+            asked=f"{execution.one_pass_for} in a step that takes two passes",
+            found=f"the first pass keeps the logits of all rows for the loss ({ways.by_rows.reason})",
+            do=f"leave {execution.one_pass_for} or the split out, or declare normalise= if the loss is a sum over rows",
+        )
     return SplitStep(execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks)

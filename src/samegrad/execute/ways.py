@@ -78,7 +78,7 @@ class Ways:
     collectives: bool = False
 
     def mapped_examination(self) -> MappedExamination:
-        return MappedExamination("" if self.refusal is None else self.refusal.found, self.sites)
+        return MappedExamination("" if self.refusal is None else self.refusal.found, self.sites, self.by_rows)
 
 
 def find_ways(

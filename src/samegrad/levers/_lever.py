@@ -37,7 +37,8 @@ class Execution:
 
     ``rows_on_host``: the batch stays where it is and only chunks travel. ``kept_chunks``: how many keep their graph
     from the first of two passes. ``scheme``: what puts parts of the model into chunks, where rows cannot be split
-    through the whole model. ``needs_scaler``: gradients vanish where the loss is not scaled.
+    through the whole model. ``needs_scaler``: gradients vanish where the loss is not scaled. ``one_pass_for``: the
+    lever that needs the loss in the pass that computes the outputs.
     """
 
     declared: DeclaredStep
@@ -47,6 +48,7 @@ class Execution:
     kept_chunks: int = 0
     scheme: Scheme | None = None
     needs_scaler: bool = False
+    one_pass_for: str = ""
 
     @property
     def runs_whole(self) -> bool:

@@ -47,6 +47,13 @@ def fit_mapped_laws(probes: Sequence[Probe], *, missing_bytes: int) -> tuple[Pha
     return _fitted(courses, probes, [[1.0, p.rows, p.batch_rows] for p in probes], missing_bytes)
 
 
+def fit_head_laws(probes: Sequence[Probe], positions: Sequence[int], *, missing_bytes: int) -> tuple[PhaseLaw, ...]:
+    """The same for a step whose loss runs ``positions[k]`` at a time in ``probes[k]``: a chunk's rows are those."""
+    courses = [[moment for stretch in probe.moments for moment in stretch] for probe in probes]
+    columns = [[1.0, chunk, probe.batch_rows] for chunk, probe in zip(positions, probes)]
+    return _fitted(courses, probes, columns, missing_bytes)
+
+
 def _fitted(
     courses: Sequence[_Moments], probes: Sequence[Probe], columns: Sequence[Sequence[float]], missing_bytes: int
 ) -> tuple[PhaseLaw, ...]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from samegrad.errors import BudgetTooSmall, CannotSplit
 from samegrad.levers import Lever, find_levers
+from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.host_rows import HostRows
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.explain import floor_sentence, ways_down
@@ -85,12 +86,29 @@ def _rungs(footprint: Footprint, options: Options, budget: Budget, usable: int) 
         return
     if _plain_peak(footprint) <= usable:
         yield _plan(footprint, [], budget, {})
+    smallest = None
+    if _may_chunk_loss(footprint, options):
+        # Nothing runs twice and no chunk is launched for few rows: faster than whatever splits.
+        for head in ChunkLoss.candidates(footprint, usable):
+            plan = _plan(footprint, [head], budget, {"chunk_loss.rows": KnobOrigin.CHOSEN})
+            smallest = plan.predicted_peak_bytes
+            yield plan
+    for plan in _splits(footprint, options, budget, usable, host):
+        if smallest is None or cast(int, plan.predicted_peak_bytes) < smallest:
+            yield plan
+
+
+def _splits(
+    footprint: Footprint, options: Options, budget: Budget, usable: int, host: list[HostRows]
+) -> Iterator[Plan]:
+    """A few rows at a time, through the whole model or in parts of it."""
     if _may_split(footprint, options):
         for lever in SplitRows.candidates(footprint, usable):
             yield _plan(footprint, [*host, lever], budget, {"split_rows.rows": KnobOrigin.CHOSEN})
         return
-    for lever in _mapped(footprint, options, usable):
-        yield _plan(footprint, [lever], budget, {f"{lever.name}.{knob}": KnobOrigin.CHOSEN for knob in lever.knobs()})
+    for mapped in _mapped(footprint, options, usable):
+        origins = {f"{mapped.name}.{knob}": KnobOrigin.CHOSEN for knob in mapped.knobs()}
+        yield _plan(footprint, [mapped], budget, origins)
 
 
 def _pinned(footprint: Footprint, options: Options, rows: int | list[int], usable: int) -> list[Lever]:
@@ -129,6 +147,10 @@ def _mapped(footprint: Footprint, options: Options, usable: int) -> list[Lever]:
 
 def _may_split(footprint: Footprint, options: Options) -> bool:
     return SplitRows.refusal(footprint) is None and options.allow >= SplitRows.exactness and bool(footprint.laws)
+
+
+def _may_chunk_loss(footprint: Footprint, options: Options) -> bool:
+    return ChunkLoss.refusal(footprint) is None and options.allow >= ChunkLoss.exactness
 
 
 def _plain_peak(footprint: Footprint) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from samegrad.levers._variants import chunk_sizes, variant_in
+from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
 from samegrad.records import Budget, Category, Footprint, PhaseLaw, Plan
@@ -17,10 +18,11 @@ _FLOOR = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Cat
 
 
 def floor_bytes(footprint: Footprint) -> int:
-    """Bytes of the smallest plan: everything resident and one row at a time."""
+    """Bytes of the smallest plan: everything resident and one row at a time, or one chunk of the head's loss."""
+    head = list(ChunkLoss.smallest(footprint))
     if SplitRows.refusal(footprint) is None and footprint.laws:
-        return footprint.predicted_peak_bytes(rows=1)
-    smallest = [
+        return min([footprint.predicted_peak_bytes(rows=1), *head])
+    smallest = head + [
         max(law.peak_bytes(rows=1, batch_rows=footprint.batch_rows) for law in variant.laws)
         for variant in footprint.variants
     ]
@@ -99,16 +101,20 @@ def explain_plan(plan: Plan, footprint: Footprint) -> str:
 def _how(plan: Plan, footprint: Footprint) -> str:
     """How the plan runs, in a sentence."""
     taken = {name: knobs for name, knobs in plan.levers.items() if name != "host_rows"}
+    head = taken.pop(ChunkLoss.name, None)
+    loss = "" if head is None else f", the loss of {head['head']} {head['rows']} positions at a time"
+    if not taken and loss:
+        return f"It runs all rows at once{loss}; {plan.exactness.explained()}."
     if not taken:
         return "It runs whole: the plain call, bit for bit under the same draws."
     [(name, knobs)] = taken.items()
     how = _in_two_passes(knobs, footprint) if name == SplitRows.name else _in_parts(name, knobs, plan, footprint)
     if "rows" not in knobs:
-        return f"It runs all rows at once: {how}; {plan.exactness.explained()}."
+        return f"It runs all rows at once: {how}{loss}; {plan.exactness.explained()}."
     rows = knobs["rows"]
     chunks = len(chunk_sizes(rows, plan.batch_rows))
     shape = f"{rows} rows at a time" if isinstance(rows, int) else "chunks of the given sizes"
-    return f"It runs {shape}: {chunks} chunks, {how}; {plan.exactness.explained()}."
+    return f"It runs {shape}: {chunks} chunks, {how}{loss}; {plan.exactness.explained()}."
 
 
 def _in_two_passes(knobs: dict[str, Any], footprint: Footprint) -> str:

@@ -20,9 +20,9 @@ from samegrad.exact import losses
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
 from samegrad.exact.handoff import hooks_silenced
-from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.mapped import ChunkedStep, MappedStep
 from samegrad.exact.shared_leaves import cut_loose
-from samegrad.exact.split import under_draws
+from samegrad.exact.split import SplitStep, under_draws
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.execute.apply import applied
@@ -87,7 +87,8 @@ class Planned:
             found = side(split, rows, self.layout, self.parts)
             # Gradients that the loss itself adds have no chunks; their own size is their scale.
             sizes = {name: None if g is None else g.abs() for name, g in found.by_name.items()}
-            return dataclasses.replace(found, magnitudes=sizes | _magnitudes(split, rows, self.layout, self.parts))
+            keeping = _keeping_magnitudes(split, self.declared)
+            return dataclasses.replace(found, magnitudes=sizes | _magnitudes(keeping, rows, self.layout, self.parts))
 
 
 def plain_gradients(declared: DeclaredStep, batch: Any, sites: DrawSites | None = None) -> Gradients:
@@ -128,20 +129,27 @@ def _arrived(split: ChunkedStep, batch: Any, layout: RowLayout, parts: Sequence[
             parameter.grad = None
 
 
+def _keeping_magnitudes(split: ChunkedStep, declared: DeclaredStep) -> ChunkedStep:
+    """What sums up the sizes of small parts' gradients: the declared step split by rows, where ``split`` runs whole."""
+    by_rows = split.examination.by_rows if isinstance(split, MappedStep) else None
+    if by_rows is None:
+        return split.keeping_magnitudes()
+    return SplitStep(declared, split.aliases, by_rows).keeping_magnitudes()
+
+
 def _magnitudes(
-    split: ChunkedStep, batch: Any, layout: RowLayout, parts: Sequence[int]
+    keeping: ChunkedStep, batch: Any, layout: RowLayout, parts: Sequence[int]
 ) -> dict[str, Tensor | None]:
     # Near an optimum a chunk's own gradient is what is left of terms that cancel, while rounding grows with the
     # terms: their size is taken from parts much smaller than the plan's.
     fine = trees.even_sizes(layout.rows, max(1, layout.rows // _MAGNITUDE_PARTS))
-    keeping = split.keeping_magnitudes()
-    with step_undisturbed(split.declared):
+    with step_undisturbed(keeping.declared):
         try:
             small = keeping.totals(batch, layout, fine, key=step_key())
         except GradientsDiffer:
             # Of parts that the plan does not have; the plan's own are compared beside this.
             small = keeping.totals(batch, layout, parts, key=step_key())
-    return _by_name(split.declared, small.parameters, small.magnitudes or [])
+    return _by_name(keeping.declared, small.parameters, small.magnitudes or [])
 
 
 def parameter_names(declared: DeclaredStep) -> dict[int, str]:
