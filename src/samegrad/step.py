@@ -207,7 +207,7 @@ class Step:
     def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
         ways = self._ways_for(batch, layout)
         key = (layout.signature(batch), self.declared.mode())
-        if execution.scheme is not None and self._given is not None and key not in self._accepted_levers:
+        if execution.maps and self._given is not None and key not in self._accepted_levers:
             for lever in levers_of(self._given):
                 if is_mapping(lever):
                     check_lever(self.declared, self._aliases, batch, layout, lever, ways)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +23,13 @@ from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
 from samegrad.exact.passes import StepTotals, owned_parameter
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import DrawSites, StepKey
+from samegrad.exact.schemes import Scheme
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
-
-
-class Scheme(Protocol):
-    """The network with parts of it in chunks of these sizes, as before on every way out."""
-
-    def __call__(
-        self, network: nn.Module, *, sizes: Sequence[int], draws: StepDraws
-    ) -> AbstractContextManager[object]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,11 +29,12 @@ from samegrad.exact.examine import (
     examine_model,
     refuse_batch_gradients,
 )
-from samegrad.exact.mapped import MappedExamination, Scheme
+from samegrad.exact.mapped import MappedExamination
 from samegrad.exact.probes import PROBE_ROWS, close
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import find_blocks
 from samegrad.exact.rounding import eps_in_use
+from samegrad.exact.schemes import Scheme
 from samegrad.exact.segments import find_segments
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import NotToBeTried, step_undisturbed
@@ -153,7 +154,7 @@ def find_ways(
 def _try_batchnorm(declared: DeclaredStep, fits: Callable[[MappingLever], bool]) -> None:
     """The full batch block by block, then chunks in lockstep; chunks that meet only where lockstep cannot record."""
     if blocks := find_blocks(declared.network):
-        fits(Recompute(blocks))
+        fits(Recompute([*blocks]))
     if fits(ExactBatchNorm(1)):
         if len(has_batchnorm(declared.network)) > _KEEP_EVERY:
             fits(ExactBatchNorm(1, keep_every=_KEEP_EVERY))
