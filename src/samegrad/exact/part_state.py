@@ -11,7 +11,7 @@ import contextlib
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,10 +48,10 @@ class _Slot:
 
 
 class PartState:
-    """What ``part`` and its submodules hold now in buffers and attributes."""
+    """What ``parts``, a module and its submodules, hold now in buffers and attributes."""
 
-    def __init__(self, part: nn.Module) -> None:
-        self._parts = list(part.modules())
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self._parts = parts
         self._kept = [_Slot.of(inner, holder, key) for inner in self._parts for holder, key in _places(inner)]
 
     def keep_changed(self) -> None:

@@ -119,13 +119,13 @@ class _Stretch:
 
     def forward_at(self, place: int) -> Callable[..., Any]:
         """What stands in the place of the forward of block ``place``."""
-        block, plain, name = self._blocks[place], self._blocks[place].forward, self._names[place]
+        plain, name, parts = self._blocks[place].forward, self._names[place], list(self._blocks[place].modules())
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return plain(*args, **kwargs)
             region, handed = self._continued(place)
-            past = _Past(block, self._draws, self._device)
+            past = _Past(parts, self._draws, self._device)
             call = RegionCall(name, plain, past.standing, self._draws.again())
             result = region.run(call, args, kwargs, handed)
             past.keep_changed()
@@ -154,11 +154,10 @@ class _Stretch:
 class _Past:
     """All that a block reads beside its arguments and weights, as it is before it runs."""
 
-    def __init__(self, block: nn.Module, draws: StepDraws, device: torch.device) -> None:
-        self._state = PartState(block)
+    def __init__(self, parts: Sequence[nn.Module], draws: StepDraws, device: torch.device) -> None:
+        self._state = PartState(parts)
         self._autocast = Autocast.now((device.type, "cpu"))
-        # Keyed draws are made again by their keys.
-        self._generators = Generators(device) if draws.sites is None else None
+        self._generators = None if draws.are_all else Generators(device)
 
     def keep_changed(self) -> None:
         """Forgets what the block's first run left as it was."""

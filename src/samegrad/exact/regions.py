@@ -29,9 +29,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from samegrad import trees
-from samegrad.errors import CannotSplit, GradientsDiffer
+from samegrad.errors import CannotSplit
 
 _LEAVE_OUT = "leave that part out of the blocks to recompute"
+# What torch says where a transform of torch.func meets hooks on saved tensors, or a node of ours.
+_TRANSFORMED = ("saved tensor hooks", "functorch")
 
 
 class Saved:
@@ -54,7 +56,7 @@ class Saved:
         value, self.value = self.value, None
         assert value is not None
         if value._version != self.version:
-            raise GradientsDiffer(
+            raise CannotSplit(
                 asked=f"run {self.region.names} again in backward",
                 found="a tensor that its gradient needs is changed in place later on",
                 do=f"use an operation that is not in place, or {_LEAVE_OUT}",
@@ -160,17 +162,12 @@ class _Bound:
         return [t.detach().requires_grad_().view_as(t) if grad else t for t, grad in zip(kept, wanted, strict=True)]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Look:
-    """How a saved tensor looked."""
+_Look = tuple[torch.Size, torch.dtype, torch.device]
 
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Look:
-        return cls(tensor.shape, tensor.dtype, tensor.device)
+def _look(tensor: Tensor) -> _Look:
+    """What a saved tensor shows from outside."""
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 class _Complete(BaseException):
@@ -196,17 +193,25 @@ class Region:
 
         ``handed``: the place of a tensor among the leaves that the call before returned, by its id.
         """
-        self._calls.append(_Bound(call, args, kwargs, handed))
         self._running = True
         try:
+            self._calls.append(_Bound(call, args, kwargs, handed))
             with saved_tensors_hooks(self._pack, Saved.taken):
                 return call.function(*args, **kwargs)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _TRANSFORMED):
+                raise
+            raise CannotSplit(
+                asked=f"run {call.name} again in backward",
+                found="it meets a transform of torch.func, which lets no tensor be saved in another way",
+                do=_LEAVE_OUT,
+            ) from error
         finally:
             self._running = False
 
     def _pack(self, tensor: Tensor) -> Saved:
         saved = Saved(self)
-        self._saved.append((weakref.ref(saved), _Look.of(tensor)))
+        self._saved.append((weakref.ref(saved), _look(tensor)))
         return saved
 
     def run_again(self) -> None:
@@ -238,8 +243,8 @@ class _SecondRun:
 
     def pack(self, tensor: Tensor) -> Tensor:
         reference, look = self._saved[self._next]
-        if look != _Look.of(tensor):
-            self.refuse(f"tensor {self._next} that it saved was {look} and is {_Look.of(tensor)}")
+        if look != _look(tensor):
+            self.refuse(f"tensor {self._next} that it saved was {look} and is {_look(tensor)}")
         waiting = reference()
         if waiting is not None:
             waiting.filled(tensor)
@@ -249,7 +254,7 @@ class _SecondRun:
         return tensor.detach()
 
     def refuse(self, found: str) -> NoReturn:
-        raise GradientsDiffer(
+        raise CannotSplit(
             asked=f"run {self._names} again in backward as it ran in forward",
             found=found,
             do=f"look for state, switches or caches that the part reads or writes, or {_LEAVE_OUT}",

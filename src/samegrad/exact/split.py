@@ -124,7 +124,7 @@ class SplitStep:
         batch, aliases = stood_in(batch, layout, self.aliases)
         standing = dataclasses.replace(self, aliases=aliases)
         with Generators(device).restored_on_failure():
-            draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
+            draws = StepDraws(self.examination.sites, StepKey() if key is None else key, are_all=True)
             draws.take()
             generators = Generators(device)
             forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)

@@ -19,10 +19,16 @@ from samegrad.exact.randomness import keyed
 
 
 class StepDraws:
-    """The draws of one step, the same for every split. ``sites`` None: the model draws nothing."""
+    """The draws of one step, the same for every split. ``sites`` None: the model has no draws that are keyed.
 
-    def __init__(self, sites: DrawSites | None = None, key: StepKey | None = None) -> None:
+    ``are_all``: whether the model is known to draw nothing else.
+    """
+
+    def __init__(
+        self, sites: DrawSites | None = None, key: StepKey | None = None, *, are_all: bool = False
+    ) -> None:
         self.sites = sites
+        self.are_all = are_all or sites is not None
         self.key = StepKey() if key is None else key
         self._running: Draws | None = None
         # What draws in this thread: some rows, perhaps inside the forward of all.

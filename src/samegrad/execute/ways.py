@@ -38,6 +38,7 @@ from samegrad.exact.schemes import Scheme
 from samegrad.exact.segments import find_segments
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import NotToBeTried, step_undisturbed
+from samegrad.exact.unit_chain import find_units
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.segments import Segments
@@ -143,11 +144,15 @@ def find_ways(
     if segments is None and has_batchnorm(declared.network):
         _try_batchnorm(declared, fits)
     else:
-        refusals |= dict.fromkeys((Recompute.name, ExactBatchNorm.name), "no BatchNorm in training mode")
+        refusals[ExactBatchNorm.name] = "no BatchNorm in training mode"
     if not mapped:
         _try_segments(declared, batch, layout, segments, fits, refusals)
     elif Segments.name not in refusals:
         refusals[Segments.name] = "tried only where BatchNorm has no exact way of its own"
+    if segments is not None:
+        refusals[Recompute.name] = "segments= names the parts that run again"
+    elif not any(isinstance(lever, Recompute) for lever in mapped):
+        _try_units(declared, batch, layout, fits, refusals)
     return Ways(None, refusal, tuple(mapped), sites, refusals)
 
 
@@ -176,6 +181,24 @@ def _try_segments(
         fits(Segments(1, {segment.path: segment.per_row for segment in found}))
     else:
         refusals[Segments.name] = "no part of the model with parameters treats rows alone"
+
+
+def _try_units(
+    declared: DeclaredStep,
+    batch: Any,
+    layout: RowLayout,
+    fits: Callable[[MappingLever], bool],
+    refusals: dict[str, str],
+) -> None:
+    """Blocks of any model on the whole batch; single layers keep little more than what enters them."""
+    if Recompute.name in refusals:
+        return
+    chain = find_units(declared, _few(declared, batch, layout)[0])
+    blocks: list[str | list[str]] = [list(unit.paths) for unit in chain.units if unit.has_parts]
+    if blocks:
+        fits(Recompute(blocks))
+    else:
+        refusals[Recompute.name] = chain.reason or "no blocks, only single layers, which keep little inside"
 
 
 def _over_ranks(
