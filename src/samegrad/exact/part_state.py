@@ -25,6 +25,7 @@ _MODULES_OWN = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, tuple, dict, set, deque)
 # Vocabularies and tables: looking at each entry would cost more than the part.
 _LONGEST = 256
+_DEEPEST = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +85,23 @@ def _places(part: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
             yield attributes, key
 
 
-def _look(value: Any) -> Any:
+def _looked_into(value: Any, depth: int) -> bool:
+    return isinstance(value, _CONTAINERS) and len(value) <= _LONGEST and depth < _DEEPEST
+
+
+def _look(value: Any, depth: int = 0) -> Any:
     """What tells a value from the same one changed, without reading a tensor's entries."""
     if isinstance(value, Tensor):
         return id(value), value._version
     if isinstance(value, np.ndarray):
         return value.tobytes()
-    if isinstance(value, _CONTAINERS) and len(value) <= _LONGEST:
+    if _looked_into(value, depth):
         entries = [*value, *value.values()] if isinstance(value, dict) else value
-        return id(value), tuple(_look(entry) for entry in entries)
+        return id(value), tuple(_look(entry, depth + 1) for entry in entries)
     return value if isinstance(value, PLAIN) else id(value)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Tensor):
         # What hangs in a graph is made anew in every run, not written into.
         return value if value.requires_grad or isinstance(value, nn.Parameter) else value.detach().clone()
@@ -105,7 +110,7 @@ def _copied(value: Any) -> Any:
     if not isinstance(value, (dict, set, list, deque)):
         return value
     same: Any = copy.copy(value)
-    if not isinstance(value, set) and len(value) <= _LONGEST:
+    if _looked_into(value, depth) and not isinstance(value, set):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            same[key] = _copied(entry)
+            same[key] = _copied(entry, depth + 1)
     return same
