@@ -101,6 +101,48 @@ def test_an_encoder_with_a_decoder_that_looks_at_it() -> None:
     ]
 
 
+class Towers(nn.Module):
+    """Two stacks of one class, of which one looks at the other, as in T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Stack(), Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.reshape(len(x), 3, 2).repeat(1, 1, 6)
+        return self.decoder(z, self.encoder(z, z)).mean(1)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(Layered() for _ in range(2))
+
+    def forward(self, z: Tensor, beside: Tensor) -> Tensor:
+        for block in self.block:
+            z = block(z, beside)
+        return z
+
+
+class Layered(nn.Module):
+    """A block that is itself a list of layers with parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(zoo.Block(drop=0.0) for _ in range(2))
+
+    def forward(self, z: Tensor, beside: Tensor) -> Tensor:
+        for layer in self.layer:
+            z = layer(z, scale=beside)
+        return z
+
+
+def test_two_stacks_of_one_class_are_no_blocks_but_hold_some() -> None:
+    model, x = Towers().to(zoo.D), zoo.made("gpt")[1]
+    found = named(chain_of(model, x))
+    assert [name for run in found for name in run] == [f"{s}.block.{i}" for s in ("encoder", "decoder") for i in (0, 1)]
+
+
 class Cache:
     """What a model may hand from block to block and write into."""
 

@@ -30,6 +30,8 @@ from samegrad.exact.undisturbed import step_undisturbed
 _PLAIN = (int, float, complex, str, bytes, type(None), enum.Enum, torch.Size, torch.dtype, torch.device, slice)
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _NAMED_IN_REASON = 3
+# So many siblings of one class are blocks; two may be an encoder and a decoder, with blocks of their own.
+_A_ROW = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +196,8 @@ class _Chain:
         kinds = collections.Counter(type(self._module(child)) for child in children)
         for child in children:
             part = self._module(child)
-            repeated = in_list or (kinds[type(part)] > 1 and bool(self._children(child)))
+            above = self._module(child.rpartition(".")[0])
+            repeated = in_list or isinstance(above, _LISTS) or kinds[type(part)] >= _A_ROW
             if isinstance(part, nn.Sequential) and self._is_list(child):
                 yield from self._candidates(child, in_list=True)
             elif not repeated and self._holds_list(child):

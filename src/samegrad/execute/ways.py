@@ -32,7 +32,7 @@ from samegrad.exact.examine import (
 from samegrad.exact.mapped import MappedExamination
 from samegrad.exact.probes import PROBE_ROWS, close
 from samegrad.exact.randomness import DrawSites, StepKey
-from samegrad.exact.recomputed import find_blocks
+from samegrad.exact.recomputed import as_runs, find_blocks
 from samegrad.exact.rounding import eps_in_use
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.segments import find_segments
@@ -249,13 +249,28 @@ def examine_mapped(
     first = max(1, 3 * few_layout.rows // 8)
     sizes = [first, few_layout.rows - first] if few_layout.rows > 1 else [1]
     trial = _Trial(declared, aliases, few, few_layout, sizes, sites)
-    plain, ours = trial.run(None), trial.run(lever.scheme())
-    if different := plain.differing(ours):
+    plain = trial.run(None)
+    if different := plain.differing(trial.run(lever.scheme())):
+        if isinstance(lever, Recompute):
+            raise _not_the_same_again(lever, different[0], lambda block: plain.differing(trial.run(block.scheme())))
         raise CannotSplit(
             asked=f"run parts of the model in chunks by {lever.name}",
             found=f"{different[0]} changes: something inside the parts sees other rows, or draws in another order",
             do="name smaller parts with segments=, or run the step whole (rows=<the batch's rows>)",
         )
+
+
+def _not_the_same_again(
+    lever: Recompute, different: str, differs: Callable[[Recompute], Sequence[str]]
+) -> CannotSplit:
+    """The refusal of blocks whose second run is another; names the first that is so by itself."""
+    alone = next((Recompute([entry]) for entry in lever.blocks if differs(Recompute([entry]))), lever)
+    named = ", ".join(name for run in as_runs(alone.blocks) for name in run)
+    return CannotSplit(
+        asked=f"run {named} again in backward",
+        found=f"{different} changes: what runs again reads or writes something that is not its own, such as a cache",
+        do="leave that part out of the blocks to recompute",
+    )
 
 
 def check_lever(
