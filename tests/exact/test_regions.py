@@ -33,6 +33,8 @@ def left_by(model: nn.Module, x: Tensor, within: Within = lambda _: nullcontext(
         loss = zoo.row_loss(twin(x))
         loss.backward()
     found = {"loss": loss.detach(), "gradient of x": x.grad, "generator": torch.get_rng_state()}
+    if x.is_cuda:
+        found["device's generator"] = torch.cuda.get_rng_state(x.device)
     found |= {f"gradient of {n}": p.grad for n, p in twin.named_parameters()}
     found |= {f"buffer {n}": b for n, b in twin.named_buffers()}
     for name, part in twin.named_modules():
