@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
+import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,46 +28,51 @@ _LONGEST = 256
 _DEEPEST = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """A place of ``part`` that holds state, ``holder[key]``: a copy of what stood there, and how that looked."""
+class PartPlaces:
+    """Where a part of the model and its submodules hold state, looked up once for many runs."""
 
-    part: nn.Module
-    holder: dict[str, Any]
-    key: str
-    before: Any
-    look: Any
-
-    @classmethod
-    def of(cls, part: nn.Module, holder: dict[str, Any], key: str) -> _Slot:
-        return cls(part, holder, key, _copied(holder[key]), _look(holder[key]))
-
-    def changed(self) -> bool:
-        # torch's batch_norm writes into running statistics without counting a version.
-        uncounted = self.holder is self.part._buffers and uses_batch_statistics(self.part)
-        return uncounted or bool(_look(self.holder.get(self.key)) != self.look)
+    def __init__(self, part: nn.Module) -> None:
+        self.holders: list[dict[str, Any]] = []
+        # The module, the dict that holds the value, its key.
+        self.places: list[tuple[nn.Module, dict[str, Any], str]] = []
+        for inner in part.modules():
+            buffers, attributes = inner._buffers, vars(inner)
+            self.holders += [buffers, attributes]
+            self.places += [(inner, buffers, key) for key, buffer in buffers.items() if buffer is not None]
+            self.places += [
+                (inner, attributes, key)
+                for key, value in attributes.items()
+                if key not in _MODULES_OWN and can_hold_state(value)
+            ]
 
 
 class PartState:
-    """What ``parts``, a module and its submodules, hold now in buffers and attributes."""
+    """What stands in ``places`` now."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self._parts = parts
-        self._kept = [_Slot.of(inner, holder, key) for inner in self._parts for holder, key in _places(inner)]
+    def __init__(self, places: PartPlaces) -> None:
+        self._places = places
+        values = [holder.get(key) for _, holder, key in places.places]
+        # A module has many numbers that never change: those are told by identity alone.
+        self._before = [(value, None) if type(value) in PLAIN else (_copied(value), _look(value)) for value in values]
+        self._kept: list[tuple[dict[str, Any], str, Any]] = []
 
     def keep_changed(self) -> None:
-        """Forgets all that did not change since."""
-        self._kept = [slot for slot in self._kept if slot.changed()]
+        """Keeps what changed since, and forgets all else."""
+        self._kept = [
+            (holder, key, before)
+            for (part, holder, key), (before, look) in zip(self._places.places, self._before)
+            if _changed(part, holder, key, before, look)
+        ]
+        self._before = []
 
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
         """Copies of what was kept in its place; what stands there now comes back on every way out."""
-        holders = [holder for part in self._parts for holder in (part._buffers, vars(part))]
-        now = [(holder, dict(holder)) for holder in holders]
+        now = [(holder, dict(holder)) for holder in self._places.holders]
         try:
-            for slot in self._kept:
+            for holder, key, before in self._kept:
                 # A copy again, for a graph that is kept and run again once more.
-                slot.holder[slot.key] = _copied(slot.before)
+                holder[key] = _copied(before)
             yield
         finally:
             for holder, content in now:
@@ -77,18 +82,16 @@ class PartState:
                     holder.update(content)
 
 
+def _changed(part: nn.Module, holder: dict[str, Any], key: str, before: Any, look: Any) -> bool:
+    value = holder.get(key)
+    if look is None:
+        return value is not before
+    # torch's batch_norm writes into running statistics without counting a version.
+    return (holder is part._buffers and uses_batch_statistics(part)) or bool(_look(value) != look)
+
+
 def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return len(a) == len(b) and all(x is y and k == j for (k, x), (j, y) in zip(a.items(), b.items()))
-
-
-def _places(part: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    for key, buffer in part._buffers.items():
-        if buffer is not None:
-            yield part._buffers, key
-    attributes = vars(part)
-    for key, value in attributes.items():
-        if key not in _MODULES_OWN and can_hold_state(value):
-            yield attributes, key
+    return list(a) == list(b) and all(map(operator.is_, a.values(), b.values()))
 
 
 def _looked_into(value: Any, depth: int) -> bool:

@@ -21,6 +21,7 @@ under it twice, and so does this one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from samegrad import trees
 from samegrad.errors import UsageError
 from samegrad.exact.batchnorm import has_batchnorm, uses_batch_statistics
 from samegrad.exact.chunk_map import Autocast
-from samegrad.exact.part_state import PartState
+from samegrad.exact.part_state import PartPlaces, PartState
 from samegrad.exact.regions import Region, RegionCall
 from samegrad.exact.replaced_forward import forward_replaced
 from samegrad.exact.step_draws import StepDraws
@@ -58,7 +59,7 @@ def recomputed_blocks(
     runs = as_runs(find_blocks(network) if blocks is None else blocks)
     modules = dict(network.named_modules())
     _check([name for run in runs for name in run], modules)
-    device = next((t.device for t in (*network.parameters(), *network.buffers())), torch.device("cpu"))
+    device = next((t.device for t in itertools.chain(network.parameters(), network.buffers())), torch.device("cpu"))
     with contextlib.ExitStack() as stack:
         for run in runs:
             stretch = _Stretch(run, [modules[name] for name in run], StepDraws() if draws is None else draws, device)
@@ -119,13 +120,13 @@ class _Stretch:
 
     def forward_at(self, place: int) -> Callable[..., Any]:
         """What stands in the place of the forward of block ``place``."""
-        plain, name, parts = self._blocks[place].forward, self._names[place], list(self._blocks[place].modules())
+        plain, name, places = self._blocks[place].forward, self._names[place], PartPlaces(self._blocks[place])
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return plain(*args, **kwargs)
             region, handed = self._continued(place)
-            past = _Past(parts, self._draws, self._device)
+            past = _Past(places, self._draws, self._device)
             call = RegionCall(name, plain, past.standing, self._draws.again())
             result = region.run(call, args, kwargs, handed)
             past.keep_changed()
@@ -154,8 +155,8 @@ class _Stretch:
 class _Past:
     """All that a block reads beside its arguments and weights, as it is before it runs."""
 
-    def __init__(self, parts: Sequence[nn.Module], draws: StepDraws, device: torch.device) -> None:
-        self._state = PartState(parts)
+    def __init__(self, places: PartPlaces, draws: StepDraws, device: torch.device) -> None:
+        self._state = PartState(places)
         self._autocast = Autocast.now((device.type, "cpu"))
         self._generators = None if draws.are_all else Generators(device)
 
