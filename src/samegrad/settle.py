@@ -20,7 +20,8 @@ from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, Usa
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.find_head import Head, find_head
 from samegrad.exact.findings import Examination
-from samegrad.exact.mapped import MappedStep, unchanged
+from samegrad.exact.mapped import MappedStep
+from samegrad.exact.schemes import unchanged
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws

@@ -156,12 +156,12 @@ def test_a_block_run_again_with_other_buffers_is_caught(
     deep_footprint: Footprint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lever has one chunk, and the verifier once took that for the plain call."""
-    from samegrad.exact import recomputed
+    from samegrad.exact import part_state
 
     ladder = choose_plan(deep_footprint, Options(), bytes_of(2**30))
     step = deep(plan=next(plan for plan in ladder if taken(plan) == ("recompute", 0)))
     step.backward(batch())
-    monkeypatch.setattr(recomputed._Buffers, "keep_changed", lambda self: self._kept.clear())
+    monkeypatch.setattr(part_state.PartState, "keep_changed", lambda self: self._kept.clear())
     assert not sg.verify_step(step, batch()).same
 
 

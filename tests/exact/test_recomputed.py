@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import samegrad as sg
-from samegrad.exact import recomputed
+from samegrad.exact import part_state
 from samegrad.exact.lockstep import lockstep
 from samegrad.exact.recomputed import find_blocks, recomputed_blocks
 from samegrad.measure.counting import ByteCounter
@@ -61,7 +61,7 @@ def test_plain_checkpointing_updates_statistics_twice_and_this_does_not() -> Non
 
 def test_a_planted_second_update_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = made("residual")
-    monkeypatch.setattr(recomputed._Buffers, "keep_changed", lambda self: self._kept.clear())
+    monkeypatch.setattr(part_state.PartState, "keep_changed", lambda self: self._kept.clear())
     assert worst_share(left_by(network, x, row_loss, recomputed_blocks), left_by(network, x, row_loss)) > 100
 
 

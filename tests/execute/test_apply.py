@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from samegrad.declared import DeclaredStep, declare
-from samegrad.errors import UsageError
-from samegrad.execute.apply import Standing, applied, in_force
+from samegrad.errors import CannotSplit, UsageError
+from samegrad.exact.mapped import MappedStep
+from samegrad.exact.split import SplitStep
+from samegrad.execute.apply import Standing, applied, chunked_step, in_force
+from samegrad.execute.ways import Ways
 from samegrad.records import Exactness, Plan
 
 from ..contract.lever_zoo import cnn
@@ -82,3 +88,35 @@ def test_in_force_is_both_and_is_undone_after_an_exception() -> None:
         assert stands(step, optimizer) == (True, 1)
         raise ZeroDivisionError
     assert stands(step, optimizer) == (False, 0)
+
+
+RECOMPUTE = {"recompute": {"blocks": ["0"]}}
+
+
+def ways(refusal: CannotSplit | None = None) -> Ways:
+    return Ways(None if refusal else SimpleNamespace(), refusal)  # type: ignore[arg-type]
+
+
+def run_by(ways: Ways, aliases: Any = None, **levers: dict[str, object]) -> MappedStep | SplitStep:
+    with applied(plan(**levers), declare(mlp(), cross_entropy), 10) as execution:
+        return chunked_step(execution, aliases or SimpleNamespace(sharded=False), ways, lambda *_: ())
+
+
+def test_recomputation_runs_inside_whatever_else_the_plan_takes() -> None:
+    whole, split = run_by(ways(), **RECOMPUTE), run_by(ways(), **RECOMPUTE, split_rows={"rows": 4})
+    assert isinstance(whole, MappedStep) and isinstance(split, SplitStep) and split.inside is not None
+    assert isinstance(run_by(ways(), **RECOMPUTE, split_rows={"rows": 10}), MappedStep)
+    assert isinstance(run_by(ways(), **RECOMPUTE, segments={"rows": 4, "paths": {"0": 1}}), MappedStep)
+    alone = run_by(ways(), split_rows={"rows": 4})
+    assert isinstance(alone, SplitStep) and alone.inside is None
+
+
+def test_what_excludes_recomputation_says_so() -> None:
+    refused = CannotSplit(asked="split", found="rows meet", do="nothing")
+    with pytest.raises(CannotSplit, match="rows meet"):
+        run_by(ways(refused), **RECOMPUTE, split_rows={"rows": 4})
+    assert isinstance(run_by(ways(refused), **RECOMPUTE), MappedStep)
+    with pytest.raises(CannotSplit, match="beside exact_batchnorm"):
+        run_by(ways(refused), **RECOMPUTE, exact_batchnorm={"rows": 4})
+    with pytest.raises(CannotSplit, match="fully_shard"):
+        run_by(ways(), SimpleNamespace(sharded=True), **RECOMPUTE, split_rows={"rows": 4})

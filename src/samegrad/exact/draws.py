@@ -71,7 +71,7 @@ class Draws:
     def __init__(self, key: StepKey | Tensor, ids: Tensor, sites: Sites, stream: int, entered_from: int) -> None:
         if not 0 <= stream <= philox.LARGEST_STREAM:
             raise ValueError(f"stream is 0 to {philox.LARGEST_STREAM}, not {stream}")
-        self._key, self._ids, self.sites, self._stream = key, ids, sites, stream
+        self._key, self.ids, self.sites, self._stream = key, ids, sites, stream
         self._rows = ids.shape[0]
         self._entered_from = entered_from
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -107,7 +107,7 @@ class Draws:
 
     def _brought(self, device: torch.device) -> tuple[Tensor, Tensor]:
         key = self._key.tensor(device) if isinstance(self._key, StepKey) else self._key.to(device)
-        return key, self._ids.to(device)
+        return key, self.ids.to(device)
 
 
 class Draw:

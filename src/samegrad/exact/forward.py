@@ -63,5 +63,5 @@ class StepForward:
         self.state.commit()
 
     def _run(self, chunk: Any, ids: Tensor | None, share: float | None) -> Any:
-        with self.draws.rows(ids), self.state.chunk(share):
+        with self.draws.rows(ids) as running, self.draws.drawn_by(running), self.state.chunk(share):
             return program.seen(self.declared.forward(self.declared.network, chunk))

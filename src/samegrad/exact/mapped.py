@@ -7,11 +7,9 @@ in a split step.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,26 +24,13 @@ from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
 from samegrad.exact.passes import StepTotals, owned_parameter
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import DrawSites, StepKey
+from samegrad.exact.schemes import Scheme
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
-
-
-class Scheme(Protocol):
-    """The network with parts of it in chunks of these sizes, as before on every way out."""
-
-    def __call__(
-        self, network: nn.Module, *, sizes: Sequence[int], draws: StepDraws
-    ) -> AbstractContextManager[object]: ...
-
-
-@contextlib.contextmanager
-def unchanged(network: nn.Module, *, sizes: Sequence[int], draws: StepDraws) -> Iterator[None]:
-    """The scheme of a step that runs whole, but whose forward or loss a lever changed."""
-    yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,11 @@ but what it wrote stays.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from samegrad.exact.on_use import arriving
 from samegrad.exact.passes import GradientSums, StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import StepKey
+from samegrad.exact.schemes import Scheme
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.step_draws import StepDraws
@@ -86,7 +89,10 @@ def _needs_reading(batch: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SplitStep:
-    """A step that runs in chunks, as examined. ``chunks`` brings them to the device, ``sums_of`` adds them up."""
+    """A step that runs in chunks, as examined. ``chunks`` brings them to the device, ``sums_of`` adds them up.
+
+    ``inside``: what is in force in the model while chunks run.
+    """
 
     declared: DeclaredStep
     aliases: ParameterAliases
@@ -94,6 +100,7 @@ class SplitStep:
     chunks: Chunks = sliced_chunks
     sums_of: GradientSums = GradientTotals
     kept: int = 0
+    inside: Scheme | None = None
 
     def keeping_magnitudes(self) -> SplitStep:
         """The same step, whose totals bring the sums of the chunks' absolute gradients."""
@@ -118,12 +125,13 @@ class SplitStep:
         batch, aliases = stood_in(batch, layout, self.aliases)
         standing = dataclasses.replace(self, aliases=aliases)
         with Generators(device).restored_on_failure():
-            draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
+            draws = StepDraws(self.examination.sites, StepKey() if key is None else key, are_all=True)
             draws.take()
             generators = Generators(device)
             forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
             try:
-                totals = standing._summed(forward, batch, layout, sizes, scale)
+                with self._inside(sizes, draws):
+                    totals = standing._summed(forward, batch, layout, sizes, scale)
 
                 def checked() -> tuple[None, int]:
                     self._check_untouched(generators, versions)
@@ -138,6 +146,11 @@ class SplitStep:
                 loss_state.restore()
                 raise
         return totals
+
+    def _inside(self, sizes: Sequence[int], draws: StepDraws) -> AbstractContextManager[object]:
+        if self.inside is None:
+            return contextlib.nullcontext()
+        return self.inside(self.declared.network, sizes=sizes, draws=draws)
 
     def _summed(
         self, forward: StepForward, batch: Any, layout: RowLayout, sizes: Sequence[int], scale: Tensor

@@ -7,6 +7,7 @@ loss runs once on all rows in every plan, so what it draws is the plain step's o
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -18,15 +19,22 @@ from samegrad.exact.randomness import keyed
 
 
 class StepDraws:
-    """The draws of one step, the same for every split. ``sites`` None: the model draws nothing."""
+    """The draws of one step, the same for every split. ``sites`` None: the model has no draws that are keyed.
 
-    def __init__(self, sites: DrawSites | None = None, key: StepKey | None = None) -> None:
+    ``are_all``: whether the model is known to draw nothing else.
+    """
+
+    def __init__(
+        self, sites: DrawSites | None = None, key: StepKey | None = None, *, are_all: bool = False
+    ) -> None:
         self.sites = sites
+        self.are_all = are_all or sites is not None
         self.key = StepKey() if key is None else key
         self._running: Draws | None = None
-        self._all_ids: Tensor | None = None
+        # What draws in this thread: some rows, perhaps inside the forward of all.
+        self._here = threading.local()
 
-    def rows(self, ids: Tensor | None) -> AbstractContextManager[object]:
+    def rows(self, ids: Tensor | None) -> AbstractContextManager[Draws | None]:
         """A forward of the rows ``ids``, (rows,) int64 on the device: their places in the batch."""
         if self.sites is None or ids is None:
             return contextlib.nullcontext()
@@ -44,28 +52,32 @@ class StepDraws:
             yield
             return
         with keyed(self.key, ids, sites=self.sites.for_all_rows()) as running:
-            self._running, self._all_ids = running, ids
+            self._running = running
             try:
                 yield
             finally:
-                self._running = self._all_ids = None
+                self._running = None
 
-    def part_again(self) -> Callable[[], AbstractContextManager[Draws | None]]:
-        """For the part of the model that begins now on all rows: its draws, now and when it runs again in backward.
+    def again(self) -> Callable[[], AbstractContextManager[object]]:
+        """For what begins now and is to run again in backward: the draws that it makes now.
 
-        To be entered by what runs the part, inside of torch.utils.checkpoint: what lies between the block and a draw
-        would be run again without the block.
+        To be entered by the frame that runs all of it again.
         """
-        running, ids, sites, key = self._running, self._all_ids, self.sites, self.key
-        if running is None or ids is None or sites is None:
+        running, key = getattr(self._here, "running", None) or self._running, self.key
+        if running is None:
             return contextlib.nullcontext
-        first_call = running.calls
-        return lambda: keyed(key, ids, sites=sites.for_all_rows(), first_call=first_call)
+        ids, sites, first_call = running.ids, running.sites, running.calls
+        return lambda: keyed(key, ids, sites=sites, first_call=first_call)
 
-    def passed(self, part: Draws | None) -> None:
-        """Moves the whole forward's count of draws past those of ``part``; nothing while backward runs."""
-        if part is not None and self._running is not None:
-            self._running.calls = part.calls
+    @contextlib.contextmanager
+    def drawn_by(self, running: Draws | None) -> Iterator[None]:
+        """A block in which ``running`` draws, in this thread: what ``again`` makes again there."""
+        before = getattr(self._here, "running", None)
+        self._here.running = running
+        try:
+            yield
+        finally:
+            self._here.running = before
 
     def part(self) -> Callable[[Tensor], AbstractContextManager[object]]:
         """For the part of the model that runs now, in chunks and again in backward: its draws, given a chunk's rows.
@@ -80,7 +92,7 @@ class StepDraws:
 
         @contextlib.contextmanager
         def drawing(ids: Tensor) -> Iterator[None]:
-            with keyed(key, ids, sites=sites, first_call=first_call) as mine:
+            with keyed(key, ids, sites=sites, first_call=first_call) as mine, self.drawn_by(mine):
                 yield
             if not counted:
                 counted.append(mine.calls)

@@ -32,7 +32,7 @@ class Generators:
     """The states of the generators a model can draw from: torch's on the CPU and the device, numpy's, Python's."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self.states = self.read()
 
     def read(self) -> dict[str, Any]:
@@ -40,8 +40,8 @@ class Generators:
         # A trace draws nothing from torch's, and could not compare what it reads.
         if computing():
             states["torch"] = torch.get_rng_state()
-            if self._device.type == "cuda":
-                states["cuda"] = torch.cuda.get_rng_state(self._device)
+            if self.device.type == "cuda":
+                states["cuda"] = torch.cuda.get_rng_state(self.device)
         if "numpy" in sys.modules:
             states["numpy"] = sys.modules["numpy"].random.get_state(legacy=True)
         return states
@@ -56,7 +56,7 @@ class Generators:
             torch.set_rng_state(self.states["torch"])
         random.setstate(self.states["python"])
         if "cuda" in self.states:
-            torch.cuda.set_rng_state(self.states["cuda"], self._device)
+            torch.cuda.set_rng_state(self.states["cuda"], self.device)
         if "numpy" in self.states:
             sys.modules["numpy"].random.set_state(self.states["numpy"])
 

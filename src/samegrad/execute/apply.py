@@ -10,6 +10,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.mapped import ChunkedStep, MappedStep
+from samegrad.exact.schemes import nested
 from samegrad.exact.split import Chunks, SplitStep
 from samegrad.execute.ways import Ways
 from samegrad.levers import Execution, Lever, StandingLever, levers_of
@@ -85,10 +86,15 @@ def chunked_step(
 ) -> ChunkedStep:
     """What runs ``execution`` in chunks. ``chunks`` brings rows to the device.
 
-    Raises CannotSplit when the step was examined and cannot run that way.
+    Raises CannotSplit when the step was examined and cannot run that way, or for levers that exclude each other.
     """
-    if execution.scheme is not None:
-        return MappedStep(execution.declared, aliases, ways.mapped_examination(), execution.scheme)
+    scheme, inside = execution.scheme, execution.inside
+    if inside is not None:
+        _check_inside(execution, aliases)
+        if scheme is not None or not execution.splits:
+            scheme, inside = inside if scheme is None else nested(scheme, inside), None
+    if scheme is not None:
+        return MappedStep(execution.declared, aliases, ways.mapped_examination(), scheme)
     if ways.by_rows is None:
         assert ways.refusal is not None
         raise ways.refusal
@@ -98,4 +104,22 @@ def chunked_step(
             found=f"the first pass keeps the logits of all rows for the loss ({ways.by_rows.reason})",
             do=f"leave {execution.one_pass_for} or the split out, or declare normalise= if the loss is a sum over rows",
         )
-    return SplitStep(execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks)
+    return SplitStep(execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks, inside=inside)
+
+
+def _check_inside(execution: Execution, aliases: ParameterAliases) -> None:
+    """Raises CannotSplit where the model's submodules are not called as they are."""
+    asked = "run blocks of the model again in backward"
+    if aliases.sharded:
+        raise CannotSplit(
+            asked=asked,
+            found="parameters are sharded over ranks (fully_shard), whose hooks do not see parts run again in backward",
+            do="leave recompute out of the plan, or use DistributedDataParallel",
+        )
+    if not execution.calls_submodules:
+        raise CannotSplit(
+            asked=f"{asked}, beside exact_batchnorm",
+            found="exact_batchnorm runs stretches between BatchNorm layers, across the blocks, and runs them again "
+            "itself",
+            do="take one of the two: recompute runs its blocks on the whole batch, with exact statistics too",
+        )

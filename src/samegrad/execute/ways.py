@@ -23,14 +23,16 @@ from samegrad.exact.batchnorm import by_rows, has_batchnorm, shared_over_ranks
 from samegrad.exact.examine import chosen_rows, draws_or_none, examine, examine_model, refuse_batch_gradients
 from samegrad.exact.examine_loss import examine_loss
 from samegrad.exact.findings import Examination
-from samegrad.exact.mapped import MappedExamination, Scheme
+from samegrad.exact.mapped import MappedExamination
 from samegrad.exact.probes import PROBE_ROWS, close
 from samegrad.exact.randomness import DrawSites, StepKey
-from samegrad.exact.recomputed import find_blocks
+from samegrad.exact.recomputed import as_runs, find_blocks
 from samegrad.exact.rounding import eps_in_use
+from samegrad.exact.schemes import Scheme
 from samegrad.exact.segments import find_segments
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import NotToBeTried, step_undisturbed
+from samegrad.exact.unit_chain import find_units
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.segments import Segments
@@ -136,18 +138,22 @@ def find_ways(
     if segments is None and has_batchnorm(declared.network):
         _try_batchnorm(declared, fits)
     else:
-        refusals |= dict.fromkeys((Recompute.name, ExactBatchNorm.name), "no BatchNorm in training mode")
+        refusals[ExactBatchNorm.name] = "no BatchNorm in training mode"
     if not mapped:
         _try_segments(declared, batch, layout, segments, fits, refusals)
     elif Segments.name not in refusals:
         refusals[Segments.name] = "tried only where BatchNorm has no exact way of its own"
+    if segments is not None:
+        refusals[Recompute.name] = "segments= names the parts that run again"
+    elif not any(isinstance(lever, Recompute) for lever in mapped):
+        _try_units(declared, batch, layout, fits, refusals)
     return Ways(None, refusal, tuple(mapped), sites, refusals)
 
 
 def _try_batchnorm(declared: DeclaredStep, fits: Callable[[MappingLever], bool]) -> None:
     """The full batch block by block, then chunks in lockstep; chunks that meet only where lockstep cannot record."""
     if blocks := find_blocks(declared.network):
-        fits(Recompute(blocks))
+        fits(Recompute([*blocks]))
     if fits(ExactBatchNorm(1)):
         if len(has_batchnorm(declared.network)) > _KEEP_EVERY:
             fits(ExactBatchNorm(1, keep_every=_KEEP_EVERY))
@@ -169,6 +175,24 @@ def _try_segments(
         fits(Segments(1, {segment.path: segment.per_row for segment in found}))
     else:
         refusals[Segments.name] = "no part of the model with parameters treats rows alone"
+
+
+def _try_units(
+    declared: DeclaredStep,
+    batch: Any,
+    layout: RowLayout,
+    fits: Callable[[MappingLever], bool],
+    refusals: dict[str, str],
+) -> None:
+    """Blocks of any model on the whole batch; single layers keep little more than what enters them."""
+    if Recompute.name in refusals:
+        return
+    chain = find_units(declared, _few(declared, batch, layout)[0])
+    blocks: list[str | list[str]] = [list(unit.paths) for unit in chain.units if unit.has_parts]
+    if blocks:
+        fits(Recompute(blocks))
+    else:
+        refusals[Recompute.name] = chain.reason or "no blocks, only single layers, which keep little inside"
 
 
 def _over_ranks(
@@ -219,13 +243,28 @@ def examine_mapped(
     first = max(1, 3 * few_layout.rows // 8)
     sizes = [first, few_layout.rows - first] if few_layout.rows > 1 else [1]
     trial = _Trial(declared, aliases, few, few_layout, sizes, sites)
-    plain, ours = trial.run(None), trial.run(lever.scheme())
-    if different := plain.differing(ours):
+    plain = trial.run(None)
+    if different := plain.differing(trial.run(lever.scheme())):
+        if isinstance(lever, Recompute):
+            raise _not_the_same_again(lever, different[0], lambda block: plain.differing(trial.run(block.scheme())))
         raise CannotSplit(
             asked=f"run parts of the model in chunks by {lever.name}",
             found=f"{different[0]} changes: something inside the parts sees other rows, or draws in another order",
             do="name smaller parts with segments=, or run the step whole (rows=<the batch's rows>)",
         )
+
+
+def _not_the_same_again(
+    lever: Recompute, different: str, differs: Callable[[Recompute], Sequence[str]]
+) -> CannotSplit:
+    """The refusal of blocks whose second run is another; names the first that is so by itself."""
+    alone = next((Recompute([entry]) for entry in lever.blocks if differs(Recompute([entry]))), lever)
+    named = ", ".join(name for run in as_runs(alone.blocks) for name in run)
+    return CannotSplit(
+        asked=f"run {named} again in backward",
+        found=f"{different} changes: what runs again reads or writes something that is not its own, such as a cache",
+        do="leave that part out of the blocks to recompute",
+    )
 
 
 def check_lever(

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from samegrad.declared import DeclaredStep
-from samegrad.exact.mapped import Scheme
+from samegrad.exact.schemes import Scheme
 from samegrad.records import Exactness, Footprint
 
 
@@ -37,8 +37,10 @@ class Execution:
 
     ``rows_on_host``: the batch stays where it is and only chunks travel. ``kept_chunks``: how many keep their graph
     from the first of two passes. ``scheme``: what puts parts of the model into chunks, where rows cannot be split
-    through the whole model. ``needs_scaler``: gradients vanish where the loss is not scaled. ``one_pass_for``: the
-    lever that needs the loss in the pass that computes the outputs.
+    through the whole model. ``inside``: what is in force in the model itself, whatever rows it is run on.
+    ``calls_submodules``: whether the model's own submodules are what is called then. ``needs_scaler``: gradients
+    vanish where the loss is not scaled. ``one_pass_for``: the lever that needs the loss in the pass that computes the
+    outputs.
     """
 
     declared: DeclaredStep
@@ -49,11 +51,23 @@ class Execution:
     scheme: Scheme | None = None
     needs_scaler: bool = False
     one_pass_for: str = ""
+    inside: Scheme | None = None
+    calls_submodules: bool = True
+
+    @property
+    def maps(self) -> bool:
+        """Whether something stands in the place of parts of the model."""
+        return self.scheme is not None or self.inside is not None
+
+    @property
+    def splits(self) -> bool:
+        """Whether there are chunks at all."""
+        return self.sizes is not None and len(self.sizes) > 1
 
     @property
     def runs_whole(self) -> bool:
         """Whether this is the plain call."""
-        return self.scheme is None and (self.sizes is None or len(self.sizes) < 2)
+        return not self.maps and not self.splits
 
 
 class Lever(Protocol):

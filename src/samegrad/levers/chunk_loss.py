@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 
 from samegrad.declared import DeclaredStep
 from samegrad.exact.find_head import named_head, with_deferred_head
-from samegrad.exact.mapped import unchanged
+from samegrad.exact.schemes import unchanged
 from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._variants import check_rows, predicted_at
 from samegrad.records import Exactness, Footprint, Origin, Phase

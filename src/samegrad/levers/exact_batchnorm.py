@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from samegrad.errors import BadInput
 from samegrad.exact.lockstep import lockstep
-from samegrad.exact.mapped import Scheme
 from samegrad.exact.rendezvous import rendezvous
+from samegrad.exact.schemes import Scheme
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.tracings import Tracings
 from samegrad.levers._lever import Execution, Slot
@@ -86,7 +86,7 @@ class ExactBatchNorm:
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
         sizes = chunk_sizes(self.rows, execution.batch_rows)
-        yield dataclasses.replace(execution, sizes=sizes, scheme=self.scheme())
+        yield dataclasses.replace(execution, sizes=sizes, scheme=self.scheme(), calls_submodules=False)
 
     def knobs(self) -> dict[str, Any]:
         return {"rows": self.rows, "scheme_name": self.scheme_name, "keep_every": self.keep_every}

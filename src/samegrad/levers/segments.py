@@ -17,7 +17,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
-from samegrad.exact.mapped import Scheme
+from samegrad.exact.schemes import Scheme
 from samegrad.exact.segments import Segment, in_segments
 from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._variants import candidates_of, check_rows, chunk_sizes, predicted
