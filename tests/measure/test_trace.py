@@ -1,4 +1,4 @@
-"""A trace counts what the real step takes: to the byte on the CPU, where both can be had; nothing of the user's changes."""
+"""A trace counts what the real step takes, to the byte on the CPU, where both can be had. It changes nothing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from samegrad.errors import CannotTrace
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import examine
 from samegrad.exact.mapped import MappedStep
-from samegrad.exact.split import SplitStep
+from samegrad.exact.split import SplitStep, sliced_chunks
 from samegrad.exact.step_draws import StepDraws
+from samegrad.execute.apply import applied, chunked_step
 from samegrad.execute.ways import find_ways
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.measure import trace_reading
 from samegrad.measure.recorder import Recorder
-from samegrad.measure.trace import Run, in_chunks, plainly, trace_step
-from samegrad.records import Category, Phase
+from samegrad.measure.trace import LossScale, Run, in_chunks, plainly, trace_step
+from samegrad.records import Category, Exactness, Phase, Plan
 
 from .traced import Pictures, Words, counted_peaks, cross_entropy, pictures, words
 
@@ -155,6 +156,32 @@ def test_state_and_gradients_that_exist_are_there_from_the_start() -> None:
     assert {Category.OPTIMIZER_STATE, Category.GRADIENTS} <= before
     traced = [trace_reading.peak_bytes(trace, step=step) for step in (0, 1)]
     assert traced == counted_peaks(declared, batch, plainly())
+
+
+def test_a_plan_in_force_is_followed_as_it_runs() -> None:
+    declared, batch = declared_on(Words(0.2)), words(ROWS)
+    ways = find_ways(declared, ParameterAliases({"": declared.network}), batch, declared.layout(batch))
+    plan = Plan(levers={"split_rows": {"rows": 4}}, exactness=Exactness.SAME_SUM, batch_rows=ROWS)
+
+    def run(declared: DeclaredStep, batch: Any) -> object:
+        with applied(plan, declared, ROWS) as execution:
+            assert execution.sizes is not None
+            aliases = ParameterAliases({"": declared.network})
+            step = chunked_step(execution, aliases, ways, sliced_chunks)
+            return step.backward(batch, declared.layout(batch), execution.sizes)
+
+    assert traced_peaks(declared, batch, run) == counted_peaks(declared, batch, run)
+    assert ParameterAliases({"": declared.network}).parameters == list(declared.network.parameters())
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_loss_scale_is_followed_without_the_users_scaler(chunked: bool) -> None:
+    declared, batch = declared_on(Words()), words(ROWS)
+    step = split(declared, batch)
+    run = in_chunks(step, SIZES, LossScale()) if chunked else plainly(scaler=LossScale())
+    names = [operation.name for operation in trace_step(declared, batch, run=run).operations]
+    without = trace_step(declared, batch, run=in_chunks(step, SIZES) if chunked else plainly()).operations
+    assert names.count("aten.mul.Tensor") == sum(o.name == "aten.mul.Tensor" for o in without) + 2 * (2 - chunked)
 
 
 def test_a_planted_leak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +384,7 @@ def fingerprint(declared: DeclaredStep, extra: Any) -> str:
         for state in optimizer.state.values():
             for key, value in state.items():
                 add(key, value)
-    add(torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True), extra)  # noqa: NPY002
+    add(torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True), extra)
     return digest.hexdigest()
 
 
@@ -372,7 +399,7 @@ class Stateful(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        made = self.part(x) * random.random() * np.random.rand()  # noqa: NPY002
+        made = self.part(x) * random.random() * np.random.rand()
         self.seen.append(made)
         self.last = made
         self.part.eval()
@@ -425,8 +452,8 @@ def test_nothing_of_the_users_changes(fails: bool, device: str) -> None:
         assert nn.functional.dropout(torch.ones(3), 0.0).tolist() == [1, 1, 1]
 
 
-def test_the_planted_change_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    with trained(False) as (declared, batch, held):
+def test_the_planted_change_is_seen() -> None:
+    with trained(False) as (declared, _, _):
         before = fingerprint(declared, None)
         with torch.no_grad():
             declared.network.part.head.weight[0, 0] += 1

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from samegrad.measure import autocast_policy, fused_attention, fused_kernels, recurrent_kernels
+from samegrad.measure import autocast_policy, fused_attention, fused_kernels, recurrent_kernels, wide_results
 
 CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
@@ -40,7 +40,7 @@ _COMPOSITES: dict[str, Callable[..., Any]] = {
     **fused_kernels.COMPOSITES,
     **recurrent_kernels.COMPOSITES,
 }
-_STAND_INS = {**fused_kernels.STAND_INS, **recurrent_kernels.STAND_INS}
+_STAND_INS = {**wide_results.STAND_INS, **fused_kernels.STAND_INS, **recurrent_kernels.STAND_INS}
 
 
 class CpuDispatch:
@@ -48,8 +48,13 @@ class CpuDispatch:
 
     device = torch.device("cpu")
 
+    def __init__(self) -> None:
+        self._stand_ins = dict(_named(wide_results.STAND_INS))
+
     def call(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return operation(*args, **kwargs)
+        if _only_writes(operation, args):
+            return None
+        return self._stand_ins.get(operation, operation)(*args, **kwargs)
 
 
 class CudaDispatch:
@@ -65,6 +70,8 @@ class CudaDispatch:
         """The operation's results. Runs below autograd, for every operation of the trace."""
         if operation is _ASK_DEVICE:
             return _META
+        if _only_writes(operation, args):
+            return None
         device = kwargs.get("device")
         if device is not None and device.type == "cuda":
             kwargs = {**kwargs, "device": _META}
@@ -116,6 +123,20 @@ class CudaDispatch:
         # A machine with a device need not set it up for this.
         with _attributes(fake_tensor, {"init_gpu_context": lambda device: None}), _attributes(FakeTensor, replacements):
             yield
+
+
+def _only_writes(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the operation writes into lists of tensors and makes none: without data there is nothing to be done.
+
+    Small constants of the host, such as an optimizer's counts, keep their values and are computed with.
+    """
+    return _updates_lists(operation) and args[0][0].constant is None
+
+
+@functools.cache
+def _updates_lists(operation: Any) -> bool:
+    schema = operation._schema
+    return schema.name.startswith(("aten::_foreach_", "aten::_fused_")) and not schema.returns
 
 
 def _is_there(tensor: Tensor, asked: dict[str, Any]) -> bool:

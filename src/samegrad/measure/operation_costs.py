@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from samegrad.exact import keyed_ops
-from samegrad.measure import fused_attention
+from samegrad.measure import fused_attention, wide_results
 
 
 class Cost(NamedTuple):
@@ -30,6 +30,7 @@ _TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}
 _TENSORS_A_LONG_LAUNCH = 30
 _BLOCKS_A_LAUNCH, _ELEMENTS_A_BLOCK = 320, 65536
 
+_WIDE = (torch.ops.aten.mse_loss.default, torch.ops.aten.smooth_l1_loss.default)
 _MAKE_ROOM = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh")
 
 
@@ -74,8 +75,8 @@ def _makes_nothing_new(func: Any, given: list[Tensor], made: list[Tensor]) -> bo
     """Views that the schema does not tell, such as ``_unsafe_view``."""
     if func._schema.is_mutable:
         return False
-    brought = {tensor.untyped_storage()._cdata for tensor in given if tensor.layout is torch.strided}
-    return all(tensor.layout is torch.strided and tensor.untyped_storage()._cdata in brought for tensor in made)
+    brought = {tensor.untyped_storage()._cdata for tensor in given}
+    return all(tensor.untyped_storage()._cdata in brought for tensor in made)
 
 
 def _moved_bytes(given: list[Tensor], made: list[Tensor]) -> int:
@@ -102,6 +103,8 @@ def _launches(args: tuple[Any, ...]) -> int:
 def _scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
     if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
         return fused_attention.backward_scratch_bytes(args)
+    if func in _WIDE:
+        return wide_results.scratch_bytes(args)
     if func._schema.name == "samegrad::keyed_numbers":
         _, ids, _, _, before, inner, distribution, scale, shift, _ = args
         return keyed_ops.cuda_scratch_bytes(ids, before, inner, distribution, scale, shift)

@@ -21,6 +21,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad import trees
+from samegrad.errors import CannotTrace
 from samegrad.measure import operation_costs
 from samegrad.measure.events import MemoryEvent, Operation
 from samegrad.measure.shadows import Twins
@@ -105,8 +106,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         """``tensors`` are for ``category``, whatever they were for before."""
         for tensor in tensors:
             if tensor.device.type == self._device_type:
-                for storage in _storages(tensor):
-                    self._see(storage, category, relabel=True)
+                self._see(tensor.untyped_storage(), category, relabel=True)
 
     def claim_gradients(self) -> None:
         for part in self._gradients_of:
@@ -186,12 +186,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             return tensor
         known = self._twins.known(tensor)
         twin = self._twins.of(tensor, "a tensor that the step brings from elsewhere") if known is None else known
-        if known is None and twin.device.type == self._device_type:
-            for storage in _storages(twin):
-                if storage._cdata not in self._known:
-                    number = self._number(storage.nbytes(), Category.BUFFERS)
-                    self._known[storage._cdata] = weakref.ref(storage), number
-                    self._stood_before.append((number, storage.nbytes(), -1))
+        storage = twin.untyped_storage()
+        if known is None and twin.device.type == self._device_type and storage._cdata not in self._known:
+            number = self._number(storage.nbytes(), Category.BUFFERS)
+            self._known[storage._cdata] = weakref.ref(storage), number
+            self._stood_before.append((number, storage.nbytes(), -1))
         return twin.detach()
 
     def _note(
@@ -201,6 +200,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         if not any(tensor.device.type == self._device_type for tensor in (*given, *made)):
             # What the host does for itself: scalars of an optimizer, rows before they travel.
             return
+        for tensor in made:
+            _refuse_sparse(tensor, func, self._place())
         index = len(self.operations)
         cost = operation_costs.cost_of(func, args, kwargs, result, given, made)
         self.operations.append(
@@ -210,18 +211,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         )
         category = _BORN_IN[self.phase]
         # Numbers that Python brings are the host's, here as where bytes of a real step are counted.
-        brought = {s._cdata for t in made for s in _storages(t)} if func in _LIFTS else None
+        brought = _memory_of(made) if func in _LIFTS else None
         for tensor in made:
-            if tensor.device.type != self._device_type:
+            storage = tensor.untyped_storage()
+            if tensor.device.type != self._device_type or storage._cdata in self._known:
                 continue
-            for storage in _storages(tensor):
-                if storage._cdata in self._known:
-                    continue
-                if brought is None:
-                    brought = {s._cdata for t in given for s in _storages(t)}
-                # A view of memory that nobody claimed, such as a table that stands elsewhere, takes none.
-                if storage._cdata not in brought:
-                    self._see(storage, category)
+            if brought is None:
+                brought = _memory_of(given)
+            # A view of memory that nobody claimed, such as a table that stands elsewhere, takes none.
+            if storage._cdata not in brought:
+                self._see(storage, category)
         if cost.scratch_bytes:
             self._pass_through(cost.scratch_bytes, index)
 
@@ -253,8 +252,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self._events.append((number, -self._sizes_bytes[number], len(self.operations) - 1))
 
 
-def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """The memory under ``tensor``; a sparse gradient has that of its indices and of its values."""
-    if tensor.layout is torch.sparse_coo:
-        return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
-    return [tensor.untyped_storage()]
+def _memory_of(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def _refuse_sparse(tensor: Tensor, func: Any, place: str) -> None:
+    if tensor.layout is not torch.strided:
+        raise CannotTrace(
+            asked="follow the step without running it",
+            found=f"{func} in {place} makes a {tensor.layout} tensor, whose size depends on values",
+            do="measure the step by probes on its device, or use sparse=False",
+        )

@@ -172,7 +172,7 @@ def _shadow_state(state: dict[str, Any], twins: Twins, numbers: Numbers) -> dict
 
     def shadow(key: str, value: Any) -> Any:
         if id(value) in numbers:
-            return torch.tensor(numbers[id(value)], dtype=value.dtype)
+            return torch.tensor(numbers[id(value)], dtype=value.dtype, device="cpu")
         return twins.of(value, f"the optimizer's {key}") if isinstance(value, Tensor) else copy.deepcopy(value)
 
     return {key: shadow(key, value) for key, value in state.items()}
@@ -200,7 +200,8 @@ class _RowsWithoutData:
         return self.shape[0]
 
     def read(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        return torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype) if out is None else out
+        rows = (stop - start, *self.shape[1:])
+        return torch.empty(rows, dtype=self.dtype, device="cpu") if out is None else out
 
 
 def shadow_batch(batch: Any, twins: Twins) -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samegrad.declared import DeclaredStep
@@ -51,16 +52,23 @@ Run = Callable[[DeclaredStep, Any], object]
 STEPS = 2
 
 
-def plainly(draws: StepDraws | None = None) -> Run:
+class LossScale:
+    """What a ``GradScaler`` does to a loss, without the scaler: its numbers are the user's."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss * torch.ones((), dtype=torch.float32, device=loss.device)
+
+
+def plainly(draws: StepDraws | None = None, scaler: LossScale | None = None) -> Run:
     """The plain step on the whole batch; ``draws`` where it is one that may be split."""
 
     def run(declared: DeclaredStep, batch: Any) -> object:
-        return plain_backward(declared, batch, declared.layout(batch), None, draws)
+        return plain_backward(declared, batch, declared.layout(batch), scaler, draws)
 
     return run
 
 
-def in_chunks(step: ChunkedStep, sizes: Sequence[int]) -> Run:
+def in_chunks(step: ChunkedStep, sizes: Sequence[int], scaler: LossScale | None = None) -> Run:
     """``step`` in chunks of ``sizes`` rows, handed over. Chunks of a batch on the host arrive ahead, as they do."""
 
     chunks = ArrivingRows()
@@ -72,7 +80,7 @@ def in_chunks(step: ChunkedStep, sizes: Sequence[int]) -> Run:
             standing = dataclasses.replace(step, declared=declared, aliases=aliases, chunks=chunks)
         else:
             standing = dataclasses.replace(step, declared=declared, aliases=aliases)
-        return standing.backward(batch, declared.layout(batch), sizes)
+        return standing.backward(batch, declared.layout(batch), sizes, scaler)
 
     return run
 
@@ -89,13 +97,14 @@ def trace_step(
 
     The model may be on any device or on none (meta); the step is followed as on ``device``, "cuda" or "cpu". Leaves of
     the batch that are where the model is are there as a whole, except that a model on the CPU that is followed on CUDA
-    leaves its batch on the host. ``run``: by default the plain step. ``sizes``: what to write down as the chunks' rows.
+    leaves its batch on the host. For as long as this takes, torch's CUDA kernels for autocast and a few layers are
+    replaced, in other threads too. ``run``: by default the plain step. ``sizes``: written down as the chunks' rows.
     Raises CannotTrace, with the module and the operation, for what needs values, and for what the step raises.
     """
     dispatch, notes = _dispatch(device)
     layout = declared.layout(batch)
     modules = named_modules(declared)
-    notes |= _notes_on(modules)
+    notes |= _notes_on(declared, modules)
     untouched = undisturbed(declared.modules, declared.device, _held_with_hooks(declared, modules))
     with untouched, torch.compiler.set_stance("force_eager"):
         operations, events = _followed(declared, modules, batch, dispatch, plainly() if run is None else run, notes)
@@ -152,13 +161,16 @@ def _followed(
         return tuple(recorder.operations), recorder.events()
 
 
-def _notes_on(modules: NamedModules) -> dict[str, str]:
+def _notes_on(declared: DeclaredStep, modules: NamedModules) -> dict[str, str]:
     compiled = [
         path or "the model"
         for path, part in modules
         if part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
     ]
-    return dict.fromkeys(compiled, "compiled; its operations were followed one by one, as without compilation")
+    notes = dict.fromkeys(compiled, "compiled; its operations were followed one by one, as without compilation")
+    if declared.model is not declared.network:
+        notes["ranks"] = "followed as one rank without the others; buckets for their gradients are not in it"
+    return notes
 
 
 def _held_with_hooks(declared: DeclaredStep, modules: NamedModules) -> Held:
