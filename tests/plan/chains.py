@@ -121,14 +121,18 @@ def counted_bytes(units: Sequence[Unit], stages: Sequence[Stage]) -> list[tuple[
 
 def _counted_chunks(units: Sequence[Unit], stage: Stage, live: int, kept: list[int]) -> list[tuple[int, str, int]]:
     inside = range(stage.first, stage.last + 1)
-    whole = live + units[stage.last].incoming_bytes + 2 * sum(units[k].gradient_bytes for k in inside)
+    whole = live + units[stage.last].incoming_bytes + sum(units[k].gradient_bytes for k in inside)
     whole += units[stage.first - 1].output_bytes if stage.first else 0
-    found = []
+    found = [
+        (k, "recompute", whole + -(-(kept[k - stage.first] + units[k].forward_extra_bytes) // stage.chunks))
+        for k in inside
+    ]
     for k in reversed(inside):
+        # Those of this chunk, before they are added to the sums.
+        fresh = sum(units[p].gradient_bytes for p in inside if p >= k)
         later = sum(one.gradient_bytes for one in units[k + 1 :])
         arriving = max(0, units[k].arrival_extra_bytes - later)
         own = max(0, units[k].backward_extra_bytes - units[k].gradient_bytes)
-        again = kept[k - stage.first] + units[k].forward_extra_bytes
-        rows = max(again, kept[k - stage.first + 1] + arriving + own)
-        found.append((k, "backward", whole + -(-rows // stage.chunks)))
+        rows = kept[k - stage.first + 1] + arriving + own
+        found.append((k, "backward", whole + fresh + -(-rows // stage.chunks)))
     return found

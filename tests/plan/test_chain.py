@@ -158,6 +158,12 @@ def test_a_table_that_cannot_be_is_refused_with_its_unit(changes: dict[str, Any]
         Chain.of([unit(), unit(**changes)])
 
 
+@pytest.mark.parametrize("link", [{"bytes_per_second": 0.0}, {"bytes_per_second": math.nan}, {"host_bytes": -1}])
+def test_a_link_that_cannot_be_is_refused(link: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="bytes a second and room for"):
+        HostLink(**link)
+
+
 def test_a_chain_of_no_units_is_refused() -> None:
     with pytest.raises(BadInput, match="no units"):
         Chain.of([])

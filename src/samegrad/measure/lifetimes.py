@@ -28,6 +28,7 @@ class Lifetimes:
     """All storages in the order of their birth, and live bytes after each event of the trace."""
 
     storages: list[Lifetime]
+    births: list[int]
     live_bytes: list[int]
     operations: list[int]
 
@@ -48,7 +49,8 @@ class Lifetimes:
                 known = dataclasses.replace(known, died=event.operation)
             found[event.storage] = known
         live = list(itertools.accumulate(changes))
-        return cls(list(found.values()), live, [event.operation for event in events])
+        births = [storage.born for storage in found.values()]
+        return cls(list(found.values()), births, live, [event.operation for event in events])
 
     def live_before(self, operation: int) -> int:
         """Bytes that stand when ``operation`` begins."""
@@ -62,5 +64,4 @@ class Lifetimes:
 
     def born_in(self, start: int, stop: int) -> list[Lifetime]:
         """Storages taken from operation ``start`` on and before ``stop``."""
-        births = [storage.born for storage in self.storages]
-        return self.storages[bisect.bisect_left(births, start) : bisect.bisect_left(births, stop)]
+        return self.storages[bisect.bisect_left(self.births, start) : bisect.bisect_left(self.births, stop)]

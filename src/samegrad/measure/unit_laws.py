@@ -1,4 +1,8 @@
-"""A table of units at any number of rows, from tables at two: every entry is affine in the rows."""
+"""A table of units at any number of rows, from tables at two, where every entry is affine in the rows.
+
+That holds for measured tables where activations decide every peak. Where traces are at hand, ``trace_laws`` puts their
+storages on lines instead, which holds at any rows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import math
 from typing import Any
 
 from samegrad.errors import BadInput
+from samegrad.measure.affine import value_at
 from samegrad.records import Unit, UnitTable
 
 _BYTES = tuple(field.name for field in dataclasses.fields(Unit) if field.name.endswith("_bytes"))
@@ -45,19 +50,17 @@ def _interpolated(low: UnitTable, high: UnitTable, rows: int) -> UnitTable:
     def between(a: float, b: float) -> float:
         return a + (b - a) * (rows - low.rows) / (high.rows - low.rows)
 
+    def at(few: int, many: int) -> int:
+        return value_at(rows, (low.rows, few), (high.rows, many))
+
     units = []
     for a, b in zip(low.units, high.units):
         found: dict[str, Any] = {name: max(0.0, between(getattr(a, name), getattr(b, name))) for name in _SECONDS}
         # In whole numbers, so that a table of bytes that is affine comes out to the byte.
-        found |= {name: _rounded_up(getattr(a, name), getattr(b, name), low, high, rows) for name in _BYTES}
+        found |= {name: at(getattr(a, name), getattr(b, name)) for name in _BYTES}
         units.append(dataclasses.replace(a, **found))
-    resident_bytes = _rounded_up(low.resident_bytes, high.resident_bytes, low, high, rows)
+    resident_bytes = at(low.resident_bytes, high.resident_bytes)
     return UnitTable(rows=rows, resident_bytes=resident_bytes, units=tuple(units))
-
-
-def _rounded_up(a: int, b: int, low: UnitTable, high: UnitTable, rows: int) -> int:
-    run, sign = high.rows - low.rows, 1 if high.rows > low.rows else -1
-    return a - (-sign * (b - a) * (rows - low.rows)) // abs(run)
 
 
 def _same(unit: Unit) -> tuple[object, ...]:

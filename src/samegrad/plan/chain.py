@@ -44,6 +44,14 @@ class HostLink:
     bytes_per_second: float = math.inf
     host_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.bytes_per_second > 0 or (self.host_bytes is not None and self.host_bytes < 0):
+            raise BadInput(
+                asked="offload to the host",
+                found=f"{self.bytes_per_second} bytes a second and room for {self.host_bytes}",
+                do="give the measured bandwidth of the bus and the bytes that the host can spare",
+            )
+
     @property
     def is_free(self) -> bool:
         return math.isinf(self.bytes_per_second) and self.host_bytes is None

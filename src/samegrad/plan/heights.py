@@ -156,7 +156,10 @@ class Stretch:
         # Parameters' gradients do not shrink with the rows; everything else that a chunk holds does.
         arriving = np.maximum(chain.arrival_extra - chain.later_gradients, 0)[self._inside]
         own = np.maximum(chain.backward_extra - chain.gradients, 0)[self._inside]
-        self._of_rows = np.maximum(self._recompute, sums + arriving + own)
+        self._chunk_backward = sums + arriving + own
+        gradients = chain.gradients[self._inside]
+        self._gradients = gradients.cumsum()
+        self._gradients_before = self._gradients - gradients
 
     def __len__(self) -> int:
         return len(self._forward)
@@ -187,21 +190,26 @@ class Stretch:
 
     def chunked_heights(self, last: int, chunks: int) -> Heights:
         end = last - self._first
-        forward = self.left_bytes[end] + _share(self._forward[: end + 1], chunks)
-        backward = self._borders[end] + _share(self._of_rows[: end + 1], chunks)
-        return Heights(forward, self._forward[:0], backward)
+        upto = slice(0, end + 1)
+        forward = self.left_bytes[end] + _share(self._forward[upto], chunks)
+        again = self._borders[end] + _share(self._recompute[upto], chunks)
+        fresh = self._gradients[end] - self._gradients_before[upto]
+        backward = self._borders[end] + fresh + _share(self._chunk_backward[upto], chunks)
+        return Heights(forward, again, backward)
 
     def chunked_peaks(self, chunks: int) -> tuple[Bytes, Bytes]:
         """The same in chunks: the whole output is put together in forward, the input's whole gradient in backward."""
         forward = self.left_bytes + _share(np.maximum.accumulate(self._forward), chunks)
-        return forward, self._borders + _share(np.maximum.accumulate(self._of_rows), chunks)
+        again = _share(np.maximum.accumulate(self._recompute), chunks)
+        beside_fresh = _share(self._chunk_backward, chunks) - self._gradients_before
+        backward = np.maximum.accumulate(beside_fresh) + self._gradients
+        return forward, self._borders + np.maximum(again, backward)
 
     @property
     def _borders(self) -> Bytes:
-        """What stands whole in the backward of chunks: gradients of output, input and, summed and fresh, parameters."""
+        """What stands in the backward of chunks: the gradients of output and input, and sums of the parameters'."""
         entering = int(self._chain.output[self._first - 1]) if self._first else 0
-        sums = self._chain.gradients[self._inside].cumsum()
-        borders: Bytes = self._chain.incoming[self._inside] + entering + 2 * sums
+        borders: Bytes = self._chain.incoming[self._inside] + entering + self._gradients
         return borders
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,28 +28,36 @@ _PEAK_WEIGHT = 1e-4
 # Of the whole step's time.
 _GAP_FRACTION = 5e-3
 # A limit in seconds would make the answer depend on the machine.
-_MOST_NODES = 20_000
+_MOST_NODES = 200
 
 
 def choices_with_offload(
-    chain: Chain, budgets_bytes: Sequence[int], resident_bytes: int, chunk_counts: Sequence[int], link: HostLink
+    chain: Chain,
+    budgets_bytes: Sequence[int],
+    resident_bytes: int,
+    chunk_counts: Sequence[int],
+    link: HostLink,
+    worth_taking: Collection[Stage],
 ) -> list[ChainChoice]:
     """For each budget that can be held the fastest choice found, the longest queue taken as always there.
 
+    ``worth_taking``: which stages of more than one unit may be taken; others only lengthen the search.
     Raises EnvironmentProblem where scipy is missing.
     """
     options = [options_from(chain, k, chunk_counts, may_offload=True) for k in range(len(chain))]
-    arcs = _Arcs(
+    every = _Arcs(
         stages=[stage for own in options for stage in own.stages],
         heights=np.concatenate([own.heights for own in options]),
         left=np.concatenate([own.left for own in options]),
         seconds=np.concatenate([own.seconds for own in options]),
     )
+    arcs = every.taken([stage.first == stage.last or stage in worth_taking for stage in every.stages])
     found = []
     for budget_bytes in budgets_bytes:
         if budget_bytes <= resident_bytes:
             continue
-        answer = _solved(chain, arcs.within(budget_bytes - resident_bytes), budget_bytes - resident_bytes, link)
+        room_bytes = budget_bytes - resident_bytes
+        answer = _solved(chain, arcs.taken(arcs.heights <= room_bytes), room_bytes, link)
         if answer is not None:
             stages, in_flight_bytes = answer
             choice = predicted_choice(
@@ -68,9 +76,9 @@ class _Arcs:
     left: NDArray[np.int64]
     seconds: NDArray[np.float64]
 
-    def within(self, room_bytes: int) -> _Arcs:
-        [fit] = np.nonzero(self.heights <= room_bytes)
-        return _Arcs([self.stages[k] for k in fit], self.heights[fit], self.left[fit], self.seconds[fit])
+    def taken(self, which: Sequence[bool] | NDArray[np.bool_]) -> _Arcs:
+        [inside] = np.nonzero(np.asarray(which))
+        return _Arcs([self.stages[k] for k in inside], self.heights[inside], self.left[inside], self.seconds[inside])
 
 
 def _solved(chain: Chain, arcs: _Arcs, room_bytes: int, link: HostLink) -> tuple[list[Stage], int] | None:

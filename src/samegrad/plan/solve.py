@@ -48,7 +48,8 @@ def choose_for(
     within = np.flatnonzero(front.peaks + resident_bytes <= budget_bytes)
     found = [front.choice(int(within[0]), resident_bytes)] if len(within) else []
     if link is not None and not link.is_free and not (found and found[0].seconds <= chain.plain_seconds):
-        found += choices_with_offload(chain, [budget_bytes], resident_bytes, chunk_counts, link)
+        worth_taking = front.stages_taken()
+        found += choices_with_offload(chain, [budget_bytes], resident_bytes, chunk_counts, link, worth_taking)
     return min(found, key=lambda choice: (choice.seconds, choice.peak_bytes), default=None)
 
 
@@ -65,7 +66,8 @@ def pareto(
     choices = [front.choice(index, resident_bytes) for index in range(len(front.peaks))]
     if link is not None and not link.is_free:
         peaks = np.linspace(resident_bytes, choices[0].peak_bytes, _OFFLOAD_BUDGETS + 1, dtype=np.int64)
-        choices += choices_with_offload(chain, peaks[1:-1].tolist(), resident_bytes, chunk_counts, link)
+        budgets_bytes, worth_taking = peaks[1:-1].tolist(), front.stages_taken()
+        choices += choices_with_offload(chain, budgets_bytes, resident_bytes, chunk_counts, link, worth_taking)
     return fastest_first(choices)
 
 
@@ -101,6 +103,19 @@ class _Front:
         return front._in_seconds()
 
     def choice(self, index: int, resident_bytes: int) -> ChainChoice:
+        stages = self._stages(index)
+        return ChainChoice(
+            stages=tuple(stages),
+            peak_bytes=int(self.peaks[index]) + resident_bytes,
+            seconds=self.chain.plain_seconds + float(self.seconds[index]),
+            host_bytes=sum(self.chain.units[s.first].moved_bytes for s in stages if s.way is Way.OFFLOAD),
+        )
+
+    def stages_taken(self) -> set[Stage]:
+        """The stages that some budget makes worth taking."""
+        return {stage for index in range(len(self.levels)) for stage in self._stages(index)}
+
+    def _stages(self, index: int) -> list[Stage]:
         stages: list[Stage] = []
         unit, level = 0, int(self.levels[index])
         while unit < len(self.chain):
@@ -108,12 +123,7 @@ class _Front:
             stages.append(self.options[unit].stages[pick])
             level -= int(self.ticks[unit][pick])
             unit = stages[-1].last + 1
-        return ChainChoice(
-            stages=tuple(stages),
-            peak_bytes=int(self.peaks[index]) + resident_bytes,
-            seconds=self.chain.plain_seconds + float(self.seconds[index]),
-            host_bytes=sum(self.chain.units[s.first].moved_bytes for s in stages if s.way is Way.OFFLOAD),
-        )
+        return stages
 
     def _in_seconds(self) -> _Front:
         """The same with the time as it is, and without what that shows to be beaten."""
