@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from samegrad.levers import Slot, find_levers
 from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
@@ -13,6 +14,7 @@ from samegrad.units import format_bytes, format_seconds
 
 # Of the budget, from which on it is worth saying how less would be kept for the whole batch.
 _SHARE_OF_KEPT = 0.1
+_CHUNKED = (Slot.SPLIT, Slot.RECOMPUTE)
 _FLOOR = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS)
 
 
@@ -98,11 +100,16 @@ def explain_plan(plan: Plan, footprint: Footprint) -> str:
 
 def _how(plan: Plan, footprint: Footprint) -> str:
     """How the plan runs, in a sentence."""
-    taken = {name: knobs for name, knobs in plan.levers.items() if name != "host_rows"}
-    if not taken:
+    slots = {name: lever.slot for name, lever in find_levers().items()}
+    taken = {name: knobs for name, knobs in plan.levers.items() if slots[name] in _CHUNKED}
+    beside = " and ".join(name for name in plan.levers if slots[name] not in (Slot.DATA, *_CHUNKED))
+    if not taken and not beside:
         return "It runs whole: the plain call, bit for bit under the same draws."
+    if not taken:
+        return f"It runs whole, with {beside}: {plan.exactness.explained()}."
     [(name, knobs)] = taken.items()
     how = _in_two_passes(knobs, footprint) if name == SplitRows.name else _in_parts(name, knobs, plan, footprint)
+    how = ", ".join(filter(None, (how, beside and f"with {beside}")))
     if "rows" not in knobs:
         return f"It runs all rows at once: {how}; {plan.exactness.explained()}."
     rows = knobs["rows"]
