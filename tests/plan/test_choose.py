@@ -157,6 +157,15 @@ def test_explain_says_how_it_runs_at_what_peak_and_how_long() -> None:
     assert "two passes, since it couples rows" in text and "a step" in text and "smallest plan" in text
 
 
+def test_explain_names_the_levers_that_leave_the_chunks_as_they_are() -> None:
+    step = footprint()
+    chosen = choose_plan(step, Options(), budget(200 * MIB))[0]
+    split = dataclasses.replace(chosen, levers=chosen.levers | {"layout": {}, "optimizer_state": {}})
+    assert "1 pass, with layout and optimizer_state; the same sum" in explain_plan(split, step)
+    whole = dataclasses.replace(chosen, levers={"offload_saved": {}, "host_rows": {}}, exactness=Exactness.SAME_BITS)
+    assert "It runs whole, with offload_saved: bit for bit the plain step." in explain_plan(whole, step)
+
+
 # Pins
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from samegrad.levers import Slot, find_levers
 from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.chunk_loss import ChunkLoss
+from samegrad.levers.recompute import Recompute
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
 from samegrad.records import Budget, Category, Footprint, PhaseLaw, Plan
@@ -100,21 +102,41 @@ def explain_plan(plan: Plan, footprint: Footprint) -> str:
 
 def _how(plan: Plan, footprint: Footprint) -> str:
     """How the plan runs, in a sentence."""
-    taken = {name: knobs for name, knobs in plan.levers.items() if name != "host_rows"}
-    head = taken.pop(ChunkLoss.name, None)
-    loss = "" if head is None else f", the loss of {head['head']} {head['rows']} positions at a time"
-    if not taken and loss:
-        return f"It runs all rows at once{loss}; {plan.exactness.explained()}."
+    slots = {name: lever.slot for name, lever in find_levers().items()}
+    taken = {name: knobs for name, knobs in plan.levers.items() if slots[name] is not Slot.DATA}
     if not taken:
         return "It runs whole: the plain call, bit for bit under the same draws."
-    [(name, knobs)] = taken.items()
-    how = _in_two_passes(knobs, footprint) if name == SplitRows.name else _in_parts(name, knobs, plan, footprint)
-    if "rows" not in knobs:
-        return f"It runs all rows at once: {how}{loss}; {plan.exactness.explained()}."
+    split = next((name for name in taken if slots[name] is Slot.SPLIT), None)
+    how = [] if split is None else [_in_chunks(split, taken[split], plan, footprint)]
+    loss = next((f"the loss of {k['head']} {k['rows']} positions at a time" for k in _knobs(taken, ChunkLoss.name)), "")
+    again = next((_again(knobs, plan, footprint) for knobs in _knobs(taken, Recompute.name)), "")
+    others = " and ".join(name for name in taken if name not in (split, ChunkLoss.name, Recompute.name))
+    how += filter(None, (again, loss, others and f"with {others}"))
+    rows = "all rows at once" if split is None else ""
+    if split is None and not again and not loss:
+        return f"It runs whole, with {others}: {plan.exactness.explained()}."
+    return f"It runs {f'{rows}: ' if again and rows else f'{rows}, ' if rows else ''}{', '.join(how)}; " \
+        f"{plan.exactness.explained()}."
+
+
+def _knobs(taken: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [taken[name]] if name in taken else []
+
+
+def _in_chunks(name: str, knobs: dict[str, Any], plan: Plan, footprint: Footprint) -> str:
+    """Rows at a time, through the whole model or in parts of it."""
     rows = knobs["rows"]
-    chunks = len(chunk_sizes(rows, plan.batch_rows))
     shape = f"{rows} rows at a time" if isinstance(rows, int) else "chunks of the given sizes"
-    return f"It runs {shape}: {chunks} chunks, {how}{loss}; {plan.exactness.explained()}."
+    how = _in_two_passes(knobs, footprint) if name == SplitRows.name else _in_parts(name, knobs, plan, footprint)
+    return f"{shape}: {len(chunk_sizes(rows, plan.batch_rows))} chunks, {how}"
+
+
+def _again(knobs: dict[str, Any], plan: Plan, footprint: Footprint) -> str:
+    """Blocks that run again, beside chunks or as the one thing that is done."""
+    if variant_in(plan, footprint) is not None:
+        return _in_parts(Recompute.name, knobs, plan, footprint)
+    blocks = [name for entry in knobs["blocks"] for name in ([entry] if isinstance(entry, str) else entry)]
+    return f"{len(blocks)} {'block runs' if len(blocks) == 1 else 'blocks run'} again in backward"
 
 
 def _in_two_passes(knobs: dict[str, Any], footprint: Footprint) -> str:
