@@ -127,6 +127,10 @@ def test_a_compiled_model_is_refused() -> None:
     model.body = torch.compile(model.body, backend="eager")
     with pytest.raises(CannotSplit, match="compiled"):
         found(model, of_batch(zoo.flat), head="head")
+    model = Words()
+    model.body.compile(backend="eager")
+    with pytest.raises(CannotSplit, match="compiled"):
+        found(model, of_batch(zoo.flat), head="head")
 
 
 @pytest.mark.parametrize(("name", "why"), [("tail", "no such submodule"), ("embed", "it is a Embedding")])

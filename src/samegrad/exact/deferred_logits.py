@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from samegrad.errors import CannotSplit
+from samegrad.errors import CannotSplit, EnvironmentProblem
 from samegrad.exact.chunk_map import Autocast
 from samegrad.exact.chunked_head import LogitRows
 from samegrad.exact.logit_rules import LOOKS, RULES
@@ -44,7 +44,13 @@ def deferred(logits: PendingLogits) -> DeferredLogits:
     """``logits`` as a tensor; without a graph where gradients are switched off."""
     known = logits if torch.is_grad_enabled() else logits.detached()
     # autograd.Function.apply carries no types.
-    tensor = cast(DeferredLogits, cast(Any, _Stand).apply(known, known.hidden, known.logits.weight, known.logits.bias))
+    tensor = cast(Any, _Stand).apply(known, known.hidden, known.logits.weight, known.logits.bias)
+    if not isinstance(tensor, DeferredLogits):
+        raise EnvironmentProblem(
+            asked="logits that are made chunk by chunk",
+            found=f"torch {torch.__version__} does not keep the class of a tensor that an autograd function returns",
+            do="leave the lever chunk_loss out of the plan, or take a torch from 2.11 to 2.15",
+        )
     tensor.pending = known
     return tensor
 

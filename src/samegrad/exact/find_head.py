@@ -153,7 +153,7 @@ def _tried(declared: DeclaredStep, path: str, few: Any, rows: int) -> Head:
         raise _refused(path, f"a {type(head).__name__} with a forward of its own")
     if is_sharded(head.weight):
         raise _refused(path, "its weight is sharded (fully_shard) and is gathered only while the layer runs")
-    if any(hasattr(part, "_orig_mod") for part in declared.network.modules()) or declared.network._compiled_call_impl:
+    if any(map(_is_compiled, declared.network.modules())):
         raise _refused(path, "the model is compiled, and what a compiled graph does with logits is not seen")
     uses = Uses(path)
     with step_undisturbed(declared), torch.enable_grad(), _quiet():
@@ -167,6 +167,11 @@ def _tried(declared: DeclaredStep, path: str, few: Any, rows: int) -> Head:
     if not uses.losses:
         raise _refused(path, "no cross-entropy takes its output")
     return Head(path, head.out_features, head.in_features, uses.positions / rows)
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """By torch.compile(part), or by part.compile()."""
+    return hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,112 @@
+"""A head's loss in chunks on one GPU: bfloat16 and float16 autocast, memory of a chunk, no waiting for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import samegrad as sg
+from samegrad.exact.deferred_logits import deferred_head
+from samegrad.exact.pending_logits import Uses
+from samegrad.records import Exactness, Plan
+from samegrad.verify import tolerance
+
+pytestmark = pytest.mark.gpu
+
+CLASSES, WIDTH, LENGTH, ROWS, POSITIONS = 20011, 256, 128, 24, 512
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.body = nn.Embedding(CLASSES, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU())
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.body(self.embed(tokens))))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, CLASSES, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = -100
+    return tokens, targets
+
+
+def loss_fn(logits: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(logits.view(-1, CLASSES), rows[1].view(-1))
+
+
+def chunked(**others: Any) -> Plan:
+    levers = {"chunk_loss": {"head": "head", "rows": POSITIONS}, **others}
+    return Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=ROWS)
+
+
+def gradient(model: nn.Module, scale: float = 1.0) -> Tensor:
+    return torch.cat([p.grad.double().flatten() / scale for p in model.parameters() if p.grad is not None])
+
+
+def stepped(plan: Plan | None, dtype: torch.dtype, scale: float) -> Tensor:
+    model = Words().cuda()
+    scaler = torch.amp.GradScaler("cuda", init_scale=scale)
+    step = sg.Step(model, loss_fn, rows=ROWS) if plan is None else sg.Step(model, loss_fn, plan=plan)
+    with torch.autocast("cuda", dtype):
+        step.backward(batch(), scaler=scaler)
+    return gradient(model, scale)
+
+
+def oracle() -> Tensor:
+    model = Words().cuda().double()
+    loss_fn(model(batch()[0]), batch()).backward()
+    return gradient(model)
+
+
+@pytest.mark.parametrize("split", [{}, {"split_rows": {"rows": 8}}], ids=["whole", "split"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_are_as_near_to_float64_as_plain_ones(dtype: torch.dtype, split: dict[str, Any]) -> None:
+    exact = oracle()
+    distance = (stepped(None, dtype, 2.0**14) - exact).norm()
+    found = (stepped(chunked(**split), dtype, 2.0**14) - exact).norm()
+    assert found <= tolerance.NOISE_RATIO * distance + tolerance.norm_allowed(torch.float32) * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_verdict_is_same(dtype: torch.dtype) -> None:
+    step = sg.Step(Words().cuda().to(dtype), loss_fn, plan=chunked())
+    assert sg.verify_step(step, batch(), rows=8).same
+
+
+def test_the_peak_is_that_of_a_chunk() -> None:
+    def peak(plan: Plan | None) -> int:
+        stepped(plan, torch.bfloat16, 1.0)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        stepped(plan, torch.bfloat16, 1.0)
+        return torch.cuda.max_memory_allocated() - before
+
+    logits_bytes = ROWS * LENGTH * CLASSES * torch.float32.itemsize
+    assert peak(None) - peak(chunked()) >= logits_bytes
+
+
+def test_the_loss_does_not_wait_for_the_device() -> None:
+    model, rows = Words().cuda(), batch()
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            with deferred_head(model.head, rows=POSITIONS, uses=Uses("head")):
+                logits = model(rows[0])
+            loss = loss_fn(logits, rows)
+        loss.backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
