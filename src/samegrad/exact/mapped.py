@@ -34,10 +34,14 @@ from samegrad.trees import RowLayout
 
 @dataclasses.dataclass(frozen=True)
 class MappedExamination:
-    """What is known of a mapped step. ``reason``: what couples its rows, in words. ``sites``: where it draws."""
+    """What is known of a mapped step. ``reason``: what couples its rows, in words. ``sites``: where it draws.
+
+    ``sites_are_all``: it is known to draw nowhere else.
+    """
 
     reason: str
     sites: DrawSites | None = None
+    sites_are_all: bool = False
     passes: ClassVar[int] = 1
 
 
@@ -62,7 +66,8 @@ class MappedStep:
         device = self.declared.device
         state = ModuleState.of(self.declared)
         with Generators(device).restored_on_failure():
-            draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
+            examined = self.examination
+            draws = StepDraws(examined.sites, StepKey() if key is None else key, are_all=examined.sites_are_all)
             draws.take()
             try:
                 return self._summed(batch, layout, sizes, scaler, draws)
