@@ -54,6 +54,9 @@ def left_by(model: nn.Module, batch: Batch, loss_fn: Any, **how: Any) -> dict[st
     found = {"loss": loss, "generator": torch.get_rng_state()}
     found |= {f"gradient of {n}": p.grad for n, p in twin.named_parameters() if p.grad is not None}
     assert all("forward" not in vars(part) for part in twin.modules())
+    for name, part in twin.named_modules():
+        values = {f"{name}.{key}": getattr(part, key) for key in zoo.ATTRIBUTES if hasattr(part, key)}
+        found |= {key: torch.as_tensor(value) for key, value in values.items()}
     return found | {f"buffer {n}": b for n, b in twin.named_buffers()}
 
 

@@ -226,6 +226,20 @@ class Counting(nn.Module):
         return self.last.tanh() * self.moving
 
 
+class Warming(nn.Module):
+    """A counter and a moving tensor that enter the result and are the same for every chunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.calls, self.moving = 0, torch.zeros((), dtype=D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.moving = 0.9 * self.moving + 0.1
+        return (self.linear(x) * self.calls).tanh() * self.moving
+
+
 IMAGES, VECTORS = (3, 8, 8), (6,)
 # Model, the shape of a row, blocks one by one, and blocks with runs.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Blocks, Blocks]] = {
@@ -245,9 +259,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Blocks, Blocks
     "attributes": (
         lambda: nn.Sequential(Counting(6), Counting(6), nn.Linear(6, CLASSES)), VECTORS, ["0", "1"], [["0", "1"]],
     ),
+    "warming up": (
+        lambda: nn.Sequential(Warming(), Warming(), nn.Linear(6, CLASSES)), VECTORS, ["0", "1"], [["0", "1"]],
+    ),
 }  # fmt: skip
+ATTRIBUTES = ("calls", "moving", "seen")
 # Those in which rows do not see each other.
-BY_ROWS = ("gpt", "hugging face", "lstm", "mixer", "encoder", "spectral norm")
+BY_ROWS = ("gpt", "hugging face", "lstm", "mixer", "encoder", "spectral norm", "warming up")
+# Those without tensors that ``to`` leaves behind.
+ON_ANY_DEVICE = [name for name in MODELS if name not in ("attributes", "warming up")]
 
 
 def made(name: str) -> tuple[nn.Module, Tensor]:

@@ -38,7 +38,7 @@ def left_by(model: nn.Module, x: Tensor, within: Within = lambda _: nullcontext(
     found |= {f"gradient of {n}": p.grad for n, p in twin.named_parameters()}
     found |= {f"buffer {n}": b for n, b in twin.named_buffers()}
     for name, part in twin.named_modules():
-        found |= {f"{name}.{key}": getattr(part, key) for key in ("calls", "moving", "seen") if hasattr(part, key)}
+        found |= {f"{name}.{key}": getattr(part, key) for key in zoo.ATTRIBUTES if hasattr(part, key)}
     assert all("forward" not in vars(part) for part in twin.modules())
     return found
 
@@ -275,6 +275,21 @@ def test_what_cannot_run_again_is_refused_with_the_modules_name(how: str, found:
         # With what made the input in one run, it is no input from outside.
         x = zoo.made("gpt")[1]
         assert same(left_by(model, x, recomputing([["0", "1"]])), left_by(model, x))
+
+
+def test_a_tensor_that_was_saved_and_is_changed_in_place_later_is_refused_as_plain_torch_does() -> None:
+    """Made again, it would be changed again, and the gradient be another one."""
+
+    class Scaling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2)
+
+    # Nothing of Scaling is saved, and tanh saves its output.
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), Scaling(), nn.Linear(6, 5)).to(D), zoo.made("gpt")[1]
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        left_by(model, x)
+    with pytest.raises(CannotSplit, match=r"(?s)run 1 to 3 again.*a tensor that its gradient needs is changed"):
+        left_by(model, x, recomputing([["1", "2", "3"]]))
 
 
 def test_what_enters_and_is_changed_in_place_later_is_refused() -> None:

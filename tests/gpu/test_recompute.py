@@ -38,7 +38,7 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", [name for name in zoo.MODELS if name != "attributes"])
+@pytest.mark.parametrize("name", zoo.ON_ANY_DEVICE)
 def test_torchs_own_draws_are_replayed_and_bits_are_the_plain_ones(name: str, dtype: torch.dtype) -> None:
     model, x = made(name, dtype)
     plain = regions.left_by(model, x)
@@ -47,7 +47,7 @@ def test_torchs_own_draws_are_replayed_and_bits_are_the_plain_ones(name: str, dt
 
 
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [name for name in zoo.MODELS if name != "attributes"])
+@pytest.mark.parametrize("name", zoo.ON_ANY_DEVICE)
 def test_the_whole_step_is_the_plain_one_bit_for_bit(name: str, narrow: torch.dtype | None) -> None:
     model, x = made(name)
     with nullcontext() if narrow is None else torch.autocast("cuda", dtype=narrow):
@@ -59,7 +59,7 @@ def test_the_whole_step_is_the_plain_one_bit_for_bit(name: str, narrow: torch.dt
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16])
-@pytest.mark.parametrize("name", zoo.BY_ROWS)
+@pytest.mark.parametrize("name", [name for name in zoo.BY_ROWS if name in zoo.ON_ANY_DEVICE])
 def test_ragged_chunks_give_the_split_steps_bits(name: str, narrow: torch.dtype | None, loss: str) -> None:
     model, x = made(name)
     split = {"rows": SIZES, "kept_chunks": 1}

@@ -37,12 +37,14 @@ from samegrad.trees import RowLayout
 class MappedExamination:
     """What is known of a mapped step. ``reason``: what couples its rows, in words. ``sites``: where it draws.
 
-    ``by_rows``: how its rows could be split through the whole model, where they could.
+    ``by_rows``: how its rows could be split through the whole model, where they could. ``sites_are_all``: it is known
+    to draw nowhere else.
     """
 
     reason: str
     sites: DrawSites | None = None
     by_rows: Examination | None = None
+    sites_are_all: bool = False
     passes: ClassVar[int] = 1
 
 
@@ -67,7 +69,8 @@ class MappedStep:
         device = self.declared.device
         state = ModuleState.of(self.declared)
         with Generators(device).restored_on_failure():
-            draws = StepDraws(self.examination.sites, StepKey() if key is None else key)
+            examined = self.examination
+            draws = StepDraws(examined.sites, StepKey() if key is None else key, are_all=examined.sites_are_all)
             draws.take()
             try:
                 return self._summed(batch, layout, sizes, scaler, draws)

@@ -80,7 +80,9 @@ class Ways:
     collectives: bool = False
 
     def mapped_examination(self) -> MappedExamination:
-        return MappedExamination("" if self.refusal is None else self.refusal.found, self.sites, self.by_rows)
+        reason = "" if self.refusal is None else self.refusal.found
+        # Where rows may be split, what draws without a key was refused.
+        return MappedExamination(reason, self.sites, self.by_rows, sites_are_all=self.by_rows is not None)
 
 
 def find_ways(
