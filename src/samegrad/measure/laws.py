@@ -23,6 +23,11 @@ _Moments = list[tuple[Phase, int]]
 _WHOLE_BYTES_WITHIN = 1e-2
 
 
+def peak_of(laws: Sequence[PhaseLaw], rows: int, batch_rows: int) -> int:
+    """The largest of ``laws`` at ``rows`` at a time."""
+    return max(law.peak_bytes(rows=rows, batch_rows=batch_rows) for law in laws)
+
+
 def fit_laws(probes: Sequence[Probe], *, missing_bytes: int) -> tuple[PhaseLaw, ...]:
     """The lines that are the largest somewhere, for each phase.
 

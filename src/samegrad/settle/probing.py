@@ -1,14 +1,10 @@
-"""Measure, choose, measure again: from a declared step and a budget to a plan that is believed.
-
-``measure_step`` probes the real step at a few rows; ``settle_plan`` walks down the ladder until a rung's measured
-peak is within the budget.
-"""
+"""The footprint of a step whose device is at hand: probes of the real step at a few rows, and laws for all others."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +12,7 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
-from samegrad.errors import BudgetTooSmall, CannotSplit, EnvironmentProblem, UsageError
+from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.find_head import Head, find_head
 from samegrad.exact.findings import Examination
@@ -26,50 +22,23 @@ from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import FailsOnFewRows, NotToBeTried
-from samegrad.execute.apply import applied, chunked_step, in_force
 from samegrad.execute.ways import MappingLever, Ways, find_ways
 from samegrad.levers import unsuited_levers
-from samegrad.levers._variants import variant_in
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.head_laws import measure_head
-from samegrad.measure.laws import fit_laws, fit_mapped_laws
-from samegrad.measure.probe import Probe, measure_rung, measure_whole, standing_batch_bytes
+from samegrad.measure.laws import fit_laws, fit_mapped_laws, peak_of
+from samegrad.measure.probe import Probe, standing_batch_bytes
 from samegrad.measure.probe_sets import kept_row_bytes, mapped_probes, plain_probes, split_probes, times
-from samegrad.plan.choose import choose_plan
-from samegrad.plan.margin import usable_bytes
-from samegrad.plan.options import Options
-from samegrad.records import (
-    Budget,
-    Counting,
-    Exactness,
-    Footprint,
-    KnobOrigin,
-    Origin,
-    Phase,
-    PhaseLaw,
-    Plan,
-    Variant,
-)
+from samegrad.records import Counting, Footprint, Origin, Phase, PhaseLaw, Variant
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
-# Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
-# The share of a budget up to which the plain step's prediction is believed as it is.
-_BELIEVED_FRACTION = 0.75
 # The share of the plain step's peak from which on logits are worth probes of their own.
 _WORTH_FRACTION = 0.05
 # What a backward takes, in forwards.
 _BACKWARD_FORWARDS = 2.0
-_MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
-
-
-class Declares(Protocol):
-    """Anything that carries a declared step: a ``Step``, for one."""
-
-    @property
-    def declared(self) -> DeclaredStep: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +55,6 @@ def aliases_for(declared: DeclaredStep) -> ParameterAliases:
     if declared.loss_module is not None:
         roots["loss_fn"] = declared.loss_module
     return ParameterAliases(roots)
-
-
-def measure_step(step: Declares, batch: Any, device: torch.device | str | None = None) -> Footprint:
-    """The footprint of ``step`` on ``batch``: probes of the real step at a few rows, and laws for all others.
-
-    ``device``: None, or the device the model is on; planning for another card than the one at hand is not there yet
-    and is refused. Nothing of the user's changes. Raises CannotSplit only where even the plain step cannot run.
-    """
-    declared = step.declared
-    if device is not None and torch.device(device) != declared.device:
-        raise EnvironmentProblem(
-            asked=f"a footprint for {device}",
-            found=f"the model is on {declared.device}, and a step is measured where its model is",
-            do="move the model there, or measure without device=",
-        )
-    return measure(declared, batch, aliases_for(declared)).footprint
 
 
 def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Measurement:
@@ -150,7 +103,7 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         probed += probes
     plain_laws = (*fit_laws(plain, missing_bytes=missing), optimizer_law)
     head = None
-    found = _find_head(declared, batch, layout, ways, _law_peak(plain_laws, layout.rows, layout.rows))
+    found = _find_head(declared, batch, layout, ways, peak_of(plain_laws, layout.rows, layout.rows))
     if isinstance(found, Head):
         head = measure_head(
             lambda deferred: MappedStep(deferred, aliases, ways.mapped_examination(), unchanged),
@@ -271,122 +224,3 @@ def _facts(ways: Ways, residents: Residents) -> dict[str, str]:
     if residents.note:
         facts["optimizer"] = residents.note
     return facts
-
-
-def settle_plan(
-    step: Declares,
-    batch: Any,
-    *,
-    budget: Budget | str | int | None = None,
-    rows: int | Sequence[int] | None = None,
-    rows_origin: KnobOrigin = KnobOrigin.PINNED,
-    allow: Exactness = Exactness.SAME_SUM,
-) -> tuple[Plan, Footprint]:
-    """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
-
-    ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it. Hand the plan
-    to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
-    """
-    declared = step.declared
-    limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
-    pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
-    options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
-    measurement = measure(declared, batch, aliases_for(declared))
-    plan, footprint, _ = settle(declared, aliases_for(declared), measurement, batch, budget=limit, options=options)
-    return plan, footprint
-
-
-def settle(
-    declared: DeclaredStep,
-    aliases: ParameterAliases,
-    measurement: Measurement,
-    batch: Any,
-    *,
-    budget: Budget,
-    options: Options,
-) -> tuple[Plan, Footprint, int | None]:
-    """As ``settle_plan``, with a measurement at hand; also the measured peak of the rung (None if not split)."""
-    layout = declared.layout(batch)
-    footprint = measurement.footprint
-    tried: list[str] = []
-    for plan in choose_plan(footprint, options, budget):
-        with applied(plan, declared, layout.rows) as execution:
-            sizes = execution.sizes
-        # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
-        most = usable_bytes(budget) if budget.counting is Counting.CUDA_ALLOCATOR else budget.total_bytes
-        if sizes is None or execution.runs_whole:
-            found = _whole_if_close(declared, batch, measurement, plan, most)
-            if found is None:
-                return plan, footprint, None
-            tried.append(f"all rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
-            continue
-        chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
-        rows = max(sizes)
-        # A graph that is kept shows beside one that is not.
-        chunks = max(_MEASURED_CHUNKS[budget.counting], execution.kept_chunks + 2 if execution.kept_chunks else 0)
-        # What sees the whole batch is measured on it.
-        shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
-        parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
-        missing = measurement.missing_state_bytes
-        with in_force(plan, declared, layout.rows) as running:
-            chunked = dataclasses.replace(chunked, declared=running.declared)
-            rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
-        # Not there to be measured: what the loss keeps of rows that were left out.
-        laws = _laws_of(plan, footprint)
-        unseen = 0
-        if shown < layout.rows:
-            unseen = _law_peak(laws, rows, layout.rows) - _law_peak(laws, rows, shown)
-        if rung is not None and rung.peak_bytes + unseen <= most:
-            seconds = rung.seconds * layout.rows / shown
-            return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen
-        found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes + unseen)}"
-        tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
-        if options.rows is not None:
-            break
-    raise BudgetTooSmall(
-        asked=f"a plan within {format_bytes(budget.total_bytes)}",
-        found="every rung measured more than that: " + "; ".join(tried[:4]),
-        do="raise the budget; please report the step, since its prediction was wrong",
-    )
-
-
-def _whole_if_close(
-    declared: DeclaredStep, batch: Any, measurement: Measurement, plan: Plan, most_bytes: int
-) -> str | None:
-    """What the plain step was found to need where that is too much; it is run where its prediction comes close.
-
-    Kernels are chosen by the rows as well: small probes may have seen others (distances, recurrent layers).
-    """
-    if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most_bytes:
-        return None
-    layout = declared.layout(batch)
-    with in_force(plan, declared, layout.rows) as execution:
-        rung = measure_whole(
-            execution.declared, batch, layout, StepDraws(measurement.ways.sites),
-            missing_state_bytes=measurement.missing_state_bytes,
-        )  # fmt: skip
-    if rung is None:
-        return "out of memory"
-    return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
-
-
-def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:
-    """Those of the variant that ``plan`` takes, or of the step split by rows."""
-    variant = variant_in(plan, footprint)
-    return footprint.laws if variant is None else variant.laws
-
-
-def _law_peak(laws: Sequence[PhaseLaw], rows: int, batch_rows: int) -> int:
-    return max(law.peak_bytes(rows=rows, batch_rows=batch_rows) for law in laws)
-
-
-def check_one_of(*, budget: Any, rows: Any, plan: Any) -> None:
-    """Raises UsageError when more than one of the three ways to say how a step runs is given."""
-    given = [name for name, value in (("budget", budget), ("rows", rows), ("plan", plan)) if value is not None]
-    if len(given) > 1:
-        raise UsageError(
-            asked=" and ".join(f"{name}=" for name in given),
-            found="each of them decides how many rows run at a time",
-            do="give one of budget, rows and plan (or none: then the budget is what is free now)",
-        )
-

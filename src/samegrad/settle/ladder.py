@@ -1,0 +1,109 @@
+"""Down the ladder: the first plan whose measured peak is within the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from samegrad import trees
+from samegrad.data.prefetch import stream_chunks
+from samegrad.declared import DeclaredStep
+from samegrad.errors import BudgetTooSmall
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.step_draws import StepDraws
+from samegrad.execute.apply import applied, chunked_step, in_force
+from samegrad.levers._variants import variant_in
+from samegrad.measure.laws import peak_of
+from samegrad.measure.probe import measure_rung, measure_whole
+from samegrad.plan.choose import choose_plan
+from samegrad.plan.margin import usable_bytes
+from samegrad.plan.options import Options
+from samegrad.records import Budget, Counting, Footprint, PhaseLaw, Plan
+from samegrad.settle.probing import Measurement
+from samegrad.units import format_bytes
+
+# The share of a budget up to which the plain step's prediction is believed as it is.
+_BELIEVED_FRACTION = 0.75
+# Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
+_MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
+
+
+def settle(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    measurement: Measurement,
+    batch: Any,
+    *,
+    budget: Budget,
+    options: Options,
+) -> tuple[Plan, Footprint, int | None]:
+    """As ``settle_plan``, with a measurement at hand; also the measured peak of the rung (None if not split)."""
+    layout = declared.layout(batch)
+    footprint = measurement.footprint
+    tried: list[str] = []
+    for plan in choose_plan(footprint, options, budget):
+        with applied(plan, declared, layout.rows) as execution:
+            sizes = execution.sizes
+        # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
+        most = usable_bytes(budget) if budget.counting is Counting.CUDA_ALLOCATOR else budget.total_bytes
+        if sizes is None or execution.runs_whole:
+            found = _whole_if_close(declared, batch, measurement, plan, most)
+            if found is None:
+                return plan, footprint, None
+            tried.append(f"all rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
+            continue
+        chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
+        rows = max(sizes)
+        # A graph that is kept shows beside one that is not.
+        chunks = max(_MEASURED_CHUNKS[budget.counting], execution.kept_chunks + 2 if execution.kept_chunks else 0)
+        # What sees the whole batch is measured on it.
+        shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
+        parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
+        missing = measurement.missing_state_bytes
+        with in_force(plan, declared, layout.rows) as running:
+            chunked = dataclasses.replace(chunked, declared=running.declared)
+            rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
+        # Not there to be measured: what the loss keeps of rows that were left out.
+        laws = _laws_of(plan, footprint)
+        unseen = 0
+        if shown < layout.rows:
+            unseen = peak_of(laws, rows, layout.rows) - peak_of(laws, rows, shown)
+        if rung is not None and rung.peak_bytes + unseen <= most:
+            seconds = rung.seconds * layout.rows / shown
+            return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen
+        found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes + unseen)}"
+        tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
+        if options.rows is not None:
+            break
+    raise BudgetTooSmall(
+        asked=f"a plan within {format_bytes(budget.total_bytes)}",
+        found="every rung measured more than that: " + "; ".join(tried[:4]),
+        do="raise the budget; please report the step, since its prediction was wrong",
+    )
+
+
+def _whole_if_close(
+    declared: DeclaredStep, batch: Any, measurement: Measurement, plan: Plan, most_bytes: int
+) -> str | None:
+    """What the plain step was found to need where that is too much; it is run where its prediction comes close.
+
+    Kernels are chosen by the rows as well: small probes may have seen others (distances, recurrent layers).
+    """
+    if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most_bytes:
+        return None
+    layout = declared.layout(batch)
+    with in_force(plan, declared, layout.rows) as execution:
+        rung = measure_whole(
+            execution.declared, batch, layout, StepDraws(measurement.ways.sites),
+            missing_state_bytes=measurement.missing_state_bytes,
+        )  # fmt: skip
+    if rung is None:
+        return "out of memory"
+    return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
+
+
+def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:
+    """Those of the variant that ``plan`` takes, or of the step split by rows."""
+    variant = variant_in(plan, footprint)
+    return footprint.laws if variant is None else variant.laws
