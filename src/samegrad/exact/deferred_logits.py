@@ -100,7 +100,9 @@ class _Stand(torch.autograd.Function):
     def forward(ctx: Any, known: PendingLogits, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # torch has no types here.
         make = cast(Any, Tensor)._make_wrapper_subclass
-        return cast(Tensor, make(DeferredLogits, known.shape, dtype=known.dtype, device=hidden.device))
+        # A trace names the device that it stands for, which need not be there.
+        device = hidden.untyped_storage().device
+        return cast(Tensor, make(DeferredLogits, known.shape, dtype=known.dtype, device=device))
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ from samegrad.records import Category, Phase
 Run = Callable[[DeclaredStep, Any], object]
 
 STEPS = 2
+
+Found = TypeVar("Found")
 
 
 class LossScale:
@@ -103,11 +105,8 @@ def trace_step(
     """
     dispatch, notes = _dispatch(device)
     layout = declared.layout(batch)
-    modules = named_modules(declared)
-    notes |= _notes_on(declared, modules)
-    untouched = undisturbed(declared.modules, declared.device, _held_with_hooks(declared, modules))
-    with untouched, torch.compiler.set_stance("force_eager"):
-        operations, events = _followed(declared, modules, batch, dispatch, plainly() if run is None else run, notes)
+    notes |= _notes_on(declared, named_modules(declared))
+    operations, events = _followed(declared, batch, dispatch, plainly() if run is None else run, notes)
     return Trace(
         operations=operations,
         events=events,
@@ -131,19 +130,42 @@ def _dispatch(device: str) -> tuple[CpuDispatch | CudaDispatch, dict[str, str]]:
     return CpuDispatch(), {"cuda": f"the CPU's kernels were followed, since CUDA's could not be ({reason})"}
 
 
+def look_at(
+    declared: DeclaredStep, batch: Any, look: Callable[[DeclaredStep, Any], Found], *, device: str = "cuda"
+) -> Found:
+    """What ``look(declared, batch)`` finds on twins without data; what it runs is followed and not written down.
+
+    Nothing of the user's changes. Raises CannotTrace as ``trace_step`` does.
+    """
+    dispatch, _ = _dispatch(device)
+    with _in_place(declared, batch, dispatch) as (_, standing, rows):
+        return look(standing, rows)
+
+
 def _followed(
-    declared: DeclaredStep,
-    modules: NamedModules,
-    batch: Any,
-    dispatch: CpuDispatch | CudaDispatch,
-    run: Run,
-    notes: dict[str, str],
+    declared: DeclaredStep, batch: Any, dispatch: CpuDispatch | CudaDispatch, run: Run, notes: dict[str, str]
 ) -> tuple[tuple[Operation, ...], tuple[MemoryEvent, ...]]:
+    with _in_place(declared, batch, dispatch) as (recorder, standing, rows):
+        for index in range(STEPS):
+            recorder.step = index
+            _one_step(standing, rows, recorder, run, notes)
+        # Before the twins go: they live between steps.
+        return tuple(recorder.operations), recorder.events()
+
+
+@contextlib.contextmanager
+def _in_place(
+    declared: DeclaredStep, batch: Any, dispatch: CpuDispatch | CudaDispatch
+) -> Iterator[tuple[Recorder, DeclaredStep, Any]]:
+    """Twins in the place of the step's tensors, and who writes down what is done with them."""
+    modules = named_modules(declared)
     paths = {id(part): path for path, part in reversed(modules)}
     twins = Twins(declared.device, dispatch.device)
     recorder = Recorder(dispatch, twins, paths, gradients_of=declared.modules)
-    numbers = read_numbers(declared.optimizer)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(undisturbed(declared.modules, declared.device, _held_with_hooks(declared, modules)))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        numbers = read_numbers(declared.optimizer)
         if isinstance(dispatch, CudaDispatch):
             stack.enter_context(dispatch.followed())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -154,11 +176,7 @@ def _followed(
         stack.enter_context(recorder)
         stack.enter_context(recorder.following_modules())
         stack.enter_context(listening(recorder))
-        for index in range(STEPS):
-            recorder.step = index
-            _one_step(standing, rows, recorder, run, notes)
-        # Before the twins go: they live between steps.
-        return tuple(recorder.operations), recorder.events()
+        yield recorder, standing, rows
 
 
 def _notes_on(declared: DeclaredStep, modules: NamedModules) -> dict[str, str]:
