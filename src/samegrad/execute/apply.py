@@ -9,7 +9,6 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.mapped import ChunkedStep, MappedStep
-from samegrad.exact.schemes import nested
 from samegrad.exact.split import Chunks, SplitStep
 from samegrad.execute.ways import Ways
 from samegrad.levers import Execution, levers_of
@@ -33,17 +32,16 @@ def chunked_step(
 
     Raises CannotSplit when the step was examined and cannot run that way, or for levers that exclude each other.
     """
-    scheme, inside = execution.scheme, execution.inside
-    if inside is not None:
+    if execution.inside is not None:
         _check_inside(execution, aliases)
-        if scheme is not None or not execution.splits:
-            scheme, inside = inside if scheme is None else nested(scheme, inside), None
-    if scheme is not None:
+    if (scheme := execution.mapping) is not None:
         return MappedStep(execution.declared, aliases, ways.mapped_examination(), scheme)
     if ways.by_rows is None:
         assert ways.refusal is not None
         raise ways.refusal
-    return SplitStep(execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks, inside=inside)
+    return SplitStep(
+        execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks, inside=execution.inside
+    )
 
 
 def _check_inside(execution: Execution, aliases: ParameterAliases) -> None:
