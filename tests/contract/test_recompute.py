@@ -318,3 +318,21 @@ def test_coupled_models_without_batchnorm_may_recompute_their_blocks() -> None:
     footprint = sg.measure_step(sg.Step(model, coupled_loss, forward=lambda m, b: m(b[0])), batch_of(x))
     knobs = {variant.lever: variant.knobs for variant in footprint.variants}
     assert knobs["recompute"] == {"blocks": [["encoder.0"], ["encoder.1"], ["head"]]}
+
+
+class Twice(nn.Module):
+    """One block, called twice, and rows that meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.block(self.block(x))
+        return (z - z.mean(0))[:, : zoo.CLASSES]
+
+
+def test_a_model_without_units_is_refused_by_module() -> None:
+    model, x = Twice().to(zoo.D), zoo.made("gpt")[1]
+    footprint = sg.measure_step(sg.Step(model, coupled_loss, forward=lambda m, b: m(b[0])), batch_of(x))
+    assert "block is called 2 times in a forward" in footprint.refusals["recompute"]
