@@ -190,16 +190,17 @@ def test_a_verified_plan_of_both_levers() -> None:
     assert "recompute: 2 forwards a row" in step.explain()
 
 
+def from_the_first(self: step_draws.StepDraws) -> Any:
+    """Planted: what runs again makes the first draws of the model, not its own."""
+    running = getattr(self._here, "running", None) or self._running
+    return lambda: keyed(self.key, running.ids, sites=running.sites, first_call=0)
+
+
 def test_planted_draws_of_another_place_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = zoo.made("gpt")
     split = {"rows": SIZES}
     alone = left_by(model, batch_of(x), mean_loss, plan=plan(len(x), split_rows=split))
     both = plan(len(x), split_rows=split, recompute={"blocks": ["h.0", "h.1"]})
-
-    def from_the_first(self: step_draws.StepDraws) -> Any:
-        running = getattr(self._here, "running", None) or self._running
-        return lambda: keyed(self.key, running.ids, sites=running.sites, first_call=0)
-
     monkeypatch.setattr(step_draws.StepDraws, "again", from_the_first)
     with pytest.raises(CannotSplit, match=r"the gradient of .* changes"):
         left_by(model, batch_of(x), mean_loss, plan=both)
@@ -210,6 +211,20 @@ def test_planted_draws_of_another_place_are_caught(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(step_draws.StepDraws, "again", lambda self: nullcontext)
     with pytest.raises(CannotSplit, match="as it ran in forward"):
         left_by(model, batch_of(x), mean_loss, plan=both)
+
+
+@pytest.mark.parametrize("outer", ["split_rows", "segments", ""])
+def test_verification_names_recompute_where_it_is_at_fault(outer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Halves().to(zoo.D) if outer == "segments" else zoo.GPT().to(zoo.D), zoo.made("gpt")[1]
+    blocks = ["encoder.1"] if outer == "segments" else ["h.0", "h.1"]
+    knobs: dict[str, Any] = {"rows": 4} | ({"paths": {"encoder": 1, "head": 1}} if outer == "segments" else {})
+    levers = ({outer: knobs} if outer else {}) | {"recompute": {"blocks": blocks}}
+    step = sg.Step(model, coupled_loss, forward=lambda m, b: m(b[0]), plan=plan(len(x), **levers))
+    assert sg.verify_step(step, batch_of(x)).same
+    monkeypatch.setattr(step_draws.StepDraws, "again", from_the_first)
+    verdict = sg.verify_step(step, batch_of(x))
+    assert not verdict.same and verdict.fault.startswith("lever recompute: without it the step passes")
 
 
 def test_a_planted_second_update_of_state_is_caught_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,3 +318,21 @@ def test_coupled_models_without_batchnorm_may_recompute_their_blocks() -> None:
     footprint = sg.measure_step(sg.Step(model, coupled_loss, forward=lambda m, b: m(b[0])), batch_of(x))
     knobs = {variant.lever: variant.knobs for variant in footprint.variants}
     assert knobs["recompute"] == {"blocks": [["encoder.0"], ["encoder.1"], ["head"]]}
+
+
+class Twice(nn.Module):
+    """One block, called twice, and rows that meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.block(self.block(x))
+        return (z - z.mean(0))[:, : zoo.CLASSES]
+
+
+def test_a_model_without_units_is_refused_by_module() -> None:
+    model, x = Twice().to(zoo.D), zoo.made("gpt")[1]
+    footprint = sg.measure_step(sg.Step(model, coupled_loss, forward=lambda m, b: m(b[0])), batch_of(x))
+    assert "block is called 2 times in a forward" in footprint.refusals["recompute"]

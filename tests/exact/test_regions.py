@@ -223,6 +223,21 @@ def test_a_checkpoint_of_the_models_own_inside_a_block_stays_one() -> None:
     assert same(left_by(model, x, recomputing([["0", "1"]])), left_by(model, x))
 
 
+def test_blocks_inside_a_checkpoint_of_the_models_own_run_again_with_it() -> None:
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            make = lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 6))
+            self.stage, self.head = nn.Sequential(make(), nn.Tanh(), make(), make()), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.stage, x.sin(), use_reentrant=False))
+
+    torch.manual_seed(0)
+    model, x = Outside().to(D), zoo.made("gpt")[1]
+    assert same(left_by(model, x, recomputing(["stage.0", ["stage.2", "stage.3"]])), left_by(model, x))
+
+
 def test_hooks_that_move_saved_tensors_see_what_enters_a_region() -> None:
     torch.manual_seed(0)
     model, x = Deep(), torch.randn(50, 16)

@@ -10,7 +10,6 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.mapped import ChunkedStep, MappedStep
-from samegrad.exact.schemes import nested
 from samegrad.exact.split import Chunks, SplitStep
 from samegrad.execute.ways import Ways
 from samegrad.levers import Execution, Lever, StandingLever, levers_of
@@ -88,12 +87,9 @@ def chunked_step(
 
     Raises CannotSplit when the step was examined and cannot run that way, or for levers that exclude each other.
     """
-    scheme, inside = execution.scheme, execution.inside
-    if inside is not None:
+    if execution.inside is not None:
         _check_inside(execution, aliases)
-        if scheme is not None or not execution.splits:
-            scheme, inside = inside if scheme is None else nested(scheme, inside), None
-    if scheme is not None:
+    if (scheme := execution.mapping) is not None:
         return MappedStep(execution.declared, aliases, ways.mapped_examination(), scheme)
     if ways.by_rows is None:
         assert ways.refusal is not None
@@ -104,7 +100,9 @@ def chunked_step(
             found=f"the first pass keeps the logits of all rows for the loss ({ways.by_rows.reason})",
             do=f"leave {execution.one_pass_for} or the split out, or declare normalise= if the loss is a sum over rows",
         )
-    return SplitStep(execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks, inside=inside)
+    return SplitStep(
+        execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks, inside=execution.inside
+    )
 
 
 def _check_inside(execution: Execution, aliases: ParameterAliases) -> None:

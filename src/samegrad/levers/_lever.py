@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from samegrad.declared import DeclaredStep
-from samegrad.exact.schemes import Scheme
+from samegrad.exact.schemes import Scheme, nested
 from samegrad.records import Exactness, Footprint
 
 
@@ -63,6 +63,13 @@ class Execution:
     def splits(self) -> bool:
         """Whether there are chunks at all."""
         return self.sizes is not None and len(self.sizes) > 1
+
+    @property
+    def mapping(self) -> Scheme | None:
+        """By what the model runs on the whole batch; None where its rows go through all of it in chunks, or plainly."""
+        if self.inside is None or (self.scheme is None and self.splits):
+            return self.scheme
+        return self.inside if self.scheme is None else nested(self.scheme, self.inside)
 
     @property
     def runs_whole(self) -> bool:

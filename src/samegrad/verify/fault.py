@@ -100,8 +100,12 @@ def _left_out(planned: Planned, name: str) -> Planned:
     if planned.split is None or sizes is None or execution.runs_whole:
         return dataclasses.replace(planned, plan=plan, split=None, parts=(planned.layout.rows,))
     split = planned.split
-    if stays and isinstance(split, SplitStep):
-        split = dataclasses.replace(split, chunks=sliced_chunks)
+    if isinstance(split, SplitStep):
+        split = dataclasses.replace(split, inside=execution.inside)
+        if stays:
+            split = dataclasses.replace(split, chunks=sliced_chunks)
+    elif execution.mapping is not None:
+        split = dataclasses.replace(split, scheme=execution.mapping)
     return dataclasses.replace(
         planned, plan=plan, split=split, parts=parts_of(sizes, planned.layout.rows, planned.plan_rows)
     )
