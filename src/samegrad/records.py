@@ -247,6 +247,25 @@ class HeadLaws(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedWay(Record):
+    """The step as followed under some ``levers`` (none: the plain step), from which rows and recomputation are chosen.
+
+    ``tables``: its units at several rows at a time, most first; the first has the whole batch. ``row_bytes``: what a
+    row of the batch holds on the device however few run at a time. ``accumulator_bytes`` stand beside where there is
+    more than one chunk, each of which takes ``chunk_seconds`` by itself. ``optimizer_bytes`` and ``optimizer_seconds``:
+    the optimizer's turn.
+    """
+
+    levers: dict[str, dict[str, Any]]
+    tables: tuple[UnitTable, ...]
+    row_bytes: int
+    accumulator_bytes: int
+    chunk_seconds: float
+    optimizer_bytes: int
+    optimizer_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Footprint(Record):
     """What a step holds and how long it takes, at a number of rows at a time.
 
@@ -255,6 +274,7 @@ class Footprint(Record):
     ``variants`` are the ways to run a model in chunks that cannot be split by rows. ``kept_row_bytes``: what a row's
     graph holds when it is kept from the first of two passes. ``head``: what ``chunk_loss`` would change. ``effects``:
     what levers change that leave the chunks as they are, ``host_bytes`` the pinned host memory that they take.
+    ``traced``: the step followed under some levers, for those that are chosen unit by unit.
     ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.
     ``resident_bytes`` (parameters, gradients, optimizer
     state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
@@ -286,6 +306,7 @@ class Footprint(Record):
     kept_row_bytes: float | None = None
     effects: tuple[Effect, ...] = ()
     host_bytes: int | None = None
+    traced: tuple[TracedWay, ...] = ()
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     facts: dict[str, str] = dataclasses.field(default_factory=dict)
     timeline: tuple[TimelinePoint, ...] = ()

@@ -1,0 +1,71 @@
+"""A card that a step is planned for, whether or not it is at hand: what a traced step reserves and takes on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from samegrad.measure.allocator_rules import AllocatorRules, read_allocator_rules
+from samegrad.measure.caps import Reserved, predict_reserved
+from samegrad.measure.cards import Card
+from samegrad.measure.devices import Calibration, calibration_in_words, find_calibration, find_card
+from samegrad.measure.events import Operation, Trace
+from samegrad.measure.library_calibration import LibraryCalibration, calibrate_libraries
+from samegrad.measure.replay import repeat_steps
+from samegrad.measure.timing import Roofline
+from samegrad.measure.workspaces import with_workspaces
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """``card`` under a version of torch, with the allocator's rules of this process's environment."""
+
+    card: Card
+    torch_version: str = torch.__version__
+    matmul_tf32: bool = False
+
+    @classmethod
+    def named(cls, name: str) -> Target:
+        """The card called ``name``, as this process would use it. Raises UsageError for none, or several."""
+        return cls(find_card(name), matmul_tf32=torch.backends.cuda.matmul.allow_tf32)
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        return find_calibration(self.card, torch_version=self.torch_version)
+
+    @functools.cached_property
+    def libraries(self) -> LibraryCalibration:
+        return calibrate_libraries(
+            self.card.compute_capability,
+            self.torch_version,
+            multiprocessors=self.card.streaming_multiprocessors,
+        )
+
+    @functools.cached_property
+    def rules(self) -> AllocatorRules:
+        return read_allocator_rules()
+
+    @functools.cached_property
+    def roofline(self) -> Roofline:
+        return Roofline(self.card, self.calibration, matmul_tf32=self.matmul_tf32, convolution_tf32=True)
+
+    def in_words(self) -> str:
+        """The card, and on what its numbers rest."""
+        libraries = self.libraries.source
+        return (
+            f"{self.card.name}; times {calibration_in_words(self.calibration, torch_version=self.torch_version)}; "
+            f"library workspaces {'uncalibrated' if libraries == 'uncalibrated' else f'calibrated on {libraries}'}"
+        )
+
+    def reserve(self, trace: Trace) -> Reserved:
+        """What the allocator reserves for the traced step with its library workspaces, run over and over."""
+        return predict_reserved(repeat_steps(with_workspaces(trace, self.libraries)), self.rules)
+
+    def seconds_of(self, trace: Trace) -> tuple[float, ...]:
+        """Seconds of each operation of the trace, as it moves the end of what has been computed."""
+        steps: dict[int, list[Operation]] = {}
+        for operation in trace.operations:
+            steps.setdefault(operation.step, []).append(operation)
+        return tuple(moment.elapsed_seconds for step in sorted(steps) for moment in self.roofline.follow(steps[step]))

@@ -1,0 +1,140 @@
+"""Plans made of followed steps: rows at a time, units that run again, and what each is predicted to hold and take.
+
+One function predicts a plan from its levers (``predict_traced``); the search only looks for good ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from samegrad.levers import Lever, find_levers
+from samegrad.levers._variants import chunk_sizes
+from samegrad.levers.recompute import Recompute
+from samegrad.levers.split_rows import SplitRows
+from samegrad.plan.chain import ChainChoice, predict_chain
+from samegrad.plan.heights import Chain, Stage, Way
+from samegrad.plan.options import Options
+from samegrad.plan.solve import pareto
+from samegrad.records import Footprint, TracedWay, UnitTable
+
+
+class Candidate(NamedTuple):
+    """Levers with their predicted peak, in bytes that are counted or allocated, and seconds of a step."""
+
+    seconds: float
+    peak_bytes: int
+    levers: tuple[Lever, ...]
+
+
+def traced_candidates(footprint: Footprint, options: Options, usable_bytes: int) -> list[Candidate]:
+    """The plans within ``usable_bytes`` that are worth trying, fastest first, each next one smaller."""
+    found = [
+        candidate
+        for way in footprint.traced
+        if all(find_levers()[name].exactness <= options.allow for name in way.levers)
+        for candidate in _of_way(way, footprint, options)
+        if candidate.peak_bytes <= usable_bytes
+    ]
+    front: list[Candidate] = []
+    for candidate in sorted(found, key=lambda c: (c.seconds, c.peak_bytes, len(c.levers))):
+        if not front or candidate.peak_bytes < front[-1].peak_bytes:
+            front.append(candidate)
+    return front
+
+
+def smallest_traced_bytes(footprint: Footprint, options: Options | None = None) -> int | None:
+    """The peak of the smallest plan that was followed, None where nothing was."""
+    candidates = traced_candidates(footprint, Options() if options is None else options, 2**62)
+    return candidates[-1].peak_bytes if candidates else None
+
+
+def predict_traced(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> tuple[int, float] | None:
+    """Peak bytes and seconds of a plan with these levers; None where it was not followed."""
+    own = {SplitRows.name, Recompute.name, "host_rows"}
+    base = {name: knobs for name, knobs in levers.items() if name not in own}
+    way = next((way for way in footprint.traced if way.levers == base), None)
+    if way is None or levers.get(SplitRows.name, {}).get("kept_chunks"):
+        return None
+    rows = levers[SplitRows.name]["rows"] if SplitRows.name in levers else footprint.batch_rows
+    blocks = levers[Recompute.name]["blocks"] if Recompute.name in levers else []
+    sizes = chunk_sizes(rows, footprint.batch_rows)
+    stages = _stages_of(way.tables[0], blocks)
+    return None if stages is None else _predicted(way, footprint, sizes, stages)
+
+
+def _of_way(way: TracedWay, footprint: Footprint, options: Options) -> Iterator[Candidate]:
+    splits = SplitRows.refusal(footprint) is None and options.allow >= SplitRows.exactness
+    recomputes = Recompute.refusal(footprint) is None
+    for table in way.tables:
+        whole = table.rows == footprint.batch_rows
+        if not (whole or splits) or not _has_rows(table.rows, options, footprint):
+            continue
+        sizes = chunk_sizes(table.rows, footprint.batch_rows)
+        choices = pareto(table.units) if recomputes else pareto(_fixed(table))
+        for choice in choices:
+            peak_bytes, seconds = _predicted(way, footprint, sizes, choice.stages)
+            yield Candidate(seconds, peak_bytes, tuple(_levers(way, table, choice, whole)))
+
+
+def _has_rows(rows: int, options: Options, footprint: Footprint) -> bool:
+    return options.rows is None or (isinstance(options.rows, int) and min(options.rows, footprint.batch_rows) == rows)
+
+
+def _fixed(table: UnitTable) -> list[Any]:
+    return [dataclasses.replace(unit, recomputable=False) for unit in table.units]
+
+
+def _levers(way: TracedWay, table: UnitTable, choice: ChainChoice, whole: bool) -> list[Lever]:
+    levers: list[Lever] = [find_levers()[name](**knobs) for name, knobs in way.levers.items()]
+    if not whole:
+        levers.append(SplitRows(table.rows))
+    blocks: list[str | list[str]] = []
+    for stage in choice.stages:
+        if stage.way is Way.RECOMPUTE:
+            names = [unit.name for unit in table.units[stage.first : stage.last + 1]]
+            blocks.append(names if len(names) > 1 else names[0])
+    return [*levers, Recompute(blocks)] if blocks else levers
+
+
+def _stages_of(table: UnitTable, blocks: Sequence[str | list[str]]) -> tuple[Stage, ...] | None:
+    """The stages in which ``blocks`` run again; None where they are no units of the table."""
+    places = {unit.name: place for place, unit in enumerate(table.units) if unit.recomputable}
+    runs = {}
+    for entry in blocks:
+        names = [entry] if isinstance(entry, str) else entry
+        if any(name not in places for name in names):
+            return None
+        runs[places[names[0]]] = places[names[-1]]
+    stages, place = [], 0
+    while place < len(table.units):
+        last = runs.get(place)
+        stages.append(Stage(place, place, Way.KEEP) if last is None else Stage(place, last, Way.RECOMPUTE))
+        place = stages[-1].last + 1
+    return tuple(stages)
+
+
+def _predicted(
+    way: TracedWay, footprint: Footprint, sizes: Sequence[int], stages: Sequence[Stage]
+) -> tuple[int, float]:
+    """Of a step in chunks of ``sizes``, each run by ``stages``."""
+    peak_bytes, seconds = way.optimizer_bytes, way.optimizer_seconds
+    passes = footprint.forwards_per_step if len(sizes) > 1 else 1
+    for size in sorted(set(sizes)):
+        table = _table_for(way, size)
+        beside_bytes = table.resident_bytes + way.row_bytes * (footprint.batch_rows - table.rows)
+        if len(sizes) > 1:
+            beside_bytes += way.accumulator_bytes
+        chain = Chain.of(table.units)
+        found = predict_chain(chain, stages, resident_bytes=beside_bytes)
+        peak_bytes = max(peak_bytes, found.peak_bytes)
+        each = found.seconds * size / table.rows if size < table.rows else found.seconds
+        each += (passes - 1) * float(chain.forward_seconds.sum())
+        seconds += sizes.count(size) * (each + (way.chunk_seconds if len(sizes) > 1 else 0.0))
+    return peak_bytes, seconds
+
+
+def _table_for(way: TracedWay, rows: int) -> UnitTable:
+    """The smallest table that is no smaller."""
+    return min((table for table in way.tables if table.rows >= rows), key=lambda table: table.rows)
