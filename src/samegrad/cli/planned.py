@@ -10,10 +10,10 @@ from samegrad import trees
 from samegrad.cli.training import Training
 from samegrad.errors import BudgetTooSmall, UsageError
 from samegrad.execute.apply import applied, in_force
-from samegrad.levers import levers_of
 from samegrad.measure.counters import read_budget
 from samegrad.measure.probe import probe_plain, probe_split
 from samegrad.plan.explain import explain_plan
+from samegrad.plan.predict import predict_plan
 from samegrad.records import Footprint, Origin, Phase, Plan
 from samegrad.units import format_bytes
 
@@ -41,7 +41,7 @@ def plan_step(training: Training, given: Plan | None = None) -> Planned:
     step, batch = training.step, training.batch
     plan = step.prepare(batch)
     footprint = step.footprint or sg.measure_step(step, batch)
-    predicted = predicted_footprint(footprint, plan)
+    predicted = predict_plan(footprint, plan.levers)
     plan = dataclasses.replace(
         plan,
         budget=plan.budget or step.budget or read_budget(None, step.declared.device),
@@ -96,27 +96,6 @@ def _rows_at_a_time(plan: Plan) -> Any:
     # The rows of chunk_loss are positions, not rows of the batch.
     split = {name: knobs for name, knobs in plan.levers.items() if name != "chunk_loss"}
     return next((knobs["rows"] for knobs in split.values() if "rows" in knobs), "all")
-
-
-def predicted_footprint(footprint: Footprint, plan: Plan) -> Footprint:
-    """What the plan's levers make of the probes' ``footprint``."""
-    predicted = footprint
-    for lever in levers_of(plan):
-        predicted = lever.predict(predicted)
-    if predicted.origin is Origin.PREDICTED:
-        return predicted
-    rows = footprint.batch_rows
-    return dataclasses.replace(
-        footprint,
-        origin=Origin.PREDICTED,
-        rows=rows,
-        peak_allocated_bytes=footprint.predicted_peak_bytes(rows=rows),
-        peak_reserved_bytes=None,
-        seconds=footprint.predicted_seconds(rows=rows),
-        by_category={},
-        by_phase={law.phase: law.peak_bytes(rows=rows, batch_rows=rows) for law in footprint.plain_laws},
-        timeline=(),
-    )
 
 
 def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footprint:

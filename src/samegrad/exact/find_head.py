@@ -30,6 +30,8 @@ from samegrad.trees import RowLayout
 
 # Layers after the head, such as one that gives a value, that are looked past.
 _LOOKED_AT = 3
+# Of a chunk in the trial, which is there to see what meets the logits: few chunks, and none large.
+_TRIED_POSITIONS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _tried(declared: DeclaredStep, path: str, few: Any, rows: int) -> Head:
         raise _refused(path, "the model is compiled, and what a compiled graph does with logits is not seen")
     uses = Uses(path)
     with step_undisturbed(declared), torch.enable_grad(), _quiet():
-        with deferred_head(head, rows=max(1, rows // 2), uses=uses):
+        with deferred_head(head, rows=_TRIED_POSITIONS, uses=uses):
             outputs = declared.forward(declared.network, few)
         checked_loss(declared.loss_fn(outputs, few))
     if not uses.calls:

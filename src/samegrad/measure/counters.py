@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -97,28 +98,32 @@ def read_budget(asked: str | int | None, device: torch.device, *, host: str | in
     if asked is None:
         amount, how = free_now(device)
         source = f"what is free now: {how}"
-    elif isinstance(asked, int) and not isinstance(asked, bool):
+    else:
+        amount, source = asked_bytes(asked, lambda: total_bytes(device))
+    host_bytes = parse_bytes(host, option="host_budget") if isinstance(host, str) else host
+    name = device_name(device)
+    return Budget(total_bytes=amount, device=name, counting=counting, source=source, host_bytes=host_bytes)
+
+
+def asked_bytes(asked: str | int, whole: Callable[[], tuple[int, str]]) -> tuple[int, str]:
+    """Bytes that ``asked`` means, and its source in words. ``whole``: all there is, and how that is known."""
+    if isinstance(asked, int) and not isinstance(asked, bool):
         if asked <= 0:
             raise UsageError(
                 asked=f"budget={asked}", found="not a positive number of bytes", do="give bytes, or text such as '6GiB'"
             )
-        amount, source = asked, f"budget={asked}"
-    elif isinstance(asked, str):
+        return asked, f"budget={asked}"
+    if isinstance(asked, str):
         share = parse_share(asked)
         if share is None:
-            amount, source = parse_bytes(asked), f"budget {asked}"
-        else:
-            whole, how = total_bytes(device)
-            amount, source = int(whole * share), f"budget {asked} of {format_bytes(whole)} ({how})"
-    else:
-        raise UsageError(
-            asked=f"budget={asked!r}",
-            found=f"a {type(asked).__name__}",
-            do="give whole bytes, or text such as '6GiB' or '80%'",
-        )
-    host_bytes = parse_bytes(host, option="host_budget") if isinstance(host, str) else host
-    name = device_name(device)
-    return Budget(total_bytes=amount, device=name, counting=counting, source=source, host_bytes=host_bytes)
+            return parse_bytes(asked), f"budget {asked}"
+        total, how = whole()
+        return int(total * share), f"budget {asked} of {format_bytes(total)} ({how})"
+    raise UsageError(
+        asked=f"budget={asked!r}",
+        found=f"a {type(asked).__name__}",
+        do="give whole bytes, or text such as '6GiB' or '80%'",
+    )
 
 
 def driver_process_bytes(device: torch.device) -> int | None:

@@ -7,6 +7,7 @@ import functools
 
 import torch
 
+from samegrad.measure import counters
 from samegrad.measure.allocator_rules import AllocatorRules, read_allocator_rules
 from samegrad.measure.caps import Reserved, predict_reserved
 from samegrad.measure.cards import Card
@@ -16,6 +17,12 @@ from samegrad.measure.library_calibration import LibraryCalibration, calibrate_l
 from samegrad.measure.replay import repeat_steps
 from samegrad.measure.timing import Roofline
 from samegrad.measure.workspaces import with_workspaces
+from samegrad.records import Budget, Counting
+from samegrad.units import format_bytes, parse_bytes
+
+# Of a card whose driver was not measured.
+_CONTEXT_BYTES = 2**29
+_FREE_MARGIN = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,20 @@ class Target:
             f"{self.card.name}; times {calibration_in_words(self.calibration, torch_version=self.torch_version)}; "
             f"library workspaces {'uncalibrated' if libraries == 'uncalibrated' else f'calibrated on {libraries}'}"
         )
+
+    def budget(self, asked: str | int | None, *, host: str | int | None = None) -> Budget:
+        """The budget that ``asked`` means on the card: bytes, "6GiB", "80%", or None for what an empty card leaves."""
+        if asked is None:
+            context = self.libraries.context_bytes or _CONTEXT_BYTES
+            amount = int((self.card.memory_bytes - context) * (1 - _FREE_MARGIN))
+            source = f"an empty {self.card.name} ({self.card.memory_basis}) less {format_bytes(context)} for the driver"
+        else:
+            amount, source = counters.asked_bytes(asked, lambda: (self.card.memory_bytes, self.card.memory_basis))
+        host_bytes = parse_bytes(host, option="host_budget") if isinstance(host, str) else host
+        return Budget(
+            total_bytes=amount, device=self.card.name, counting=Counting.CUDA_ALLOCATOR, source=source,
+            host_bytes=host_bytes,
+        )  # fmt: skip
 
     def reserve(self, trace: Trace) -> Reserved:
         """What the allocator reserves for the traced step with its library workspaces, run over and over."""

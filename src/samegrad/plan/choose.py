@@ -18,6 +18,8 @@ from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.explain import floor_sentence, ways_down
 from samegrad.plan.margin import budget_for, usable_bytes
 from samegrad.plan.options import Options
+from samegrad.plan.predict import predict_plan
+from samegrad.plan.traced import traced_candidates
 from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
 from samegrad.units import format_bytes
 
@@ -86,6 +88,35 @@ def _rungs(footprint: Footprint, options: Options, budget: Budget, usable: int) 
         return
     if _plain_peak(footprint) <= usable:
         yield _plan(footprint, [], budget, {})
+    if footprint.traced:
+        yield from _fastest_first(footprint, options, budget, usable, host)
+    else:
+        yield from _measured(footprint, options, budget, usable, host)
+
+
+def _fastest_first(
+    footprint: Footprint, options: Options, budget: Budget, usable: int, host: list[HostRows]
+) -> Iterator[Plan]:
+    """What was measured and what was followed, by predicted time; each next one is smaller."""
+    plans = list(_measured(footprint, options, budget, usable, host))
+    for candidate in traced_candidates(footprint, options, usable):
+        names = {lever.name for lever in candidate.levers}
+        # The plain step is there already; a split alone is predicted better by its own laws.
+        if names and not (footprint.laws and names == {SplitRows.name}):
+            levers = [*(host if SplitRows.name in names else []), *candidate.levers]
+            knobs = [f"{lever.name}.{knob}" for lever in candidate.levers for knob in lever.knobs()]
+            plans.append(_plan(footprint, levers, budget, dict.fromkeys(knobs, KnobOrigin.CHOSEN)))
+    smallest = None
+    for plan in sorted(plans, key=lambda plan: (plan.predicted_seconds or 0.0, plan.predicted_peak_bytes or 0)):
+        if smallest is None or cast(int, plan.predicted_peak_bytes) < smallest:
+            smallest = plan.predicted_peak_bytes
+            yield plan
+
+
+def _measured(
+    footprint: Footprint, options: Options, budget: Budget, usable: int, host: list[HostRows]
+) -> Iterator[Plan]:
+    """The plans that laws of probes predict."""
     smallest = None
     if _may_chunk_loss(footprint, options):
         # Nothing runs twice and no chunk is launched for few rows: faster than whatever splits.
@@ -158,12 +189,9 @@ def _plain_peak(footprint: Footprint) -> int:
 
 
 def _plan(footprint: Footprint, levers: list[Lever], budget: Budget, origins: dict[str, KnobOrigin]) -> Plan:
-    predicted = footprint
-    for lever in levers:
-        predicted = lever.predict(predicted)
-    peak = predicted.peak_allocated_bytes if levers else _plain_peak(footprint)
-    seconds = predicted.seconds if levers else footprint.predicted_seconds(rows=footprint.batch_rows)
     taken = {lever.name: lever.knobs() for lever in sorted(levers, key=lambda lever: lever.slot)}
+    predicted = predict_plan(footprint, taken)
+    peak, seconds = predicted.peak_allocated_bytes, predicted.seconds
     return Plan(
         levers=taken,
         exactness=max((lever.exactness for lever in levers), default=Exactness.SAME_BITS),

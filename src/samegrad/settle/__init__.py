@@ -6,6 +6,7 @@ peak is within the budget.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,12 +15,18 @@ import torch
 from samegrad.declared import DeclaredStep
 from samegrad.errors import EnvironmentProblem, UsageError
 from samegrad.measure import counters
+from samegrad.measure.target import Target
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
+from samegrad.settle.following import follow
 from samegrad.settle.ladder import settle
+from samegrad.settle.on_card import settle_on_card
 from samegrad.settle.probing import Measurement, aliases_for, measure
 
-__all__ = ["Measurement", "aliases_for", "check_one_of", "measure", "measure_step", "settle", "settle_plan"]
+__all__ = [
+    "Ahead", "Measurement", "aliases_for", "check_one_of", "measure", "measure_step", "plan_ahead", "settle",
+    "settle_plan",
+]  # fmt: skip
 
 
 class Declares(Protocol):
@@ -32,17 +39,31 @@ class Declares(Protocol):
 def measure_step(step: Declares, batch: Any, device: torch.device | str | None = None) -> Footprint:
     """The footprint of ``step`` on ``batch``: probes of the real step at a few rows, and laws for all others.
 
-    ``device``: None, or the device the model is on; planning for another card than the one at hand is not there yet
-    and is refused. Nothing of the user's changes. Raises CannotSplit only where even the plain step cannot run.
+    ``device``: None, the device the model is on, or a card's name ("NVIDIA H200", "RTX 4070 Laptop"), at hand or not:
+    then the step is followed without running it, and every number is predicted. Nothing of the user's changes. Raises
+    CannotSplit only where even the plain step cannot run, and CannotTrace where it cannot be followed.
     """
     declared = step.declared
-    if device is not None and torch.device(device) != declared.device:
-        raise EnvironmentProblem(
-            asked=f"a footprint for {device}",
-            found=f"the model is on {declared.device}, and a step is measured where its model is",
-            do="move the model there, or measure without device=",
-        )
+    if _is_card(device, declared):
+        return follow(declared, aliases_for(declared), batch, Target.named(str(device)))[1]
     return measure(declared, batch, aliases_for(declared)).footprint
+
+
+def _is_card(device: torch.device | str | None, declared: DeclaredStep) -> bool:
+    """Whether ``device`` names a card of the catalogue. Raises EnvironmentProblem for another device of torch's."""
+    if device is None:
+        return False
+    try:
+        own = torch.device(device)
+    except RuntimeError:
+        return True
+    if own.type == declared.device.type and own.index in (None, declared.device.index):
+        return False
+    raise EnvironmentProblem(
+        asked=f"a footprint for {device}",
+        found=f"the model is on {declared.device}, and a step is measured where its model is",
+        do="move the model there, leave device= out, or name a card: device='H200'",
+    )
 
 
 def settle_plan(
@@ -53,19 +74,54 @@ def settle_plan(
     rows: int | Sequence[int] | None = None,
     rows_origin: KnobOrigin = KnobOrigin.PINNED,
     allow: Exactness = Exactness.SAME_SUM,
+    device: torch.device | str | None = None,
 ) -> tuple[Plan, Footprint]:
     """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
 
-    ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it. Hand the plan
-    to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
+    ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it. ``device``: a
+    card's name as in ``measure_step``; then every plan is followed instead of measured, and judged by its steady cap.
+    Hand the plan to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
     """
     declared = step.declared
+    if _is_card(device, declared):
+        ahead = plan_ahead(step, batch, str(device), budget=budget, rows=rows, rows_origin=rows_origin, allow=allow)
+        return ahead.plan, ahead.footprint
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
     measurement = measure(declared, batch, aliases_for(declared))
     plan, footprint, _ = settle(declared, aliases_for(declared), measurement, batch, budget=limit, options=options)
     return plan, footprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """A plan for a card that is not at hand: what it came from, and what the step holds and takes under it."""
+
+    plan: Plan
+    footprint: Footprint
+    predicted: Footprint
+
+
+def plan_ahead(
+    step: Declares,
+    batch: Any,
+    card: str,
+    *,
+    budget: Budget | str | int | None = None,
+    rows: int | Sequence[int] | None = None,
+    rows_origin: KnobOrigin = KnobOrigin.PINNED,
+    allow: Exactness = Exactness.SAME_SUM,
+) -> Ahead:
+    """The fastest plan for the card called ``card``, followed whole. Raises as ``settle_plan`` does."""
+    declared, target = step.declared, Target.named(card)
+    limit = budget if isinstance(budget, Budget) else target.budget(budget)
+    pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
+    options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
+    followed, footprint = follow(declared, aliases_for(declared), batch, target)
+    plan, predicted = settle_on_card(followed, footprint, budget=limit, options=options)
+    signature = f"{declared.layout(batch).signature(batch)} | {declared.model_signature()}"
+    return Ahead(dataclasses.replace(plan, signature=signature), footprint, predicted)
 
 
 def check_one_of(*, budget: Any, rows: Any, plan: Any) -> None:

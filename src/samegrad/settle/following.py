@@ -70,7 +70,7 @@ _CHUNK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # And where every number of rows is a trace of its own.
 _TRACED_CHUNK_COUNTS = (1, 2, 4, 8)
 # Positions of logits at a time; more would save no launches worth having, fewer no bytes.
-_POSITIONS = 4096
+_POSITIONS = 1024
 # Chunks of a planned step that are followed: what the later ones do repeats.
 _FOLLOWED_CHUNKS = 4
 # Operations of an examination that a host does in a few seconds.

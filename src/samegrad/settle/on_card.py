@@ -1,0 +1,95 @@
+"""Down the ladder on a card that is not at hand: each plan is followed whole before it is believed.
+
+A budget is judged by the steady cap of the very plan: its trace, with library workspaces, replayed through the
+allocator's model. What one plan reserves above its tensors tells which next ones need not be followed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from samegrad.errors import BudgetTooSmall, CannotTrace
+from samegrad.measure.trace_reading import (
+    CUDA_BLOCK_BYTES,
+    by_module_at,
+    find_peak,
+    peak_by_phase,
+    timeline,
+)
+from samegrad.plan.choose import choose_plan
+from samegrad.plan.options import Options
+from samegrad.plan.predict import predict_plan
+from samegrad.records import Budget, Footprint, Origin, Plan
+from samegrad.settle.following import FollowedStep
+from samegrad.units import format_bytes
+
+# What a followed plan's cap may be short by: the card is not at hand to say.
+_UNSEEN_FRACTION = 0.02
+# A plan is passed over only where it is clearly too large by what was learnt of those before it.
+_CLEARLY = 0.98
+
+
+def settle_on_card(
+    step: FollowedStep, footprint: Footprint, *, budget: Budget, options: Options
+) -> tuple[Plan, Footprint]:
+    """The fastest plan whose steady cap is within ``budget``, and its predicted footprint.
+
+    Raises BudgetTooSmall or CannotSplit when nothing fits.
+    """
+    most = int(budget.total_bytes * (1 - _UNSEEN_FRACTION))
+    ladder = choose_plan(footprint, options, budget)
+    above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
+    tried: list[str] = []
+    for plan in ladder:
+        smallest = plan is ladder[-1]
+        if not smallest and (plan.predicted_peak_bytes or 0) * above * _CLEARLY > most:
+            continue
+        try:
+            predicted = footprint_of(step, footprint, plan)
+        except CannotTrace as error:
+            tried.append(f"{_named(plan)}: cannot be followed ({error.found})")
+            continue
+        cap = predicted.steady_cap_bytes or 0
+        if cap <= most:
+            settled = dataclasses.replace(plan, predicted_peak_bytes=cap, predicted_seconds=predicted.seconds)
+            return settled, predicted
+        above = min(above, cap / max(1, plan.predicted_peak_bytes or 1))
+        tried.append(f"{_named(plan)}: {format_bytes(cap)}")
+    raise BudgetTooSmall(
+        asked=f"a plan within {format_bytes(budget.total_bytes)} ({budget.source})",
+        found=f"followed whole, the allocator would need more on {footprint.device}: " + "; ".join(tried[-4:]),
+        do="raise the budget, take a smaller batch or model, or allow a weaker exactness",
+        option="--budget",
+    )
+
+
+def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footprint:
+    """What the step holds and takes under ``plan``, which is followed. Raises CannotTrace."""
+    trace = step.trace(plan)
+    beside = step.unfollowed_bytes(trace)
+    reserved = step.target.reserve(trace)
+    peak = find_peak(trace, round_to=CUDA_BLOCK_BYTES)
+    seconds = step.target.seconds_of(trace)
+    last = sum(s for operation, s in zip(trace.operations, seconds) if operation.step == 1)
+    rows = max(trace.sizes)
+    followed = sum(trace.sizes)
+    # Chunks that were not followed take what the others do; the optimizer's turn comes once.
+    turn = sum(s for o, s in zip(trace.operations, seconds) if o.step == 1 and o.phase.value == "optimizer")
+    return dataclasses.replace(
+        predict_plan(footprint, plan.levers),
+        origin=Origin.PREDICTED,
+        rows=rows,
+        peak_allocated_bytes=reserved.free_running.peak_allocated_bytes + beside,
+        peak_reserved_bytes=reserved.free_running.peak_reserved_bytes + beside,
+        steady_cap_bytes=reserved.steady.cap_bytes + beside,
+        smallest_cap_bytes=reserved.smallest.cap_bytes + beside,
+        seconds=turn + (last - turn) * step.layout.rows / followed,
+        by_category={category: amount for category, amount in peak.by_category.items() if amount},
+        by_phase=peak_by_phase(trace, round_to=CUDA_BLOCK_BYTES),
+        by_module=by_module_at(trace, peak),
+        timeline=timeline(trace),
+    )
+
+
+def _named(plan: Plan) -> str:
+    return " and ".join(name for name in plan.levers if name != "host_rows") or "the plain step"
