@@ -28,12 +28,13 @@ from samegrad.exact.phases import listening
 from samegrad.exact.split import SplitStep, plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
-from samegrad.measure import census, cuda_dispatch
+from samegrad.measure import census, cuda_trial
 from samegrad.measure.arriving_rows import ArrivingRows
 from samegrad.measure.cuda_dispatch import CpuDispatch, CudaDispatch
 from samegrad.measure.events import MemoryEvent, Operation, Trace
 from samegrad.measure.failures import explained, first_line
 from samegrad.measure.recorder import Recorder
+from samegrad.measure.replaced import generators_at_rest
 from samegrad.measure.shadows import (
     NamedModules,
     Numbers,
@@ -50,6 +51,11 @@ from samegrad.records import Category, Phase
 Run = Callable[[DeclaredStep, Any], object]
 
 STEPS = 2
+# Operations that keep memory of a size that only their libraries know.
+_UNSURE = {
+    "aten._cudnn_rnn.default": "what cuDNN reserves for its backward is an estimate",
+    "aten.mkldnn_rnn_layer.default": "what oneDNN keeps for its backward is not in it",
+}
 
 
 class LossScale:
@@ -70,7 +76,6 @@ def plainly(draws: StepDraws | None = None, scaler: LossScale | None = None) -> 
 
 def in_chunks(step: ChunkedStep, sizes: Sequence[int], scaler: LossScale | None = None) -> Run:
     """``step`` in chunks of ``sizes`` rows, handed over. Chunks of a batch on the host arrive ahead, as they do."""
-
     chunks = ArrivingRows()
 
     def run(declared: DeclaredStep, batch: Any) -> object:
@@ -108,13 +113,14 @@ def trace_step(
     untouched = undisturbed(declared.modules, declared.device, _held_with_hooks(declared, modules))
     with untouched, torch.compiler.set_stance("force_eager"):
         operations, events = _followed(declared, modules, batch, dispatch, plainly() if run is None else run, notes)
+    unsure = sorted({operation.name for operation in operations} & _UNSURE.keys())
     return Trace(
         operations=operations,
         events=events,
         device=dispatch.device.type,
         batch_rows=layout.rows,
         sizes=(layout.rows,) if sizes is None else tuple(sizes),
-        notes=notes,
+        notes=notes | {name: _UNSURE[name] for name in unsure},
     )
 
 
@@ -125,7 +131,7 @@ def _dispatch(device: str) -> tuple[CpuDispatch | CudaDispatch, dict[str, str]]:
         raise CannotTrace(
             asked=f"follow a step as on {device!r}", found="neither 'cuda' nor 'cpu'", do="name one of the two"
         )
-    reason = cuda_dispatch.why_not()
+    reason = cuda_trial.why_not()
     if not reason:
         return CudaDispatch(), {}
     return CpuDispatch(), {"cuda": f"the CPU's kernels were followed, since CUDA's could not be ({reason})"}
@@ -146,6 +152,7 @@ def _followed(
     with contextlib.ExitStack() as stack:
         if isinstance(dispatch, CudaDispatch):
             stack.enter_context(dispatch.followed())
+        stack.enter_context(generators_at_rest())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(standing_in(modules, twins))
         standing, rows = _standing(declared, batch, dispatch.device, twins, numbers)
@@ -204,6 +211,8 @@ def _claim_residents(recorder: Recorder, declared: DeclaredStep, batch: Any) -> 
     for part in declared.modules:
         recorder.claim(part.parameters(), Category.PARAMETERS)
         recorder.claim(part.buffers(), Category.BUFFERS)
+    if declared.optimizer is not None:
+        recorder.claim([p for group in declared.optimizer.param_groups for p in group["params"]], Category.PARAMETERS)
     recorder.claim_gradients()
     recorder.claim(census.state_tensors(declared.optimizer), Category.OPTIMIZER_STATE)
     recorder.arrived(batch)
