@@ -295,7 +295,7 @@ def test_the_self_test_passes_and_is_made_once(monkeypatch: pytest.MonkeyPatch) 
     assert cuda_trial.why_not() == ""
 
 
-@pytest.mark.parametrize("lost", ["_normalise_nothing", "in_kernel_invocation"])
+@pytest.mark.parametrize("lost", ["_fake_device", "in_kernel_invocation"])
 def test_where_torch_has_changed_the_cpu_is_followed_and_a_note_says_so(
     lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,9 +101,10 @@ def trace_step(
     """Two steps of ``declared`` on ``batch``: ``run``, the optimizer's step, gradients cleared.
 
     The model may be on any device or on none (meta); the step is followed as on ``device``, "cuda" or "cpu". Leaves of
-    the batch that are where the model is are there as a whole, except that a model on the CPU that is followed on CUDA
-    leaves its batch on the host. For as long as this takes, torch's CUDA kernels for autocast and a few layers are
-    replaced, in other threads too. ``run``: by default the plain step. ``sizes``: written down as the chunks' rows.
+    the batch that are where the model is are there as a whole, and so are leaves on meta; but a model on the CPU that
+    is followed on CUDA leaves its batch on the host. For as long as this takes, torch's CUDA kernels for autocast and a
+    few layers are replaced, in other threads too. ``run``: by default the plain step. ``sizes``: written down as the
+    chunks' rows.
     Raises CannotTrace, with the module and the operation, for what needs values, and for what the step raises.
     """
     dispatch, notes = _dispatch(device)
@@ -164,6 +165,9 @@ def _followed(
         for index in range(STEPS):
             recorder.step = index
             _one_step(standing, rows, recorder, run, notes)
+        if recorder.values_read:
+            where = ", ".join(sorted(recorder.values_read)[:3])
+            notes["values"] = f"the code reads values of the batch (in {where}); another batch may go another way"
         # Before the twins go: they live between steps.
         return tuple(recorder.operations), recorder.events()
 
