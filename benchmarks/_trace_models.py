@@ -111,9 +111,11 @@ def under_autocast(model: nn.Module, batch: Any) -> Any:
         return model(batch[0])
 
 
-def resnet_step(rows: int, *, autocast: bool = False, recomputed: bool = False) -> tuple[DeclaredStep, Any]:
-    """SGD with momentum on ``rows`` pictures, model and batch on meta."""
-    with torch.device("meta"):
+def resnet_step(
+    rows: int, *, autocast: bool = False, recomputed: bool = False, device: str = "meta"
+) -> tuple[DeclaredStep, Any]:
+    """SGD with momentum on ``rows`` pictures, model and batch on ``device``."""
+    with torch.device(device):
         model = ResNet34(recomputed)
         batch = torch.empty(rows, 3, 224, 224), torch.zeros(rows, dtype=torch.int64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -122,10 +124,10 @@ def resnet_step(rows: int, *, autocast: bool = False, recomputed: bool = False) 
 
 def gpt_step(
     rows: int, *, autocast: bool = False, recomputed: bool = False, layers: int = 12, width: int = 768,
-    heads: int = 12,
+    heads: int = 12, device: str = "meta",
 ) -> tuple[DeclaredStep, Any]:  # fmt: skip
-    """AdamW on ``rows`` texts of 1024 tokens, model and batch on meta."""
-    with torch.device("meta"):
+    """AdamW on ``rows`` texts of 1024 tokens, model and batch on ``device``."""
+    with torch.device(device):
         model = GPT(layers, width, heads, recomputed=recomputed)
         batch = (torch.zeros(rows, 1024, dtype=torch.int64), torch.zeros(rows, 1024, dtype=torch.int64))
     return _declared(model, torch.optim.AdamW(model.parameters(), lr=1e-4), autocast), batch

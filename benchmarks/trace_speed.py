@@ -19,7 +19,7 @@ import _results
 from _trace_models import gpt_step, resnet_step
 
 from samegrad.declared import DeclaredStep
-from samegrad.measure import cuda_dispatch, trace_reading
+from samegrad.measure import cuda_trial, trace_reading
 from samegrad.measure.trace import trace_step
 
 Made = tuple[DeclaredStep, Any]
@@ -50,7 +50,7 @@ def traced(name: str) -> dict[str, Any]:
     """One trace in this process: seconds, peak host bytes, and the peak that it foretells."""
     declared, batch = STEPS[name]()
     start = time.perf_counter()
-    reason = cuda_dispatch.why_not()
+    reason = cuda_trial.why_not()
     tested = time.perf_counter()
     start_processor = time.process_time()
     trace = trace_step(declared, batch)

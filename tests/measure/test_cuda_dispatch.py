@@ -14,16 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from samegrad.declared import declare
-from samegrad.measure import autocast_policy, cuda_dispatch, fused_attention, recurrent_kernels, trace_reading
+from samegrad.measure import autocast_policy, cuda_trial, fused_attention, recurrent_kernels, trace_reading
 from samegrad.measure.cuda_dispatch import CUDA, CudaDispatch
 from samegrad.measure.events import Trace
 from samegrad.measure.recorder import Recorder
 from samegrad.measure.recurrent_kernels import Mode, reserve_bytes
 from samegrad.measure.shadows import Twins
-from samegrad.measure.trace import trace_step
+from samegrad.measure.trace import plainly, trace_step
 from samegrad.records import Phase
 
-from .traced import Words, cross_entropy, words
+from .traced import Words, counted_peaks, cross_entropy, words
 
 
 @contextmanager
@@ -132,9 +132,9 @@ def test_a_planted_wrong_policy_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(autocast_policy, "read_policy", lambda: {"FP32": (("linear", "default"),)})
     with followed(), torch.autocast("cuda", torch.bfloat16):
         assert F.linear(numbers(4, 4), numbers(4, 4)).dtype is torch.float32
-    cuda_dispatch.why_not.cache_clear()
-    assert "linear is torch.float32" in cuda_dispatch.why_not()
-    cuda_dispatch.why_not.cache_clear()
+    cuda_trial.why_not.cache_clear()
+    assert "linear is torch.float32" in cuda_trial.why_not()
+    cuda_trial.why_not.cache_clear()
 
 
 # Kernels.
@@ -171,15 +171,13 @@ def test_flash_backward_takes_float32_sums_for_itself() -> None:
     at = names(recorder).index("aten._scaled_dot_product_flash_attention_backward.default")
     scratch = [e for e in recorder.events() if e.operation == at and e.change_bytes < 0]
     assert scratch[0].change_bytes == -(2 * 3 * 128 * (64 + 1) * 4)
-    assert fused_attention.backward_scratch_bytes((None, torch.empty(2, 3, 100, 40))) == -scratch[0].change_bytes
+    assert fused_attention.flash_scratch_bytes((None, torch.empty(2, 3, 100, 40))) == -scratch[0].change_bytes
 
 
 def test_recomputation_in_backward_takes_the_same_kernels() -> None:
     def attend(x: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(F.dropout(x, 0.1), x, x)
 
-    with followed() as recorder, torch.autocast("cuda", torch.bfloat16):
-        made = checkpoint(attend, numbers(2, 3, 16, 32), use_reentrant=False)
     with followed() as recorder:
         with torch.autocast("cuda", torch.bfloat16):
             made = checkpoint(attend, numbers(2, 3, 16, 32), use_reentrant=False)
@@ -239,9 +237,20 @@ def test_recurrent_layers_are_one_kernel_with_a_reserve(kind: Any, options: dict
         dropout=model.layers.dropout,
     )  # fmt: skip
     assert expected in [event.change_bytes for event in trace.events if event.operation == at[0]]
+    assert "estimate" in trace.notes["aten._cudnn_rnn.default"]
     real = model.layers(batch[0])[0]
     made = [e.change_bytes for e in trace.events if e.operation == at[0]]
     assert real.nbytes in made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
+def test_recurrent_layers_on_the_cpu_are_traced_to_the_byte_or_a_note_says_so(kind: Any, dtype: torch.dtype) -> None:
+    model, batch = Recurrent(kind).to(dtype), (torch.zeros(9, 4, 6, dtype=dtype), torch.zeros(9, dtype=torch.int64))
+    declared = declare(model, cross_entropy)
+    trace = trace_step(declared, batch, device="cpu")
+    same = counted_peaks(declared, batch, plainly())[1] == trace_reading.peak_bytes(trace)
+    assert same or "oneDNN" in trace.notes["aten.mkldnn_rnn_layer.default"]
 
 
 def test_a_lost_reserve_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,24 +289,24 @@ def test_everything_in_torch_is_as_before_also_after_an_error() -> None:
 
 
 def test_the_self_test_passes_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda_dispatch.why_not.cache_clear()
-    assert cuda_dispatch.why_not() == ""
-    monkeypatch.setattr(cuda_dispatch, "_tried", lambda: "tried again")
-    assert cuda_dispatch.why_not() == ""
+    cuda_trial.why_not.cache_clear()
+    assert cuda_trial.why_not() == ""
+    monkeypatch.setattr(cuda_trial, "_tried", lambda: "tried again")
+    assert cuda_trial.why_not() == ""
 
 
-@pytest.mark.parametrize("lost", ["_normalise_nothing", "in_kernel_invocation"])
+@pytest.mark.parametrize("lost", ["_fake_device", "in_kernel_invocation"])
 def test_where_torch_has_changed_the_cpu_is_followed_and_a_note_says_so(
     lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> str:
         raise AttributeError(f"torch has no {lost}")
 
-    monkeypatch.setattr(cuda_dispatch, "_tried", broken)
-    cuda_dispatch.why_not.cache_clear()
+    monkeypatch.setattr(cuda_trial, "_tried", broken)
+    cuda_trial.why_not.cache_clear()
     try:
         model = Words()
         trace = trace_step(declare(model, cross_entropy), words(3))
         assert trace.device == "cpu" and lost in trace.notes["cuda"] and torch.__version__ in trace.notes["cuda"]
     finally:
-        cuda_dispatch.why_not.cache_clear()
+        cuda_trial.why_not.cache_clear()

@@ -21,7 +21,7 @@ from .traced import counted_peaks
 
 NEED_VALUES = {
     "experts without a limit", "a sum over rows", "a loop as long as the row says", "experts with a limit",
-    "a deque of averages", "no momentum", "sparse embedding",
+    "a deque of averages", "sparse embedding",
 }  # fmt: skip
 # Its CPU kernel makes a count of 8 bytes more than its shapes say.
 NEARLY = {"embedding bag": 8, "embedding bag with offsets": 8}

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from samegrad.declared import DeclaredStep
+from samegrad.declared import DeclaredStep, declare
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.examine import examine
 from samegrad.exact.phases import announce, listening
+from samegrad.exact.split import SplitStep
+from samegrad.measure import trace_reading
 from samegrad.measure.census import state_tensors
 from samegrad.measure.counting import ByteCounter
 from samegrad.measure.probe import claim_residents
-from samegrad.measure.trace import Run
+from samegrad.measure.trace import Run, trace_step
 from samegrad.records import Category, Phase
+
+ROWS, SIZES = 13, (4, 4, 5)
 
 
 class Pictures(nn.Module):
@@ -82,3 +89,33 @@ def counted_peaks(declared: DeclaredStep, batch: Any, run: Run) -> list[int]:
             del loss
             peaks.append(counter.peak_bytes)
     return peaks
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer | None]] = {
+    "no optimizer": lambda parameters: None,
+    "SGD": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters),
+    "AdamW foreach": lambda parameters: torch.optim.AdamW(parameters, foreach=True),
+}
+
+
+def declared_on(
+    model: nn.Module, loss_fn: Any = cross_entropy, optimizer: str = "AdamW", **options: Any
+) -> DeclaredStep:
+    return declare(model, loss_fn, optimizer=OPTIMIZERS[optimizer](model.parameters()), **options)
+
+
+def split(declared: DeclaredStep, batch: Any, kept: int = 0) -> SplitStep:
+    aliases = ParameterAliases({"": declared.network})
+    return SplitStep(declared, aliases, examine(declared, aliases, batch, declared.layout(batch)), kept=kept)
+
+
+def traced_peaks(declared: DeclaredStep, batch: Any, run: Run, device: str = "cpu") -> list[int]:
+    trace = trace_step(declared, batch, device=device, run=run)
+    return [trace_reading.peak_bytes(trace, step=step) for step in (0, 1)]
+
+
+def blocks() -> nn.Module:
+    """Three blocks with a BatchNorm and a dropout."""
+    parts = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.1)) for _ in "abc"]
+    return nn.Sequential(nn.Sequential(*parts), nn.Flatten(), nn.Linear(243, 5))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from samegrad import trees
 from samegrad.exact.split import sliced_chunks
+from samegrad.measure import known_values
 from samegrad.trees import RowLayout, RowLeaf
 
 
@@ -40,7 +41,7 @@ class ArrivingRows:
             place = self._places[number % 2]
             yield trees.unflatten(
                 [
-                    _in_place(place, index, leaf, axis, size, max(sizes), device)
+                    _arrived(place, index, leaf, axis, start, size, max(sizes), device)
                     if axis is not None and travels[index]
                     else leaf if axis is None else leaf.detach().narrow(axis, start, size)
                     for index, (leaf, axis) in enumerate(zip(here, layout.axes))
@@ -50,8 +51,15 @@ class ArrivingRows:
             start += size
 
 
-def _in_place(
-    place: dict[int, Tensor], index: int, leaf: RowLeaf, axis: int, rows: int, most_rows: int, device: torch.device
+def _arrived(
+    place: dict[int, Tensor],
+    index: int,
+    leaf: RowLeaf,
+    axis: int,
+    start: int,
+    rows: int,
+    most_rows: int,
+    device: torch.device,
 ) -> Tensor:
     """The leaf's rows in its buffer of ``place``, which grows where they do not fit."""
     shape = [rows if at == axis else size for at, size in enumerate(leaf.shape)]
@@ -60,4 +68,7 @@ def _in_place(
     if buffer is None or buffer.numel() < most_rows * row_elements:
         place.pop(index, None)
         place[index] = buffer = torch.empty(most_rows * row_elements, dtype=leaf.dtype, device=device)
-    return buffer[: rows * row_elements].view(shape)
+    chunk = buffer[: rows * row_elements].view(shape)
+    if isinstance(leaf, Tensor):
+        known_values.carry(leaf.detach().narrow(axis, start, rows), chunk)
+    return chunk

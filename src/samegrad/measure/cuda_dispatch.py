@@ -9,7 +9,7 @@ Python code, but "meta" to the engine and to kernels:
     C++         ``device()`` is meta: no stream, no guard, no context
 
 What C++ decides by ``is_cuda()`` stands here in Python: autocast, and which operations are one kernel. All of it is
-private to torch, so ``why_not`` tries it once a process, and a trace says so where it does not work.
+private to torch, so ``cuda_trial`` tries it once a process, and a trace says so where it does not work.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, cast
 
 import torch
 import torch.cuda.amp.common
-import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from samegrad.measure import autocast_policy, fused_attention, fused_kernels, recurrent_kernels, wide_results
+from samegrad.measure.replaced import replaced
 
 CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
@@ -92,7 +92,7 @@ class CudaDispatch:
             stack.enter_context(_autocast())
             stack.enter_context(_kernels(_named(_COMPOSITES), "AutogradCUDA"))
             # Recurrent layers would lay their weights out for cuDNN, by their addresses.
-            stack.enter_context(_attributes(torch.backends.cudnn, {"is_acceptable": lambda tensor: False}))
+            stack.enter_context(replaced(torch.backends.cudnn, {"is_acceptable": lambda tensor: False}))
             yield
 
     @contextlib.contextmanager
@@ -121,7 +121,7 @@ class CudaDispatch:
             "is_cuda": property(lambda tensor: device_of(tensor).type == "cuda"),
         }
         # A machine with a device need not set it up for this.
-        with _attributes(fake_tensor, {"init_gpu_context": lambda device: None}), _attributes(FakeTensor, replacements):
+        with replaced(fake_tensor, {"init_gpu_context": lambda device: None}), replaced(FakeTensor, replacements):
             yield
 
 
@@ -168,27 +168,11 @@ def _autocast() -> Iterator[None]:
         clear()
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_attributes(torch.cuda.amp.common, {"amp_definitely_not_available": lambda: False}))
-        stack.enter_context(_attributes(torch.cuda, {"is_bf16_supported": lambda *_, **__: True}))
-        stack.enter_context(_attributes(torch, {"clear_autocast_cache": clear_both}))
+        stack.enter_context(replaced(torch.cuda.amp.common, {"amp_definitely_not_available": lambda: False}))
+        stack.enter_context(replaced(torch.cuda, {"is_bf16_supported": lambda *_, **__: True}))
+        stack.enter_context(replaced(torch, {"clear_autocast_cache": clear_both}))
         stack.enter_context(_kernels(autocast_policy.kernels(cache), "AutocastCUDA"))
         yield
-
-
-@contextlib.contextmanager
-def _attributes(holder: Any, replacements: dict[str, Any]) -> Iterator[None]:
-    """Attributes of ``holder`` replaced, and put back or taken away."""
-    own = {name: vars(holder)[name] for name in replacements if name in vars(holder)}
-    try:
-        for name, value in replacements.items():
-            setattr(holder, name, value)
-        yield
-    finally:
-        for name in replacements:
-            if name in own:
-                setattr(holder, name, own[name])
-            else:
-                delattr(holder, name)
 
 
 @contextlib.contextmanager
@@ -204,42 +188,3 @@ def _kernels(registrations: Iterator[tuple[Any, Callable[..., Any]]], key: str) 
         yield
     finally:
         library._destroy()
-
-
-@functools.cache
-def why_not() -> str:
-    """Why CUDA's dispatch cannot be followed with this torch, "" where it can: a toy step is tried, once a process."""
-    # The recorder is what operations are handed on by, and knows nothing of CUDA.
-    from samegrad.measure.recorder import Recorder
-    from samegrad.measure.shadows import Twins
-
-    try:
-        dispatch = CudaDispatch()
-        with dispatch.followed(), FakeTensorMode(allow_non_fake_inputs=True), Recorder(dispatch, Twins(CUDA, CUDA), {}):
-            return _tried()
-    except (AttributeError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
-        return f"torch {torch.__version__}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def _tried() -> str:
-    """What is not as expected in a toy step: a linear layer under autocast, attention that runs again in backward."""
-    rows = torch.empty(2, 4, 16, 8, device=CUDA)
-    layer = nn.Linear(8, 8, device=CUDA)
-    seen: dict[str, Any] = {"device": rows.device.type, "is_cuda": rows.is_cuda}
-
-    def attend(values: Tensor) -> Tensor:
-        projected = layer(values)
-        seen["linear"] = projected.dtype
-        return nn.functional.scaled_dot_product_attention(projected, projected, projected)
-
-    with torch.autocast("cuda", torch.bfloat16):
-        made = torch.utils.checkpoint.checkpoint(attend, rows, use_reentrant=False)
-        seen["softmax"] = made.softmax(-1).dtype
-    made.sum().backward()
-    grad = layer.weight.grad
-    seen["gradient"] = None if grad is None else grad.device.type
-    expected = {
-        "device": "cuda", "is_cuda": True, "linear": torch.bfloat16, "softmax": torch.float32, "gradient": "cuda",
-    }  # fmt: skip
-    wrong = [f"{name} is {seen.get(name)}, not {value}" for name, value in expected.items() if seen[name] != value]
-    return f"torch {torch.__version__}: {'; '.join(wrong)}" if wrong else ""

@@ -7,6 +7,7 @@ torch prefers on Hopper, keeps the same tensors as flash does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,11 +107,29 @@ def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
-def backward_scratch_bytes(args: tuple[Any, ...]) -> int:
+def flash_scratch_bytes(args: tuple[Any, ...]) -> int:
     """Bytes that flash attention's backward takes for itself: query gradients summed in float32, and row sums.
 
-    ``args``: of ``aten::_scaled_dot_product_flash_attention_backward``. Source: ``flash_attn/flash_api.cpp``, mha_bwd.
+    ``args``: of the backward operation. Source: ``flash_attn/flash_api.cpp``, mha_bwd.
     """
     batch, heads, length, head = args[1].shape
     length, head = -(-length // 128) * 128, -(-head // 32) * 32
     return int(batch * heads * length * (head + 1) * 4)
+
+
+def efficient_scratch_bytes(args: tuple[Any, ...]) -> int:
+    """The same of the memory-efficient kernel: row sums, and sums in float32 where the result is narrower.
+
+    Source: ``mem_eff_attention/kernel_backward.h``, workspace_elements_gq.
+    """
+    query = args[1]
+    batch, heads, length, head = query.shape
+    sums = -(-length // 64) * 64 * -(-head // 64) * 64 if query.dtype in _NARROW else 0
+    return int(batch * heads * (length + sums) * 4)
+
+
+# By the operation; queries are its second argument.
+SCRATCH_BYTES: dict[Any, Callable[[tuple[Any, ...]], int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: flash_scratch_bytes,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: efficient_scratch_bytes,
+}

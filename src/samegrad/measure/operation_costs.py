@@ -30,7 +30,11 @@ _TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}
 _TENSORS_A_LONG_LAUNCH = 30
 _BLOCKS_A_LAUNCH, _ELEMENTS_A_BLOCK = 320, 65536
 
-_WIDE = (torch.ops.aten.mse_loss.default, torch.ops.aten.smooth_l1_loss.default)
+_SCRATCH_BYTES = {
+    **fused_attention.SCRATCH_BYTES,
+    torch.ops.aten.mse_loss.default: wide_results.scratch_bytes,
+    torch.ops.aten.smooth_l1_loss.default: wide_results.scratch_bytes,
+}
 _MAKE_ROOM = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh")
 
 
@@ -101,10 +105,9 @@ def _launches(args: tuple[Any, ...]) -> int:
 
 
 def _scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
-    if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
-        return fused_attention.backward_scratch_bytes(args)
-    if func in _WIDE:
-        return wide_results.scratch_bytes(args)
+    known = _SCRATCH_BYTES.get(func)
+    if known is not None:
+        return known(args)
     if func._schema.name == "samegrad::keyed_numbers":
         _, ids, _, _, before, inner, distribution, scale, shift, _ = args
         return keyed_ops.cuda_scratch_bytes(ids, before, inner, distribution, scale, shift)

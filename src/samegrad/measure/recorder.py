@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad import trees
 from samegrad.errors import CannotTrace
-from samegrad.measure import operation_costs
+from samegrad.measure import known_values, operation_costs
 from samegrad.measure.events import MemoryEvent, Operation
 from samegrad.measure.shadows import Twins
 from samegrad.records import Category, Phase
@@ -86,6 +86,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self.phase = Phase.FORWARD
         self.step = 0
         self.failure: Failure | None = None
+        # Where the code looked at values that are known.
+        self.values_read: set[str] = set()
 
     # As a listener.
 
@@ -163,11 +165,29 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             given = operation_costs.tensors_in((*args, *kwargs.values()))
         try:
             result = self._dispatch.call(func, args, kwargs)
+            known_values.follow(func, args, kwargs, result)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            result = self._read(func, args, kwargs, error)
         except Exception as error:
             self.failure = Failure(id(error), self._place(), str(func))
             raise
         self._note(func, module, args, kwargs, given, result)
         return result
+
+    def _read(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> Any:
+        """The result of an operation that needs values. Raises ``error`` where they are not known."""
+        try:
+            value = known_values.evaluate(func, args, kwargs)
+        except known_values.Unknown:
+            self.failure = Failure(id(error), self._place(), str(func))
+            raise error from None
+        self.values_read.add(self._place())
+        if not isinstance(value, Tensor):
+            return value
+        room = torch.ops.aten.empty.memory_format
+        twin = self._dispatch.call(room, (list(value.shape),), {"dtype": value.dtype, "device": self._dispatch.device})
+        known_values.remember(twin, value)
+        return twin
 
     def _place(self) -> str:
         """What runs now, in words."""

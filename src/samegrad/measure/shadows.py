@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotTrace
+from samegrad.measure import known_values
 
 # What a module keeps for itself and a forward could change.
 _SLOTS = (
@@ -78,6 +79,7 @@ class Twins:
             vars(twin).update({key: value for key, value in vars(tensor).items() if key not in vars(twin)})
         elif tensor.requires_grad:
             twin.requires_grad_()
+        known_values.remember(twin, tensor)
         for hook in (tensor._backward_hooks or {}).values():
             twin.register_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types here
         return twin

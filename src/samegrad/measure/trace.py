@@ -28,12 +28,13 @@ from samegrad.exact.phases import listening
 from samegrad.exact.split import SplitStep, plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
-from samegrad.measure import census, cuda_dispatch
+from samegrad.measure import census, cuda_trial
 from samegrad.measure.arriving_rows import ArrivingRows
 from samegrad.measure.cuda_dispatch import CpuDispatch, CudaDispatch
 from samegrad.measure.events import MemoryEvent, Operation, Trace
 from samegrad.measure.failures import explained, first_line
 from samegrad.measure.recorder import Recorder
+from samegrad.measure.replaced import generators_at_rest
 from samegrad.measure.shadows import (
     NamedModules,
     Numbers,
@@ -50,6 +51,11 @@ from samegrad.records import Category, Phase
 Run = Callable[[DeclaredStep, Any], object]
 
 STEPS = 2
+# Operations that keep memory of a size that only their libraries know.
+_UNSURE = {
+    "aten._cudnn_rnn.default": "what cuDNN reserves for its backward is an estimate",
+    "aten.mkldnn_rnn_layer.default": "what oneDNN keeps for its backward is not in it",
+}
 
 Found = TypeVar("Found")
 
@@ -72,7 +78,6 @@ def plainly(draws: StepDraws | None = None, scaler: LossScale | None = None) -> 
 
 def in_chunks(step: ChunkedStep, sizes: Sequence[int], scaler: LossScale | None = None) -> Run:
     """``step`` in chunks of ``sizes`` rows, handed over. Chunks of a batch on the host arrive ahead, as they do."""
-
     chunks = ArrivingRows()
 
     def run(declared: DeclaredStep, batch: Any) -> object:
@@ -98,22 +103,24 @@ def trace_step(
     """Two steps of ``declared`` on ``batch``: ``run``, the optimizer's step, gradients cleared.
 
     The model may be on any device or on none (meta); the step is followed as on ``device``, "cuda" or "cpu". Leaves of
-    the batch that are where the model is are there as a whole, except that a model on the CPU that is followed on CUDA
-    leaves its batch on the host. For as long as this takes, torch's CUDA kernels for autocast and a few layers are
-    replaced, in other threads too. ``run``: by default the plain step. ``sizes``: written down as the chunks' rows.
+    the batch that are where the model is are there as a whole, and so are leaves on meta; but a model on the CPU that
+    is followed on CUDA leaves its batch on the host. For as long as this takes, torch's CUDA kernels for autocast and a
+    few layers are replaced, in other threads too. ``run``: by default the plain step. ``sizes``: written down as the
+    chunks' rows.
     Raises CannotTrace, with the module and the operation, for what needs values, and for what the step raises.
     """
     dispatch, notes = _dispatch(device)
     layout = declared.layout(batch)
     notes |= _notes_on(declared, named_modules(declared))
     operations, events = _followed(declared, batch, dispatch, plainly() if run is None else run, notes)
+    unsure = sorted({operation.name for operation in operations} & _UNSURE.keys())
     return Trace(
         operations=operations,
         events=events,
         device=dispatch.device.type,
         batch_rows=layout.rows,
         sizes=(layout.rows,) if sizes is None else tuple(sizes),
-        notes=notes,
+        notes=notes | {name: _UNSURE[name] for name in unsure},
     )
 
 
@@ -124,7 +131,7 @@ def _dispatch(device: str) -> tuple[CpuDispatch | CudaDispatch, dict[str, str]]:
         raise CannotTrace(
             asked=f"follow a step as on {device!r}", found="neither 'cuda' nor 'cpu'", do="name one of the two"
         )
-    reason = cuda_dispatch.why_not()
+    reason = cuda_trial.why_not()
     if not reason:
         return CudaDispatch(), {}
     return CpuDispatch(), {"cuda": f"the CPU's kernels were followed, since CUDA's could not be ({reason})"}
@@ -149,6 +156,9 @@ def _followed(
         for index in range(STEPS):
             recorder.step = index
             _one_step(standing, rows, recorder, run, notes)
+        if recorder.values_read:
+            where = ", ".join(sorted(recorder.values_read)[:3])
+            notes["values"] = f"the code reads values of the batch (in {where}); another batch may go another way"
         # Before the twins go: they live between steps.
         return tuple(recorder.operations), recorder.events()
 
@@ -168,6 +178,7 @@ def _in_place(
         numbers = read_numbers(declared.optimizer)
         if isinstance(dispatch, CudaDispatch):
             stack.enter_context(dispatch.followed())
+        stack.enter_context(generators_at_rest())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(standing_in(modules, twins))
         standing, rows = _standing(declared, batch, dispatch.device, twins, numbers)
@@ -222,6 +233,8 @@ def _claim_residents(recorder: Recorder, declared: DeclaredStep, batch: Any) -> 
     for part in declared.modules:
         recorder.claim(part.parameters(), Category.PARAMETERS)
         recorder.claim(part.buffers(), Category.BUFFERS)
+    if declared.optimizer is not None:
+        recorder.claim([p for group in declared.optimizer.param_groups for p in group["params"]], Category.PARAMETERS)
     recorder.claim_gradients()
     recorder.claim(census.state_tensors(declared.optimizer), Category.OPTIMIZER_STATE)
     recorder.arrived(batch)
