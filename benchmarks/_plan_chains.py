@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 _OPERATIONS_A_SECOND, _BYTES_A_SECOND = 250e12, 3.5e12
 

@@ -21,7 +21,7 @@ from scipy import optimize, sparse
 from samegrad.plan.chain import HostLink, plain_stages, predict_chain
 from samegrad.plan.heights import Chain, Stage, Way
 from samegrad.plan.solve import choose_for, pareto
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 WITHIN = 1.02

@@ -39,7 +39,7 @@ from samegrad.measure import counters
 from samegrad.plan.explain import explain_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan, Verdict
-from samegrad.settle import Measurement, aliases_for, check_one_of, measure, settle
+from samegrad.settle import Measurement, aliases_for, check_one_of, measure_for, settle
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
@@ -296,7 +296,7 @@ class Step:
             counters.release_cached(device)
             self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
         self._refresh_aliases()
-        measurement: Measurement = measure(self.declared, batch, self._aliases)
+        measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget)
         options = Options(allow=self.allow)
         plan, footprint, _ = settle(
             self.declared, self._aliases, measurement, batch, budget=self.budget, options=options

@@ -116,13 +116,14 @@ def test_saved_tensors_leave_the_device() -> None:
 def test_pinned_memory_is_used_again_in_the_next_step() -> None:
     model, batch = chain()
     with forced(model, cross_entropy, offload_saved={"smallest_bytes": 2**20}) as step:
+        # A block is free again when the copies from and to it are done.
         for _ in range(3):
             step.backward(batch)
-        torch.cuda.synchronize()
+            torch.cuda.synchronize()
         before = torch.cuda.host_memory_stats()["num_host_alloc"]
         for _ in range(3):
             step.backward(batch)
-        torch.cuda.synchronize()
+            torch.cuda.synchronize()
     assert torch.cuda.host_memory_stats()["num_host_alloc"] == before
 
 

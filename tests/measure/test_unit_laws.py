@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from samegrad.errors import BadInput
 from samegrad.measure.unit_laws import units_at
-from samegrad.records import Unit, UnitTable
+from samegrad.unit_tables import Unit, UnitTable
 
 BYTES = [field.name for field in dataclasses.fields(Unit) if field.name.endswith("_bytes")]
 LINES = st.tuples(st.integers(-500, 5000), st.integers(-30, 300))

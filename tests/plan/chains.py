@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from samegrad.plan.heights import Stage, Way
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 _SIZES = st.integers(0, 400)
 _TIMES = st.floats(0.01, 3.0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from samegrad.errors import BadInput
 from samegrad.plan.chain import HostLink, Moment, plain_stages, predict_chain
 from samegrad.plan.heights import Chain, Stage, Way
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 from .chains import chains, counted_bytes, every_choice, unit
 

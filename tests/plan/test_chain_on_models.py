@@ -18,7 +18,7 @@ from samegrad.measure.units import units_of
 from samegrad.plan.chain import plain_stages, predict_chain
 from samegrad.plan.heights import Stage, Way
 from samegrad.plan.solve import choose_for
-from samegrad.records import UnitTable
+from samegrad.unit_tables import UnitTable
 
 tracing = pytest.importorskip("samegrad.measure.trace", reason="steps are not yet followed here")
 reading = pytest.importorskip("samegrad.measure.trace_reading")

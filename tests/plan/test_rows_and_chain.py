@@ -8,7 +8,7 @@ from samegrad.errors import BadInput
 from samegrad.plan.chain import plain_stages, predict_chain
 from samegrad.plan.rows_and_chain import RowsAndChain, split_with_chain
 from samegrad.plan.solve import pareto
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 from .chains import unit
 

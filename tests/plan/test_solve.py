@@ -14,7 +14,7 @@ from samegrad.errors import EnvironmentProblem
 from samegrad.plan.chain import ChainChoice, HostLink, plain_stages, predict_chain
 from samegrad.plan.heights import Stage, Way
 from samegrad.plan.solve import choose_for, pareto
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 from .chains import chains, every_choice, unit
 

@@ -115,7 +115,8 @@ class _Bound:
         self.call = call
         leaves, self._spec = trees.flatten((tuple(args), dict(kwargs)))
         self._leaves: list[Any] = []
-        self._keeper: Any = None
+        # The node's output: by itself what Python sees of a node does not keep it alive in torch 2.11.
+        self._keeper: Tensor | None = None
         outside: list[Tensor] = []
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
@@ -127,7 +128,7 @@ class _Bound:
                 outside.append(leaf.detach())  # rule 2
         if outside:
             anchor = torch.empty(0, device=outside[0].device, requires_grad=True)
-            self._keeper = _Kept.apply(anchor, *outside).grad_fn  # type: ignore[no-untyped-call]
+            self._keeper = _Kept.apply(anchor, *outside)  # type: ignore[no-untyped-call]
 
     def run_again(self, handed: Sequence[Any]) -> list[Any]:
         """The leaves that the call returns; ``handed``: those of the call before."""
@@ -147,7 +148,7 @@ class _Bound:
         if self._keeper is None:
             return []
         try:
-            kept = cast(Sequence[Tensor], self._keeper.saved_tensors)
+            kept = cast(Any, self._keeper.grad_fn).saved_tensors
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise

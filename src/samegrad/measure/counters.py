@@ -5,10 +5,11 @@ On the CPU there is no such allocator; what is free is the cgroup's or the host'
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -177,6 +178,21 @@ def cap_allocator(device: torch.device, budget_bytes: int) -> float | None:
     fraction = fraction_of_cap(budget_bytes, torch.cuda.mem_get_info(device)[1])
     torch.cuda.set_per_process_memory_fraction(fraction, device)
     return fraction
+
+
+@contextlib.contextmanager
+def capped(device: torch.device, most_bytes: int) -> Iterator[None]:
+    """A block in which the allocator refuses to reserve more than ``most_bytes``, or what it was capped at before."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    fraction = fraction_of_cap(most_bytes, torch.cuda.mem_get_info(device)[1])
+    torch.cuda.set_per_process_memory_fraction(min(before, fraction), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def uncap_allocator(device: torch.device) -> None:

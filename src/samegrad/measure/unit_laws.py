@@ -12,7 +12,7 @@ from typing import Any
 
 from samegrad.errors import BadInput
 from samegrad.measure.affine import value_at
-from samegrad.records import Unit, UnitTable
+from samegrad.unit_tables import Unit, UnitTable
 
 _BYTES = tuple(field.name for field in dataclasses.fields(Unit) if field.name.endswith("_bytes"))
 _SECONDS = tuple(field.name for field in dataclasses.fields(Unit) if field.name.endswith("_seconds"))

@@ -14,7 +14,8 @@ from collections.abc import Collection, Sequence
 from samegrad.errors import BadInput
 from samegrad.measure.events import Operation, Trace
 from samegrad.measure.lifetimes import Lifetime, Lifetimes
-from samegrad.records import Category, Phase, Unit, UnitTable
+from samegrad.records import Category, Phase
+from samegrad.unit_tables import Unit, UnitTable
 
 _FORWARD = (Phase.FORWARD, Phase.LOSS)
 

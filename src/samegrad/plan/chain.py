@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from samegrad.errors import BadInput
 from samegrad.plan.heights import Bytes, Chain, Stage, Way
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 
 class Moment(enum.Enum):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samegrad.errors import BadInput
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 Bytes = NDArray[np.int64]
 Seconds = NDArray[np.float64]

@@ -9,7 +9,7 @@ from samegrad.errors import BadInput
 from samegrad.plan.chain import ChainChoice, HostLink, predict_chain
 from samegrad.plan.heights import Chain
 from samegrad.plan.solve import pareto
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from samegrad.plan.chain import ChainChoice, HostLink, fastest_first
 from samegrad.plan.heights import Bytes, Chain, Seconds, Stage, Way
 from samegrad.plan.offload import choices_with_offload
 from samegrad.plan.stage_options import StageOptions, largest_sum, options_from
-from samegrad.records import Unit
+from samegrad.unit_tables import Unit
 
 _LEVELS = 4096
 _NOWHERE, _NOTHING = np.int64(2**60), np.int64(-(2**60))

@@ -17,7 +17,8 @@ from samegrad.plan.chain import ChainChoice, predict_chain
 from samegrad.plan.heights import Chain, Stage, Way
 from samegrad.plan.options import Options
 from samegrad.plan.solve import pareto
-from samegrad.records import Footprint, TracedWay, UnitTable
+from samegrad.records import Footprint
+from samegrad.unit_tables import TracedWay, UnitTable
 
 
 class Candidate(NamedTuple):

@@ -14,19 +14,30 @@ import torch
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import EnvironmentProblem, UsageError
+from samegrad.exact.aliases import ParameterAliases
 from samegrad.measure import counters
 from samegrad.measure.target import Target
+from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
+from samegrad.settle.beside import followed_beside
 from samegrad.settle.following import follow
 from samegrad.settle.ladder import settle
 from samegrad.settle.on_card import settle_on_card
 from samegrad.settle.probing import Measurement, aliases_for, measure
 
 __all__ = [
-    "Ahead", "Measurement", "aliases_for", "check_one_of", "measure", "measure_step", "plan_ahead", "settle",
+    "Ahead",
+    "Measurement",
+    "aliases_for",
+    "check_one_of",
+    "measure",
+    "measure_for",
+    "measure_step",
+    "plan_ahead",
+    "settle",
     "settle_plan",
-]  # fmt: skip
+]
 
 
 class Declares(Protocol):
@@ -66,6 +77,15 @@ def _is_card(device: torch.device | str | None, declared: DeclaredStep) -> bool:
     )
 
 
+def measure_for(declared: DeclaredStep, batch: Any, aliases: ParameterAliases, budget: Budget) -> Measurement:
+    """The measurement that a plan within ``budget`` is chosen from: followed too where the plain step is too much."""
+    measurement = measure(declared, batch, aliases)
+    footprint = measurement.footprint
+    if footprint.predicted_peak_bytes(rows=footprint.batch_rows) <= usable_bytes(budget):
+        return measurement
+    return followed_beside(declared, aliases, measurement, batch)
+
+
 def settle_plan(
     step: Declares,
     batch: Any,
@@ -89,7 +109,7 @@ def settle_plan(
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
-    measurement = measure(declared, batch, aliases_for(declared))
+    measurement = measure_for(declared, batch, aliases_for(declared), limit)
     plan, footprint, _ = settle(declared, aliases_for(declared), measurement, batch, budget=limit, options=options)
     return plan, footprint
 

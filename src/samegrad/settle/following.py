@@ -46,19 +46,9 @@ from samegrad.measure.trace_reading import (
     total_flops,
 )
 from samegrad.measure.units import units_of
-from samegrad.records import (
-    Category,
-    Counting,
-    Exactness,
-    Footprint,
-    Origin,
-    Phase,
-    PhaseLaw,
-    Plan,
-    TracedWay,
-    UnitTable,
-)
+from samegrad.records import Category, Counting, Exactness, Footprint, Origin, Phase, PhaseLaw, Plan
 from samegrad.trees import RowLayout
+from samegrad.unit_tables import TracedWay, UnitTable
 from samegrad.units import format_bytes
 
 # Rows that the second trace has, of the batch's.
@@ -69,8 +59,9 @@ _LOOKED_AT_ROWS = 8
 _CHUNK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # And where every number of rows is a trace of its own.
 _TRACED_CHUNK_COUNTS = (1, 2, 4, 8)
-# Positions of logits at a time; more would save no launches worth having, fewer no bytes.
-_POSITIONS = 1024
+# Parts that the positions of a batch's logits are cut into, and the fewest of a part: fewer would save few bytes.
+_LOGIT_PARTS = (4, 32)
+_FEWEST_POSITIONS = 512
 # Chunks of a planned step that are followed: what the later ones do repeats.
 _FOLLOWED_CHUNKS = 4
 # Operations of an examination that a host does in a few seconds.
@@ -99,6 +90,9 @@ class FollowedStep:
     layout: RowLayout
     target: Target
     ways: Ways
+
+    def trace_plainly(self) -> Trace:
+        return self.trace(_plan({}, self.layout.rows))
 
     def trace(self, plan: Plan) -> Trace:
         """The step under ``plan``, its first chunks where it has many alike. Raises CannotTrace."""
@@ -134,18 +128,21 @@ def follow(
 ) -> tuple[FollowedStep, Footprint]:
     """The step, ready to be followed under any plan, and its footprint on ``target``. Raises CannotTrace."""
     layout = declared.layout(batch)
-    few_rows = min(_LOOKED_AT_ROWS, layout.rows)
-    few = trees.first_rows(batch, layout, few_rows)
-    look = look_at(declared, few, _look)
+    look = look_at_step(declared, batch, layout)
     plain = trace_step(declared, batch)
     ways, examined = _ways(declared, aliases, batch, layout, look, total_flops(plain) / layout.rows)
     step = FollowedStep(declared, aliases, batch, layout, target, ways)
     if ways.sites is not None:
-        plain = step.trace(_plan({}, layout.rows))
-    traced, refusals = _traced(step, plain, look)
+        plain = step.trace_plainly()
+    traced, refusals = traced_ways(step, plain, look)
     # Levers are asked about the step on the card, wherever the model is.
     unsuited = unsuited_levers(dataclasses.replace(declared, device=torch.device("cuda", 0)))
     return step, _footprint(step, plain, traced, ways.refusals | refusals | unsuited, examined)
+
+
+def look_at_step(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Look:
+    """A look at a few rows of the step. Raises CannotTrace."""
+    return look_at(declared, trees.first_rows(batch, layout, min(_LOOKED_AT_ROWS, layout.rows)), _look)
 
 
 def _look(declared: DeclaredStep, few: Any) -> Look:
@@ -189,26 +186,30 @@ def _ways(
     return Ways(Examination(form, look.form.reason)), False
 
 
-def _traced(step: FollowedStep, plain: Trace, look: Look) -> tuple[tuple[TracedWay, ...], dict[str, str]]:
+def traced_ways(step: FollowedStep, plain: Trace, look: Look) -> tuple[tuple[TracedWay, ...], dict[str, str]]:
     """The step followed plainly and with the loss of its head in chunks, and why levers were not followed."""
     blocks = [unit.paths[0] for unit in look.units.units if len(unit.paths) == 1 and unit.has_parts]
     refusals = {} if blocks else {Recompute.name: look.units.reason or "single layers keep little inside"}
     found = [_way(step, {}, dict(_plain_traces(step, plain)), blocks)]
-    head = look.head
-    if isinstance(head, Head):
-        positions = head.positions_per_row * step.layout.rows
-        logits_bytes = int(positions * head.classes * torch.float32.itemsize)
-        peak = find_peak(plain).live_bytes
-        if positions <= _POSITIONS or logits_bytes < _WORTH_FRACTION * peak:
-            refusals[ChunkLoss.name] = (
-                f"not needed: the logits of {head.path} are {format_bytes(logits_bytes)} of {format_bytes(peak)}"
-            )
-        else:
-            levers = {ChunkLoss.name: {"head": head.path, "rows": _POSITIONS}}
-            found.append(_way(step, levers, dict(_traces_with(step, levers)), blocks))
-    else:
-        refusals[ChunkLoss.name] = head
+    if isinstance(look.head, str):
+        return tuple(found), refusals | {ChunkLoss.name: look.head}
+    parts = _positions(look.head, step, find_peak(plain).live_bytes)
+    if isinstance(parts, str):
+        return tuple(found), refusals | {ChunkLoss.name: parts}
+    for positions in parts:
+        levers = {ChunkLoss.name: {"head": look.head.path, "rows": positions}}
+        found.append(_way(step, levers, dict(_traces_with(step, levers)), blocks))
     return tuple(found), refusals
+
+
+def _positions(head: Head, step: FollowedStep, peak_bytes: int) -> list[int] | str:
+    """Positions of logits at a time that are worth a trace, or why none are."""
+    positions = head.positions_per_row * step.layout.rows
+    logits_bytes = int(positions * head.classes * torch.float32.itemsize)
+    if logits_bytes < _WORTH_FRACTION * peak_bytes:
+        return f"not needed: the logits of {head.path} are {format_bytes(logits_bytes)} of {format_bytes(peak_bytes)}"
+    parts = {1 << (int(positions) // n).bit_length() - 1 for n in _LOGIT_PARTS if positions // n >= _FEWEST_POSITIONS}
+    return sorted(parts, reverse=True) or f"{head.path}: its {positions:g} rows of logits are no more than a chunk has"
 
 
 def _row_counts(batch_rows: int, chunk_counts: Sequence[int]) -> list[int]:

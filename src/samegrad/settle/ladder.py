@@ -14,10 +14,10 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step, in_force
 from samegrad.levers._variants import variant_in
+from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
 from samegrad.measure.probe import measure_rung, measure_whole
 from samegrad.plan.choose import choose_plan
-from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Footprint, PhaseLaw, Plan
 from samegrad.settle.probing import Measurement
@@ -25,6 +25,8 @@ from samegrad.units import format_bytes
 
 # The share of a budget up to which the plain step's prediction is believed as it is.
 _BELIEVED_FRACTION = 0.75
+# Of a budget, under which a rung must run without an allocator retry: the cap that it is judged by.
+_STEADY_FRACTION = 0.98
 # Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
 _MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
 
@@ -46,7 +48,8 @@ def settle(
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
         # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
-        most = usable_bytes(budget) if budget.counting is Counting.CUDA_ALLOCATOR else budget.total_bytes
+        allocator = budget.counting is Counting.CUDA_ALLOCATOR
+        most = int(budget.total_bytes * _STEADY_FRACTION) if allocator else budget.total_bytes
         if sizes is None or execution.runs_whole:
             found = _whole_if_close(declared, batch, measurement, plan, most)
             if found is None:
@@ -61,7 +64,7 @@ def settle(
         shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
         parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
         missing = measurement.missing_state_bytes
-        with in_force(plan, declared, layout.rows) as running:
+        with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):
             chunked = dataclasses.replace(chunked, declared=running.declared)
             rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
         # Not there to be measured: what the loss keeps of rows that were left out.
@@ -93,7 +96,7 @@ def _whole_if_close(
     if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most_bytes:
         return None
     layout = declared.layout(batch)
-    with in_force(plan, declared, layout.rows) as execution:
+    with in_force(plan, declared, layout.rows) as execution, counters.capped(declared.device, most_bytes):
         rung = measure_whole(
             execution.declared, batch, layout, StepDraws(measurement.ways.sites),
             missing_state_bytes=measurement.missing_state_bytes,
