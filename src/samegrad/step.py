@@ -292,9 +292,6 @@ class Step:
         if self._asked_budget is None:
             # A warning, so that it is seen without any logging set up: nobody declared this number.
             _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)
-        if self._enforce and not self._capped:
-            counters.release_cached(device)
-            self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
         self._refresh_aliases()
         measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget)
         options = Options(allow=self.allow)
@@ -303,6 +300,9 @@ class Step:
         )
         # What the probes left in the allocator's cache lies as suited them, not the step.
         counters.release_cached(device)
+        if self._enforce and not self._capped:
+            # Not before: the examination takes rows of its own.
+            self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
         signature = layout.signature(batch)
         self._ways[signature, self.declared.mode()] = measurement.ways
         return dataclasses.replace(plan, signature=f"{signature} | {self.declared.model_signature()}"), footprint

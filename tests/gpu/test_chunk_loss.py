@@ -84,10 +84,16 @@ def test_the_verdict_is_same(dtype: torch.dtype) -> None:
 
 def test_the_peak_is_that_of_a_chunk() -> None:
     def peak(plan: Plan | None) -> int:
-        stepped(plan, torch.bfloat16, 1.0)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        stepped(plan, torch.bfloat16, 1.0)
+        model = Words().cuda()
+        step = sg.Step(model, loss_fn, rows=ROWS) if plan is None else sg.Step(model, loss_fn, plan=plan)
+        rows = batch()
+        with torch.autocast("cuda", torch.bfloat16):
+            # Examined first, on rows of its own.
+            step.backward(rows)
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step.backward(rows)
         return torch.cuda.max_memory_allocated() - before
 
     logits_bytes = ROWS * LENGTH * CLASSES * torch.float32.itemsize

@@ -46,12 +46,22 @@ def test_torchs_own_draws_are_replayed_and_bits_are_the_plain_ones(name: str, dt
         assert regions.same(regions.left_by(model, x, regions.recomputing(blocks)), plain)
 
 
+def plain_or_skip(model: nn.Module, x: Any, narrow: torch.dtype | None) -> Any:
+    """What the plain step leaves; some layers have no backward of torch's under autocast on CUDA."""
+    try:
+        return left_by(model, batch_of(x), coupled_loss, rows=len(x))
+    except RuntimeError as error:
+        if narrow is None or "expected input and grad types to match" not in str(error):
+            raise
+        return pytest.skip(f"the plain step fails in torch {torch.__version__}: {error}")
+
+
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", zoo.ON_ANY_DEVICE)
 def test_the_whole_step_is_the_plain_one_bit_for_bit(name: str, narrow: torch.dtype | None) -> None:
     model, x = made(name)
     with nullcontext() if narrow is None else torch.autocast("cuda", dtype=narrow):
-        plain = left_by(model, batch_of(x), coupled_loss, rows=len(x))
+        plain = plain_or_skip(model, x, narrow)
         for blocks in zoo.MODELS[name][2:]:
             whole = plan(len(x), recompute={"blocks": blocks})
             assert same_bits(left_by(model, batch_of(x), coupled_loss, plan=whole), plain)
@@ -63,6 +73,8 @@ def test_the_whole_step_is_the_plain_one_bit_for_bit(name: str, narrow: torch.dt
 def test_ragged_chunks_give_the_split_steps_bits(name: str, narrow: torch.dtype | None, loss: str) -> None:
     model, x = made(name)
     split = {"rows": SIZES, "kept_chunks": 1}
+    with nullcontext() if narrow is None else torch.autocast("cuda", dtype=narrow):
+        plain_or_skip(model, x, narrow)
     with nullcontext() if narrow is None else torch.autocast("cuda", dtype=narrow):
         alone = left_by(model, batch_of(x), LOSSES[loss], plan=plan(len(x), split_rows=split))
         for blocks in zoo.MODELS[name][2:]:

@@ -119,7 +119,7 @@ def _same_array(a: np.ndarray, b: np.ndarray) -> bool:
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal, not a number being itself. Without data there is nothing to differ in."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     if not has_data(a) or not has_data(b):
         return True

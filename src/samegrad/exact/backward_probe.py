@@ -31,6 +31,8 @@ _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 # Some backward functions (of a matrix exponential) are linear in a narrower range.
 _ORDERS = 20
 _ORDERS_IN_NARROW = 4
+# Long sums of narrow numbers that nearly cancel; what is not linear is off by orders of magnitude.
+_ROUNDING_IN_NARROW = 4.0
 # Gradients that are zero by structure are rounding on their own scale.
 _STRUCTURAL_FRACTION = 0.1
 
@@ -198,7 +200,11 @@ class _Numbers:
             dtypes |= {result.dtype for result in getattr(node, "_input_metadata", ())}
             stack += [below for below, _ in node.next_functions if below is not None]
         narrowest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
-        return cls(2.0 ** (_ORDERS if dtypes.isdisjoint(NARROW) else _ORDERS_IN_NARROW), narrowest**0.5)
+        if dtypes.isdisjoint(NARROW):
+            return cls(2.0**_ORDERS, narrowest**0.5)
+        # What is small in float16 has few bits left.
+        orders = 1 if torch.float16 in dtypes else _ORDERS_IN_NARROW
+        return cls(2.0**orders, _ROUNDING_IN_NARROW * narrowest**0.5)
 
 
 def _device_types(leaves: Sequence[Tensor]) -> set[str]:

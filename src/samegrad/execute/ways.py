@@ -16,7 +16,7 @@ from torch import Tensor
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
-from samegrad.errors import CannotSplit
+from samegrad.errors import CannotSplit, OverBudget
 from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.batchnorm import by_rows, has_batchnorm, shared_over_ranks
@@ -41,6 +41,8 @@ from samegrad.trees import RowLayout
 _MAPPING = (Segments.name, Recompute.name, ExactBatchNorm.name)
 # Boundaries of which one is kept where memory is shorter than time.
 _KEEP_EVERY = 4
+# Of an examination: one row cannot mix with another.
+_FEWEST_ROWS = 2
 
 
 class MappingLever(Protocol):
@@ -106,8 +108,7 @@ def find_ways(
     refusals: dict[str, str] = {}
     if segments is None:
         try:
-            model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows))
-            examination = examine_loss(declared, model)
+            examination = _examined(declared, aliases, batch, layout)
         except NotToBeTried as refused:
             return Ways(None, refused)
         except CannotSplit as refused:
@@ -150,6 +151,23 @@ def find_ways(
     elif not any(isinstance(lever, Recompute) for lever in mapped):
         _try_units(declared, batch, layout, fits, refusals)
     return Ways(None, refusal, tuple(mapped), sites, refusals)
+
+
+def _examined(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Examination:
+    """On as many rows as there is memory for: eight, or fewer on a card that is nearly full."""
+    rows = min(PROBE_ROWS, layout.rows)
+    while True:
+        try:
+            return examine_loss(declared, examine_model(declared, aliases, batch, layout, rows))
+        except torch.OutOfMemoryError as error:
+            if rows <= _FEWEST_ROWS:
+                raise OverBudget(
+                    asked=f"examine the step on {rows} rows before it is split",
+                    found=f"out of memory ({str(error).splitlines()[0]})",
+                    do="free memory on the device, or examine the step elsewhere and bring its plan (plan=)",
+                ) from error
+        rows = max(_FEWEST_ROWS, rows // 2)
+        torch.cuda.empty_cache()
 
 
 def _try_batchnorm(declared: DeclaredStep, fits: Callable[[MappingLever], bool]) -> None:

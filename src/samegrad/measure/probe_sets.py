@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact.mapped import MappedStep
@@ -27,7 +29,16 @@ def plain_probes(
     # Not one row where there are more: batch normalisation in training mode refuses it.
     rows = min(_PROBE_CHUNK_ROWS // 2, max(min(2, layout.rows), layout.rows // 4))
     shapes = dict.fromkeys(min(n, layout.rows) for n in (rows, 2 * rows, 4 * rows))
-    return [probe_plain(declared, batch, layout, batch_rows=n, draws=draws) for n in shapes]
+    probes: list[Probe] = []
+    for n in shapes:
+        try:
+            probes.append(probe_plain(declared, batch, layout, batch_rows=n, draws=draws))
+        except torch.OutOfMemoryError:
+            # Two say what a third would.
+            if len(probes) < 2:
+                raise
+            break
+    return probes
 
 
 def split_probes(split: SplitStep, batch: Any, layout: RowLayout) -> list[Probe]:
