@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from samegrad.declared import declare
 from samegrad.measure import autocast_policy, cuda_dispatch, fused_attention, recurrent_kernels, trace_reading
 from samegrad.measure.cuda_dispatch import CUDA, CudaDispatch
-from samegrad.measure.events import Trace
+from samegrad.measure.events import Recurrence, Trace
 from samegrad.measure.recorder import Recorder
-from samegrad.measure.recurrent_kernels import Mode, reserve_bytes
+from samegrad.measure.recurrent_workspaces import reserve_bytes
 from samegrad.measure.shadows import Twins
 from samegrad.measure.trace import trace_step
 from samegrad.records import Phase
@@ -233,12 +233,13 @@ def test_recurrent_layers_are_one_kernel_with_a_reserve(kind: Any, options: dict
     at = [i for i, operation in enumerate(trace.operations) if "_cudnn_rnn.default" in operation.name]
     assert len(at) == 2 and trace.operations[at[0]].module == "layers"
     steps, rows = (4, 9) if options.get("batch_first") else (9, 4)
-    mode = {"LSTM": Mode.LSTM, "GRU": Mode.GRU, "RNN": Mode.TANH}[kind.__name__]
-    expected = reserve_bytes(
-        mode, steps=steps, rows=rows, hidden=8, layers=2, directions=1 + model.layers.bidirectional, itemsize=4,
-        dropout=model.layers.dropout,
+    shape = Recurrence(
+        steps=steps, rows=rows, inputs=6, hidden=8, layers=2, gates={"LSTM": 4, "GRU": 3, "RNN": 1}[kind.__name__],
+        directions=1 + model.layers.bidirectional, drops=bool(model.layers.dropout),
+        batch_first=model.layers.batch_first,
     )  # fmt: skip
-    assert expected in [event.change_bytes for event in trace.events if event.operation == at[0]]
+    assert [operation.shape for operation in trace.operations if "_cudnn_rnn" in operation.name] == [shape] * 4
+    assert reserve_bytes(shape, 4) in [event.change_bytes for event in trace.events if event.operation == at[0]]
     real = model.layers(batch[0])[0]
     made = [e.change_bytes for e in trace.events if e.operation == at[0]]
     assert real.nbytes in made
@@ -248,7 +249,7 @@ def test_a_lost_reserve_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = Recurrent(nn.LSTM), (torch.zeros(9, 4, 6), torch.zeros(9, dtype=torch.int64))
     declared = declare(model, cross_entropy)
     before = trace_reading.peak_bytes(trace_step(declared, batch))
-    monkeypatch.setattr(recurrent_kernels, "reserve_bytes", lambda *_, **__: 0)
+    monkeypatch.setattr(recurrent_kernels, "reserve_bytes", lambda *_: 0)
     assert trace_reading.peak_bytes(trace_step(declared, batch)) < before
 
 
