@@ -70,7 +70,7 @@ def test_convolutions_take_what_was_recorded() -> None:
 
 
 def test_without_copies_it_would_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution_workspaces, "_copies_bytes", lambda *_: 0)
+    monkeypatch.setattr(convolution_workspaces, "_copies_bytes", lambda *_, **__: 0)
     with pytest.raises(AssertionError):
         test_convolutions_take_what_was_recorded()
 
