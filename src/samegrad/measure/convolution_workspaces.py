@@ -98,7 +98,9 @@ def _parts_bytes(shape: Convolution, element_bytes: int, constants: LibraryCalib
         most = shape.rows * shape.output_pixels // _FEWEST_PLACES_OF_PART[element_bytes]
         narrow = element_bytes < _FLOAT32_BYTES and inputs < constants.tile_channels
         parts = blocks // tiles if narrow else min(blocks // tiles, most)
-    return parts * inputs * shape.outputs * shape.kernel_pixels * _FLOAT32_BYTES if parts > 1 else 0
+        inputs = _in_whole_tiles(inputs, constants)
+    outputs = _in_whole_tiles(shape.outputs, constants)
+    return parts * inputs * outputs * shape.kernel_pixels * _FLOAT32_BYTES if parts > 1 else 0
 
 
 def _is_strided(shape: Convolution) -> bool:
@@ -140,3 +142,9 @@ def _copies_bytes(
 
 def _tiles_of(channels: int, constants: LibraryCalibration) -> int:
     return -(-channels // constants.tile_channels)
+
+
+def _in_whole_tiles(channels: int, constants: LibraryCalibration) -> int:
+    """Channels that a part has room for: half a tile or whole ones."""
+    half = constants.tile_channels // 2
+    return half if channels <= half else _tiles_of(channels, constants) * constants.tile_channels
