@@ -33,6 +33,10 @@ from samegrad.trees import even_sizes
 MEASURED = Path(__file__).parent / "results" / "peaks_gpu.json"
 QUANTITIES = ("peak_allocated_bytes", "peak_reserved_bytes", "steady_cap_bytes", "smallest_cap_bytes")
 TRANSFORMERS = ("gpt", "vit")
+FAMILIES = {
+    "residual networks": ("resnet",), "transformers": TRANSFORMERS, "U-Nets": ("unet",), "recurrent": ("lstm",),
+    "perceptrons": ("mlp",),
+}  # fmt: skip
 
 
 def predict(case: _steps.StepCase, capability: tuple[int, int], torch_version: str) -> dict[str, Any]:
@@ -98,12 +102,12 @@ def main() -> None:
         shown = "  ".join(f"{quantity[:-6]} {error:+.2%}" for quantity, error in row["errors"].items())
         print(f"{case.name:34s} {shown}  {row['predicted']['trace_seconds']:.1f} s", flush=True)
     judged = [row for row in rows if not row["calibrates"]]
-    transformers = [row for row in judged if row["name"].startswith(TRANSFORMERS)]
+    families = {family: [row for row in judged if row["name"].startswith(names)] for family, names in FAMILIES.items()}
     figures = {
         "predicted_with_torch": torch.__version__,
         "samegrad": sg.__version__,
         "all": summed_up(judged),
-        "transformers": summed_up(transformers) if transformers else None,
+        "families": {family: summed_up(members) for family, members in families.items() if members},
         "cases": rows,
     }
     if not arguments.only:

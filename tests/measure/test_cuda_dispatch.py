@@ -21,7 +21,7 @@ from samegrad.measure.recorder import Recorder
 from samegrad.measure.recurrent_workspaces import reserve_bytes
 from samegrad.measure.shadows import Twins
 from samegrad.measure.trace import trace_step
-from samegrad.records import Phase
+from samegrad.records import Category, Phase
 
 from .traced import Words, cross_entropy, words
 
@@ -195,8 +195,10 @@ def test_recomputation_in_backward_takes_the_same_kernels() -> None:
         (lambda x: F.dropout(x, 0.3), "aten.native_dropout.default", "aten.bernoulli_.float"),
         (lambda x: x.half().softmax(-1, dtype=torch.float32), "aten._softmax.default", ""),
         (lambda x: F.rms_norm(x, (8,), x[0]), "aten._fused_rms_norm.default", "aten.rsqrt.default"),
+        (F.silu, "aten.silu_backward.default", "aten.sigmoid.default"),
+        (F.mish, "aten.mish_backward.default", "aten.tanh.default"),
     ],
-    ids=["dropout", "softmax", "RMS norm"],
+    ids=["dropout", "softmax", "RMS norm", "SiLU", "Mish"],
 )
 def test_what_cuda_fuses_is_one_operation(run: Any, expected: str, not_expected: str) -> None:
     with followed() as recorder:
@@ -251,6 +253,49 @@ def test_a_lost_reserve_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     before = trace_reading.peak_bytes(trace_step(declared, batch))
     monkeypatch.setattr(recurrent_kernels, "reserve_bytes", lambda *_: 0)
     assert trace_reading.peak_bytes(trace_step(declared, batch)) < before
+
+
+def test_autocast_lays_recurrent_weights_out_in_one_piece() -> None:
+    model, batch = Recurrent(nn.LSTM), (torch.zeros(9, 4, 6), torch.zeros(9, dtype=torch.int64))
+
+    def forward(network: nn.Module, rows: Any) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            return network(rows[0])
+
+    trace = trace_step(declare(model, cross_entropy, forward=forward), batch)
+    weights = sum(weight.numel() for weight in model.layers.parameters())
+    taken = [event.change_bytes for event in trace.events if event.operation >= 0 and event.change_bytes > 0]
+    # The copy in each step's forward, its gradient in the backward.
+    assert taken.count(weights * 2) == 4
+    gradients = [event for event in trace.events if event.category is Category.GRADIENTS and event.change_bytes > 0]
+    assert sum(event.change_bytes for event in gradients) == 2 * sum(p.nbytes for p in model.parameters())
+
+
+def test_recurrent_weights_that_a_chunk_sees_stand_a_second_time() -> None:
+    model = Recurrent(nn.LSTM)
+    weights_bytes = sum(weight.nbytes for weight in model.layers.parameters())
+    with followed() as recorder:
+        layers = nn.LSTM(6, 8, 2, device="cuda")
+        before = len(recorder.operations)
+        aliases = {name: weight.detach() for name, weight in layers.named_parameters()}
+        torch.func.functional_call(layers, aliases, (numbers(9, 4, 6),))
+    taken = [e.change_bytes for e in recorder.events() if e.operation >= before and e.change_bytes > 0]
+    assert taken.count(weights_bytes) == 1
+
+
+def test_autocast_casts_from_the_last_argument_to_the_first() -> None:
+    layer = nn.Linear(6, 5)
+    batch = torch.zeros(9, 6), torch.zeros(9, dtype=torch.int64)
+
+    def forward(network: nn.Module, rows: Any) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            return network(rows[0])
+
+    trace = trace_step(declare(layer, cross_entropy, forward=forward), batch)
+    casts = [k for k, o in enumerate(trace.operations) if o.name == "aten._to_copy.default" and not o.step]
+    sizes = [event.change_bytes for k in casts for event in trace.events if event.operation == k]
+    # Behind the batch, which comes from the host.
+    assert sizes[2:5] == [5 * 2, 5 * 6 * 2, 9 * 6 * 2]
 
 
 def optimizer_operations(**options: Any) -> set[str]:

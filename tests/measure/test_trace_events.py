@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from samegrad.measure import accumulation, kernel_scratch, recurrent_workspaces
+from samegrad.measure import accumulation, convolution_workspaces, kernel_scratch, recurrent_workspaces
 from samegrad.measure.library_calibration import calibrate_libraries
 from samegrad.measure.trace import trace_step
 from samegrad.measure.workspaces import with_workspaces
@@ -22,7 +22,9 @@ try:
 finally:
     sys.path.remove(BENCHMARKS)
 
-RECORDED: dict[str, list[int]] = json.loads((Path(__file__).parent / "h200_steps.json").read_text())["steps"]
+DOCUMENT = json.loads((Path(__file__).parent / "h200_steps.json").read_text())
+RECORDED: dict[str, list[int]] = DOCUMENT["steps"]
+PICTURES: dict[str, int] = DOCUMENT["pictures_peak_blocks"]
 BLOCK_BYTES = 512
 # Smaller requests than 4 KiB were not kept: numbers, counts, semaphores.
 FEWEST_BLOCKS = 8
@@ -81,3 +83,15 @@ def test_what_is_lost_is_seen(
     monkeypatch.setattr(holder, lost, instead)
     with pytest.raises(AssertionError):
         test_requests_come_as_they_were_recorded(name)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_steps_on_pictures_hold_as_much(name: str) -> None:
+    # Which kernel cuDNN takes is not known for every convolution.
+    assert peak_blocks(traced(name)) == pytest.approx(PICTURES[name], rel=0.004)
+
+
+def test_without_workspaces_of_convolutions_they_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution_workspaces, "_copies_bytes", lambda *_, **__: 0)
+    with pytest.raises(AssertionError):
+        test_steps_on_pictures_hold_as_much("resnet18 48 fp32")

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from samegrad.errors import CannotTrace
+
 _ADD = torch.ops.aten.add.Tensor
 _ENGINE = "_engine_run_backward"
 # Modules between an operation and who called it: what follows operations, and torch's wrappers around that.
@@ -50,6 +52,12 @@ def engines_own() -> References:
     with FakeTensorMode(), counting:
         weight = torch.empty(2, 2, requires_grad=True)
         torch.autograd.backward(torch.tanh(weight * 2) + torch.relu(weight), torch.empty(2, 2))
+    if not counting.found:
+        raise CannotTrace(
+            asked="follow CUDA's sums of gradients",
+            found=f"torch {torch.__version__} does not let them be seen",
+            do="use torch 2.11 to 2.15, or measure the step on its device",
+        )
     return counting.found[0]
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from samegrad.errors import CannotTrace
 from samegrad.measure import (
     accumulation,
     autocast_policy,
@@ -235,7 +236,7 @@ def why_not() -> str:
         dispatch = CudaDispatch()
         with dispatch.followed(), FakeTensorMode(allow_non_fake_inputs=True), Recorder(dispatch, Twins(CUDA, CUDA), {}):
             return _tried()
-    except (AttributeError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, CannotTrace, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
         return f"torch {torch.__version__}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
