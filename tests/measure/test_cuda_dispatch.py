@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from samegrad.declared import declare
 from samegrad.measure import autocast_policy, cuda_trial, fused_attention, recurrent_kernels, trace_reading
 from samegrad.measure.cuda_dispatch import CUDA, CudaDispatch
-from samegrad.measure.events import Trace
+from samegrad.measure.events import Recurrence, Trace
 from samegrad.measure.recorder import Recorder
-from samegrad.measure.recurrent_kernels import Mode, reserve_bytes
+from samegrad.measure.recurrent_workspaces import reserve_bytes
 from samegrad.measure.shadows import Twins
 from samegrad.measure.trace import plainly, trace_step
-from samegrad.records import Phase
+from samegrad.records import Category, Phase
 
 from .traced import Words, counted_peaks, cross_entropy, words
 
@@ -171,7 +171,7 @@ def test_flash_backward_takes_float32_sums_for_itself() -> None:
     at = names(recorder).index("aten._scaled_dot_product_flash_attention_backward.default")
     scratch = [e for e in recorder.events() if e.operation == at and e.change_bytes < 0]
     assert scratch[0].change_bytes == -(2 * 3 * 128 * (64 + 1) * 4)
-    assert fused_attention.flash_scratch_bytes((None, torch.empty(2, 3, 100, 40))) == -scratch[0].change_bytes
+    assert fused_attention.backward_scratch_bytes((None, torch.empty(2, 3, 100, 40))) == -scratch[0].change_bytes
 
 
 def test_recomputation_in_backward_takes_the_same_kernels() -> None:
@@ -193,8 +193,10 @@ def test_recomputation_in_backward_takes_the_same_kernels() -> None:
         (lambda x: F.dropout(x, 0.3), "aten.native_dropout.default", "aten.bernoulli_.float"),
         (lambda x: x.half().softmax(-1, dtype=torch.float32), "aten._softmax.default", ""),
         (lambda x: F.rms_norm(x, (8,), x[0]), "aten._fused_rms_norm.default", "aten.rsqrt.default"),
+        (F.silu, "aten.silu_backward.default", "aten.sigmoid.default"),
+        (F.mish, "aten.mish_backward.default", "aten.tanh.default"),
     ],
-    ids=["dropout", "softmax", "RMS norm"],
+    ids=["dropout", "softmax", "RMS norm", "SiLU", "Mish"],
 )
 def test_what_cuda_fuses_is_one_operation(run: Any, expected: str, not_expected: str) -> None:
     with followed() as recorder:
@@ -231,13 +233,13 @@ def test_recurrent_layers_are_one_kernel_with_a_reserve(kind: Any, options: dict
     at = [i for i, operation in enumerate(trace.operations) if "_cudnn_rnn.default" in operation.name]
     assert len(at) == 2 and trace.operations[at[0]].module == "layers"
     steps, rows = (4, 9) if options.get("batch_first") else (9, 4)
-    mode = {"LSTM": Mode.LSTM, "GRU": Mode.GRU, "RNN": Mode.TANH}[kind.__name__]
-    expected = reserve_bytes(
-        mode, steps=steps, rows=rows, hidden=8, layers=2, directions=1 + model.layers.bidirectional, itemsize=4,
-        dropout=model.layers.dropout,
+    shape = Recurrence(
+        steps=steps, rows=rows, inputs=6, hidden=8, layers=2, gates={"LSTM": 4, "GRU": 3, "RNN": 1}[kind.__name__],
+        directions=1 + model.layers.bidirectional, drops=bool(model.layers.dropout),
+        batch_first=model.layers.batch_first,
     )  # fmt: skip
-    assert expected in [event.change_bytes for event in trace.events if event.operation == at[0]]
-    assert "estimate" in trace.notes["aten._cudnn_rnn.default"]
+    assert [operation.shape for operation in trace.operations if "_cudnn_rnn" in operation.name] == [shape] * 4
+    assert reserve_bytes(shape, 4) in [event.change_bytes for event in trace.events if event.operation == at[0]]
     real = model.layers(batch[0])[0]
     made = [e.change_bytes for e in trace.events if e.operation == at[0]]
     assert real.nbytes in made
@@ -257,8 +259,51 @@ def test_a_lost_reserve_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = Recurrent(nn.LSTM), (torch.zeros(9, 4, 6), torch.zeros(9, dtype=torch.int64))
     declared = declare(model, cross_entropy)
     before = trace_reading.peak_bytes(trace_step(declared, batch))
-    monkeypatch.setattr(recurrent_kernels, "reserve_bytes", lambda *_, **__: 0)
+    monkeypatch.setattr(recurrent_kernels, "reserve_bytes", lambda *_: 0)
     assert trace_reading.peak_bytes(trace_step(declared, batch)) < before
+
+
+def test_autocast_lays_recurrent_weights_out_in_one_piece() -> None:
+    model, batch = Recurrent(nn.LSTM), (torch.zeros(9, 4, 6), torch.zeros(9, dtype=torch.int64))
+
+    def forward(network: nn.Module, rows: Any) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            return network(rows[0])
+
+    trace = trace_step(declare(model, cross_entropy, forward=forward), batch)
+    weights = sum(weight.numel() for weight in model.layers.parameters())
+    taken = [event.change_bytes for event in trace.events if event.operation >= 0 and event.change_bytes > 0]
+    # The copy in each step's forward, its gradient in the backward.
+    assert taken.count(weights * 2) == 4
+    gradients = [event for event in trace.events if event.category is Category.GRADIENTS and event.change_bytes > 0]
+    assert sum(event.change_bytes for event in gradients) == 2 * sum(p.nbytes for p in model.parameters())
+
+
+def test_recurrent_weights_that_a_chunk_sees_stand_a_second_time() -> None:
+    model = Recurrent(nn.LSTM)
+    weights_bytes = sum(weight.nbytes for weight in model.layers.parameters())
+    with followed() as recorder:
+        layers = nn.LSTM(6, 8, 2, device="cuda")
+        before = len(recorder.operations)
+        aliases = {name: weight.detach() for name, weight in layers.named_parameters()}
+        torch.func.functional_call(layers, aliases, (numbers(9, 4, 6),))
+    taken = [e.change_bytes for e in recorder.events() if e.operation >= before and e.change_bytes > 0]
+    assert taken.count(weights_bytes) == 1
+
+
+def test_autocast_casts_from_the_last_argument_to_the_first() -> None:
+    layer = nn.Linear(6, 5)
+    batch = torch.zeros(9, 6), torch.zeros(9, dtype=torch.int64)
+
+    def forward(network: nn.Module, rows: Any) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            return network(rows[0])
+
+    trace = trace_step(declare(layer, cross_entropy, forward=forward), batch)
+    casts = [k for k, o in enumerate(trace.operations) if o.name == "aten._to_copy.default" and not o.step]
+    sizes = [event.change_bytes for k in casts for event in trace.events if event.operation == k]
+    # Behind the batch, which comes from the host.
+    assert sizes[2:5] == [5 * 2, 5 * 6 * 2, 9 * 6 * 2]
 
 
 def optimizer_operations(**options: Any) -> set[str]:

@@ -70,7 +70,7 @@ def test_convolutions_take_what_was_recorded() -> None:
 
 
 def test_without_copies_it_would_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution_workspaces, "_copies_bytes", lambda *_: 0)
+    monkeypatch.setattr(convolution_workspaces, "_copies_bytes", lambda *_, **__: 0)
     with pytest.raises(AssertionError):
         test_convolutions_take_what_was_recorded()
 
@@ -130,7 +130,7 @@ def products(*, steps: int = 2) -> Trace:
 def test_a_workspace_is_taken_once_a_thread_and_kept() -> None:
     trace = products()
     found = find_workspaces(trace, H200)
-    assert [(w.library, w.operation, w.size_bytes, w.kept) for w in found] == [
+    assert [(w.library, w.operation, w.size_bytes, w.until_takes is None) for w in found] == [
         ("cuBLAS", 0, 32 * MIB, True), ("cuBLASLt", 0, MIB, True), ("cuBLAS", 1, 32 * MIB, True),
     ]  # fmt: skip
     plain, seen = replay(repeat_steps(trace)), replay(repeat_steps(with_workspaces(trace, H200)))
@@ -235,13 +235,43 @@ def test_a_recurrent_layer_takes_what_was_recorded(recorded: dict[str, Any]) -> 
     assert 0 <= recorded["reserve_bytes"] - reserve_bytes(shape, element) <= 1024
 
 
-def test_a_recurrent_layer_takes_it_forward_and_twice_backward() -> None:
-    shape = Recurrence(steps=9, rows=5, inputs=7, hidden=11, layers=2, gates=4)
+def recurrent(shape: Recurrence) -> Trace:
+    """A layer stack forward and backward in float32, twice, with the storages that torch gives it."""
+    state, sequence = shape.layers * shape.rows * shape.hidden * 4, shape.steps * shape.rows * 4
+    forward = [sequence * shape.hidden, state, state, reserve_bytes(shape, 4)]
+    backward = [sequence * shape.inputs, state, state, 4 * 1234]
     writer = TraceWriter()
     for step in range(2):
-        for phase, name in ((Phase.FORWARD, "_cudnn_rnn"), (Phase.BACKWARD, "_cudnn_rnn_backward")):
+        for phase, name, sizes in (
+            (Phase.FORWARD, "_cudnn_rnn", forward),
+            (Phase.BACKWARD, "_cudnn_rnn_backward", backward),
+        ):
             writer.operations.append(Operation(f"aten.{name}.default", "", phase, step, 0, 0, "float32", 1, shape))
-            for number in [writer.take(100 + k) for k in range(5)]:
+            for number in [writer.take(size) for size in sizes]:
                 writer.give_back(number)
-    found = [(w.operation, w.after_takes) for w in find_workspaces(writer.trace(), H200)]
-    assert found == [(0, 5), (1, 3), (1, 5), (2, 5), (3, 3), (3, 5)]
+    return writer.trace()
+
+
+def test_a_recurrent_layer_takes_it_forward_and_twice_backward() -> None:
+    shape = Recurrence(steps=9, rows=5, inputs=7, hidden=11, layers=2, gates=4)
+    found = [(w.operation, w.after_takes, w.until_takes) for w in find_workspaces(recurrent(shape), H200)]
+    assert found[:5] == [(0, 3, 4), (1, 0, 4), (1, 0, 4), (1, 3, 3), (1, 4, 4)]
+
+
+def test_rows_first_are_copied_to_steps_first_and_held_while_the_kernel_runs() -> None:
+    shape = Recurrence(steps=9, rows=5, inputs=7, hidden=11, layers=2, gates=4, batch_first=True)
+    trace, work = recurrent(shape), recurrence_bytes(shape, 4)
+    changes = [e.change_bytes for e in with_workspaces(trace, H200).events if e.operation in (0, 1)]
+    state, inputs, outputs = 2 * 5 * 11 * 4, 9 * 5 * 7 * 4, 9 * 5 * 11 * 4
+    reserve = reserve_bytes(shape, 4)
+    forward = [inputs, outputs, state, state, work, reserve, -work, -inputs]
+    # Of the gradients of inputs and states, then of weights.
+    backward = [state, state, inputs, outputs, inputs, state, state, work, -work, -outputs, -inputs, inputs, 4 * 1234]
+    assert changes[:8] == forward
+    assert changes[12 : 12 + len(backward)] == backward
+    assert changes[25:30] == [work, -work, -inputs, -state, -state]
+
+
+def test_all_workspaces_but_the_kept_are_given_back() -> None:
+    shape = Recurrence(steps=9, rows=5, inputs=7, hidden=11, layers=2, gates=4, batch_first=True)
+    assert sum(event.change_bytes for event in with_workspaces(recurrent(shape), H200).events) == 0

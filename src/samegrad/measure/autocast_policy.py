@@ -127,8 +127,9 @@ def _norm(wide: Any) -> Kernel:
 
 
 def _run_as(operation: Any, dtype: torch.dtype, cache: CastCache, args: Any, kwargs: Any) -> Any:
-    cast_args = [_cast(arg, dtype, cache) for arg in args]
-    return operation(*cast_args, **{key: _cast(value, dtype, cache) for key, value in kwargs.items()})
+    # Compilers that torch is built with evaluate a call's arguments from the last to the first.
+    cast_args = [_cast(arg, dtype, cache) for arg in reversed(args)]
+    return operation(*reversed(cast_args), **{key: _cast(value, dtype, cache) for key, value in kwargs.items()})
 
 
 def _cast(value: Any, dtype: torch.dtype, cache: CastCache) -> Any:

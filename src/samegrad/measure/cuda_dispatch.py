@@ -22,17 +22,25 @@ from typing import Any, cast
 
 import torch
 import torch.cuda.amp.common
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from samegrad.measure import autocast_policy, fused_attention, fused_kernels, recurrent_kernels, wide_results
+from samegrad.measure import (
+    accumulation,
+    autocast_policy,
+    fused_attention,
+    fused_kernels,
+    recurrent_kernels,
+    wide_results,
+)
 from samegrad.measure.replaced import replaced
 
 CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
 _ASK_DEVICE = torch.ops.prim.device.default
 _TO_COPY = torch.ops.aten._to_copy.default
+_ADD_IN_PLACE = torch.ops.aten.add_.Tensor
 
 # Composite operations whose kernels on CUDA are others than those they are composed of elsewhere.
 _COMPOSITES: dict[str, Callable[..., Any]] = {
@@ -40,7 +48,12 @@ _COMPOSITES: dict[str, Callable[..., Any]] = {
     **fused_kernels.COMPOSITES,
     **recurrent_kernels.COMPOSITES,
 }
-_STAND_INS = {**wide_results.STAND_INS, **fused_kernels.STAND_INS, **recurrent_kernels.STAND_INS}
+_STAND_INS: dict[str, Callable[..., Any]] = {
+    **wide_results.STAND_INS,
+    **fused_attention.STAND_INS,
+    **fused_kernels.STAND_INS,
+    **recurrent_kernels.STAND_INS,
+}
 
 
 class CpuDispatch:
@@ -65,6 +78,8 @@ class CudaDispatch:
     def __init__(self) -> None:
         self._running = 0
         self._stand_ins = dict(_named(_STAND_INS))
+        # Counted before a trace, since counting is a small backward of its own.
+        accumulation.engines_own()
 
     def call(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation's results. Runs below autograd, for every operation of the trace."""
@@ -78,6 +93,8 @@ class CudaDispatch:
             if operation is _TO_COPY and _is_there(args[0], kwargs):
                 # C++ asked for a copy since it sees two devices, cuda and meta.
                 operation, kwargs = torch.ops.aten.alias.default, {}
+        if accumulation.adds_in_place(operation, args, kwargs):
+            operation = _ADD_IN_PLACE
         self._running += 1
         try:
             return self._stand_ins.get(operation, operation)(*args, **kwargs)
@@ -91,8 +108,8 @@ class CudaDispatch:
             stack.enter_context(self._devices())
             stack.enter_context(_autocast())
             stack.enter_context(_kernels(_named(_COMPOSITES), "AutogradCUDA"))
-            # Recurrent layers would lay their weights out for cuDNN, by their addresses.
-            stack.enter_context(replaced(torch.backends.cudnn, {"is_acceptable": lambda tensor: False}))
+            # torch's own asks for addresses.
+            stack.enter_context(replaced(nn.RNNBase, {"flatten_parameters": recurrent_kernels.lay_out_flat}))
             yield
 
     @contextlib.contextmanager

@@ -35,7 +35,8 @@ class Recurrence(NamedTuple):
     """The shape of a recurrent layer stack, forward or backward.
 
     ``steps`` of ``rows`` with ``inputs`` features through ``layers`` of ``hidden`` cells with ``gates`` each (LSTM 4,
-    GRU 3, plain 1), in ``directions``. ``drops``: whether it drops between layers.
+    GRU 3, plain 1), in ``directions``. ``drops``: whether it drops between layers. ``batch_first``: rows come before
+    steps in what it reads and writes, which the library has the other way round.
     """
 
     steps: int
@@ -46,6 +47,7 @@ class Recurrence(NamedTuple):
     gates: int
     directions: int = 1
     drops: bool = False
+    batch_first: bool = False
 
 
 class Operation(NamedTuple):

@@ -7,7 +7,6 @@ torch prefers on Hopper, keeps the same tensors as flash does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ _NARROW = (torch.float16, torch.bfloat16)
 _WIDEST_FLASH_HEAD = 256
 # The efficient kernel reads masks in runs of so many entries.
 _MASK_ALIGNMENT = 16
+# Rows and columns of a tile of the memory-efficient backward.
+_TILE = 64
 
 
 def attention(
@@ -107,7 +108,46 @@ def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
-def flash_scratch_bytes(args: tuple[Any, ...]) -> int:
+def _efficient_results(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keeps: bool, dropout_p: float = 0.0, *_: Any,
+    **__: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Where nothing is dropped, seed and offset stay on the host. Source: ``attention.cu``."""
+    batch, heads, length = query.shape[:3]
+    rows = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+    # Row sums in whole runs of 32 for the backward's kernel.
+    sums = query.new_empty(batch, heads, -(-length // 32) * 32 if keeps else 0, dtype=torch.float32)
+    place = query.device if dropout_p else torch.device("cpu")
+    seed, offset = (torch.empty((), dtype=torch.int64, device=place) for _ in range(2))
+    return rows, sums, seed, offset
+
+
+STAND_INS = {"_scaled_dot_product_efficient_attention": _efficient_results}
+
+
+def efficient_scratch_changes(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """What the memory-efficient backward takes for itself and gives back, as ``kernel_scratch`` has it.
+
+    Row sums of gradient times output, made of that product, and float32 tiles of the query's gradient, each with a lock
+    of 16 bytes.
+
+    ``args``: of ``aten::_scaled_dot_product_efficient_attention_backward``. Source: ``attention_backward.cu`` and
+    ``mem_eff_attention/kernel_backward.h``.
+    """
+    query = args[1]
+    batch, heads, length, head = query.shape
+    sums_bytes = batch * heads * length * 4
+    tiles = -(-length // _TILE) * -(-head // _TILE)
+    workspace_bytes = batch * heads * tiles * (_TILE * _TILE * 4 + 16)
+    if query.dtype in _NARROW:
+        # Kernels of halves make the row sums themselves.
+        return sums_bytes, workspace_bytes, -sums_bytes, -workspace_bytes
+    product_bytes = query.numel() * 4
+    sums = product_bytes, sums_bytes, sums_bytes, -sums_bytes, -product_bytes
+    return *sums, workspace_bytes, -sums_bytes, -workspace_bytes
+
+
+def backward_scratch_bytes(args: tuple[Any, ...]) -> int:
     """Bytes that flash attention's backward takes for itself: query gradients summed in float32, and row sums.
 
     ``args``: of the backward operation. Source: ``flash_attn/flash_api.cpp``, mha_bwd.
@@ -115,21 +155,3 @@ def flash_scratch_bytes(args: tuple[Any, ...]) -> int:
     batch, heads, length, head = args[1].shape
     length, head = -(-length // 128) * 128, -(-head // 32) * 32
     return int(batch * heads * length * (head + 1) * 4)
-
-
-def efficient_scratch_bytes(args: tuple[Any, ...]) -> int:
-    """The same of the memory-efficient kernel: row sums, and sums in float32 where the result is narrower.
-
-    Source: ``mem_eff_attention/kernel_backward.h``, workspace_elements_gq.
-    """
-    query = args[1]
-    batch, heads, length, head = query.shape
-    sums = -(-length // 64) * 64 * -(-head // 64) * 64 if query.dtype in _NARROW else 0
-    return int(batch * heads * (length + sums) * 4)
-
-
-# By the operation; queries are its second argument.
-SCRATCH_BYTES: dict[Any, Callable[[tuple[Any, ...]], int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: flash_scratch_bytes,
-    torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: efficient_scratch_bytes,
-}

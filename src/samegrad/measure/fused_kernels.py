@@ -1,7 +1,9 @@
-"""Operations that are one kernel on CUDA and several elsewhere: dropout, softmax of halves into floats, RMS norm.
+"""Operations that are one kernel on CUDA and several elsewhere: dropout, softmax of halves into floats, RMS norm, and
+the gradients of SiLU and Mish.
 
-torch decides so in C++, by asking a tensor whether it is on CUDA; a traced tensor is not. Source: torch's
-``aten/src/ATen/native/{Dropout,SoftMax,layer_norm}.cpp``.
+torch decides so in C++, by asking a tensor whether it is on CUDA; a traced tensor is not. A torch built without CUDA
+has no kernel of the last two and takes them apart. Source: torch's ``aten/src/ATen/native/{Dropout,SoftMax,layer_norm}
+.cpp`` and ``native_functions.yaml``.
 """
 
 from __future__ import annotations
@@ -38,6 +40,17 @@ def _softmax(kernel: str) -> Callable[..., Tensor]:
         return made
 
     return softmax
+
+
+def _whole(kernel: str) -> Callable[..., Tensor]:
+    """The gradient ``kernel`` as one operation. Where it is differentiated itself, torch calls others in its place."""
+
+    def gradient(cotangent: Tensor, values: Tensor) -> Tensor:
+        with cast(Any, torch._C)._AutoDispatchBelowAutograd():
+            made: Tensor = getattr(_OPERATIONS, kernel)(cotangent, values)
+        return made
+
+    return gradient
 
 
 def _rms_norm(values: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -95,6 +108,8 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "softmax.int": _softmax("_softmax"),
     "log_softmax.int": _softmax("_log_softmax"),
     "rms_norm": _rms_norm,
+    "silu_backward": _whole("silu_backward"),
+    "mish_backward": _whole("mish_backward"),
 }
 # In the place of kernels that have no shapes of their own.
 STAND_INS: dict[str, Callable[..., Any]] = {

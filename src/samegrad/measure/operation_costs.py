@@ -6,22 +6,23 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from samegrad.exact import keyed_ops
-from samegrad.measure import fused_attention, wide_results
+from samegrad.measure import kernel_scratch
 
 
 class Cost(NamedTuple):
-    """As ``events.Operation`` has it. ``scratch_bytes``: taken and given back inside the operation."""
+    """As ``events.Operation`` has it.
+
+    ``scratch``: what is taken and given back inside the operation, as ``kernel_scratch`` has it.
+    """
 
     flops: int
     moved_bytes: int
     dtype: str
     kernels: int
-    scratch_bytes: int = 0
+    scratch: tuple[int, ...] = ()
 
 
 # Tensors of one launch of torch's multi-tensor kernels by how many lists they walk, and blocks of so many elements
@@ -30,11 +31,6 @@ _TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36}
 _TENSORS_A_LONG_LAUNCH = 30
 _BLOCKS_A_LAUNCH, _ELEMENTS_A_BLOCK = 320, 65536
 
-_SCRATCH_BYTES = {
-    **fused_attention.SCRATCH_BYTES,
-    torch.ops.aten.mse_loss.default: wide_results.scratch_bytes,
-    torch.ops.aten.smooth_l1_loss.default: wide_results.scratch_bytes,
-}
 _MAKE_ROOM = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh")
 
 
@@ -51,7 +47,7 @@ def cost_of(
         _moved_bytes(given, made),
         dtype,
         _launches(args) if func._schema.name.startswith(("aten::_foreach_", "aten::_fused_")) else 1,
-        _scratch_bytes(func, args) if any(tensor.device.type == "cuda" for tensor in given) else 0,
+        kernel_scratch.scratch_changes(func, args) if any(tensor.device.type == "cuda" for tensor in given) else (),
     )
 
 
@@ -102,13 +98,3 @@ def _launches(args: tuple[Any, ...]) -> int:
     blocks = sum(-(-tensor.numel() // _ELEMENTS_A_BLOCK) for tensor in lists[0])
     by_tensors = -(-len(lists[0]) // _TENSORS_A_LAUNCH.get(len(lists), _TENSORS_A_LONG_LAUNCH))
     return int(max(1, by_tensors, -(-blocks // _BLOCKS_A_LAUNCH)))
-
-
-def _scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
-    known = _SCRATCH_BYTES.get(func)
-    if known is not None:
-        return known(args)
-    if func._schema.name == "samegrad::keyed_numbers":
-        _, ids, _, _, before, inner, distribution, scale, shift, _ = args
-        return keyed_ops.cuda_scratch_bytes(ids, before, inner, distribution, scale, shift)
-    return 0

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad import trees
 from samegrad.errors import CannotTrace
-from samegrad.measure import known_values, operation_costs
+from samegrad.measure import kernel_shapes, known_values, operation_costs
 from samegrad.measure.events import MemoryEvent, Operation
 from samegrad.measure.shadows import Twins
 from samegrad.records import Category, Phase
@@ -226,7 +226,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         cost = operation_costs.cost_of(func, args, kwargs, result, given, made)
         self.operations.append(
             Operation(
-                str(func), module, self.phase, self.step, cost.flops, cost.moved_bytes, cost.dtype, cost.kernels
+                str(func),
+                module,
+                self.phase,
+                self.step,
+                cost.flops,
+                cost.moved_bytes,
+                cost.dtype,
+                cost.kernels,
+                kernel_shapes.shape_of(func, args),
             )
         )
         category = _BORN_IN[self.phase]
@@ -241,13 +249,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             # A view of memory that nobody claimed, such as a table that stands elsewhere, takes none.
             if storage._cdata not in brought:
                 self._see(storage, category)
-        if cost.scratch_bytes:
-            self._pass_through(cost.scratch_bytes, index)
+        self._pass_through(cost.scratch, index)
 
-    def _pass_through(self, size_bytes: int, index: int) -> None:
+    def _pass_through(self, changes_bytes: Iterable[int], index: int) -> None:
         """Memory that a kernel takes for itself and gives back."""
-        number = self._number(size_bytes, Category.TEMPORARY)
-        self._events += [(number, size_bytes, index), (number, -size_bytes, index)]
+        taken: dict[int, list[int]] = {}
+        for change in changes_bytes:
+            if change > 0:
+                number = self._number(change, Category.TEMPORARY)
+                taken.setdefault(change, []).append(number)
+            else:
+                number = taken[-change].pop()
+            self._events.append((number, change, index))
 
     def _see(self, storage: torch.UntypedStorage, category: Category, *, relabel: bool = False) -> None:
         key = storage._cdata

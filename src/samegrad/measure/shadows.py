@@ -128,6 +128,9 @@ def standing_in(modules: NamedModules, twins: Twins) -> Iterator[None]:
                     if tensor.grad is not None and twin.grad is None:
                         twin.grad = twins.of(tensor.grad, f"the gradient of {path}.{key}")
                     slots[key] = twin  # type: ignore[assignment]  # a twin of a parameter is one
+            if isinstance(part, nn.RNNBase):
+                # It lists its weights a second time, and lays them out anew in a step that finds others there.
+                part._init_flat_weights()
         yield
     finally:
         for part, training, slots_before in kept:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from samegrad.measure.convolution_workspaces import forward_bytes, input_gradient_bytes, weight_gradient_bytes
 from samegrad.measure.events import Convolution, MemoryEvent, Operation, Recurrence, Trace
 from samegrad.measure.library_calibration import BlasWorkspaces, LibraryCalibration
-from samegrad.measure.recurrent_workspaces import recurrence_bytes
+from samegrad.measure.recurrent_workspaces import Passing, backward_passing, forward_passing
 from samegrad.measure.reduction_workspaces import rows_sum_bytes
 from samegrad.records import Category, Phase
 
@@ -32,14 +32,14 @@ _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class Workspace:
     """Memory that a library takes during ``operation``, after that operation's first ``after_takes`` storages.
 
-    ``kept``: until the end; otherwise it is given back at once.
+    ``until_takes``: after how many of them it is given back, at once where that is as many; None where it is kept.
     """
 
     library: str
     operation: int
     after_takes: int
+    until_takes: int | None
     size_bytes: int
-    kept: bool = False
 
 
 def find_workspaces(trace: Trace, calibration: LibraryCalibration) -> tuple[Workspace, ...]:
@@ -62,14 +62,26 @@ def find_workspaces(trace: Trace, calibration: LibraryCalibration) -> tuple[Work
                 kept = calibration.blas.kept
                 found.append(
                     Workspace(
-                        library=library, operation=index, after_takes=len(taken), size_bytes=size_bytes, kept=kept
+                        library=library,
+                        operation=index,
+                        after_takes=len(taken),
+                        until_takes=None if kept else len(taken),
+                        size_bytes=size_bytes,
                     )
                 )
                 if kept:
                     warm.add(handle)
-        for library, after, size_bytes in _asked_by_kernel(operation, taken, calibration):
-            if size_bytes:
-                found.append(Workspace(library=library, operation=index, after_takes=after, size_bytes=size_bytes))
+        found += [
+            Workspace(
+                library=library,
+                operation=index,
+                after_takes=passing.after_takes,
+                until_takes=passing.until_takes,
+                size_bytes=passing.size_bytes,
+            )
+            for library, passing in _asked_by_kernel(operation, taken, calibration)
+            if passing.size_bytes
+        ]
     return tuple(found)
 
 
@@ -80,36 +92,73 @@ def with_workspaces(trace: Trace, calibration: LibraryCalibration) -> Trace:
     waiting: dict[int, list[Workspace]] = {}
     for workspace in find_workspaces(trace, calibration):
         waiting.setdefault(workspace.operation, []).append(workspace)
-    number = 1 + max((event.storage for event in trace.events), default=-1)
-    events: list[MemoryEvent] = []
-
-    def insert(operation: int, after_takes: int | None = None) -> None:
-        """Those that come after so many takes of the operation, or all that are left of it."""
-        nonlocal number
-        left = waiting.get(operation, [])
-        while left and (after_takes is None or left[0].after_takes <= after_takes):
-            workspace = left.pop(0)
-            events.append(MemoryEvent(number, workspace.size_bytes, operation, Category.TEMPORARY))
-            if not workspace.kept:
-                events.append(MemoryEvent(number, -workspace.size_bytes, operation, Category.TEMPORARY))
-            number += 1
-
-    current, taken = -1, 0
+    woven = _Woven(waiting, 1 + max((event.storage for event in trace.events), default=-1))
+    current = -1
     for event in trace.events:
         if event.operation != current:
-            for operation in range(current, event.operation):
-                insert(operation)
-            current, taken = event.operation, 0
+            woven.finish(current, event.operation)
+            current = event.operation
+        woven.add(event)
+    woven.finish(current, len(trace.operations))
+    return dataclasses.replace(trace, events=tuple(woven.events))
+
+
+class _Woven:
+    """The events of a trace with workspaces among them; ``number``: of the first workspace's storage."""
+
+    def __init__(self, waiting: dict[int, list[Workspace]], number: int) -> None:
+        self.events: list[MemoryEvent] = []
+        self._waiting = waiting
+        self._number = number
+        self._held: list[tuple[Workspace, int]] = []
+        self._taken = 0
+
+    def add(self, event: MemoryEvent) -> None:
         if event.change_bytes > 0:
-            insert(current, taken)
-            taken += 1
+            self._pass(event.operation, self._taken)
+            self._taken += 1
         else:
             # What goes after the operation goes after its workspaces.
-            insert(current)
-        events.append(event)
-    for operation in range(current, len(trace.operations)):
-        insert(operation)
-    return dataclasses.replace(trace, events=tuple(events))
+            self._pass_all(event.operation)
+        self.events.append(event)
+
+    def finish(self, operation: int, following: int) -> None:
+        """What is left of ``operation``, and all of those without events before ``following``."""
+        for index in range(operation, following):
+            self._pass_all(index)
+            self._taken = 0
+
+    def _pass_all(self, operation: int) -> None:
+        places = {place for w in self._waiting.get(operation, ()) for place in (w.after_takes, w.until_takes or 0)}
+        places |= {workspace.until_takes or 0 for workspace, _ in self._held}
+        for place in sorted(places):
+            self._pass(operation, place)
+
+    def _pass(self, operation: int, place: int) -> None:
+        """The workspaces at this place: what comes and goes at once, then what goes, then what stays a while."""
+        left = self._waiting.get(operation, [])
+        here = [workspace for workspace in left if workspace.after_takes <= place]
+        self._waiting[operation] = [workspace for workspace in left if workspace.after_takes > place]
+        at_once = [w for w in here if w.until_takes is not None and w.until_takes <= place]
+        for workspace in at_once:
+            self._give_back(workspace, self._take(workspace))
+        for workspace, number in reversed(self._held):
+            if (workspace.until_takes or 0) <= place:
+                self._give_back(workspace, number)
+        self._held = [(w, number) for w, number in self._held if (w.until_takes or 0) > place]
+        for workspace in here:
+            if workspace not in at_once:
+                number = self._take(workspace)
+                if workspace.until_takes is not None:
+                    self._held.append((workspace, number))
+
+    def _take(self, workspace: Workspace) -> int:
+        self.events.append(MemoryEvent(self._number, workspace.size_bytes, workspace.operation, Category.TEMPORARY))
+        self._number += 1
+        return self._number - 1
+
+    def _give_back(self, workspace: Workspace, number: int) -> None:
+        self.events.append(MemoryEvent(number, -workspace.size_bytes, workspace.operation, Category.TEMPORARY))
 
 
 def _asked_by_product(operation: Operation, blas: BlasWorkspaces) -> list[tuple[str, int]]:
@@ -126,8 +175,8 @@ def _asked_by_product(operation: Operation, blas: BlasWorkspaces) -> list[tuple[
 
 def _asked_by_kernel(
     operation: Operation, taken: Sequence[int], calibration: LibraryCalibration
-) -> list[tuple[str, int, int]]:
-    """What is taken around the kernels of an operation: library, after how many of its storages, and bytes."""
+) -> list[tuple[str, Passing]]:
+    """What is taken around the kernels of an operation, and by which library."""
     element_bytes = _ELEMENT_BYTES.get(operation.dtype)
     if element_bytes is None:
         return []
@@ -135,29 +184,30 @@ def _asked_by_kernel(
     if isinstance(shape, Convolution):
         return _asked_by_convolution(operation, shape, taken, element_bytes, calibration)
     if isinstance(shape, Recurrence):
-        size_bytes = recurrence_bytes(shape, element_bytes)
-        # Backward takes it for the gradients by inputs and states, and again for those by weights.
-        places = [len(taken)] if _packet(operation) == _RECURRENCE else [min(3, len(taken)), len(taken)]
-        return [("cuDNN", after, size_bytes) for after in places]
+        passing = forward_passing if _packet(operation) == _RECURRENCE else backward_passing
+        return [("cuDNN", found) for found in passing(shape, element_bytes, taken)]
     if _packet(operation) == _SUM and operation.phase is Phase.BACKWARD and len(taken) == 1:
         # Backward sums over leading dimensions: a bias's gradient, broadcasting undone.
         rows = operation.moved_bytes // taken[0] - 1
-        return [("torch", 1, rows_sum_bytes(rows, taken[0] // element_bytes, calibration))]
+        return [("torch", Passing(1, 1, rows_sum_bytes(rows, taken[0] // element_bytes, calibration)))]
     return []
 
 
 def _asked_by_convolution(
     operation: Operation, shape: Convolution, taken: Sequence[int], element_bytes: int, calibration: LibraryCalibration
-) -> list[tuple[str, int, int]]:
+) -> list[tuple[str, Passing]]:
     if _packet(operation) in _CONVOLUTIONS:
-        return [("cuDNN", len(taken), forward_bytes(shape, element_bytes, calibration))]
+        return [("cuDNN", Passing(len(taken), len(taken), forward_bytes(shape, element_bytes, calibration)))]
     weight_bytes = shape.inputs * shape.outputs * shape.kernel_pixels // shape.groups * element_bytes
     asked = []
     for after, size_bytes in enumerate(taken, 1):
         if size_bytes == weight_bytes:
-            asked.append(("cuDNN", after, weight_gradient_bytes(shape, element_bytes, calibration)))
+            found = weight_gradient_bytes(shape, element_bytes, calibration)
         elif size_bytes == shape.rows * shape.inputs * shape.input_pixels * element_bytes:
-            asked.append(("cuDNN", after, input_gradient_bytes(shape, element_bytes, calibration)))
+            found = input_gradient_bytes(shape, element_bytes, calibration)
+        else:
+            continue
+        asked.append(("cuDNN", Passing(after, after, found)))
     return asked
 
 
