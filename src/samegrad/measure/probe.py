@@ -28,6 +28,8 @@ from samegrad.trees import RowLayout
 
 # The shortest of a few runs: whatever else the machine does can only make one longer.
 _TIMED_RUNS = 3
+# After which an allocator's segments lie as they will.
+_SETTLING_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,15 @@ def probe_split(split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequen
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimizerTurn:
+    """What the optimizer takes that no probe shows: state that its first step makes, and what each of its steps takes
+    and gives back while the gradients stand."""
+
+    missing_state_bytes: int = 0
+    temporary_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Rung:
     """What a rung of the ladder was seen to need: reserved bytes on CUDA, counted bytes elsewhere."""
 
@@ -76,25 +87,25 @@ class Rung:
 
 
 def measure_rung(
-    split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int], *, missing_state_bytes: int
+    split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int], *, turn: OptimizerTurn
 ) -> Rung | None:
-    """Peak and time of that run; nothing of the user's changes. Optimizer state that is still to come is counted.
+    """Peak and time of that run; nothing of the user's changes. What the optimizer will take is counted.
 
     None where the allocator ran out of memory, or had to give memory back and try again, under a cap.
     """
     few, few_layout = _first_rows(batch, layout, sum(sizes))
-    return _rung(split.declared, batch, lambda: split.totals(few, few_layout, sizes), missing_state_bytes)
+    return _rung(split.declared, batch, lambda: split.totals(few, few_layout, sizes), turn)
 
 
 def measure_whole(
-    declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, *, missing_state_bytes: int
+    declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, *, turn: OptimizerTurn
 ) -> Rung | None:
     """The same of the plain step on the whole batch."""
     with _plain_run(declared, batch, layout, layout.rows, draws) as run:
-        return _rung(declared, batch, run, missing_state_bytes)
+        return _rung(declared, batch, run, turn)
 
 
-def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], missing_state_bytes: int) -> Rung | None:
+def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], turn: OptimizerTurn) -> Rung | None:
     device = declared.device
     with step_undisturbed(declared):
         if device.type != "cuda":
@@ -102,17 +113,22 @@ def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], missing
             claim_residents(counter, declared, batch)
             with counter, listening(counter):
                 seconds = timed(run, device)
-            return Rung(counter.peak_bytes + missing_state_bytes, seconds)
+            return Rung(counter.peak_bytes + turn.missing_state_bytes, seconds)
         counters.release_cached(device)
+        state: list[Tensor] = []
         try:
-            gradients = run()
-            # The first step creates the state while its gradients are alive; where it lands decides what fits later.
-            state = _standing_in(declared, missing_state_bytes)
-            del gradients
-            run()
+            for index in range(_SETTLING_STEPS):
+                gradients = run()
+                # The first step makes the state while its gradients are alive; where it lands decides what fits later.
+                state += _standing_in(declared, 0 if index else turn.missing_state_bytes)
+                _standing_in(declared, turn.temporary_bytes)
+                del gradients
             before = counters.read_allocator(device)
             counters.reset_peaks(device)
-            seconds = timed(run, device)
+            seconds = min(timed(run, device) for _ in range(2))
+            gradients = run()
+            _standing_in(declared, turn.temporary_bytes)
+            del gradients
         except torch.OutOfMemoryError:
             return None
         after = counters.read_allocator(device)
@@ -122,11 +138,11 @@ def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], missing
     return Rung(after.peak_reserved_bytes, seconds)
 
 
-def _standing_in(declared: DeclaredStep, missing_state_bytes: int) -> list[Tensor]:
-    """Memory for optimizer state that does not exist yet, in pieces like the parameters'."""
+def _standing_in(declared: DeclaredStep, amount_bytes: int) -> list[Tensor]:
+    """Memory that the optimizer will take, in pieces like the parameters'."""
     pieces: list[Tensor] = []
     trainable = [p for module in declared.modules for p in module.parameters() if p.requires_grad]
-    left = missing_state_bytes
+    left = amount_bytes
     while trainable and left > 0:
         for parameter in trainable:
             if left > 0:

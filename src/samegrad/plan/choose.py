@@ -107,7 +107,8 @@ def _fastest_first(
             knobs = [f"{lever.name}.{knob}" for lever in candidate.levers for knob in lever.knobs()]
             plans.append(_plan(footprint, levers, budget, dict.fromkeys(knobs, KnobOrigin.CHOSEN)))
     smallest = None
-    for plan in sorted(plans, key=lambda plan: (plan.predicted_seconds or 0.0, plan.predicted_peak_bytes or 0)):
+    # Of equally fast ones the larger does less.
+    for plan in sorted(plans, key=lambda plan: (plan.predicted_seconds or 0.0, -(plan.predicted_peak_bytes or 0))):
         if smallest is None or cast(int, plan.predicted_peak_bytes) < smallest:
             smallest = plan.predicted_peak_bytes
             yield plan

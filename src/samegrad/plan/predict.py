@@ -16,9 +16,10 @@ def predict_plan(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> Foo
     Peaks are those that ``footprint`` counts: counted bytes, or what is allocated.
     """
     known = find_levers()
-    split_alone = set(levers) <= {"host_rows", "split_rows"}
-    followed = None if split_alone and footprint.laws else predict_traced(footprint, levers)
-    if followed is not None and levers:
+    followed = predict_traced(footprint, levers)
+    # Of a split alone the bytes are known better from its own laws.
+    split_alone = bool(footprint.laws) and set(levers) <= {"host_rows", "split_rows"}
+    if followed is not None and levers and not split_alone:
         peak_bytes, seconds = followed
         rows = levers.get("split_rows", {}).get("rows", footprint.batch_rows)
         return _predicted(footprint, rows if isinstance(rows, int) else max(rows), peak_bytes, seconds)
@@ -26,7 +27,7 @@ def predict_plan(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> Foo
     for name in sorted(levers, key=lambda name: known[name].slot):
         predicted = known[name](**levers[name]).predict(predicted)
     if predicted is not footprint and predicted.origin is Origin.PREDICTED and levers:
-        return predicted
+        return predicted if followed is None else dataclasses.replace(predicted, seconds=followed[1])
     rows = footprint.batch_rows
     return _predicted(
         footprint, rows, footprint.predicted_peak_bytes(rows=rows), footprint.predicted_seconds(rows=rows),

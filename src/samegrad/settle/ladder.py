@@ -63,10 +63,9 @@ def settle(
         # What sees the whole batch is measured on it.
         shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
         parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
-        missing = measurement.missing_state_bytes
         with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):
             chunked = dataclasses.replace(chunked, declared=running.declared)
-            rung = measure_rung(chunked, batch, layout, parts, missing_state_bytes=missing)
+            rung = measure_rung(chunked, batch, layout, parts, turn=measurement.turn)
         # Not there to be measured: what the loss keeps of rows that were left out.
         laws = _laws_of(plan, footprint)
         unseen = 0
@@ -99,7 +98,7 @@ def _whole_if_close(
     with in_force(plan, declared, layout.rows) as execution, counters.capped(declared.device, most_bytes):
         rung = measure_whole(
             execution.declared, batch, layout, StepDraws(measurement.ways.sites),
-            missing_state_bytes=measurement.missing_state_bytes,
+            turn=measurement.turn,
         )  # fmt: skip
     if rung is None:
         return "out of memory"

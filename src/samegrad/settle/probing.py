@@ -29,7 +29,7 @@ from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.head_laws import measure_head
 from samegrad.measure.laws import fit_laws, fit_mapped_laws, peak_of
-from samegrad.measure.probe import Probe, standing_batch_bytes
+from samegrad.measure.probe import OptimizerTurn, Probe, standing_batch_bytes
 from samegrad.measure.probe_sets import kept_row_bytes, mapped_probes, plain_probes, split_probes, times
 from samegrad.records import Counting, Footprint, Origin, Phase, PhaseLaw, Variant
 from samegrad.trees import RowLayout
@@ -47,7 +47,7 @@ class Measurement:
 
     footprint: Footprint
     ways: Ways
-    missing_state_bytes: int = 0
+    turn: OptimizerTurn = dataclasses.field(default_factory=OptimizerTurn)
 
 
 def aliases_for(declared: DeclaredStep) -> ParameterAliases:
@@ -140,7 +140,8 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         facts=_facts(ways, residents),
         timeline=shown.timeline,
     )
-    return Measurement(footprint=footprint, ways=ways, missing_state_bytes=missing)
+    turn = OptimizerTurn(missing, residents.optimizer_temporary_bytes)
+    return Measurement(footprint=footprint, ways=ways, turn=turn)
 
 
 def _find_head(declared: DeclaredStep, batch: Any, layout: RowLayout, ways: Ways, plain_bytes: int) -> Head | str:
