@@ -1,0 +1,112 @@
+"""The calls of a step on any number of rows, without running it: forward, and the loss where that is asked for.
+
+The user's code runs on twins without data, as in a trace, but nothing is counted and no backward runs. What does not
+depend on the step's data is computed: masks and positions made from a number of rows alone have values, so that code
+may look at them, and caches of them, which outlive this, are good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from samegrad import trees
+from samegrad.declared import DeclaredStep
+from samegrad.exact.batchnorm import by_rows
+from samegrad.exact.calls import Calls, CallsSeen
+from samegrad.exact.module_names import entered
+from samegrad.exact.undisturbed import undisturbed
+from samegrad.measure.shadows import Twins, held_with_hooks, named_modules, shadow_batch, standing_in
+from samegrad.trees import RowLayout
+
+# Larger constants stay without data.
+_LARGEST_CONSTANT_BYTES = 2**24
+# What code raises that is given tensors without data, and what torch does for operations that it cannot follow.
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def follow_calls(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, rows: Sequence[int], *, with_loss: bool
+) -> Calls:
+    """What the step calls on the first ``rows[-1]`` rows of ``batch``, after a run on each number before it.
+
+    ``with_loss``: the loss of those rows is followed too. What ends a run early is in its ``failure``. Nothing of the
+    user's changes. Raises CannotTrace for tensors that have no twin.
+    """
+    network, modules = declared.network, named_modules(declared)
+    twins = Twins(declared.device, declared.device)
+    found = Calls(rows[-1])
+    with contextlib.ExitStack() as stack:
+        held = held_with_hooks(declared, modules)
+        stack.enter_context(undisturbed(declared.modules, declared.device, held))
+        stack.enter_context(_uncompiled())
+        # Whoever counts the step's bytes is not to count these.
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(standing_in(modules, twins))
+        # Rows meet in it; whoever runs chunks has another layer in its place.
+        stack.enter_context(by_rows(network))
+        stack.enter_context(torch.enable_grad())
+        whole = shadow_batch(batch, twins)
+        for count in rows:
+            chunk = trees.move(trees.slice_rows(whole, layout, 0, count), declared.device)
+            found.calls.clear()
+            try:
+                _run(declared, chunk, found, with_loss)
+            except _FAILURES as error:
+                found.failure = error
+                break
+    return found
+
+
+def _run(declared: DeclaredStep, chunk: Any, found: Calls, with_loss: bool) -> None:
+    seen = CallsSeen(found.calls, _called)
+    with seen:
+        with entered(declared.network) as running, seen.within(running):
+            outputs = declared.forward(declared.network, chunk)
+        if with_loss:
+            with seen.within([], "the loss"):
+                declared.loss_fn(outputs, chunk)
+
+
+def _called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call; for real where nothing in it depends on the step's data."""
+    tensors = list(_tensors((*args, *kwargs.values())))
+    if any(isinstance(tensor, FakeTensor) for tensor in tensors) or kwargs.get("generator") is not None:
+        return function(*args, **kwargs)
+    if tensors:
+        # Made here before, or the user's own, which is put back.
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+    result = function(*args, **kwargs)
+    made = list(_tensors((result,)))
+    if not made or sum(tensor.numel() * tensor.itemsize for tensor in made) > _LARGEST_CONSTANT_BYTES:
+        return result
+    with unset_fake_temporarily():
+        return function(*args, **kwargs)
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """A block in which compiled functions run as they were written."""
+    if "torch._dynamo" not in sys.modules:
+        # Nothing is compiled, and setting the stance would load the compiler.
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
