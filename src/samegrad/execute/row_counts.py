@@ -97,27 +97,29 @@ class RowCounts:
         chunks: tuple[Ways, int],
     ) -> None:
         try:
-            runs = {n: self._follow(code, batch, layout, [n]) for n in rows}
-            found = first_difference([*seen.ends, *runs.values()])
+            runs = self._follow(code, batch, layout, rows)
+            found = first_difference([*seen.ends, *runs])
             if found is not None:
                 # Caches that grow with the rows take another way only until they have grown.
-                most = max([*runs, *(run.rows for run in seen.ends)])
-                warm = {n: self._follow(code, batch, layout, [most, n]) for n in {*rows, *found.rows}}
-                if found := first_difference(list(warm.values())):
+                known = {*rows, *(run.rows for run in seen.ends)}
+                runs = self._follow(code, batch, layout, sorted(known), after=max(known))
+                if found := first_difference(runs):
                     raise _other_code(found)
-                runs = warm
         except CannotTrace as error:
             self._look_at_outputs(batch, layout, chunks, error.found)
             return
-        failures = [run.failure for run in runs.values() if run.failure is not None]
+        failures = [run.failure for run in runs if run.failure is not None]
         if failures:
             words = f"{type(failures[0]).__name__}: {' '.join(str(failures[0]).split())[:200]}"
             self._look_at_outputs(batch, layout, chunks, words)
-        ends = sorted([*seen.ends, *runs.values()], key=lambda run: run.rows)
-        seen.ends = [ends[0], ends[-1]]
+        if not seen.ends:
+            seen.ends = [runs[0], runs[-1]]
 
-    def _follow(self, code: _Code, batch: Any, layout: RowLayout, rows: Sequence[int]) -> Calls:
-        return code.of(follow_calls(self._declared, batch, layout, rows, with_loss=code.with_loss))
+    def _follow(
+        self, code: _Code, batch: Any, layout: RowLayout, rows: Sequence[int], after: int = 0
+    ) -> list[Calls]:
+        followed = follow_calls(self._declared, batch, layout, rows, with_loss=code.with_loss, after=after)
+        return [code.of(run) for run in followed]
 
     def _look_at_outputs(self, batch: Any, layout: RowLayout, chunks: tuple[Ways, int], why: str) -> None:
         """The same rows among fewest and most, for real. Raises CannotSplit when they differ."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,37 +33,41 @@ _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, Runti
 
 
 def follow_calls(
-    declared: DeclaredStep, batch: Any, layout: RowLayout, rows: Sequence[int], *, with_loss: bool
-) -> Calls:
-    """What the step calls on the first ``rows[-1]`` rows of ``batch``, after a run on each number before it.
+    declared: DeclaredStep, batch: Any, layout: RowLayout, rows: Iterable[int], *, with_loss: bool, after: int = 0
+) -> list[Calls]:
+    """What the step calls on the first rows of ``batch``, for each of the numbers ``rows``; all begin in one state.
 
-    ``with_loss``: the loss of those rows is followed too. What ends a run early is in its ``failure``. Nothing of the
-    user's changes. Raises CannotTrace for tensors that have no twin.
+    ``with_loss``: the loss of those rows is followed too. ``after``: rows of a run before each, which may leave caches
+    of that length; 0 for none. What ends a run early is in its ``failure``. Nothing of the user's changes. Raises
+    CannotTrace for tensors that have no twin.
     """
-    network, modules = declared.network, named_modules(declared)
-    twins = Twins(declared.device, declared.device)
-    found = Calls(rows[-1])
-    with contextlib.ExitStack() as stack:
-        held = held_with_hooks(declared, modules)
-        stack.enter_context(undisturbed(declared.modules, declared.device, held))
-        stack.enter_context(_uncompiled())
-        # Whoever counts the step's bytes is not to count these.
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(standing_in(modules, twins))
-        # Rows meet in it; whoever runs chunks has another layer in its place.
-        stack.enter_context(by_rows(network))
-        stack.enter_context(torch.enable_grad())
-        whole = shadow_batch(batch, twins)
-        for count in rows:
-            chunk = trees.move(trees.slice_rows(whole, layout, 0, count), declared.device)
-            found.calls.clear()
-            try:
-                _run(declared, chunk, found, with_loss)
-            except _FAILURES as error:
-                found.failure = error
-                break
-    return found
+    modules, twins = named_modules(declared), Twins(declared.device, declared.device)
+    without_data = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def follow(count: int) -> Calls:
+        found = Calls(count)
+        with contextlib.ExitStack() as stack:
+            held = held_with_hooks(declared, modules)
+            stack.enter_context(undisturbed(declared.modules, declared.device, held))
+            stack.enter_context(without_data)
+            stack.enter_context(standing_in(modules, twins))
+            # Rows meet in it; whoever runs chunks has another layer in its place.
+            stack.enter_context(by_rows(declared.network))
+            stack.enter_context(torch.enable_grad())
+            whole = shadow_batch(batch, twins)
+            for rows in filter(None, (after, count)):
+                found.calls.clear()
+                chunk = trees.move(trees.slice_rows(whole, layout, 0, rows), declared.device)
+                try:
+                    _run(declared, chunk, found, with_loss)
+                except _FAILURES as error:
+                    found.failure = error
+                    break
+        return found
+
+    # Whoever counts the step's bytes is not to count these.
+    with _uncompiled(), _disable_current_modes():
+        return [follow(count) for count in rows]
 
 
 def _run(declared: DeclaredStep, chunk: Any, found: Calls, with_loss: bool) -> None:
