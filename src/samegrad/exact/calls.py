@@ -81,7 +81,7 @@ class CallsSeen(TorchFunctionMode):
                 _flatten(part, leaves)
             place = self._running[-1] if self._running else self._outside
             # The frame of this method, then that of whoever called.
-            self._found.append(Call(_name_of(func, name), place, _line_from(sys._getframe(1)), tuple(leaves)))
+            self._found.append(Call(_name_of(func, name), place, line_from(sys._getframe(1)), tuple(leaves)))
         return result
 
 
@@ -121,8 +121,8 @@ class OfTensor(str):
     """What stands for a tensor: its dtype and number of axes."""
 
 
-def _line_from(frame: FrameType | None) -> str:
-    """The user's line that ``frame`` runs for."""
+def line_from(frame: FrameType | None) -> str:
+    """The user's line that ``frame`` runs for, as "net.py:7"; "" where there is none."""
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(_SAMEGRAD):
