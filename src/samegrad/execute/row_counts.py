@@ -100,9 +100,9 @@ class RowCounts:
             runs = self._follow(code, batch, layout, rows)
             found = first_difference([*seen.ends, *runs])
             if found is not None:
-                # Caches that grow with the rows take another way only until they have grown.
+                # Code that fills a cache for so many rows takes another way once.
                 known = {*rows, *(run.rows for run in seen.ends)}
-                runs = self._follow(code, batch, layout, sorted(known), after=max(known))
+                runs = self._follow(code, batch, layout, sorted(known), warm=max(known))
                 if found := first_difference(runs):
                     raise _other_code(found)
         except CannotTrace as error:
@@ -116,9 +116,9 @@ class RowCounts:
             seen.ends = [runs[0], runs[-1]]
 
     def _follow(
-        self, code: _Code, batch: Any, layout: RowLayout, rows: Sequence[int], after: int = 0
+        self, code: _Code, batch: Any, layout: RowLayout, rows: Sequence[int], warm: int = 0
     ) -> list[Calls]:
-        followed = follow_calls(self._declared, batch, layout, rows, with_loss=code.with_loss, after=after)
+        followed = follow_calls(self._declared, batch, layout, rows, with_loss=code.with_loss, warm=warm)
         return [code.of(run) for run in followed]
 
     def _look_at_outputs(self, batch: Any, layout: RowLayout, chunks: tuple[Ways, int], why: str) -> None:

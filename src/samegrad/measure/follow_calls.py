@@ -33,13 +33,13 @@ _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, Runti
 
 
 def follow_calls(
-    declared: DeclaredStep, batch: Any, layout: RowLayout, rows: Iterable[int], *, with_loss: bool, after: int = 0
+    declared: DeclaredStep, batch: Any, layout: RowLayout, rows: Iterable[int], *, with_loss: bool, warm: int = 0
 ) -> list[Calls]:
     """What the step calls on the first rows of ``batch``, for each of the numbers ``rows``; all begin in one state.
 
-    ``with_loss``: the loss of those rows is followed too. ``after``: rows of a run before each, which may leave caches
-    of that length; 0 for none. What ends a run early is in its ``failure``. Nothing of the user's changes. Raises
-    CannotTrace for tensors that have no twin.
+    ``with_loss``: the loss of those rows is followed too. ``warm``: where not 0, each comes after a run on so many rows
+    and one on its own, which leave caches. What ends a run early is in its ``failure``. Nothing of the user's changes.
+    Raises CannotTrace for tensors that have no twin.
     """
     modules, twins = named_modules(declared), Twins(declared.device, declared.device)
     without_data = FakeTensorMode(allow_non_fake_inputs=True)
@@ -55,7 +55,7 @@ def follow_calls(
             stack.enter_context(by_rows(declared.network))
             stack.enter_context(torch.enable_grad())
             whole = shadow_batch(batch, twins)
-            for rows in filter(None, (after, count)):
+            for rows in (warm, count, count) if warm else (count,):
                 found.calls.clear()
                 chunk = trees.move(trees.slice_rows(whole, layout, 0, rows), declared.device)
                 try:
