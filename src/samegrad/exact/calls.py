@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,14 +29,15 @@ _OUTSIDE = "code outside its modules"
 class Call:
     """One call. ``place``: the module it was made in. ``line``: "net.py:7" or "". ``leaves``: its arguments, flat.
 
-    Numbers are in the leaves as they are, tensors as their dtype and number of axes, lists with their length before
-    their entries.
+    ``shapes``: how many tensors it made, and the lengths of the first and the last. Numbers are in the leaves as they
+    are, tensors as their dtype and number of axes, lists with their length before their entries.
     """
 
     function: str
     place: str
     line: str
     leaves: tuple[Any, ...]
+    shapes: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -75,13 +76,15 @@ class CallsSeen(TorchFunctionMode):
     ) -> Any:
         result = self._call(func, args, kwargs or {})
         name = getattr(func, "__name__", type(func).__name__)
-        if name in _SWITCHES or _has_tensor(result):
+        made = list(tensors_in((result,)))
+        if made or name in _SWITCHES:
             leaves: list[Any] = []
             for part in (*args, *sorted((kwargs or {}).items())):
                 _flatten(part, leaves)
             place = self._running[-1] if self._running else self._outside
             # The frame of this method, then that of whoever called.
-            self._found.append(Call(_name_of(func, name), place, line_from(sys._getframe(1)), tuple(leaves)))
+            line = line_from(sys._getframe(1))
+            self._found.append(Call(_name_of(func, name), place, line, tuple(leaves), _shapes_of(made)))
         return result
 
 
@@ -90,10 +93,17 @@ def _name_of(func: Any, name: str) -> str:
     return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
 
 
-def _has_tensor(result: Any) -> bool:
-    if isinstance(result, (tuple, list)):
-        return any(_has_tensor(part) for part in result)
-    return isinstance(result, Tensor)
+def _shapes_of(made: Sequence[Tensor]) -> tuple[int, ...]:
+    return (len(made), *made[0].shape, *made[-1].shape) if made else ()
+
+
+def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among ``values``, and in tuples and lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from tensors_in(value)
 
 
 def _flatten(value: Any, leaves: list[Any]) -> None:

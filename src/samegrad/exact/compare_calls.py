@@ -46,6 +46,8 @@ class Difference:
             return f"calls {call.function if call else ''} on {rows} rows and not on {other}"
         if a.function != b.function:
             return f"calls {b.function} on {m} rows and {a.function} on {n}"
+        if a.leaves == b.leaves:
+            return f"calls {b.function}, which gives {_made(b)} on {m} rows and {_made(a)} on {n}"
         return f"calls {b.function} with {_numbers(b)} on {m} rows and with {_numbers(a)} on {n}"
 
 
@@ -79,13 +81,25 @@ def _different_functions(first: Calls, other: Calls) -> Difference | None:
 def _different_numbers(runs: Sequence[Calls]) -> Difference | None:
     rows = [run.rows for run in runs]
     for calls in zip(*(run.calls for run in runs)):
-        if all(call.leaves == calls[0].leaves for call in calls):
-            continue
         computed = calls[0].function.strip("_") in _ARITHMETIC
-        for values in zip(*(call.leaves for call in calls)):
-            wrong = next((k for k in range(1, len(runs)) if not _alike(rows, values, k, computed)), None)
-            if wrong is not None:
-                return Difference((rows[0], rows[wrong]), (calls[0], calls[wrong]))
+        wrong = _first_unlike(rows, [call.leaves for call in calls], computed)
+        if wrong is None:
+            wrong = _first_unlike(rows, [call.shapes for call in calls], computed=False)
+        if wrong is not None:
+            return Difference((rows[0], rows[wrong]), (calls[0], calls[wrong]))
+    return None
+
+
+def _first_unlike(rows: Sequence[int], numbers: Sequence[tuple[object, ...]], computed: bool) -> int | None:
+    """The first run whose numbers do not follow the rows."""
+    if all(each == numbers[0] for each in numbers):
+        return None
+    if len({len(each) for each in numbers}) > 1:
+        return next(k for k, each in enumerate(numbers) if len(each) != len(numbers[0]))
+    for values in zip(*numbers):
+        for k in range(1, len(rows)):
+            if not _alike(rows, values, k, computed):
+                return k
     return None
 
 
@@ -203,3 +217,10 @@ def _numbers(call: Call) -> str:
     """The numbers and words that ``call`` was made with."""
     told = [leaf for leaf in call.leaves if not isinstance(leaf, Length)]
     return ", ".join("a tensor" if isinstance(leaf, OfTensor) else str(leaf) for leaf in told) or "nothing"
+
+
+def _made(call: Call) -> str:
+    """What ``call`` gave, in words."""
+    count, *lengths = call.shapes
+    first = tuple(lengths[: len(lengths) // 2])
+    return f"{first}" if count == 1 else f"{count} tensors, the first {first}, the last {tuple(lengths[len(first):])}"

@@ -24,6 +24,7 @@ from samegrad.exact.calls import Calls
 from samegrad.exact.compare_calls import Difference, first_difference
 from samegrad.exact.probes import PROBE_ROWS, close
 from samegrad.exact.randomness import StepKey
+from samegrad.exact.row_blind import is_row_blind
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed
@@ -81,10 +82,11 @@ class RowCounts:
         rows = {min(PROBE_ROWS, layout.rows), *sizes, layout.rows} - seen.rows
         if not rows:
             return
-        if ranks_of(self._declared.modules) is not None or ways.collectives:
-            self._note("ranks wait for each other in the forward, so its code was not followed on other row counts")
-        else:
-            self._look(seen, code, sorted(rows), batch, layout, (ways, max(sizes)))
+        if not is_row_blind(self._declared, batch):
+            if ranks_of(self._declared.modules) is None and not ways.collectives:
+                self._look(seen, code, sorted(rows), batch, layout, (ways, max(sizes)))
+            else:
+                self._note("ranks wait for each other in the forward, so its code was not followed on other row counts")
         seen.rows |= rows
 
     def _look(

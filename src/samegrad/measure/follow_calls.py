@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact.batchnorm import by_rows
-from samegrad.exact.calls import Calls, CallsSeen
+from samegrad.exact.calls import Calls, CallsSeen, tensors_in
 from samegrad.exact.module_names import entered
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.measure.shadows import Twins, held_with_hooks, named_modules, shadow_batch, standing_in
@@ -55,14 +54,13 @@ def follow_calls(
             stack.enter_context(by_rows(declared.network))
             stack.enter_context(torch.enable_grad())
             whole = shadow_batch(batch, twins)
-            for rows in (warm, count, count) if warm else (count,):
-                found.calls.clear()
-                chunk = trees.move(trees.slice_rows(whole, layout, 0, rows), declared.device)
+            for taken in (warm, count, count) if warm else (count,):
+                found = Calls(count)
+                chunk = trees.move(trees.slice_rows(whole, layout, 0, taken), declared.device)
                 try:
                     _run(declared, chunk, found, with_loss)
                 except _FAILURES as error:
                     found.failure = error
-                    break
         return found
 
     # Whoever counts the step's bytes is not to count these.
@@ -82,7 +80,7 @@ def _run(declared: DeclaredStep, chunk: Any, found: Calls, with_loss: bool) -> N
 
 def _called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The call; for real where nothing in it depends on the step's data."""
-    tensors = list(_tensors((*args, *kwargs.values())))
+    tensors = list(tensors_in((*args, *kwargs.values())))
     if any(isinstance(tensor, FakeTensor) for tensor in tensors) or kwargs.get("generator") is not None:
         return function(*args, **kwargs)
     if tensors:
@@ -90,19 +88,11 @@ def _called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         with unset_fake_temporarily():
             return function(*args, **kwargs)
     result = function(*args, **kwargs)
-    made = list(_tensors((result,)))
+    made = list(tensors_in((result,)))
     if not made or sum(tensor.numel() * tensor.itemsize for tensor in made) > _LARGEST_CONSTANT_BYTES:
         return result
     with unset_fake_temporarily():
         return function(*args, **kwargs)
-
-
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
 
 
 @contextlib.contextmanager
