@@ -42,11 +42,11 @@ class Call:
 
 @dataclasses.dataclass
 class Calls:
-    """The calls of one run on ``rows`` rows, and what ended it before its end."""
+    """The calls of one run on ``rows`` rows, and what ended it early, in words."""
 
     rows: int
     calls: list[Call] = dataclasses.field(default_factory=list)
-    failure: Exception | None = None
+    failure: str = ""
 
 
 class CallsSeen(TorchFunctionMode):

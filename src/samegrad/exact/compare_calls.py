@@ -60,7 +60,7 @@ def first_difference(runs: Sequence[Calls]) -> Difference | None:
     for other in others:
         if found := _different_functions(first, other):
             return found
-    if len({len(run.calls) for run in runs if run.failure is None}) > 1:
+    if len({len(run.calls) for run in runs if not run.failure}) > 1:
         # Loops over rows were compared with their numbers.
         return None
     return _different_numbers([first, *others])
@@ -68,7 +68,7 @@ def first_difference(runs: Sequence[Calls]) -> Difference | None:
 
 def _different_functions(first: Calls, other: Calls) -> Difference | None:
     keys = [[_key(call) for call in run.calls] for run in (first, other)]
-    if first.failure is not None or other.failure is not None:
+    if first.failure or other.failure:
         shorter = min(map(len, keys))
         keys = [some[:shorter] for some in keys]
     if keys[0] == keys[1] or _same_loops((first, other)):
@@ -145,7 +145,7 @@ def _same_loops(runs: tuple[Calls, Calls]) -> bool:
     """Whether the runs differ only in how often loops ran, and that by as much for every row."""
     counts: list[tuple[int, int]] = []
     folded = [_folded([_key_in_loop(call) for call in run.calls]) for run in runs]
-    if any(run.failure is not None for run in runs) or not _matched(folded[0], folded[1], counts):
+    if any(run.failure for run in runs) or not _matched(folded[0], folded[1], counts):
         return False
     n, m = (run.rows for run in runs)
     return all((b - a) % (m - n) == 0 and (b - a) // (m - n) >= 0 for a, b in counts)

@@ -110,10 +110,8 @@ class RowCounts:
         except CannotTrace as error:
             self._look_at_outputs(batch, layout, chunks, error.found)
             return
-        failures = [run.failure for run in runs if run.failure is not None]
-        if failures:
-            words = f"{type(failures[0]).__name__}: {' '.join(str(failures[0]).split())[:200]}"
-            self._look_at_outputs(batch, layout, chunks, words)
+        if failures := [run.failure for run in runs if run.failure]:
+            self._look_at_outputs(batch, layout, chunks, failures[0])
         if not seen.ends:
             seen.ends = [runs[0], runs[-1]]
 

@@ -22,6 +22,7 @@ from samegrad.exact.batchnorm import by_rows
 from samegrad.exact.calls import Calls, CallsSeen, tensors_in
 from samegrad.exact.module_names import entered
 from samegrad.exact.undisturbed import undisturbed
+from samegrad.measure.failures import first_line, line_of
 from samegrad.measure.shadows import Twins, held_with_hooks, named_modules, shadow_batch, standing_in
 from samegrad.trees import RowLayout
 
@@ -60,7 +61,7 @@ def follow_calls(
                 try:
                     _run(declared, chunk, found, with_loss)
                 except _FAILURES as error:
-                    found.failure = error
+                    found.failure = first_line(error) + line_of(error)
         return found
 
     # Whoever counts the step's bytes is not to count these.
