@@ -218,6 +218,14 @@ def test_code_that_is_the_same_for_any_number_of_rows_runs(
     assert all(type(value) is Tensor for value in SEEN.values())
 
 
+def test_a_model_may_hold_any_object() -> None:
+    """Such as a type with arguments, whose attributes are those of a class."""
+    model = model_of(KNOWS["a view"])
+    model.kind = list[int]  # type: ignore[assignment]
+    sg.Step(model, cross_entropy, rows=8).backward(labelled(N))
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_autocast_and_layers_in_eval_mode() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Fn(KNOWS["a view"]), nn.BatchNorm1d(3)).eval()

@@ -49,8 +49,9 @@ class _Code:
     def in_chunks(cls, plan: Plan, execution: Execution, ways: Ways) -> _Code:
         segments = [lever for lever in levers_of(plan) if isinstance(lever, Segments)]
         paths = tuple(path for lever in segments for path in lever.paths)
-        by_rows = execution.mapping is None and ways.by_rows is not None
-        return cls(paths, by_rows and ways.by_rows is not None and ways.by_rows.passes == 1)
+        found = None if execution.mapping is not None else ways.by_rows
+        # A loss that calls collectives waits for other ranks.
+        return cls(paths, with_loss=found is not None and found.passes == 1 and not found.collectives)
 
     def of(self, run: Calls) -> Calls:
         """The calls of ``run`` that are this code's."""

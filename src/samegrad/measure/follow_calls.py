@@ -8,6 +8,7 @@ may look at them, and caches of them, which outlive this, are good.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -65,7 +66,7 @@ def follow_calls(
         return found
 
     # Whoever counts the step's bytes is not to count these.
-    with _uncompiled(), _disable_current_modes():
+    with _uncompiled(), _unlogged(), _disable_current_modes():
         return [follow(count) for count in rows]
 
 
@@ -105,3 +106,14 @@ def _uncompiled() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """A block in which torch does not log what it cannot follow; whoever asked is told."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
