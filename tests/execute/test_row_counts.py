@@ -303,3 +303,26 @@ def test_segments_are_looked_at_and_what_sees_the_whole_batch_is_not() -> None:
     model = Coupled(ASKS["another function"][0]).double()
     with pytest.raises(sg.CannotSplit, match=r"part \(Fn\)"):
         sg.Step(model, cross_entropy, rows=8, segments=["part"]).backward(batch)
+
+
+class Normalised(nn.Module):
+    """A BatchNorm, and code that no record can hold, so that chunks meet at it."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.norm, self.head = Fn(function), nn.BatchNorm1d(3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.inner(x.view(len(x), 6))))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_chunks_that_meet_at_batchnorm_are_looked_at(rows: int) -> None:
+    batch = labelled(N)
+    step = sg.Step(Normalised(KNOWS["row by row"]).double(), spread, rows=rows)
+    assert sg.verify_step(step, batch).same
+    assert step.plan is not None and step.plan.levers["exact_batchnorm"]["scheme_name"] == "rendezvous"
+    model = Normalised(ASKS["another function"][0]).double()
+    with pytest.raises(sg.CannotSplit, match=r"inner \(Fn\), test_row_counts\.py:\d+, calls tanh on 61 rows"):
+        sg.Step(model, spread, rows=rows).backward(batch)
