@@ -324,7 +324,8 @@ class Verdict(Record):
     ``reference`` names what the planned step was compared with, on ``rows_checked`` of ``batch_rows`` rows.
     ``dtype`` is the narrowest that the step's gradients pass through, ``compared_dtype`` the one in which
     ``max_relative_error`` was found. UNPROVEN means that only a low precision could be compared, which proves nothing
-    by itself. ``fault``: where the step differs, which lever and which module, as far as that could be found.
+    by itself; ``narrowed_by`` is what keeps the step from being compared in float64, where something does. ``fault``:
+    where the step differs, which lever and which module, as far as that could be found.
     """
 
     answer: Same
@@ -340,6 +341,7 @@ class Verdict(Record):
     checks: tuple[Check, ...] = ()
     seconds: float | None = None
     fault: str = ""
+    narrowed_by: str = ""
 
     @property
     def same(self) -> bool:

@@ -32,6 +32,7 @@ from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
 from samegrad.execute.given import check_levers
+from samegrad.execute.row_counts import RowCounts
 from samegrad.execute.ways import Ways, find_ways, is_mapping
 from samegrad.levers import Execution, levers_of
 from samegrad.levers.chunk_loss import ChunkLoss
@@ -108,6 +109,7 @@ class Step:
         self._model_accepted = False
         self._plans: dict[tuple[str, str], tuple[Plan, Footprint]] = {}
         self._accepted_levers: set[tuple[str, str]] = set()
+        self._row_counts = RowCounts(self.declared)
         self._standing = Standing(self.declared)
         self._closed = False
 
@@ -159,13 +161,12 @@ class Step:
                 else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
                 for ways in self._ways.values()
             ]  # fmt: skip
-            costs = [
-                f"{lever.name}: {lever.forwards:g} forwards a row in its parts"
-                for lever in levers_of(self.plan)
-                if is_mapping(lever)
-            ]
-            return "\n".join([f"The plan was given, not chosen: {sizes}.", *costs, *facts])
-        return explain_plan(self.plan, self.footprint)
+            mapping = filter(is_mapping, levers_of(self.plan))
+            costs = [f"{lever.name}: {lever.forwards:g} forwards a row in its parts" for lever in mapping]
+            facts = [f"The plan was given, not chosen: {sizes}.", *costs, *facts]
+        else:
+            facts = [explain_plan(self.plan, self.footprint)]
+        return "\n".join([*facts, *self._row_counts.notes])
 
     def close(self) -> None:
         """Gives back what the step holds beyond the model: pinned buffers, the reader thread, the allocator's cap.
@@ -225,10 +226,11 @@ class Step:
     def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
         ways = self._ways_for(batch, layout)
         key = (layout.signature(batch), self.declared.mode())
+        assert self.plan is not None
         if (self._given is not None or self._rows is not None) and key not in self._accepted_levers:
-            assert self.plan is not None
             check_levers(self.plan, self.declared, self._aliases, batch, layout, ways)
             self._accepted_levers.add(key)
+        self._row_counts.check(self.plan, execution, ways, batch, layout)
         return chunked_step(execution, self._aliases, ways, self._chunks)
 
     def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:

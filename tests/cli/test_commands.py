@@ -169,9 +169,9 @@ UNEQUAL = """
 import torch, samegrad as sg
 
 class Net(torch.nn.Linear):
-    # Wrong at exactly the chunk's size, where no probe at a few rows looks.
+    # Wrong at exactly the chunk's size, where no probe at a few rows looks, and only with data.
     def forward(self, x):
-        return super().forward(x) * (2.0 if len(x) == 13 else 1.0)
+        return super().forward(x) * (2.0 if len(x) == 13 and type(x) is torch.Tensor else 1.0)
 
 def train():
     net = Net(16, 4)

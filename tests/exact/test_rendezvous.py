@@ -86,6 +86,57 @@ def test_a_planted_missing_gradient_of_the_statistics_is_caught(part: int, monke
     assert worst_share(ours, plain) > 100
 
 
+class _Doubled(torch.autograd.Function):
+    """Zeros come where nothing arrives: a gradient by it is zero and not None once backward comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 2 * cotangent
+
+
+class Auxiliary(nn.Module):
+    """A second head with a BatchNorm of its own, whose output a loss may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU())
+        self.second = nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 5))
+        self.head = nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6), nn.Linear(6, 5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.stem(x)
+        second = self.second[1:](_Doubled.apply(self.second[0](hidden)))
+        return self.head(hidden), second
+
+
+AUXILIARY_LOSSES = {
+    "first": lambda outputs: coupled_loss(outputs[0]),
+    "second": lambda outputs: coupled_loss(outputs[1]),
+    "both": lambda outputs: coupled_loss(outputs[0]) + coupled_loss(outputs[1]),
+}
+
+
+@pytest.mark.parametrize("loss", AUXILIARY_LOSSES)
+def test_a_head_that_the_loss_leaves_out_has_no_gradients(loss: str) -> None:
+    torch.manual_seed(0)
+    network, x, loss_fn = Auxiliary().to(D), made("mlp")[1], AUXILIARY_LOSSES[loss]
+    ours = left_by(network, x, loss_fn, lambda twin: rendezvous(twin, sizes=[9, 10, 4]))
+    assert worst_share(ours, left_by(network, x, loss_fn)) <= 1
+
+
+def test_a_planted_backward_through_a_head_that_was_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Some rank for every layer: then all nodes of statistics are on one chain, and backward comes by all of them.
+    monkeypatch.setattr(joined_graphs.batchnorm, "group_of", lambda layer: layer)
+    monkeypatch.setattr(joined_graphs.batchnorm, "summed_over_ranks", lambda both, group: both)
+    monkeypatch.setattr(joined_graphs.batchnorm, "gathered", lambda moments, group: moments)
+    with pytest.raises(AssertionError, match="second"):
+        test_a_head_that_the_loss_leaves_out_has_no_gradients("first")
+
+
 @pytest.mark.parametrize(
     ("trouble", "kind", "found"),
     [

@@ -76,6 +76,13 @@ def test_low_precision_alone_is_called_unproven(verdict: Verdict) -> None:
     assert "only in bfloat16, which proves nothing" in statement.sentence
 
 
+def test_what_kept_a_comparison_from_float64_is_said(verdict: Verdict) -> None:
+    narrow = dataclasses.replace(verdict, dtype="bfloat16", compared_dtype="float32", narrowed_by="a cast (net.py:7)")
+    assert "compared in float32 and not in float64 (a cast (net.py:7))" in judge(narrow).sentence
+    unproven = judge(dataclasses.replace(narrow, answer=Same.UNPROVEN)).sentence
+    assert "only in bfloat16 (a cast (net.py:7)), which proves nothing" in unproven
+
+
 def test_same_with_a_failed_check_is_not_believed(verdict: Verdict) -> None:
     assert judge(failed(verdict)).tone is Tone.BAD
 

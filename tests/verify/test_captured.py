@@ -16,7 +16,7 @@ from samegrad.exact.split import SplitStep
 from samegrad.records import Same
 from samegrad.verify.captured import in_float64
 
-from ..contract.plain import labelled, mlp
+from ..contract.plain import cross_entropy, labelled, mlp
 
 N = 61
 CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.5])
@@ -124,3 +124,36 @@ def test_a_forward_is_widened_as_well() -> None:
         mlp(torch.float32), of_a_global, rows=8, forward=lambda model, batch: model((batch[0] - mean) / deviation)
     )
     assert sg.verify_step(step, labelled(N, torch.float32)).tiers == (0, 1, 2, 3)
+
+
+def _weights_made(outputs: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(outputs, batch[1], weight=torch.tensor([0.5, 1.0, 2.5]))
+
+
+def _cast(outputs: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(outputs.float().square(), batch[1])
+
+
+NARROWED = {
+    # The loss, and what the verdict says of it.
+    "a tensor of its own": (_weights_made, "float64 cannot run: RuntimeError"),
+    "a cast": (_cast, "a cast (test_captured.py"),
+    "nothing": (of_a_global, ""),
+}
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_what_keeps_the_step_from_float64_is_named_with_its_line(name: str) -> None:
+    loss_fn, words = NARROWED[name]
+    verdict = sg.verify_step(sg.Step(mlp(torch.float32), loss_fn, rows=8), labelled(N, torch.float32))
+    assert verdict.same
+    assert words in verdict.narrowed_by and bool(words) == bool(verdict.narrowed_by)
+    assert ("test_captured.py:" in verdict.narrowed_by) == bool(words)
+    assert (verdict.compared_dtype == "float64") == (not words)
+
+
+def test_a_forward_that_closes_over_the_model_is_named() -> None:
+    model = mlp(torch.bfloat16)
+    step = sg.Step(model, cross_entropy, rows=8, forward=lambda _, batch: model(batch[0]))
+    verdict = sg.verify_step(step, labelled(N, torch.bfloat16))
+    assert verdict.answer is Same.UNPROVEN and "float64 cannot run" in verdict.narrowed_by

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad.execute.row_counts import RowCounts
 from samegrad.measure import counters
 from samegrad.records import Same, Verdict
 from samegrad.verify import gradients, reference
@@ -77,8 +78,9 @@ def test_else_as_many_rows_as_fit_on_the_device(monkeypatch: Patch, why: str) ->
 def test_the_cpu_sees_a_fault_that_few_rows_do_not(monkeypatch: Patch) -> None:
     class Wide(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            # Wrong in the planned chunks of a whole batch, right in the uneven ones that few rows are cut into.
-            return super().forward(x) * (1.01 if len(x) == 20 else 1.0)
+            # Wrong in the planned chunks of a whole batch, right in the uneven ones that few rows are cut into. Only
+            # with data, so that nobody sees it who follows the step without.
+            return super().forward(x) * (1.01 if len(x) == 20 and type(x) is Tensor else 1.0)
 
     model = Wide(6, 3).double()
     step = sg.Step(model, cross_entropy, rows=20)
@@ -134,7 +136,14 @@ class _AboveSixteenRows(nn.Linear):
         return z - z.mean(0) if len(x) > 16 else z
 
 
-def test_code_that_does_something_else_for_many_rows_differs() -> None:
+def test_code_that_does_something_else_for_many_rows_is_refused() -> None:
+    step = sg.Step(_AboveSixteenRows(6, 3).double(), cross_entropy, rows=8)
+    with pytest.raises(sg.CannotSplit, match="calls mean on 61 rows"):
+        sg.verify_step(step, labelled(61))
+
+
+def test_and_differs_where_nobody_looked(monkeypatch: Patch) -> None:
     """Trials on eight rows cannot see it."""
+    monkeypatch.setattr(RowCounts, "check", lambda *_: None)
     step = sg.Step(_AboveSixteenRows(6, 3).double(), cross_entropy, rows=8)
     assert sg.verify_step(step, labelled(61)).answer is Same.DIFFERS

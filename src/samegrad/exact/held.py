@@ -149,7 +149,7 @@ class _Search:
         elif isinstance(value, FunctionType):
             if not of_a_library(value):
                 self._function(value, name, depth)
-        elif hasattr(value, "__dict__") and not of_a_library(type(value)):
+        elif isinstance(getattr(value, "__dict__", None), dict) and not of_a_library(type(value)):
             for key in list(vars(value)):
                 self._at(vars(value), key, f"{name}.{key}", depth)
             if isinstance(call := vars(type(value)).get("__call__"), FunctionType):

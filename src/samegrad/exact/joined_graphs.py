@@ -71,7 +71,9 @@ class SharedTotals:
     def _fold(self, index: int) -> Callable[[Tensor], None]:
         def fold(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
-            assert gradient is not None
+            if gradient is None:
+                # Backward came by, along the chain of statistics, with nothing to add.
+                return
             before = self._sums[index]
             if before is None:
                 self._sums[index] = gradient.float() if gradient.dtype in NARROW else gradient

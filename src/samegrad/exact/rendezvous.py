@@ -13,7 +13,7 @@ saved by that, and memory is that of the plain step. On the device: one operatio
 
 1. Statistics are updated once, after the whole forward; nothing is changed when something raises before.
 2. Chunks that come to different layers, or to another number of them, are refused by name. No thread is left behind.
-3. Nodes of statistics are chained: collectives of SyncBatchNorm have one order, the same on all ranks.
+3. Nodes of SyncBatchNorm's statistics are chained: its collectives have one order, the same on all ranks.
 """
 
 from __future__ import annotations
@@ -203,9 +203,12 @@ class Meeting:
         self.met.append((layer, statistics))
         if not keep or not any(x.requires_grad for x in xs):
             return (statistics.mean, statistics.variance), token
+        # Without ranks no order is needed, and backward is not to come by layers whose outputs the loss leaves out.
+        chained = batchnorm.group_of(layer) is not None
         with torch.enable_grad(), self._host.entered():
-            mean, variance, token = cast(Any, JoinedStatistics).apply(layer, statistics, token, *xs)
-        return (mean, variance), token
+            before = token if chained else token.detach()
+            mean, variance, after = cast(Any, JoinedStatistics).apply(layer, statistics, before, *xs)
+        return (mean, variance), after if chained else token
 
 
 class _Node(torch.autograd.Function):

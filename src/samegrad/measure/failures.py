@@ -34,7 +34,7 @@ def _cannot_trace(recorder: Recorder, error: Exception) -> CannotTrace:
     place, operation = "the step's own code", ""
     if failure is not None and failure.error in map(id, (error, error.__cause__, error.__context__)):
         place, operation = failure.place, failure.operation
-    place += _line_of(error)
+    place += line_of(error)
     if isinstance(error, DataDependentOutputException):
         found = f"{operation or error.func} in {place} needs the values of a tensor"
     elif isinstance(error, DynamicOutputShapeException):
@@ -52,7 +52,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _line_of(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """Where the user's own code was, as " (file.py:7)"."""
     own = [
         frame

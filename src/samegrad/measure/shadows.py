@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotTrace
+from samegrad.exact.attributes import can_hold_state
+from samegrad.exact.held import Held, held_in, of_a_library
 from samegrad.measure import known_values
 
 # What a module keeps for itself and a forward could change.
@@ -38,6 +41,46 @@ def named_modules(declared: DeclaredStep) -> NamedModules:
     if declared.loss_module is not None:
         found += declared.loss_module.named_modules(prefix="loss_fn")
     return found
+
+
+def held_with_hooks(declared: DeclaredStep, modules: NamedModules) -> Held:
+    """What the step's functions hold, the methods of its modules and the user's hooks included: they run too.
+
+    A cache in a global or in an object of a module would keep twins.
+    """
+    functions: dict[str, Any] = {"loss_fn": declared.loss_fn, "forward": declared.forward}
+    for kind in {type(part): None for _, part in modules}:
+        functions |= _methods_of(kind)
+    for path, part in modules:
+        objects = {key: value for key, value in vars(part).items() if key not in _MODULES_OWN}
+        functions |= {f"{path}.{key}" if path else key: value for key, value in objects.items() if _is_object(value)}
+        for hooks in (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks):
+            functions |= {f"a hook of {path or 'the model'} ({key})": hook for key, hook in hooks.items()}
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                hooks_of = (parameter._backward_hooks or {}).items()
+                functions |= {f"a hook of {path}.{name} ({key})": hook for key, hook in hooks_of}
+    return held_in(functions, [declared.model, *declared.modules])
+
+
+# What nn.Module keeps for itself.
+_MODULES_OWN = frozenset(vars(nn.Module()))
+
+
+def _is_object(value: Any) -> bool:
+    """Whether ``value`` is no state by itself, but may hold some."""
+    return not (isinstance(value, nn.Module) or can_hold_state(value))
+
+
+def _methods_of(kind: type) -> dict[str, Any]:
+    """The functions that the user's own classes among the bases of ``kind`` define."""
+    own = [base for base in kind.__mro__ if base is not object and not of_a_library(base)]
+    return {
+        f"{base.__name__}.{name}": method
+        for base in own
+        for name, method in vars(base).items()
+        if isinstance(method, FunctionType)
+    }
 
 
 class Twins:
@@ -106,12 +149,25 @@ def _refuse_unusual(tensor: Tensor, name: str) -> None:
         found = f"{name} is a {tensor.layout} tensor"
     elif not (kind is Tensor or kind is nn.Parameter or kind is nn.Buffer):
         found = f"{name} is a {kind.__name__}"
-    elif getattr(tensor, "_post_accumulate_grad_hooks", None):
-        found = f"{name} has a post-accumulate-grad hook, which may step an optimizer in the middle of backward"
     if found:
-        raise CannotTrace(
-            asked="follow the step without running it", found=found, do="measure the step by probes on its device"
-        )
+        raise _not_followed(found)
+
+
+def refuse_hooks_in_backward(modules: NamedModules) -> None:
+    """Raises CannotTrace naming a parameter whose hook is called when its gradient is there; twins have none."""
+    for path, part in modules:
+        for name, parameter in part._parameters.items():
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                place = f"{path}.{name}" if path else name
+                raise _not_followed(
+                    f"{place} has a post-accumulate-grad hook, which may step an optimizer in the middle of backward"
+                )
+
+
+def _not_followed(found: str) -> CannotTrace:
+    return CannotTrace(
+        asked="follow the step without running it", found=found, do="measure the step by probes on its device"
+    )
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotTrace
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.held import Held, held_in
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.phases import listening
 from samegrad.exact.split import SplitStep, plain_backward
@@ -39,8 +38,10 @@ from samegrad.measure.shadows import (
     NamedModules,
     Numbers,
     Twins,
+    held_with_hooks,
     named_modules,
     read_numbers,
+    refuse_hooks_in_backward,
     shadow_batch,
     shadow_optimizer,
     standing_in,
@@ -169,11 +170,12 @@ def _in_place(
 ) -> Iterator[tuple[Recorder, DeclaredStep, Any]]:
     """Twins in the place of the step's tensors, and who writes down what is done with them."""
     modules = named_modules(declared)
+    refuse_hooks_in_backward(modules)
     paths = {id(part): path for path, part in reversed(modules)}
     twins = Twins(declared.device, dispatch.device)
     recorder = Recorder(dispatch, twins, paths, gradients_of=declared.modules)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(undisturbed(declared.modules, declared.device, _held_with_hooks(declared, modules)))
+        stack.enter_context(undisturbed(declared.modules, declared.device, held_with_hooks(declared, modules)))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         numbers = read_numbers(declared.optimizer)
         if isinstance(dispatch, CudaDispatch):
@@ -200,19 +202,6 @@ def _notes_on(declared: DeclaredStep, modules: NamedModules) -> dict[str, str]:
     if declared.model is not declared.network:
         notes["ranks"] = "followed as one rank without the others; buckets for their gradients are not in it"
     return notes
-
-
-def _held_with_hooks(declared: DeclaredStep, modules: NamedModules) -> Held:
-    """What the step's functions hold, the user's hooks included: they run too."""
-    functions: dict[str, Any] = {"loss_fn": declared.loss_fn, "forward": declared.forward}
-    for path, part in modules:
-        for hooks in (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks):
-            functions |= {f"a hook of {path or 'the model'} ({key})": hook for key, hook in hooks.items()}
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                hooks_of = (parameter._backward_hooks or {}).items()
-                functions |= {f"a hook of {path}.{name} ({key})": hook for key, hook in hooks_of}
-    return held_in(functions, [declared.model, *declared.modules])
 
 
 def _standing(

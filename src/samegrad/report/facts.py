@@ -96,7 +96,8 @@ def judge(verdict: Verdict | None) -> Statement:
         end = f"{at_fault}results of this plan are not those of the plain step"
         return Statement(tone=Tone.BAD, answer="Not the same", sentence=f"{evidence}; {tally}{end}")
     if verdict.answer is Same.UNPROVEN:
-        why = f"compared only in {verdict.dtype}, which proves nothing by itself"
+        because = f" ({verdict.narrowed_by})" if verdict.narrowed_by else ""
+        why = f"compared only in {verdict.dtype}{because}, which proves nothing by itself"
         return Statement(
             tone=Tone.OPEN,
             answer="Unproven",
@@ -134,9 +135,10 @@ def _largest_error(verdict: Verdict) -> str:
 
 
 def _precision(verdict: Verdict) -> str:
+    why = f" and not in float64 ({verdict.narrowed_by})" if verdict.narrowed_by else ""
     if verdict.compared_dtype == verdict.dtype:
-        return f"in {verdict.dtype}"
-    return f"compared in {verdict.compared_dtype} for a step that runs in {verdict.dtype}"
+        return f"in {verdict.dtype}{why}"
+    return f"compared in {verdict.compared_dtype}{why} for a step that runs in {verdict.dtype}"
 
 
 def _comparison(verdict: Verdict) -> str:

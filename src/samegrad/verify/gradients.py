@@ -173,6 +173,7 @@ def _verdict(
         batch_rows=batch_rows,
         dtype=precision_in_use(declared).name,
         compared_dtype=compared.precision.name,
+        narrowed_by=compared.narrowed_by,
         max_relative_error=main.error,
         worst_parameter=main.worst,
         parameters_checked=compared.parameters,

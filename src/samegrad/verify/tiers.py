@@ -20,6 +20,7 @@ from samegrad.errors import GradientsDiffer
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
+from samegrad.measure.failures import first_line, line_of
 from samegrad.records import Check
 from samegrad.verify import tolerance
 from samegrad.verify.compare import (
@@ -52,7 +53,8 @@ _REPEATS = "rows computed again are the first pass's bit for bit"
 class Compared:
     """The checks that were made, and the precision in which gradients were compared entry by entry.
 
-    ``draws``: the plain step advances a random generator.
+    ``draws``: the plain step advances a random generator. ``narrowed_by``: what keeps gradients from being compared in
+    float64.
     """
 
     checks: list[Check]
@@ -60,6 +62,7 @@ class Compared:
     parameters: int
     buffers: int
     draws: bool = False
+    narrowed_by: str = ""
 
 
 def compare(planned: Planned, rows: Any) -> Compared:
@@ -77,14 +80,15 @@ def compare(planned: Planned, rows: Any) -> Compared:
             # Where nothing is split, no addition has another order.
             behind = (dataclasses.replace(left, sums={}) if exactly else left).checks(precision)
             if planned.split is None:
-                checks, judged = [_spread(bench, planned, plain, ours)], precision
+                judged = _Judged([_spread(bench, planned, plain, ours)], precision)
             else:
-                checks, judged = _judge(planned, planned.split, bench, (plain, ours))
-            checks += behind
+                judged = _judge(planned, planned.split, bench, (plain, ours))
+            checks = judged.checks + behind
         except GradientsDiffer as difference:
-            checks, judged = [bits_check(SECOND_PASS, [difference.found], _REPEATS)], precision
+            judged = _Judged([bits_check(SECOND_PASS, [difference.found], _REPEATS)], precision)
+            checks = judged.checks
     buffers = sum(1 for module in declared.modules for _ in module.buffers())
-    return Compared(checks, judged, len(plain.by_name), buffers, draws)
+    return Compared(checks, judged.precision, len(plain.by_name), buffers, draws, judged.narrowed_by)
 
 
 def compare_with_cpu(planned: Planned, rows: Any) -> list[Check]:
@@ -122,10 +126,18 @@ def _spread(bench: Bench, planned: Planned, first: Gradients, second: Gradients)
     return dataclasses.replace(check_of(PLAIN_TWICE, error, allowed, worst), detail=detail, tier=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Judged:
+    """The checks of a step's gradients, the precision that its logic was judged in, and why not in float64."""
+
+    checks: list[Check]
+    precision: Precision
+    narrowed_by: str = ""
+
+
 def _judge(
     planned: Planned, split: ChunkedStep, bench: Bench, sides: tuple[Gradients, Gradients]
-) -> tuple[list[Check], Precision]:
-    """The checks of a split step's gradients, and the precision that its logic was judged in."""
+) -> _Judged:
     plain, ours = sides
     precision = precision_in_use(planned.declared)
     checks = [same_parameters(plain, ours), same_finiteness(plain, ours)]
@@ -134,23 +146,24 @@ def _judge(
         checks.append(bits_check(SECOND_PASS, [], _REPEATS))
     twin = _Twin.run(planned, bench, plain)
     allowance = _allowance(1 if tolerance.proves_logic(precision) else 2, precision, planned)
-    if twin is None:
-        return checks + _widened_if_needed(plain, ours, allowance, Unrest), precision
+    if isinstance(twin, str):
+        narrowed_by = "" if precision.dtype is torch.float64 else twin
+        return _Judged(checks + _widened_if_needed(plain, ours, allowance, Unrest), precision, narrowed_by)
     if precision.dtype is torch.float64:
         handed = twin.checks(dataclasses.replace(allowance, place=", as handed over"))
-        return [*checks, *_widened_if_needed(plain, ours, allowance, twin.unrest), *handed], precision
-    judged_in = tolerance.precision_of(torch.float64)
+        return _Judged([*checks, *_widened_if_needed(plain, ours, allowance, twin.unrest), *handed], precision)
+    judged_in, narrowed_by = tolerance.precision_of(torch.float64), ""
     logic = twin.checks(_allowance(1, judged_in, planned))
     if twin.narrowest is not torch.float64 and not all(check.passed for check in logic):
         # Something inside computes in a narrower dtype whatever it is given, so its rounding is to be expected.
-        judged_in = tolerance.precision_of(twin.narrowest)
+        judged_in, narrowed_by = tolerance.precision_of(twin.narrowest), twin.narrowed_by
         logic = twin.checks(_allowance(1 if tolerance.proves_logic(judged_in) else 2, judged_in, planned))
     allowance = dataclasses.replace(
         _allowance(2, precision, planned), largest_unrest=tolerance.LARGEST_DIRECT_UNREST
     )
     direct = _widened_if_needed(plain, ours, allowance, lambda: _own_unrest(planned, bench, plain))
     noise = no_further_from_float64(plain, ours, twin.plain, precision, allowance.lost)
-    return [*checks, *logic, *direct, noise], judged_in
+    return _Judged([*checks, *logic, *direct, noise], judged_in, narrowed_by)
 
 
 def _allowance(tier: int, precision: Precision, planned: Planned) -> Allowance:
@@ -175,25 +188,28 @@ def _widened_if_needed(
 
 @dataclasses.dataclass(frozen=True)
 class _Twin:
-    """Both sides in float64 and the narrowest dtype that was met there."""
+    """Both sides in float64, the narrowest dtype that was met there, and what brought it in."""
 
     plain: Gradients
     ours: Gradients
     narrowest: torch.dtype
+    narrowed_by: str
     declared: DeclaredStep
     bench: Bench
     sites: DrawSites | None
 
     @classmethod
-    def run(cls, planned: Planned, bench: Bench, plain: Gradients) -> _Twin | None:
-        """None where float64 cannot run.
+    def run(cls, planned: Planned, bench: Bench, plain: Gradients) -> _Twin | str:
+        """Why not, in words, where float64 cannot run.
 
         A loss that holds parameters of its own out of reach cannot, nor can code that fixes a dtype or closes over
         the model itself.
         """
         names = set(parameter_names(planned.declared).values())
-        if not plain.by_name.keys() <= names or any(p.is_complex() for p in planned.declared.network.parameters()):
-            return None
+        if held := sorted(plain.by_name.keys() - names):
+            return f"{held[0]} is held where no copy of it can be made"
+        if any(p.is_complex() for p in planned.declared.network.parameters()):
+            return "the model has complex parameters"
         try:
             twin = float64_twin(planned)
             wide = Bench(bench.generators, ModuleState.of(twin.declared), widened(bench.rows))
@@ -206,15 +222,15 @@ class _Twin:
             with _no_autocast(planned.declared):
                 oracle = wide.run(watched)
                 if oracle.by_name.keys() != plain.by_name.keys():
-                    # A forward that closes over the user's model would leave gradients there.
-                    return None
+                    # It would leave gradients there.
+                    return "forward or loss_fn closes over the model itself, and not over the one that it is given"
                 again = wide.run(twin.handed_over)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError) as error:
             # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
-            return None
-        return cls(oracle, again, seen.dtype, twin.declared, wide, planned.sites)
+            return f"a copy of the step in float64 cannot run: {first_line(error)}{line_of(error)}"
+        return cls(oracle, again, seen.dtype, seen.where, twin.declared, wide, planned.sites)
 
     def unrest(self) -> Unrest:
         with _no_autocast(self.declared):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from samegrad import trees
 from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.calls import line_from
 from samegrad.exact.split import SplitStep
 from samegrad.verify.captured import in_float64
 from samegrad.verify.sides import Planned
@@ -70,11 +72,12 @@ def widened(batch: Any) -> Any:
 
 
 class NarrowestSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Keeps the narrowest floating dtype that any operation inside the block returned."""
+    """Keeps the narrowest floating dtype that any operation inside the block returned, and ``where`` that was first."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.dtype = torch.float64
+        self.where = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -82,9 +85,18 @@ class NarrowestSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         result = func(*args, **(kwargs or {}))
         for leaf in trees.leaves_of(result):
             # Scalars on the host, such as constants, are not what is computed with.
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
-                self.dtype = max(self.dtype, leaf.dtype, key=lambda kind: torch.finfo(kind).eps)
+            computed = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0
+            if computed and torch.finfo(leaf.dtype).eps > torch.finfo(self.dtype).eps:
+                self.dtype, self.where = leaf.dtype, _place_of(func, leaf.dtype)
         return result
+
+
+def _place_of(func: Any, dtype: torch.dtype) -> str:
+    """Which operation made a tensor of ``dtype``, where in the user's code, in words."""
+    line = line_from(sys._getframe(2))
+    name = str(func).removeprefix("aten.").partition(".")[0]
+    name = "a cast" if name == "_to_copy" else name
+    return f"{name}{f' ({line})' if line else ''} gives {str(dtype).removeprefix('torch.')} there too"
 
 
 class Nudge:
