@@ -32,7 +32,8 @@ from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
 from samegrad.execute.given import check_levers
-from samegrad.execute.ways import Ways, find_ways, is_mapping
+from samegrad.execute.trial import is_mapping
+from samegrad.execute.ways import Ways, find_ways
 from samegrad.levers import Execution, levers_of
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.measure import counters

@@ -6,12 +6,16 @@ import dataclasses
 from typing import Any
 
 from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.find_head import find_head
+from samegrad.exact.segments import find_segments
 from samegrad.exact.undisturbed import NotToBeTried
-from samegrad.execute.ways import Ways, check_lever, is_mapping
+from samegrad.execute.trial import MappingLever, examine_mapped, few_rows, is_mapping
+from samegrad.execute.ways import Ways
 from samegrad.levers import levers_of
 from samegrad.levers.chunk_loss import ChunkLoss
+from samegrad.levers.segments import Segments
 from samegrad.records import Plan
 from samegrad.trees import RowLayout
 
@@ -22,8 +26,38 @@ def check_levers(
     """Raises CannotSplit where a lever of ``plan`` would not compute the plain step, or would save nothing."""
     for lever in levers_of(plan):
         if is_mapping(lever):
-            check_lever(declared, aliases, batch, layout, lever, ways)
+            if not _was_found(lever, ways):
+                _check_mapping(lever, declared, aliases, batch, layout, ways)
         elif isinstance(lever, ChunkLoss):
-            if isinstance(ways.refusal, NotToBeTried):
-                raise ways.refusal
+            _refuse_untried(ways)
             find_head(dataclasses.replace(declared, head=lever.head), batch, layout)
+
+
+def _check_mapping(
+    lever: MappingLever, declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, ways: Ways
+) -> None:
+    """That ``lever`` passes as the ``ways`` that were found did. Raises CannotSplit."""
+    _refuse_untried(ways)
+    if isinstance(lever, Segments):
+        few, few_layout = few_rows(declared, batch, layout)
+        found = {s.path: s.per_row for s in find_segments(declared, few, few_layout, list(lever.paths))}
+        if found != lever.paths:
+            raise CannotSplit(
+                asked=f"segments {lever.paths}, as the plan has them",
+                found=f"they are called on {found} rows for each of the batch",
+                do="plan again for this model (leave out plan=)",
+            )
+    examine_mapped(declared, aliases, batch, layout, lever, ways.sites)
+
+
+def _refuse_untried(ways: Ways) -> None:
+    if isinstance(ways.refusal, NotToBeTried):
+        raise ways.refusal
+
+
+def _was_found(lever: MappingLever, ways: Ways) -> bool:
+    return any(way.name == lever.name and _but_rows(way) == _but_rows(lever) for way in ways.mapped)
+
+
+def _but_rows(lever: MappingLever) -> dict[str, Any]:
+    return {knob: value for knob, value in lever.knobs().items() if knob != "rows"}
