@@ -82,7 +82,9 @@ def _not_finite(gradient: Tensor | None) -> bool:
 
 
 def same_bits(plain: Gradients, ours: Gradients) -> bool:
-    return largest_error(plain.by_name, ours.by_name, plain.by_name)[0] == 0
+    """Whether gradients, where there are any and the loss are the same bit for bit."""
+    same = plain.by_name.keys() == ours.by_name.keys() and plain.loss == ours.loss
+    return same and largest_error(plain.by_name, ours.by_name, plain.by_name)[0] == 0
 
 
 def bits_check(name: str, different: Sequence[str], detail: str) -> Check:

@@ -20,7 +20,10 @@ from samegrad import trees
 from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.split import SplitStep
+from samegrad.levers import Slot, levers_of
+from samegrad.records import Plan
 from samegrad.verify.captured import in_float64
 from samegrad.verify.sides import Planned
 
@@ -28,16 +31,33 @@ from samegrad.verify.sides import Planned
 def float64_twin(planned: Planned) -> Planned:
     """The same planned step on copies of the model and the loss in float64."""
     declared = float64_declared(planned.declared, planned.declared.device)
-    split = planned.split
-    if split is not None:
-        roots: dict[str, nn.Module] = {"": declared.network}
-        if declared.loss_module is not None:
-            roots["loss_fn"] = declared.loss_module
-        split = dataclasses.replace(split, declared=declared, aliases=ParameterAliases(roots))
-        if declared.device.type == "cuda" and isinstance(split, SplitStep):
-            # Wide rows would leave wide places behind in the step's own prefetcher.
-            split = dataclasses.replace(split, chunks=stream_chunks)
-    return dataclasses.replace(planned, declared=declared, split=split)
+    return dataclasses.replace(
+        planned,
+        declared=declared,
+        split=_on(declared, planned.split),
+        by_rows=_on(declared, planned.by_rows),
+        plan=_without_state(planned.plan),
+    )
+
+
+def _on(declared: DeclaredStep, split: ChunkedStep | None) -> ChunkedStep | None:
+    """``split`` of the copy ``declared``."""
+    if split is None:
+        return None
+    roots: dict[str, nn.Module] = {"": declared.network}
+    if declared.loss_module is not None:
+        roots["loss_fn"] = declared.loss_module
+    copy_of_it = dataclasses.replace(split, declared=declared, aliases=ParameterAliases(roots))
+    if declared.device.type == "cuda" and isinstance(copy_of_it, SplitStep):
+        # Wide rows would leave wide places behind in the step's own prefetcher.
+        return dataclasses.replace(copy_of_it, chunks=stream_chunks)
+    return copy_of_it
+
+
+def _without_state(plan: Plan) -> Plan:
+    """``plan`` without what it does to an optimizer: copies have none."""
+    levers = {lever.name: lever.knobs() for lever in levers_of(plan) if lever.slot is not Slot.STATE}
+    return dataclasses.replace(plan, levers=levers)
 
 
 def float64_declared(declared: DeclaredStep, device: torch.device) -> DeclaredStep:
