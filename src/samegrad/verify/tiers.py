@@ -213,7 +213,7 @@ def _judge_by_tiers(
         _allowance(2, precision, planned), largest_unrest=tolerance.LARGEST_DIRECT_UNREST
     )
     direct = _widened_if_needed(plain, ours, allowance, lambda: own_unrest(planned, bench, plain))
-    noise = no_further_from_float64(plain, ours, twin.plain, precision, allowance.lost)
+    noise = no_further_from_float64(plain, ours, twin.plain, allowance)
     return [*checks, *logic, *direct, noise], judged_in
 
 
