@@ -1,9 +1,9 @@
 """What is at fault where a planned step differs: which of the plan's levers, and which module.
 
-Levers are left out one at a time, innermost first; the first whose absence makes the step pass is named. One that
-leaves the plain call behind is tried last, since without it nothing else is tried either. A module is named by its
-output rows: the first, in call order, that gives a row something else in a chunk than in the whole batch. Where no
-rows differ, the module that owns the worst parameter or buffer is named.
+Levers are left out one at a time; those whose absence makes the step pass are named, several where they are wrong
+together only. One that leaves the plain call behind is tried last, since without it nothing else is tried. A module is
+named by its output rows: the first, in call order, that gives a row something else in a chunk than in the whole batch.
+Where no rows differ, the module that owns the worst parameter or buffer is named.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from samegrad.exact.split import SplitStep, under_draws
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.execute.apply import in_force
-from samegrad.levers import levers_of
+from samegrad.levers import Slot, levers_of
 from samegrad.records import Check
 from samegrad.verify.fewer import without
+from samegrad.verify.kept import Kept
 from samegrad.verify.sides import Planned, step_key
 from samegrad.verify.tiers import SECOND_PASS
 from samegrad.verify.twin import float64_twin, widened
@@ -63,10 +64,18 @@ def _lever_at_fault(planned: Planned, rows: Any, recheck: Recheck) -> str:
         # A lever may need another: then leaving that one out shows nothing.
         with contextlib.suppress(SamegradError):
             left.append((lever.name, without(planned, lever.name)))
-    for name, rest in sorted(left, key=lambda pair: pair[1].split is None):
-        if _passes(rest, rows, recheck):
-            return f"lever {name}: without it the step passes"
+    for last in (False, True):
+        names = [name for name, rest in left if _is_plain_call(rest) is last and _passes(rest, rows, recheck)]
+        if len(names) == 1:
+            return f"lever {names[0]}: without it the step passes"
+        if names:
+            return f"levers {' and '.join(names)} together: without one of them the step passes"
     return "no single lever: it differs whichever is left out"
+
+
+def _is_plain_call(planned: Planned) -> bool:
+    """Whether nothing is left that a gradient could see."""
+    return planned.split is None and all(lever.slot in (Slot.DATA, Slot.STATE) for lever in levers_of(planned.plan))
 
 
 def _passes(planned: Planned, rows: Any, recheck: Recheck) -> bool:
@@ -75,7 +84,8 @@ def _passes(planned: Planned, rows: Any, recheck: Recheck) -> bool:
     except torch.OutOfMemoryError:
         # What runs whole is the plain call, which does not fit.
         return planned.split is None
-    except SamegradError:
+    except (SamegradError, RuntimeError):
+        # A lever that is wrong may fail in other ways without another; the verdict is that it differs, whatever this.
         return False
 
 
@@ -145,7 +155,7 @@ def _different_in_chunks(planned: Planned, rows: Any) -> str:
             drawing.forward(declared.network, trees.move(copies, declared.device))
         first: tuple[int, str] | None = None
         start = 0
-        with in_force(planned.plan, declared, planned.plan_rows) as execution:
+        with Kept.under(planned.plan, declared), in_force(planned.plan, declared, planned.plan_rows) as execution:
             copies = trees.map_tensors(rows, Tensor.clone)
             forward = _chunk_forward(planned, split, execution.declared)
             for size, chunk in zip(planned.parts, split.chunks(copies, planned.layout, planned.parts, declared.device)):

@@ -1,4 +1,4 @@
-"""The planned step with fewer of its levers: what each of them alone is to blame for, or to be held to."""
+"""The planned step with fewer of its levers: what one of them is to blame for, and what some are to be held to."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def without(planned: Planned, name: str) -> Planned:
     return only(planned, [lever for lever in levers_of(planned.plan) if lever.name != name])
 
 
-def of_same_bits(planned: Planned) -> Planned | None:
-    """The levers of ``planned`` that promise the same bits, on all rows at once and rounded as the plan rounds.
+def promising_bits(planned: Planned) -> Planned | None:
+    """The levers of ``planned`` that promise bits, on all rows at once; None where there is none.
 
-    None where no lever promises that of the gradients.
+    Those of the class SAME_BITS promise the bits of the step they are taken in, those that round the bits of the plain
+    step under that rounding. Beside a lever that adds up in another order neither would show.
     """
-    promised = [lever for lever in levers_of(planned.plan) if _keeps_bits(lever)]
-    if not promised:
-        return None
-    rounding = [lever for lever in levers_of(planned.plan) if lever.exactness >= Exactness.ROUNDED]
-    return only(planned, promised + rounding)
+    promising = [lever for lever in levers_of(planned.plan) if _promises_bits(lever)]
+    return only(planned, promising) if promising else None
 
 
-def _keeps_bits(lever: Lever) -> bool:
-    # Where the batch or the optimizer's state waits is nothing that a gradient sees.
-    return lever.exactness is Exactness.SAME_BITS and lever.slot not in (Slot.DATA, Slot.STATE)
+def _promises_bits(lever: Lever) -> bool:
+    if lever.exactness is Exactness.SAME_BITS:
+        # Where the batch or the optimizer's state waits is nothing that a gradient sees.
+        return lever.slot not in (Slot.DATA, Slot.STATE)
+    return lever.exactness >= Exactness.ROUNDED
 
 
 def only(planned: Planned, levers: Sequence[Lever]) -> Planned:

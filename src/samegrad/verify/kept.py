@@ -6,9 +6,10 @@ are the user's, and later comparisons must begin with them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -51,10 +52,16 @@ class Kept:
     copies: dict[str, _Copy]
 
     @classmethod
-    def of(cls, declared: DeclaredStep, plan: Plan) -> Kept:
+    @contextlib.contextmanager
+    def under(cls, plan: Plan, declared: DeclaredStep) -> Iterator[Self]:
+        """A block after which all is as it was, on every way out."""
         stands = any(isinstance(lever, StandingLever) for lever in levers_of(plan))
         found = _tensors(declared) if stands else ()
-        return cls(declared, {name: _Copy.of(tensor) for name, tensor, _, _ in found})
+        kept = cls(declared, {name: _Copy.of(tensor) for name, tensor, _, _ in found})
+        try:
+            yield kept
+        finally:
+            kept.checks()
 
     def checks(self) -> list[Check]:
         """Whether all is as it was; what is not is put back."""

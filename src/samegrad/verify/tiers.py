@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ from samegrad.verify.compare import (
     same_function,
     same_parameters,
 )
-from samegrad.verify.fewer import of_same_bits
+from samegrad.verify.fewer import promising_bits
 from samegrad.verify.kept import Kept
 from samegrad.verify.precision import uses_batch_statistics
 from samegrad.verify.sides import Bench, Planned, parameter_names, plain_gradients
@@ -46,7 +47,7 @@ from samegrad.verify.unrest import own_unrest, unrest_of
 
 PLAIN_TWICE = "plain run twice"
 SECOND_PASS = "second pass"
-KEPT_BITS = "levers of the same bits"
+KEPT_BITS = "levers that promise bits"
 _REPEATS = "rows computed again are the first pass's bit for bit"
 # A GradScaler's first loss scale; what overflows under it is tried with less.
 _LARGEST_LOSS_SCALE = 2.0**16
@@ -72,12 +73,11 @@ class Compared:
 def compare(planned: Planned, rows: Any) -> Compared:
     """All tiers that can run, against the plain step on the same device. Nothing of the user's changes."""
     declared, precision = planned.declared, planned.precision
-    with step_undisturbed(declared) as (generators, state):
+    with step_undisturbed(declared) as (generators, state), Kept.under(planned.plan, declared) as kept:
         bench = Bench(generators, state, rows)
         planned, plain = _with_reference(planned, bench)
         draws = bool(generators.advanced())
         left = LeftBehind.after(declared, state)
-        kept = Kept.of(declared, planned.plan)
         exactly, departure = False, None
         try:
             ours = bench.run(planned.gradients)
@@ -145,7 +145,6 @@ def _judge(
     """The checks of a planned step's gradients, and the precision that its logic was judged in."""
     plain, ours = sides
     present = [same_parameters(plain, ours), same_finiteness(plain, ours)]
-    promised = of_same_bits(planned)
     if planned.split is None and promises_bits(planned.plan):
         checks = [_spread(PLAIN_TWICE, bench, planned, sides), *present]
         if same_bits(plain, ours) or not planned.plan.levers:
@@ -154,7 +153,7 @@ def _judge(
         tiers, judged = _judge_by_tiers(planned, bench, sides, precision)
         return checks + tiers, judged
     checks, judged = _judge_by_tiers(planned, bench, sides, precision)
-    if promised is not None:
+    if (promised := promising_bits(planned)) is not None:
         again = bench.run(promised.bare_gradients)
         checks.append(_spread(KEPT_BITS, bench, promised, (plain, again)))
     return present + checks, judged
@@ -186,7 +185,7 @@ def _apart(plain: Gradients, ours: Gradients) -> tuple[float, str]:
     """The largest difference of an entry or of the loss, relative to its scale, and the parameter it is in."""
     error, worst = largest_error(plain.by_name, ours.by_name, plain.by_name)
     of_loss = abs(plain.loss - ours.loss) / (abs(plain.loss) or 1.0)
-    return (error, worst) if not of_loss > error else (of_loss, "")
+    return (error, worst) if math.isnan(error) or of_loss <= error else (of_loss, "")
 
 
 def _judge_by_tiers(

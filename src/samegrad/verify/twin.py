@@ -22,8 +22,6 @@ from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.split import SplitStep
-from samegrad.levers import Slot, levers_of
-from samegrad.records import Plan
 from samegrad.verify.captured import in_float64
 from samegrad.verify.sides import Planned
 
@@ -36,7 +34,6 @@ def float64_twin(planned: Planned) -> Planned:
         declared=declared,
         split=_on(declared, planned.split),
         by_rows=_on(declared, planned.by_rows),
-        plan=_without_state(planned.plan),
     )
 
 
@@ -54,12 +51,6 @@ def _on(declared: DeclaredStep, split: ChunkedStep | None) -> ChunkedStep | None
     return copy_of_it
 
 
-def _without_state(plan: Plan) -> Plan:
-    """``plan`` without what it does to an optimizer: copies have none."""
-    levers = {lever.name: lever.knobs() for lever in levers_of(plan) if lever.slot is not Slot.STATE}
-    return dataclasses.replace(plan, levers=levers)
-
-
 def float64_declared(declared: DeclaredStep, device: torch.device) -> DeclaredStep:
     """The declared step on copies of the model and the loss in float64 on ``device``."""
     network, loss_module = copy.deepcopy((declared.network, declared.loss_module))
@@ -72,9 +63,14 @@ def float64_declared(declared: DeclaredStep, device: torch.device) -> DeclaredSt
         model=network.to(device, torch.float64),
         loss_fn=loss_fn,
         forward=in_float64(declared.forward, device),
-        optimizer=None,
+        optimizer=_without_state(network) if declared.optimizer is not None else None,
         device=device,
     )
+
+
+def _without_state(network: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer for levers that stand beside one: the user's state is no copy's."""
+    return torch.optim.SGD(network.parameters(), lr=0.0)
 
 
 def copied(declared: DeclaredStep) -> DeclaredStep:
