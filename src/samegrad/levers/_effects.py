@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from samegrad.errors import BadInput
+from samegrad.errors import NotMeasured
 from samegrad.levers._variants import predicted_at
 from samegrad.records import Effect, Footprint, Origin, Phase, PhaseLaw
 
@@ -18,13 +18,13 @@ def effects_of(name: str, footprint: Footprint) -> Iterator[Effect]:
 
 
 def with_effect_of(name: str, knobs: dict[str, Any], footprint: Footprint) -> Footprint:
-    """The footprint with lever ``name`` taken. Raises BadInput when it was not traced with these knobs.
+    """The footprint with lever ``name`` taken. Raises NotMeasured when it was not traced with these knobs.
 
     Laws change as well, so that a lever that splits may be predicted before this one or after it.
     """
     effect = next((effect for effect in effects_of(name, footprint) if effect.knobs == knobs), None)
     if effect is None:
-        raise BadInput(
+        raise NotMeasured(
             asked=f"predict {name} with {knobs}", found="that was not traced for this step", do="measure the step again"
         )
     base = footprint if footprint.origin is Origin.PREDICTED else _whole(footprint)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from samegrad.errors import BadInput
+from samegrad.errors import BadInput, NotMeasured
 from samegrad.records import Footprint, Origin, Phase, PhaseLaw, Plan, Variant
 
 
@@ -67,12 +67,12 @@ def candidates_of(name: str, footprint: Footprint, budget_bytes: int) -> Iterato
 
 
 def variant_of(name: str, knobs: dict[str, Any], footprint: Footprint) -> Variant:
-    """The measured variant of lever ``name`` with these knobs. Raises BadInput when it was not measured."""
+    """The measured variant of lever ``name`` with these knobs. Raises NotMeasured when it was not."""
     mine = {knob: value for knob, value in knobs.items() if knob != "rows"}
     for variant in footprint.variants:
         if variant.lever == name and variant.knobs == mine:
             return variant
-    raise BadInput(
+    raise NotMeasured(
         asked=f"predict {name} with {mine}", found="that was not measured for this step", do="measure the step again"
     )
 
