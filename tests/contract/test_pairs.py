@@ -17,9 +17,8 @@ import samegrad as sg
 from samegrad.levers import find_levers
 from samegrad.records import Exactness, Same, Verdict
 
-from .lever_zoo import MODELS, forced
+from .lever_zoo import MODELS, forced, normalised
 from .plain import cross_entropy, spread
-from .test_levers_with_schemes import normalised
 
 LEVERS = find_levers()
 Knobs = dict[str, dict[str, Any]]
@@ -127,11 +126,12 @@ HEADS = {"mlp": "6", "cnn": "9", "transformer": "3", "lstm": "2"}
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("loss_fn", [cross_entropy, spread], ids=["one pass", "two passes"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", HEADS)
+# torch has no LSTM in float16 on the CPU.
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in HEADS for dtype in ("bfloat16", "float16") if (kind, dtype) != ("lstm", "float16")],
+)
 def test_autocast_with_parts_in_full_precision_or_a_scaler(kind: str, dtype: str, loss_fn: Any, way: str) -> None:
-    if kind == "lstm" and dtype == "float16":
-        pytest.skip("torch has no LSTM in float16 on the CPU")
     autocast = {"dtype": dtype, "full_precision": [HEADS[kind]]}
     levers = {name: KNOBS[kind][name] for name in WAYS[way]} | {"autocast": autocast}
     verdict = verified(kind, loss_fn, 0.3, **levers)

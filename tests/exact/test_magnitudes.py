@@ -12,9 +12,8 @@ import samegrad as sg
 from samegrad.exact import stage_run
 from samegrad.exact.chunk_map import ChunkMap, Magnitudes
 
-from ..contract.lever_zoo import forced
+from ..contract.lever_zoo import forced, normalised
 from ..contract.plain import spread
-from ..contract.test_levers_with_schemes import normalised
 
 Patch = pytest.MonkeyPatch
 

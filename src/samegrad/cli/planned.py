@@ -11,6 +11,7 @@ from samegrad.cli.training import Training
 from samegrad.errors import BudgetTooSmall, NotMeasured, UsageError
 from samegrad.execute.apply import applied, in_force
 from samegrad.levers import levers_of
+from samegrad.levers._variants import predicted_whole
 from samegrad.measure.counters import read_budget
 from samegrad.measure.probe import probe_plain, probe_split
 from samegrad.plan.explain import explain_plan
@@ -122,20 +123,7 @@ def predicted_footprint(footprint: Footprint, plan: Plan) -> Footprint:
     predicted = footprint
     for lever in levers_of(plan):
         predicted = lever.predict(predicted)
-    if predicted.origin is Origin.PREDICTED:
-        return predicted
-    rows = footprint.batch_rows
-    return dataclasses.replace(
-        footprint,
-        origin=Origin.PREDICTED,
-        rows=rows,
-        peak_allocated_bytes=footprint.predicted_peak_bytes(rows=rows),
-        peak_reserved_bytes=None,
-        seconds=footprint.predicted_seconds(rows=rows),
-        by_category={},
-        by_phase={law.phase: law.peak_bytes(rows=rows, batch_rows=rows) for law in footprint.plain_laws},
-        timeline=(),
-    )
+    return predicted if predicted.origin is Origin.PREDICTED else predicted_whole(footprint)
 
 
 def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footprint:
