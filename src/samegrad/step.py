@@ -31,13 +31,13 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
 from samegrad.execute.given import check_allowed, check_batch, check_levers, check_model
 from samegrad.execute.pinned import checked_rows, pinned_plan
-from samegrad.execute.trial import is_mapping
 from samegrad.execute.ways import Ways, find_ways
-from samegrad.levers import Execution, levers_of
+from samegrad.levers import Execution
 from samegrad.measure import counters
-from samegrad.plan.explain import explain_plan
+from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, Plan, Verdict
+from samegrad.report.verdicts import judge
 from samegrad.settle import Measurement, aliases_for, check_one_of, measure, settle
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
@@ -148,23 +148,21 @@ class Step:
         return self.plan
 
     def explain(self) -> str:
-        """Why the step runs as it does, in words. Before the first batch there is nothing to explain."""
+        """Why the step runs as it does, how exact that is and was found to be, in words.
+
+        Before the first batch there is nothing to explain.
+        """
         if self.plan is None:
             return "No plan yet: it is made at the first backward, or by prepare(batch)."
-        if self.footprint is None:
-            sizes = ", ".join(f"{name} {knobs}" for name, knobs in self.plan.levers.items()) or "no levers"
-            facts = [
-                f"not split through the whole model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
-                else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
-                for ways in self._ways.values()
-            ]  # fmt: skip
-            costs = [
-                f"{lever.name}: {lever.forwards:g} forwards a row in its parts"
-                for lever in levers_of(self.plan)
-                if is_mapping(lever)
-            ]
-            return "\n".join([f"The plan was given, not chosen: {sizes}.", *costs, *facts])
-        return explain_plan(self.plan, self.footprint)
+        found = [] if self.verdict is None else [judge(self.verdict).text]
+        if self.footprint is not None:
+            return "\n".join([explain_plan(self.plan, self.footprint), *found])
+        facts = [
+            f"not split through the whole model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
+            else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
+            for ways in self._ways.values()
+        ]  # fmt: skip
+        return explain_given(self.plan, [*facts, *found])
 
     def put_back(self) -> None:
         """Puts back what levers put in place between steps, until the next backward brings it again."""
