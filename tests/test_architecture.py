@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "samegrad"
 # A part may import parts on lower floors, never its own floor's neighbours and never a higher one.
 FLOORS = [
     {"errors"},
-    {"units", "json_record"},
+    {"units", "json_record", "kinds"},
     {"unit_tables"},
     {"records", "trees"},
     {"declared"},
@@ -28,7 +28,7 @@ FLOORS = [
 ]
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 BANNED_STEMS = {"utils", "util", "helpers", "common", "core", "manager", "misc", "base"}
-NO_TORCH = {"errors", "units", "json_record", "unit_tables", "records", "report", "__init__"}
+NO_TORCH = {"errors", "units", "json_record", "kinds", "unit_tables", "records", "report", "__init__"}
 
 
 def sources() -> list[Path]:

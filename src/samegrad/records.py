@@ -10,83 +10,17 @@ None, never filled with something similar. A number that was not measured belong
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 from typing import Any
 
 from samegrad.json_record import Record
+from samegrad.kinds import Category, Counting, Exactness, KnobOrigin, Origin, Phase, Same
 from samegrad.unit_tables import TracedWay
 
-
-class Exactness(enum.IntEnum):
-    """How a lever's or a plan's step relates to the plain step under the same draws; larger is weaker."""
-
-    SAME_BITS = 0
-    SAME_SUM = 1
-    ROUNDED = 2
-    SAME_DISTRIBUTION = 3
-    DIFFERENT_FUNCTION = 4
-
-    def explained(self) -> str:
-        return {
-            Exactness.SAME_BITS: "bit for bit the plain step",
-            Exactness.SAME_SUM: "the same sum in another order: equal up to rounding",
-            Exactness.ROUNDED: "a narrower dtype than declared",
-            Exactness.SAME_DISTRIBUTION: "another random draw",
-            Exactness.DIFFERENT_FUNCTION: "another function",
-        }[self]
-
-
-class Origin(enum.Enum):
-    """Where a number comes from."""
-
-    PREDICTED = "predicted"
-    MEASURED = "measured"
-
-
-class Counting(enum.Enum):
-    """What a byte count counts. Counted tensor bytes are never printed as GPU memory."""
-
-    TENSOR_BYTES = "counted tensor bytes"
-    CUDA_ALLOCATOR = "CUDA allocator"
-
-
-class Category(enum.Enum):
-    """What a live tensor is for."""
-
-    PARAMETERS = "parameters"
-    GRADIENTS = "gradients"
-    OPTIMIZER_STATE = "optimizer_state"
-    BUFFERS = "buffers"
-    INPUTS = "inputs"
-    ACTIVATIONS = "activations"
-    TEMPORARY = "temporary"
-
-
-class Phase(enum.Enum):
-    """Where in the step a moment lies."""
-
-    FORWARD = "forward"
-    LOSS = "loss"
-    BACKWARD = "backward"
-    HANDOFF = "handoff"
-    OPTIMIZER = "optimizer"
-
-
-class KnobOrigin(enum.Enum):
-    """Who set a knob of the plan."""
-
-    PINNED = "pinned"
-    DEFAULT = "default"
-    CHOSEN = "chosen"
-
-
-class Same(enum.Enum):
-    """The answer of a verification."""
-
-    SAME = "same"
-    DIFFERS = "differs"
-    UNPROVEN = "unproven"
+__all__ = [
+    "Budget", "Category", "Check", "Counting", "Departure", "Effect", "Exactness", "Footprint", "HeadLaws",
+    "KnobOrigin", "Origin", "Phase", "PhaseLaw", "Plan", "Same", "StepResult", "TimelinePoint", "Variant", "Verdict",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,6 +252,19 @@ class Check(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Departure(Record):
+    """How far a planned step is from the declared one where it rounds otherwise: what that costs, not an error.
+
+    ``gradient_norm_fraction``: the norm of the difference of all gradients, as a fraction of the declared step's.
+    ``loss_fraction``: the same of the loss. ``levers`` are those that round.
+    """
+
+    levers: tuple[str, ...]
+    gradient_norm_fraction: float
+    loss_fraction: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict(Record):
     """Whether the planned step's gradients, loss and buffers are those of the plain step.
 
@@ -326,6 +273,10 @@ class Verdict(Record):
     ``max_relative_error`` was found. UNPROVEN means that only a low precision could be compared, which proves nothing
     by itself; ``narrowed_by`` is what keeps the step from being compared in float64, where something does. ``fault``:
     where the step differs, which lever and which module, as far as that could be found.
+
+    ``asked`` is how exact the plan is, its weakest lever's; ``found`` how exact it proved on the rows compared, None
+    where it is not proven. ``departure``, where the plan rounds otherwise than declared: the answer is then about
+    ``reference``, which rounds so too, and this is how far the declared step is.
     """
 
     answer: Same
@@ -342,6 +293,9 @@ class Verdict(Record):
     seconds: float | None = None
     fault: str = ""
     narrowed_by: str = ""
+    asked: Exactness | None = None
+    found: Exactness | None = None
+    departure: Departure | None = None
 
     @property
     def same(self) -> bool:

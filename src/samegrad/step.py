@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 
 from samegrad.data.prefetch import Prefetcher
 from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
-from samegrad.errors import CannotSplit, UsageError
-from samegrad.exact.batchnorm import shared_over_ranks
+from samegrad.errors import UsageError
 from samegrad.exact.examine import find_draws
 from samegrad.exact.find_head import named_head
 from samegrad.exact.loop import agreed_cut
@@ -31,15 +29,16 @@ from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
-from samegrad.execute.given import check_levers
+from samegrad.execute.given import check_allowed, check_batch, check_levers, check_model
+from samegrad.execute.pinned import checked_rows, pinned_plan
 from samegrad.execute.row_counts import RowCounts
-from samegrad.execute.ways import Ways, find_ways, is_mapping
-from samegrad.levers import Execution, levers_of
-from samegrad.levers.chunk_loss import ChunkLoss
+from samegrad.execute.ways import Ways, find_ways
+from samegrad.levers import Execution
 from samegrad.measure import counters
-from samegrad.plan.explain import explain_plan
+from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan, Verdict
+from samegrad.records import Budget, Exactness, Footprint, Plan, Verdict
+from samegrad.report.verdicts import judge
 from samegrad.settle import Measurement, aliases_for, check_one_of, measure_for, settle
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
@@ -99,7 +98,7 @@ class Step:
         self.expected_steps = expected_steps
         self.allow = allow
         self._asked_budget, self._host_budget = budget, host_budget
-        self._rows = _checked_rows(rows)
+        self._rows = checked_rows(rows)
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
@@ -151,29 +150,32 @@ class Step:
         return self.plan
 
     def explain(self) -> str:
-        """Why the step runs as it does, in words. Before the first batch there is nothing to explain."""
+        """Why the step runs as it does, how exact that is and was found to be, in words.
+
+        Before the first batch there is nothing to explain.
+        """
         if self.plan is None:
             return "No plan yet: it is made at the first backward, or by prepare(batch)."
-        if self.footprint is None:
-            sizes = ", ".join(f"{name} {knobs}" for name, knobs in self.plan.levers.items()) or "no levers"
-            facts = [
-                f"not split through the whole model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
-                else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
-                for ways in self._ways.values()
-            ]  # fmt: skip
-            mapping = filter(is_mapping, levers_of(self.plan))
-            costs = [f"{lever.name}: {lever.forwards:g} forwards a row in its parts" for lever in mapping]
-            facts = [f"The plan was given, not chosen: {sizes}.", *costs, *facts]
-        else:
-            facts = [explain_plan(self.plan, self.footprint)]
-        return "\n".join([*facts, *self._row_counts.notes])
+        found = [*self._row_counts.notes, *([] if self.verdict is None else [judge(self.verdict).text])]
+        if self.footprint is not None:
+            return "\n".join([explain_plan(self.plan, self.footprint), *found])
+        facts = [
+            f"not split through the whole model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
+            else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
+            for ways in self._ways.values()
+        ]  # fmt: skip
+        return explain_given(self.plan, [*facts, *found])
+
+    def put_back(self) -> None:
+        """Puts back what levers put in place between steps, until the next backward brings it again."""
+        self._standing.close()
 
     def close(self) -> None:
         """Gives back what the step holds beyond the model: pinned buffers, the reader thread, the allocator's cap.
 
         What levers put in place between steps (strides of weights, optimizer state on the host) is put back.
         """
-        self._standing.close()
+        self.put_back()
         self._prefetcher.close()
         if self._capped:
             counters.uncap_allocator(self.declared.device)
@@ -272,9 +274,17 @@ class Step:
     def _execution(self, batch: Any, layout: RowLayout) -> Execution:
         """How the plan runs this batch. Plans first where that is still to be done."""
         if self._rows is not None:
-            self.plan = self._pinned_plan(batch, layout)
+            # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
+            self.plan = pinned_plan(
+                self._rows, self.declared, layout,
+                lambda: None if self._aliases.sharded else self._ways_for(batch, layout),
+            )  # fmt: skip
         elif self._given is not None:
-            self._check_given(self._given, layout.signature(batch), layout)
+            check_batch(self._given, layout.signature(batch), layout)
+            # Once for each Step: freezing more later only lowers what the plan needs.
+            if not self._model_accepted:
+                check_model(self._given, self.declared)
+                self._model_accepted = True
         else:
             # A layer that is frozen or switched to eval mode makes another step of it.
             key = (layout.signature(batch), self.declared.mode())
@@ -284,7 +294,7 @@ class Step:
                 known = self._plans[key] = self._planned(batch, layout)
             self.plan, self.footprint = known
         assert self.plan is not None
-        self._check_allowed(self.plan)
+        check_allowed(self.plan, self.allow)
         with applied(self.plan, self.declared, layout.rows) as execution:
             return execution
 
@@ -309,85 +319,9 @@ class Step:
         self._ways[signature, self.declared.mode()] = measurement.ways
         return dataclasses.replace(plan, signature=f"{signature} | {self.declared.model_signature()}"), footprint
 
-    def _pinned_plan(self, batch: Any, layout: RowLayout) -> Plan:
-        assert self._rows is not None
-        rows = self._rows if isinstance(self._rows, int) else list(self._rows)
-        head = {lever.name: lever.knobs() for lever in ChunkLoss.asked_for(self.declared)}
-        waits = bool(shared_over_ranks(self.declared.network))
-        if isinstance(rows, int) and rows >= layout.rows and not waits:
-            exactness = ChunkLoss.exactness if head else Exactness.SAME_BITS
-            return Plan(levers=head, exactness=exactness, batch_rows=layout.rows)
-        levers: dict[str, dict[str, Any]] = {"host_rows": {}, "split_rows": {"rows": rows}}
-        # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
-        ways = None if self._aliases.sharded else self._ways_for(batch, layout)
-        if ways is not None and ways.by_rows is None:
-            if not ways.mapped:
-                assert ways.refusal is not None
-                raise ways.refusal
-            first = next((lever for lever in ways.mapped if "rows" in lever.knobs()), None)
-            if first is None:
-                raise ways.refusal or AssertionError("ways that are mapped say why rows cannot be split")
-            levers = {first.name: first.knobs() | {"rows": rows}}
-        return Plan(
-            levers=levers | head,
-            exactness=Exactness.SAME_SUM,
-            batch_rows=layout.rows,
-            knob_origins={f"{list(levers)[-1]}.rows": KnobOrigin.PINNED},
-        )
-
-    def _check_allowed(self, plan: Plan) -> None:
-        weakest = max((lever.exactness for lever in levers_of(plan)), default=Exactness.SAME_BITS)
-        if max(weakest, plan.exactness) > self.allow:
-            raise UsageError(
-                asked=f"a plan that is {plan.exactness.name}",
-                found=f"the step allows {self.allow.name} at most",
-                do=f"pass allow=Exactness.{plan.exactness.name} if that is meant",
-            )
-
-    def _check_given(self, plan: Plan, signature: str, layout: RowLayout) -> None:
-        if layout.rows > plan.batch_rows:
-            raise CannotSplit(
-                asked=f"apply a plan made for {plan.batch_rows} rows",
-                found=f"this batch has {layout.rows} rows",
-                do="plan again with the largest batch: step.prepare(worst_batch)",
-            )
-        planned_batch, _, planned_model = plan.signature.partition(" | ")
-        if planned_batch and planned_batch != signature:
-            raise CannotSplit(
-                asked="apply a plan made for another batch",
-                found=f"planned for {planned_batch}; this batch is {signature}",
-                do="plan again for this batch (leave out plan=)",
-            )
-        # Once for each Step: freezing more later only lowers what the plan needs.
-        if self._model_accepted:
-            return
-        model = self.declared.model_signature() if planned_model else ""
-        if planned_model != model:
-            raise CannotSplit(
-                asked="apply a plan made for another model",
-                found=f"planned for {planned_model}, this is {model}: parameters' names, shapes, dtypes, or which of "
-                "them train, are others",
-                do="plan again for this model (leave out plan=)",
-            )
-        self._model_accepted = True
-
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError(asked="a step", found="it was closed", do="make a new Step")
-
-
-def _checked_rows(rows: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
-    if rows is None:
-        return None
-    listed = tuple(rows) if isinstance(rows, Iterable) else (rows,)
-    if not listed or any(not isinstance(n, Integral) or isinstance(n, bool) or n < 1 for n in listed):
-        raise UsageError(
-            asked=f"rows={rows!r}",
-            found="rows at a time must be positive whole numbers",
-            do="rows=32, or a list that adds up to the batch such as rows=[32, 32, 5]",
-        )
-    whole = tuple(int(n) for n in listed)
-    return whole if isinstance(rows, Iterable) else whole[0]
 
 
 def _refuse_not_there(**options: Any) -> None:

@@ -62,6 +62,9 @@ STEPS = '''
     def pinned():
         return declared(rows=[32, 32]), Batches(3)
 
+    def rounded():
+        return declared(allow=sg.Exactness.ROUNDED), Batches(3)
+
     def slow():
         return declared(), Batches(40, seconds=0.02)
 

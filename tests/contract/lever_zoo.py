@@ -81,6 +81,18 @@ def lstm(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> tuple[nn.M
     return _with_batch(network, (4, 5), dtype)
 
 
+def normalised(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> tuple[nn.Module, Batch]:
+    """Two blocks with BatchNorm, which couples the rows: nothing is split through the whole model here."""
+    torch.manual_seed(0)
+
+    def block(narrow: int, wide: int) -> nn.Module:
+        layers = nn.Conv2d(narrow, wide, 3, padding=1), nn.BatchNorm2d(wide), nn.Sigmoid(), nn.Dropout(dropout)
+        return nn.Sequential(*layers)
+
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    return _with_batch(nn.Sequential(block(3, 8), block(8, 6), head), (3, 9, 7), dtype)
+
+
 MODELS: dict[str, Make] = {"mlp": mlp, "cnn": cnn, "transformer": transformer, "lstm": lstm}
 
 # Knobs under which a lever does something on models of a few numbers.
@@ -101,3 +113,19 @@ def plan_with(**levers: dict[str, Any]) -> Plan:
 def forced(model: nn.Module, loss_fn: Any, *, optimizer: Any = None, **levers: dict[str, Any]) -> sg.Step:
     """A step under ``plan_with(**levers)``."""
     return sg.Step(model, loss_fn, plan=plan_with(**levers), optimizer=optimizer, allow=Exactness.ROUNDED)
+
+
+# Planted
+
+
+def stale(copy_of: Callable[..., Any], taken: list[int]) -> Callable[..., Any]:
+    """The first copy of a size stands for all others of it; ``taken`` grows where that is another tensor."""
+    first: dict[int, Any] = {}
+
+    def wrong(self: Any, tensor: Tensor) -> Any:
+        copy = copy_of(self, tensor)
+        old = first.setdefault(copy._bytes.numel(), copy)
+        taken.extend([1] * (not torch.equal(old._bytes, copy._bytes)))
+        return old
+
+    return wrong

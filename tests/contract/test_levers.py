@@ -16,7 +16,7 @@ from samegrad import step as step_module
 from samegrad.levers import _parts, _saved_tensors, layout
 from samegrad.levers.optimizer_state import _TravellingState
 
-from .lever_zoo import KNOBS, MODELS, cnn, forced, mlp, plan_with
+from .lever_zoo import KNOBS, MODELS, cnn, forced, mlp, plan_with, stale
 from .plain import Gradients, assert_bitwise, cross_entropy, gradients, left_alone, plain_step, spread
 
 Patch = pytest.MonkeyPatch
@@ -150,25 +150,13 @@ def test_a_step_that_is_planned_anew_is_measured_as_the_user_made_it(monkeypatch
 # Planted levers that are wrong
 
 
-def stale(copy_of: Callable[..., Any]) -> Callable[..., Any]:
-    first: list[Any] = []
-
-    def wrong(self: Any, tensor: Tensor) -> Any:
-        copy = copy_of(self, tensor)
-        same = [c for c in first if c.brought_back().nbytes() == copy.brought_back().nbytes()]
-        first.append(copy)
-        return same[0] if same else copy
-
-    return wrong
-
-
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_planted_offload_of_a_stale_tensor_is_caught(kind: str, split: str, monkeypatch: Patch) -> None:
     model, batch = MODELS[kind]()
     _, expected = plain_step(model, cross_entropy, batch)
     saved = _saved_tensors.SavedTensors
-    monkeypatch.setattr(saved, "_copy_of", stale(saved._copy_of))
+    monkeypatch.setattr(saved, "_copy_of", stale(saved._copy_of, []))
     _, ours = run(model, batch, cross_entropy, **taken("offload_saved", split))
     with pytest.raises(AssertionError):
         assert_equal_but_for_rounding(ours, expected)

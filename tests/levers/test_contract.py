@@ -15,7 +15,7 @@ import samegrad.levers as folder
 from samegrad.declared import DeclaredStep, declare
 from samegrad.errors import BadInput
 from samegrad.execute.apply import applied
-from samegrad.levers import Execution, Lever, Slot, find_levers, levers_of
+from samegrad.levers import Execution, Lever, Slot, find_levers, levers_of, weakest_exactness
 from samegrad.records import Effect, Exactness, HeadLaws, Phase, Plan, Variant
 
 from ..contract.lever_zoo import cnn
@@ -160,6 +160,14 @@ def test_one_lever_a_slot_and_slot_order_is_nesting_order() -> None:
         levers={"split_rows": {"rows": 3}, "host_rows": {}}, exactness=Exactness.SAME_SUM, batch_rows=7
     )  # fmt: skip
     assert [lever.name for lever in levers_of(plan)] == ["host_rows", "split_rows"]
+
+
+@EVERY
+@pytest.mark.parametrize("said", Exactness)
+def test_a_plan_is_as_exact_as_its_weakest_lever_or_as_it_says_itself(lever: Any, said: Exactness) -> None:
+    [example, *_] = examples(lever)
+    levers = {"host_rows": {}, lever.name: example.knobs()}
+    assert weakest_exactness(Plan(levers=levers, exactness=said, batch_rows=3)) == max(said, lever.exactness)
 
 
 PAIRS = list(itertools.combinations(LEVERS, 2))

@@ -9,8 +9,9 @@ import re
 import pytest
 
 from samegrad.report import Story, render_markdown
-from samegrad.report.facts import find_peaks, judge, judge_fit
+from samegrad.report.facts import find_peaks, judge_fit
 from samegrad.report.markdown import escape_markdown
+from samegrad.report.verdicts import judge
 from samegrad.units import format_bytes
 
 

@@ -40,6 +40,12 @@ class Planted:
     def sizes_for(self, batch: Any) -> tuple[int, ...]:
         return self.step.sizes_for(batch)
 
+    def draws_for(self, batch: Any, layout: Any) -> Any:
+        return self.step.draws_for(batch, layout)
+
+    def put_back(self) -> None:
+        self.step.put_back()
+
     def split_for(self, batch: Any, layout: Any) -> SplitStep:
         right = self.step.split_for(batch, layout)
         return self.fault(**{f.name: getattr(right, f.name) for f in dataclasses.fields(SplitStep)})

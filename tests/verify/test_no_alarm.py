@@ -11,6 +11,7 @@ from torch import nn
 
 import samegrad as sg
 
+from ..contract.lever_zoo import Mean, forced
 from ..contract.plain import cross_entropy, spread
 from ..exact import zoo
 from ..exact.module_zoo import BY_PARTS, BY_ROWS
@@ -67,3 +68,45 @@ def test_units_that_switch_at_zero(make: Callable[[], nn.Module], loss_fn: Any, 
     for rows in (30, 400):
         verdict = sg.verify_step(sg.Step(make().to(dtype), loss_fn, rows=rows), batch)
         assert verdict.same, [check for check in verdict.checks if not check.passed]
+
+
+def normalised(norm: Callable[[int], nn.Module]) -> nn.Module:
+    """Kernels of normalisations with channels last take sums over all places one after another."""
+    stages = [layer for i in range(3) for layer in (nn.Conv2d(8 if i else 3, 8, 3, padding=1), norm(8), nn.ReLU())]
+    return nn.Sequential(*stages, Mean(2, 3), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("loss_fn", [cross_entropy, spread], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("rows", [None, 5], ids=["whole", "split"])
+@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
+def test_kernels_that_add_up_in_another_order(
+    norm: str, rows: int | None, loss_fn: Any, dtype: torch.dtype, offset: float
+) -> None:
+    made = {
+        "batch": nn.BatchNorm2d,
+        "group": lambda width: nn.GroupNorm(2, width),
+        "instance": lambda width: nn.InstanceNorm2d(width, affine=True),
+    }[norm]
+    split: dict[str, Any] = {"exact_batchnorm" if norm == "batch" else "split_rows": {"rows": rows}} if rows else {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = normalised(made).to(dtype)
+        batch = (offset + torch.randn(13, 3, 11, 9)).to(dtype), torch.randint(0, 3, (13,))
+        verdict = sg.verify_step(forced(model, loss_fn, layout={}, **split), batch)
+        assert verdict.same, [check for check in verdict.checks if not check.passed]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_what_other_kernels_may_round_hides_no_fault(norm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = normalised(norm)
+    batch = torch.randn(13, 3, 11, 9), torch.randint(0, 3, (13,))
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(
+        nn.Conv2d, "forward",
+        lambda self, x: forward(self, x) * (1 if self.weight.is_contiguous() else 1 + 1e-5),
+    )  # fmt: skip
+    verdict = sg.verify_step(forced(model, spread, layout={}), batch)
+    assert not verdict.same and verdict.fault.startswith("lever layout")

@@ -8,7 +8,7 @@ from typing import Any
 import samegrad as sg
 from samegrad import trees
 from samegrad.cli.training import Training
-from samegrad.errors import BudgetTooSmall, UsageError
+from samegrad.errors import BudgetTooSmall, NotMeasured, UsageError
 from samegrad.execute.apply import applied, in_force
 from samegrad.measure.counters import read_budget
 from samegrad.measure.probe import probe_plain, probe_split
@@ -23,7 +23,10 @@ _MOST_CHUNKS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Planned:
-    """The plan that will run, complete with budget and predicted peak; what it came from; and in words."""
+    """The plan that will run, complete with budget and predicted peak; what it came from; and in words.
+
+    ``predicted`` is of measured origin where nothing predicts a lever of the plan.
+    """
 
     plan: Plan
     footprint: Footprint
@@ -41,16 +44,31 @@ def plan_step(training: Training, given: Plan | None = None) -> Planned:
     step, batch = training.step, training.batch
     plan = step.prepare(batch)
     footprint = step.footprint or sg.measure_step(step, batch)
-    predicted = predict_plan(footprint, plan.levers)
+    predicted, note = _predicted_or_measured(step, batch, footprint, plan)
+    known = predicted.origin is Origin.PREDICTED
     plan = dataclasses.replace(
         plan,
         budget=plan.budget or step.budget or read_budget(None, step.declared.device),
-        predicted_peak_bytes=predicted.peak_allocated_bytes,
+        predicted_peak_bytes=predicted.peak_allocated_bytes if known else plan.predicted_peak_bytes,
         # A settled plan's time was measured at its own rows; the footprint's is drawn out from a few rows.
-        predicted_seconds=predicted.seconds if plan.predicted_seconds is None else plan.predicted_seconds,
+        predicted_seconds=predicted.seconds if known and plan.predicted_seconds is None else plan.predicted_seconds,
     )
-    _check_fits(training, plan)
-    return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explain_plan(plan, footprint))
+    _check_fits(training, plan, predicted)
+    explanation = "\n".join(filter(None, (explain_plan(plan, footprint), note)))
+    return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explanation)
+
+
+def _predicted_or_measured(step: sg.Step, batch: Any, footprint: Footprint, plan: Plan) -> tuple[Footprint, str]:
+    """What the plan needs, predicted; measured where a lever of it was never measured by itself, and words for that."""
+    try:
+        return predicted_footprint(footprint, plan), ""
+    except NotMeasured as unknown:
+        measured = measured_footprint(step, batch, footprint)
+        peak = format_bytes(measured.peak_allocated_bytes)
+        return measured, (
+            f"Not predicted ({unknown.asked}: {unknown.found}), so measured: {measured.basis} peaks at {peak}, "
+            "optimizer state that does not exist yet left out."
+        )
 
 
 def _declare_again(training: Training, given: Plan | None) -> None:
@@ -75,19 +93,20 @@ def _declare_again(training: Training, given: Plan | None) -> None:
         normalise=declared.normalise,
         batch_axes=declared.batch_axes,
         segments=declared.segments,
+        head=declared.head,
         device=declared.device,
         allow=step.allow,
     )
 
 
-def _check_fits(training: Training, plan: Plan) -> None:
+def _check_fits(training: Training, plan: Plan, footprint: Footprint) -> None:
     """A pinned or given plan is not believed to fit because somebody asked for it."""
-    if plan.budget is None or plan.predicted_peak_bytes is None or plan.predicted_peak_bytes <= plan.budget.total_bytes:
+    if plan.budget is None or footprint.peak_allocated_bytes <= plan.budget.total_bytes:
         return
     raise BudgetTooSmall(
         asked=f"run {training.title} within {format_bytes(plan.budget.total_bytes)} ({plan.budget.source})",
-        found=f"as pinned, {_rows_at_a_time(plan)} rows at a time, it is predicted to "
-        f"need {format_bytes(plan.predicted_peak_bytes)}",
+        found=f"as pinned, {_rows_at_a_time(plan)} rows at a time, it is {footprint.origin.value} to "
+        f"need {format_bytes(footprint.peak_allocated_bytes)}",
         do="take fewer rows at a time, drop the pin and let the plan choose, or raise the budget",
     )
 
@@ -96,6 +115,11 @@ def _rows_at_a_time(plan: Plan) -> Any:
     # The rows of chunk_loss are positions, not rows of the batch.
     split = {name: knobs for name, knobs in plan.levers.items() if name != "chunk_loss"}
     return next((knobs["rows"] for knobs in split.values() if "rows" in knobs), "all")
+
+
+def predicted_footprint(footprint: Footprint, plan: Plan) -> Footprint:
+    """What is predicted of ``plan``. Raises NotMeasured for a lever that nothing predicts."""
+    return predict_plan(footprint, plan.levers)
 
 
 def measured_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footprint:

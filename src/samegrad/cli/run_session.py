@@ -29,8 +29,8 @@ from samegrad.errors import GradientsDiffer, NonFinite
 from samegrad.measure import counters
 from samegrad.records import Budget, Plan, Same, Verdict
 from samegrad.report import render_markdown, render_report
-from samegrad.report.facts import judge
 from samegrad.report.terminal import memory_line
+from samegrad.report.verdicts import judge
 from samegrad.store import RunFolder, load_checkpoint, save_checkpoint
 
 

@@ -51,6 +51,7 @@ def main(argv: Sequence[str], console: Console) -> int:
     console.result(verdict_text(verdict))
     if verdict.answer is Same.UNPROVEN:
         console.result("unproven is not the same: exit code 1")
-    console.document({"same": verdict.same, "verdict": verdict.to_dict(), "plan": planned.plan.to_dict()})
+    document = {"same": verdict.same, "same_as": verdict.reference, "verdict": verdict.to_dict()}
+    console.document(document | {"plan": planned.plan.to_dict()})
     write_records(options.output, {"verdict.json": verdict})
     return 0 if verdict.same else 1

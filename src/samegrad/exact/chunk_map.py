@@ -126,18 +126,19 @@ class ChunkMap:
         inputs: Sequence[Tensor],
         cotangents: Sequence[Tensor | None],
         wanted: Sequence[int],
-        input_ids: Sequence[int],
+        input_ids: Sequence[int | None],
     ) -> list[Tensor | None]:
         """The gradients of ``inputs[i]`` for i in ``wanted``, None where there is none.
 
         ``cotangents``: one an output, None where it has none. ``input_ids``: of the inputs as their owner knows them,
-        for magnitudes. Differentiable itself where gradients are enabled.
+        for magnitudes; None for those whose are not asked for. Differentiable itself where gradients are enabled.
         """
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         if not wanted or not given:
             return [None] * len(wanted)
         axes = self._output_axes(len(cotangents))
-        sized = [] if self.magnitudes is None else [i for i in wanted if self.in_axes[i] is None]
+        sized = [i for i in wanted if self.in_axes[i] is None and input_ids[i] is not None]
+        sized = [] if self.magnitudes is None else sized
         product = ChunkMap(
             function=_vector_jacobian(self, len(inputs), wanted, given, sized),
             in_axes=(*self.in_axes, *(axes[i] for i in given)),
@@ -151,7 +152,7 @@ class ChunkMap:
         )
         found = product(*inputs, *(cast(Tensor, cotangents[i]) for i in given))
         for index, size in zip(sized, found[len(wanted) :]):
-            cast(Magnitudes, self.magnitudes).add(input_ids[index], size)
+            cast(Magnitudes, self.magnitudes).add(cast(int, input_ids[index]), size)
         return list(found[: len(wanted)])
 
     def _output_axes(self, count: int) -> tuple[int | None, ...]:

@@ -133,7 +133,8 @@ class StageRun:
                 rows += given
                 mapped = self._mapped(self._centred, summed=2)
         parameters = self.call.aliases.parameters
-        ids = [id(parameters[s.key] if isinstance(s.key, int) and s.kind == "parameter" else s) for s in slots]
+        # Nobody asks for those of statistics, and a number of theirs would be another's as soon as they are gone.
+        ids = [id(parameters[s.key]) if isinstance(s.key, int) and s.kind == "parameter" else None for s in slots]
         found = mapped.pulled_back([values[s] for s in slots], rows, [slots.index(s) for s in wanted], ids)
         return dict(zip(wanted, found))
 

@@ -1,4 +1,7 @@
-"""A plan that was given, not measured: what its levers change is tried on a few rows before it is believed."""
+"""A plan that was given, not measured: was it made for this step, is it allowed, and does it compute the same?
+
+What its levers change is tried on a few rows before it is believed.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,59 @@ import dataclasses
 from typing import Any
 
 from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.find_head import find_head
+from samegrad.exact.segments import find_segments
 from samegrad.exact.undisturbed import NotToBeTried
-from samegrad.execute.ways import Ways, check_lever, is_mapping
-from samegrad.levers import levers_of
+from samegrad.execute.trial import MappingLever, examine_mapped, few_rows, is_mapping
+from samegrad.execute.ways import Ways
+from samegrad.levers import levers_of, weakest_exactness
 from samegrad.levers.chunk_loss import ChunkLoss
-from samegrad.records import Plan
+from samegrad.levers.segments import Segments
+from samegrad.records import Exactness, Plan
 from samegrad.trees import RowLayout
+
+
+def check_allowed(plan: Plan, allow: Exactness) -> None:
+    """Raises UsageError for a plan that is less exact than ``allow``."""
+    weakest = weakest_exactness(plan)
+    if weakest > allow:
+        raise UsageError(
+            asked=f"a plan that is {weakest.name}: {weakest.explained()}",
+            found=f"the step allows {allow.name} at most",
+            do=f"pass allow=Exactness.{weakest.name} if that is meant",
+        )
+
+
+def check_batch(plan: Plan, signature: str, layout: RowLayout) -> None:
+    """Raises CannotSplit for a batch, of this ``signature``, that ``plan`` was not made for."""
+    if layout.rows > plan.batch_rows:
+        raise CannotSplit(
+            asked=f"apply a plan made for {plan.batch_rows} rows",
+            found=f"this batch has {layout.rows} rows",
+            do="plan again with the largest batch: step.prepare(worst_batch)",
+        )
+    planned = plan.signature.partition(" | ")[0]
+    if planned and planned != signature:
+        raise CannotSplit(
+            asked="apply a plan made for another batch",
+            found=f"planned for {planned}; this batch is {signature}",
+            do="plan again for this batch (leave out plan=)",
+        )
+
+
+def check_model(plan: Plan, declared: DeclaredStep) -> None:
+    """Raises CannotSplit for a model that ``plan`` was not made for."""
+    planned = plan.signature.partition(" | ")[2]
+    model = declared.model_signature() if planned else ""
+    if planned != model:
+        raise CannotSplit(
+            asked="apply a plan made for another model",
+            found=f"planned for {planned}, this is {model}: parameters' names, shapes, dtypes, or which of "
+            "them train, are others",
+            do="plan again for this model (leave out plan=)",
+        )
 
 
 def check_levers(
@@ -22,8 +70,38 @@ def check_levers(
     """Raises CannotSplit where a lever of ``plan`` would not compute the plain step, or would save nothing."""
     for lever in levers_of(plan):
         if is_mapping(lever):
-            check_lever(declared, aliases, batch, layout, lever, ways)
+            if not _was_found(lever, ways):
+                _check_mapping(lever, declared, aliases, batch, layout, ways)
         elif isinstance(lever, ChunkLoss):
-            if isinstance(ways.refusal, NotToBeTried):
-                raise ways.refusal
+            _refuse_untried(ways)
             find_head(dataclasses.replace(declared, head=lever.head), batch, layout)
+
+
+def _check_mapping(
+    lever: MappingLever, declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, ways: Ways
+) -> None:
+    """That ``lever`` passes as the ``ways`` that were found did. Raises CannotSplit."""
+    _refuse_untried(ways)
+    if isinstance(lever, Segments):
+        few, few_layout = few_rows(declared, batch, layout)
+        found = {s.path: s.per_row for s in find_segments(declared, few, few_layout, list(lever.paths))}
+        if found != lever.paths:
+            raise CannotSplit(
+                asked=f"segments {lever.paths}, as the plan has them",
+                found=f"they are called on {found} rows for each of the batch",
+                do="plan again for this model (leave out plan=)",
+            )
+    examine_mapped(declared, aliases, batch, layout, lever, ways.sites)
+
+
+def _refuse_untried(ways: Ways) -> None:
+    if isinstance(ways.refusal, NotToBeTried):
+        raise ways.refusal
+
+
+def _was_found(lever: MappingLever, ways: Ways) -> bool:
+    return any(way.name == lever.name and _but_rows(way) == _but_rows(lever) for way in ways.mapped)
+
+
+def _but_rows(lever: MappingLever) -> dict[str, Any]:
+    return {knob: value for knob, value in lever.knobs().items() if knob != "rows"}

@@ -12,9 +12,11 @@ from typing import cast
 from samegrad.declared import DeclaredStep
 from samegrad.errors import BadInput
 from samegrad.levers._lever import ChoosyLever, Execution, Lever, Slot, StandingLever
-from samegrad.records import Plan
+from samegrad.records import Exactness, Plan
 
-__all__ = ["Execution", "Lever", "Slot", "StandingLever", "find_levers", "levers_of", "unsuited_levers"]
+__all__ = [
+    "Execution", "Lever", "Slot", "StandingLever", "find_levers", "levers_of", "unsuited_levers", "weakest_exactness",
+]  # fmt: skip
 
 
 def find_levers() -> dict[str, type[Lever]]:
@@ -62,6 +64,11 @@ def levers_of(plan: Plan) -> list[Lever]:
                 do="keep one of them, or plan again",
             )
     return chosen
+
+
+def weakest_exactness(plan: Plan) -> Exactness:
+    """How exact ``plan`` is: as its weakest lever, or weaker where it says so itself."""
+    return max([plan.exactness, *(lever.exactness for lever in levers_of(plan))])
 
 
 def unsuited_levers(declared: DeclaredStep) -> dict[str, str]:

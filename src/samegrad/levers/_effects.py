@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from samegrad.errors import BadInput
-from samegrad.levers._variants import predicted_at
-from samegrad.records import Effect, Footprint, Origin, Phase, PhaseLaw
+from samegrad.errors import NotMeasured
+from samegrad.levers._variants import predicted_at, predicted_whole
+from samegrad.records import Effect, Footprint, Origin, PhaseLaw
 
 
 def effects_of(name: str, footprint: Footprint) -> Iterator[Effect]:
@@ -18,16 +18,16 @@ def effects_of(name: str, footprint: Footprint) -> Iterator[Effect]:
 
 
 def with_effect_of(name: str, knobs: dict[str, Any], footprint: Footprint) -> Footprint:
-    """The footprint with lever ``name`` taken. Raises BadInput when it was not traced with these knobs.
+    """The footprint with lever ``name`` taken. Raises NotMeasured when it was not traced with these knobs.
 
     Laws change as well, so that a lever that splits may be predicted before this one or after it.
     """
     effect = next((effect for effect in effects_of(name, footprint) if effect.knobs == knobs), None)
     if effect is None:
-        raise BadInput(
+        raise NotMeasured(
             asked=f"predict {name} with {knobs}", found="that was not traced for this step", do="measure the step again"
         )
-    base = footprint if footprint.origin is Origin.PREDICTED else _whole(footprint)
+    base = footprint if footprint.origin is Origin.PREDICTED else predicted_whole(footprint)
     chunks = -(-base.batch_rows // base.rows)
     added = effect.added_seconds_per_row * base.batch_rows + effect.added_seconds_per_chunk * chunks
     by_phase = {
@@ -52,15 +52,6 @@ def with_effect_of(name: str, knobs: dict[str, Any], footprint: Footprint) -> Fo
         seconds_per_chunk=_more(base.seconds_per_chunk, effect.added_seconds_per_chunk),
         host_bytes=(base.host_bytes or 0) + effect.host_bytes(rows=base.rows),
     )
-
-
-def _whole(footprint: Footprint) -> Footprint:
-    """The plain step on all rows, as the laws have it; what was measured was a few rows."""
-    rows = footprint.batch_rows
-    by_phase: dict[Phase, int] = {}
-    for law in footprint.plain_laws:
-        by_phase[law.phase] = max(by_phase.get(law.phase, 0), law.peak_bytes(rows=rows, batch_rows=rows))
-    return predicted_at(footprint, rows, by_phase, footprint.predicted_seconds(rows=rows))
 
 
 def _less(laws: tuple[PhaseLaw, ...], effect: Effect) -> tuple[PhaseLaw, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from samegrad.errors import BadInput
+from samegrad.errors import BadInput, NotMeasured
 from samegrad.records import Footprint, Origin, Phase, PhaseLaw, Plan, Variant
 
 
@@ -67,12 +67,12 @@ def candidates_of(name: str, footprint: Footprint, budget_bytes: int) -> Iterato
 
 
 def variant_of(name: str, knobs: dict[str, Any], footprint: Footprint) -> Variant:
-    """The measured variant of lever ``name`` with these knobs. Raises BadInput when it was not measured."""
+    """The measured variant of lever ``name`` with these knobs. Raises NotMeasured when it was not."""
     mine = {knob: value for knob, value in knobs.items() if knob != "rows"}
     for variant in footprint.variants:
         if variant.lever == name and variant.knobs == mine:
             return variant
-    raise BadInput(
+    raise NotMeasured(
         asked=f"predict {name} with {mine}", found="that was not measured for this step", do="measure the step again"
     )
 
@@ -86,13 +86,26 @@ def variant_in(plan: Plan, footprint: Footprint) -> Variant | None:
     return None
 
 
+def peaks_by_phase(laws: tuple[PhaseLaw, ...], *, rows: int, batch_rows: int) -> dict[Phase, int]:
+    """The peak of each phase: a phase has a law for each of its moments, and the largest decides."""
+    by_phase: dict[Phase, int] = {}
+    for law in laws:
+        peak = law.peak_bytes(rows=rows, batch_rows=batch_rows)
+        by_phase[law.phase] = max(peak, by_phase.get(law.phase, 0))
+    return by_phase
+
+
+def predicted_whole(footprint: Footprint) -> Footprint:
+    """The plain step on all rows, as the laws have it; what was measured was a few rows."""
+    rows = footprint.batch_rows
+    by_phase = peaks_by_phase(footprint.plain_laws, rows=rows, batch_rows=rows)
+    return predicted_at(footprint, rows, by_phase, footprint.predicted_seconds(rows=rows))
+
+
 def predicted(name: str, knobs: dict[str, Any], footprint: Footprint, rows: int) -> Footprint:
     """The footprint with lever ``name`` taken at ``rows`` at a time, by its variant's laws."""
     variant = variant_of(name, knobs, footprint)
-    by_phase: dict[Phase, int] = {}
-    for law in variant.laws:
-        peak = law.peak_bytes(rows=rows, batch_rows=footprint.batch_rows)
-        by_phase[law.phase] = max(peak, by_phase.get(law.phase, 0))
+    by_phase = peaks_by_phase(variant.laws, rows=rows, batch_rows=footprint.batch_rows)
     seconds = variant.predicted_seconds(rows=rows, batch_rows=footprint.batch_rows)
     return predicted_at(footprint, rows, by_phase, seconds)
 

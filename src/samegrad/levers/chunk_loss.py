@@ -24,8 +24,8 @@ from samegrad.declared import DeclaredStep
 from samegrad.exact.find_head import named_head, with_deferred_head
 from samegrad.exact.schemes import unchanged
 from samegrad.levers._lever import Execution, Slot
-from samegrad.levers._variants import check_rows, predicted_at
-from samegrad.records import Exactness, Footprint, Origin, Phase
+from samegrad.levers._variants import check_rows, peaks_by_phase, predicted_at
+from samegrad.records import Exactness, Footprint, Origin
 
 # Positions of a chunk: more are no faster.
 _MOST_POSITIONS = 4096
@@ -88,10 +88,7 @@ class ChunkLoss:
         if head is None:
             return footprint
         rows = _rows_at_a_time(footprint)
-        by_phase: dict[Phase, int] = {}
-        for law in head.laws:
-            peak = law.peak_bytes(rows=self.rows, batch_rows=rows)
-            by_phase[law.phase] = max(peak, by_phase.get(law.phase, 0))
+        by_phase = peaks_by_phase(head.laws, rows=self.rows, batch_rows=rows)
         return predicted_at(footprint, rows, by_phase, footprint.predicted_seconds(rows=rows))
 
     @contextlib.contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from samegrad.levers import Slot, find_levers
+from samegrad.levers import Slot, find_levers, levers_of, weakest_exactness
 from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
-from samegrad.records import Budget, Category, Footprint, PhaseLaw, Plan
+from samegrad.records import Budget, Category, Exactness, Footprint, PhaseLaw, Plan
 from samegrad.units import format_bytes, format_seconds
 
 # Of the budget, from which on it is worth saying how less would be kept for the whole batch.
@@ -89,7 +89,7 @@ def explain_plan(plan: Plan, footprint: Footprint) -> str:
                      f"{plan.budget.counting.value} on {plan.budget.device}.")
     plain = footprint.predicted_peak_bytes(rows=footprint.batch_rows)
     lines.append(f"The plain step on {plan.batch_rows} rows is predicted to need {format_bytes(plain)}.")
-    lines += [_how(plan, footprint)]
+    lines += [_how(plan, footprint), *exactness_lines(plan)]
     peak = format_bytes(plan.predicted_peak_bytes) if plan.predicted_peak_bytes is not None else "unknown"
     seconds = f", {format_seconds(plan.predicted_seconds)} a step" if plan.predicted_seconds else ""
     lines.append(f"Predicted peak {peak}{seconds}, from {footprint.basis}.")
@@ -98,6 +98,29 @@ def explain_plan(plan: Plan, footprint: Footprint) -> str:
     lines += [f"{topic}: {fact}." for topic, fact in footprint.facts.items()]
     lines.append(floor_sentence(footprint) + ".")
     return "\n".join(lines)
+
+
+def explain_given(plan: Plan, facts: Sequence[str]) -> str:
+    """A plan that nobody chose, in such lines; ``facts``: what was found of the step that it runs."""
+    levers = ", ".join(f"{name} {knobs}" for name, knobs in plan.levers.items()) or "no levers"
+    costs = [
+        f"{lever.name}: {lever.forwards:g} forwards a row in its parts"
+        for lever in levers_of(plan)
+        if hasattr(lever, "forwards")
+    ]
+    return "\n".join([f"The plan was given, not chosen: {levers}.", *exactness_lines(plan), *costs, *facts])
+
+
+def exactness_lines(plan: Plan) -> list[str]:
+    """How exact the plan is and which lever decides that; nothing for a plan that is the plain step bit for bit."""
+    weakest = weakest_exactness(plan)
+    if weakest is Exactness.SAME_BITS:
+        return []
+    names = " and ".join(lever.name for lever in levers_of(plan) if lever.exactness is weakest) or "the plan itself"
+    line = f"Exactness {weakest.name}, {weakest.explained()}: as exact as its weakest lever ({names})."
+    if weakest is Exactness.ROUNDED:
+        line += " It is verified against the plain step rounded in the same way, not against the declared one."
+    return [line]
 
 
 def _how(plan: Plan, footprint: Footprint) -> str:

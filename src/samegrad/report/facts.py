@@ -2,44 +2,20 @@
 
 1. Every number comes from a record; a record's own ``origin`` and ``counting`` label it.
 2. Amounts that count different things are never compared.
-3. A verdict is only called "same" when it carries a finite error and no failed check.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
-import math
 import statistics
 
-from samegrad.records import Budget, Category, Check, Counting, Footprint, Origin, Plan, Same, Verdict
-from samegrad.report.checks import check_title
+from samegrad.records import Budget, Category, Counting, Footprint, Origin, Plan
+from samegrad.report.statement import Statement, Tone
 from samegrad.report.story import Story
 from samegrad.report.words import capitalised, format_number, format_percent, format_rows
 from samegrad.units import format_bytes, format_seconds
 
 _SMALLEST_CAP = "smallest cap that runs"
-
-
-class Tone(enum.Enum):
-    """How a statement is to be read."""
-
-    GOOD = "good"
-    BAD = "bad"
-    OPEN = "open"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Statement:
-    """An answer of a few words, and the sentence with its numbers (lower case, no full stop)."""
-
-    tone: Tone
-    answer: str
-    sentence: str
-
-    @property
-    def text(self) -> str:
-        return f"{self.answer}: {self.sentence}."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,79 +54,6 @@ class LeverUse:
     name: str
     knobs: tuple[Knob, ...]
     reason: str
-
-
-def judge(verdict: Verdict | None) -> Statement:
-    """The headline: whether the step's gradients are the plain step's, with the numbers that say so."""
-    if verdict is None:
-        return Statement(
-            tone=Tone.OPEN,
-            answer="Not verified",
-            sentence="the gradients of this step were not compared with those of the plain step",
-        )
-    failed = [check for check in verdict.checks if not check.passed]
-    evidence = f"{_largest_error(verdict)}, {_comparison(verdict)}, {_precision(verdict)}"
-    tally = _tally(verdict.checks, failed)
-    if verdict.answer is Same.DIFFERS:
-        at_fault = f"at fault: {verdict.fault}; " if verdict.fault else ""
-        end = f"{at_fault}results of this plan are not those of the plain step"
-        return Statement(tone=Tone.BAD, answer="Not the same", sentence=f"{evidence}; {tally}{end}")
-    if verdict.answer is Same.UNPROVEN:
-        because = f" ({verdict.narrowed_by})" if verdict.narrowed_by else ""
-        why = f"compared only in {verdict.dtype}{because}, which proves nothing by itself"
-        return Statement(
-            tone=Tone.OPEN,
-            answer="Unproven",
-            sentence=f"{why}; {tally}{_largest_error(verdict)}, {_comparison(verdict)}",
-        )
-    if failed:  # rule 3
-        return Statement(
-            tone=Tone.BAD, answer="Contradictory", sentence=f"the verdict says same, but {tally}{evidence}"
-        )
-    if not math.isfinite(verdict.max_relative_error):  # rule 3
-        return Statement(
-            tone=Tone.OPEN, answer="Unproven", sentence=f"the verdict says same without a finite error; {evidence}"
-        )
-    return Statement(tone=Tone.GOOD, answer="Same gradients", sentence=evidence)
-
-
-def _tally(checks: tuple[Check, ...], failed: list[Check]) -> str:
-    if not failed:
-        return ""
-    names = ", ".join(check_title(check) for check in failed[:3]) + (" …" if len(failed) > 3 else "")
-    return f"{len(failed)} of {len(checks)} checks failed ({names}); "
-
-
-def _largest_error(verdict: Verdict) -> str:
-    error = format_number(verdict.max_relative_error)
-    where = f", in {verdict.worst_parameter}" if verdict.worst_parameter else ""
-    # The verdict holds no allowance of its own: it is that of the check which found this very error.
-    sources = [check for check in verdict.checks if check.error == verdict.max_relative_error]
-    sources.sort(key=lambda check: check.worst != verdict.worst_parameter)
-    if not sources:
-        return f"largest error {error}{where}"
-    allowed = format_number(sources[0].allowed)
-    joined = f"{error} of the allowed {allowed}" if sources[0].passed else f"{error} where {allowed} is allowed"
-    return f"largest error {joined}{where}"
-
-
-def _precision(verdict: Verdict) -> str:
-    why = f" and not in float64 ({verdict.narrowed_by})" if verdict.narrowed_by else ""
-    if verdict.compared_dtype == verdict.dtype:
-        return f"in {verdict.dtype}{why}"
-    return f"compared in {verdict.compared_dtype}{why} for a step that runs in {verdict.dtype}"
-
-
-def _comparison(verdict: Verdict) -> str:
-    rows = format_rows(verdict.rows_checked, of=verdict.batch_rows)
-    return f"against {verdict.reference}, {rows}"
-
-
-def share_of_allowed(check: Check) -> str:
-    """The error as a share of what is allowed: ``"0.5 %"``, ``"40 times"``; empty where nothing is allowed."""
-    if check.allowed == 0 or not math.isfinite(share := check.error / check.allowed):
-        return ""
-    return format_percent(share) if share < 10 else f"{format_number(share)} times"
 
 
 def find_peaks(story: Story) -> list[Peak]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from samegrad.records import Footprint, Plan, Verdict
-from samegrad.report.checks import check_title
 from samegrad.report.facts import (
     category_name,
     describe_budget,
@@ -14,14 +13,13 @@ from samegrad.report.facts import (
     describe_training,
     examined,
     find_peaks,
-    judge,
     judge_fit,
     judge_prediction,
     levers_left_out,
     levers_used,
-    share_of_allowed,
 )
 from samegrad.report.story import Story
+from samegrad.report.verdicts import check_title, describe_exactness, judge, share_of_allowed
 from samegrad.report.words import clean_block, clean_line, format_metric, format_number
 from samegrad.units import format_bytes
 
@@ -143,4 +141,4 @@ def _checks(verdict: Verdict) -> list[str]:
         for check in verdict.checks
     ]
     names = ("Check", "Result", "Error", "Allowed", "Share", "Largest at", "Detail")
-    return _section("Checks", [_table(names, rows)])
+    return _section("Checks", [_pairs(dict(describe_exactness(verdict))), _table(names, rows)])

@@ -8,30 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 
 from samegrad.records import Budget, Check, Counting, Origin
 from samegrad.report.bars import Bar, bars_svg
-from samegrad.report.checks import check_title
 from samegrad.report.curves import Series, curve_svg, suits_log_scale
 from samegrad.report.facts import (
     LeverUse,
     Peak,
-    Statement,
     describe_budget,
     describe_plan,
     describe_training,
     examined,
     find_peaks,
-    judge,
     judge_fit,
     judge_prediction,
     key_figures,
     levers_left_out,
     levers_used,
-    share_of_allowed,
 )
 from samegrad.report.palette import BLUE, GREY, OVER_BUDGET, SKY
 from samegrad.report.shapes import NARROW_PX, WIDE_PX
+from samegrad.report.statement import Statement
 from samegrad.report.story import Picture, Story
 from samegrad.report.style import STYLE_SHEET
 from samegrad.report.timeline import timeline_svg
+from samegrad.report.verdicts import check_title, describe_exactness, judge, share_of_allowed
 from samegrad.report.words import (
     capitalised,
     escape_block,
@@ -214,7 +212,9 @@ def _checks_section(story: Story) -> str:
     names += '<th scope="col">Largest at</th>'
     rows = "".join(_check_row(check) for check in story.verdict.checks)
     table = f'<table class="checks">\n<thead><tr>{names}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n'
-    return _section("Checks", f'<div class="scroll">{table}</div>\n')
+    exactness = "; ".join(f"{name}: {words}" for name, words in describe_exactness(story.verdict))
+    said = f'<p class="soft">{_sentence(capitalised(exactness))}.</p>\n' if exactness else ""
+    return _section("Checks", f'{said}<div class="scroll">{table}</div>\n')
 
 
 def _check_row(check: Check) -> str:

@@ -11,17 +11,8 @@ import textwrap
 from typing import TYPE_CHECKING, TypeVar
 
 from samegrad.records import Budget, Check, Counting, Footprint, Plan, Same, StepResult, Verdict
-from samegrad.report.checks import check_title, describe_tiers
-from samegrad.report.facts import (
-    LeverUse,
-    allocated,
-    category_name,
-    describe_plan,
-    judge,
-    levers_left_out,
-    levers_used,
-    share_of_allowed,
-)
+from samegrad.report.facts import LeverUse, allocated, category_name, describe_plan, levers_left_out, levers_used
+from samegrad.report.verdicts import check_title, describe_exactness, describe_tiers, judge, share_of_allowed
 from samegrad.report.words import clean_line, format_number, format_rows
 from samegrad.units import format_bytes, format_seconds
 
@@ -75,6 +66,7 @@ def verdict_lines(verdict: Verdict, *, columns: int | None = None) -> list[str]:
     statement = judge(verdict)
     headline = textwrap.wrap(clean_line(statement.text), width=width, break_on_hyphens=False)
     facts = [("compared", f"{verdict.parameters_checked} parameters, {verdict.buffers_checked} buffers")]
+    facts = describe_exactness(verdict) + facts
     if tiers := describe_tiers(verdict):
         facts.append(("tiers", tiers))
     if verdict.seconds is not None:

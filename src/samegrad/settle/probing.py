@@ -22,7 +22,8 @@ from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import FailsOnFewRows, NotToBeTried
-from samegrad.execute.ways import MappingLever, Ways, find_ways
+from samegrad.execute.trial import MappingLever
+from samegrad.execute.ways import Ways, find_ways
 from samegrad.levers import unsuited_levers
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.measure import counters

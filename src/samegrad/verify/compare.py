@@ -82,7 +82,9 @@ def _not_finite(gradient: Tensor | None) -> bool:
 
 
 def same_bits(plain: Gradients, ours: Gradients) -> bool:
-    return largest_error(plain.by_name, ours.by_name, plain.by_name)[0] == 0
+    """Whether gradients, where there are any and the loss are the same bit for bit."""
+    same = plain.by_name.keys() == ours.by_name.keys() and plain.loss == ours.loss
+    return same and largest_error(plain.by_name, ours.by_name, plain.by_name)[0] == 0
 
 
 def bits_check(name: str, different: Sequence[str], detail: str) -> Check:
@@ -133,18 +135,18 @@ def _check_entries(plain: Gradients, ours: Gradients, allowance: Allowance) -> C
 
 
 def no_further_from_float64(
-    plain: Gradients, ours: Gradients, oracle: Gradients, precision: Precision, lost: float
+    plain: Gradients, ours: Gradients, oracle: Gradients, allowance: Allowance
 ) -> Check:
     """No further from float64 than the plain step is in the precision it runs in."""
     scale = norm_of([m for m in ours.magnitudes.values() if m is not None]) or 1.0
     differences = differences_of(oracle.by_name, ours.by_name)
     mine = norm_of(differences) / scale
     theirs = norm_of(differences_of(oracle.by_name, plain.by_name)) / scale
-    accumulator = tolerance.accumulator(precision.dtype)
-    allowed = tolerance.NOISE_RATIO * theirs + tolerance.norm_allowed(accumulator)
-    allowed += lost * math.sqrt(sum(d.numel() for d in differences)) / scale
+    accumulator = tolerance.accumulator(allowance.precision.dtype)
+    allowed = tolerance.NOISE_RATIO * theirs + tolerance.norm_allowed(accumulator, allowance.norm_constant)
+    allowed += allowance.lost * math.sqrt(sum(d.numel() for d in differences)) / scale
     detail = f"distance to float64; the plain step's own is {theirs:.2g}"
-    check = check_of(f"rounding, {precision.name}", mine, allowed, "")
+    check = check_of(allowance.name("rounding"), mine, allowed, "")
     return dataclasses.replace(check, detail=detail, tier=3)
 
 

@@ -1,9 +1,9 @@
 """What is at fault where a planned step differs: which of the plan's levers, and which module.
 
-Levers are left out one at a time, innermost first; the first whose absence makes the step pass is named. One that
-leaves the plain call behind is tried last, since without it nothing else is tried either. A module is named by its
-output rows: the first, in call order, that gives a row something else in a chunk than in the whole batch. Where no
-rows differ, the module that owns the worst parameter or buffer is named.
+Levers are left out one at a time; those whose absence makes the step pass are named, several where they are wrong
+together only. One that leaves the plain call behind is tried last, since without it nothing else is tried. A module is
+named by its output rows: the first, in call order, that gives a row something else in a chunk than in the whole batch.
+Where no rows differ, the module that owns the worst parameter or buffer is named.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from samegrad.exact import program
 from samegrad.exact.forward import StepForward
 from samegrad.exact.passes import as_in_first_pass
 from samegrad.exact.probes import close, same_rows
-from samegrad.exact.split import SplitStep, sliced_chunks, under_draws
+from samegrad.exact.split import SplitStep, under_draws
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed
-from samegrad.execute.apply import applied
-from samegrad.levers import levers_of
+from samegrad.execute.apply import in_force
+from samegrad.levers import Slot, levers_of
 from samegrad.records import Check
+from samegrad.verify.fewer import without
+from samegrad.verify.kept import Kept
 from samegrad.verify.sides import Planned, step_key
 from samegrad.verify.tiers import SECOND_PASS
 from samegrad.verify.twin import float64_twin, widened
@@ -54,28 +56,26 @@ def name_fault(planned: Planned, rows: Any, checks: Sequence[Check], recheck: Re
     return "; ".join(filter(None, (lever, owner)))
 
 
-def parts_of(sizes: Sequence[int], checked: int, batch_rows: int) -> tuple[int, ...]:
-    """The plan's chunks where they show on ``checked`` rows, else chunks of uneven size."""
-    if checked == batch_rows:
-        return tuple(sizes)
-    rows = max(sizes)
-    if rows < checked:
-        return tuple(trees.even_sizes(checked, rows))
-    return tuple(trees.even_sizes(checked, max(1, 2 * checked // 5)))
-
-
 def _lever_at_fault(planned: Planned, rows: Any, recheck: Recheck) -> str:
     if planned.split is None and not planned.plan.levers:
         return ""
-    without: list[tuple[str, Planned]] = []
+    left: list[tuple[str, Planned]] = []
     for lever in reversed(levers_of(planned.plan)):
         # A lever may need another: then leaving that one out shows nothing.
         with contextlib.suppress(SamegradError):
-            without.append((lever.name, _left_out(planned, lever.name)))
-    for name, rest in sorted(without, key=lambda pair: pair[1].split is None):
-        if _passes(rest, rows, recheck):
-            return f"lever {name}: without it the step passes"
+            left.append((lever.name, without(planned, lever.name)))
+    for last in (False, True):
+        names = [name for name, rest in left if _is_plain_call(rest) is last and _passes(rest, rows, recheck)]
+        if len(names) == 1:
+            return f"lever {names[0]}: without it the step passes"
+        if names:
+            return f"levers {' and '.join(names)} together: without one of them the step passes"
     return "no single lever: it differs whichever is left out"
+
+
+def _is_plain_call(planned: Planned) -> bool:
+    """Whether nothing is left that a gradient could see."""
+    return planned.split is None and all(lever.slot in (Slot.DATA, Slot.STATE) for lever in levers_of(planned.plan))
 
 
 def _passes(planned: Planned, rows: Any, recheck: Recheck) -> bool:
@@ -84,31 +84,9 @@ def _passes(planned: Planned, rows: Any, recheck: Recheck) -> bool:
     except torch.OutOfMemoryError:
         # What runs whole is the plain call, which does not fit.
         return planned.split is None
-    except SamegradError:
+    except (SamegradError, RuntimeError):
+        # A lever that is wrong may fail in other ways without another; the verdict is that it differs, whatever this.
         return False
-
-
-def _left_out(planned: Planned, name: str) -> Planned:
-    """The same step under the plan without the lever ``name``."""
-    levers = {key: knobs for key, knobs in planned.plan.levers.items() if key != name}
-    plan = dataclasses.replace(planned.plan, levers=levers)
-    with applied(planned.plan, planned.declared, planned.plan_rows) as before:
-        travelled = before.rows_on_host
-    with applied(plan, planned.declared, planned.plan_rows) as execution:
-        sizes = execution.sizes
-        stays = travelled and not execution.rows_on_host
-    if planned.split is None or sizes is None or execution.runs_whole:
-        return dataclasses.replace(planned, plan=plan, split=None, parts=(planned.layout.rows,))
-    split = planned.split
-    if isinstance(split, SplitStep):
-        split = dataclasses.replace(split, inside=execution.inside)
-        if stays:
-            split = dataclasses.replace(split, chunks=sliced_chunks)
-    elif execution.mapping is not None:
-        split = dataclasses.replace(split, scheme=execution.mapping)
-    return dataclasses.replace(
-        planned, plan=plan, split=split, parts=parts_of(sizes, planned.layout.rows, planned.plan_rows)
-    )
 
 
 def _first_different_rows(planned: Planned, rows: Any) -> str:
@@ -172,12 +150,12 @@ def _different_in_chunks(planned: Planned, rows: Any) -> str:
         return ""
     with step_undisturbed(declared) as (generators, state), torch.no_grad():
         copies = trees.map_tensors(rows, Tensor.clone)
-        with _watched(declared.network) as whole:
-            drawing = under_draws(declared, StepDraws(planned.sites, step_key()))
+        with planned.rounding.applied(declared) as plain, _watched(declared.network) as whole:
+            drawing = under_draws(plain, StepDraws(planned.sites, step_key()))
             drawing.forward(declared.network, trees.move(copies, declared.device))
         first: tuple[int, str] | None = None
         start = 0
-        with applied(planned.plan, declared, planned.plan_rows) as execution:
+        with Kept.under(planned.plan, declared), in_force(planned.plan, declared, planned.plan_rows) as execution:
             copies = trees.map_tensors(rows, Tensor.clone)
             forward = _chunk_forward(planned, split, execution.declared)
             for size, chunk in zip(planned.parts, split.chunks(copies, planned.layout, planned.parts, declared.device)):
@@ -185,7 +163,8 @@ def _different_in_chunks(planned: Planned, rows: Any) -> str:
                 generators.restore()
                 with _watched(declared.network) as part:
                     forward.again(chunk, forward.ids(slice(start, start + size)))
-                found = _first_of(whole, part, (start, start + size, planned.layout.rows))
+                with planned.rounding.block(declared.device.type):
+                    found = _first_of(whole, part, (start, start + size, planned.layout.rows))
                 if found is not None and (first is None or found[0] < first[0]):
                     first = found
                 start += size

@@ -16,18 +16,20 @@ import torch
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
-from samegrad.errors import UsageError
+from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.sharded import refuse_sharded
+from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied
+from samegrad.levers import weakest_exactness
 from samegrad.records import Check, Exactness, Plan, Same, Verdict
 from samegrad.trees import RowLayout
 from samegrad.verify import tolerance
-from samegrad.verify.fault import name_fault, parts_of
-from samegrad.verify.precision import precision_in_use
+from samegrad.verify.fault import name_fault
+from samegrad.verify.fewer import parts_of
 from samegrad.verify.reference import Reference, Where, checked_rows, cpu_is_possible, on_device
 from samegrad.verify.sides import Planned
-from samegrad.verify.tiers import PLAIN_TWICE, Compared, compare, compare_with_cpu
+from samegrad.verify.tiers import KEPT_BITS, PLAIN_TWICE, Compared, compare, compare_with_cpu, promises_bits
 
 
 class Verifiable(Protocol):
@@ -44,6 +46,10 @@ class Verifiable(Protocol):
     def sizes_for(self, batch: Any) -> tuple[int, ...]: ...
 
     def split_for(self, batch: Any, layout: RowLayout) -> ChunkedStep: ...
+
+    def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws: ...
+
+    def put_back(self) -> None: ...
 
 
 def verify_step(
@@ -70,13 +76,15 @@ def verify_step(
             asked=f"reference={reference!r}", found="neither 'device' nor 'cpu'", do="leave it out, or give one of them"
         )
     sizes = step.sizes_for(batch)
-    chosen = on_device(step.declared, batch, layout, asked)
+    # The reference is the step as the user made it.
+    step.put_back()
     planned = _planned(step, batch, layout, sizes)
+    chosen = on_device(planned, batch, layout, asked)
     few = _Rows(_shown(planned, sizes, chosen.rows), trees.slice_rows(batch, layout, 0, chosen.rows))
     compared = compare(few.planned, few.rows)
     whole = _shown(planned, sizes, layout.rows if asked is None else asked)
     cpu_checks, chosen = _on_cpu(whole, batch, (chosen, compared.draws), reference)
-    verdict = _verdict(step.declared, compared, cpu_checks, (chosen, layout.rows))
+    verdict = _verdict(planned, compared, cpu_checks, (chosen, layout.rows))
     if verdict.answer is Same.DIFFERS:
         verdict = dataclasses.replace(verdict, fault=_fault(few, compared, _Rows(whole, batch), cpu_checks))
     verdict = dataclasses.replace(verdict, seconds=time.perf_counter() - started)
@@ -106,8 +114,20 @@ def _planned(step: Verifiable, batch: Any, layout: RowLayout, sizes: tuple[int, 
     plan = step.plan or Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=layout.rows)
     with applied(plan, step.declared, layout.rows) as execution:
         whole = execution.runs_whole and len(sizes) < 2
-    split = None if whole else step.split_for(batch, layout)
-    return Planned(step.declared, split, plan, layout.rows, layout, sizes)
+    if not whole:
+        split = step.split_for(batch, layout)
+        return Planned(step.declared, split, plan, layout.rows, layout, sizes, split.examination.sites)
+    sites = step.draws_for(batch, layout).sites if plan.levers else None
+    by_rows = None if promises_bits(plan) else _by_rows(step, batch, layout)
+    return Planned(step.declared, None, plan, layout.rows, layout, sizes, sites, by_rows)
+
+
+def _by_rows(step: Verifiable, batch: Any, layout: RowLayout) -> ChunkedStep | None:
+    """What would split a step that runs whole: the size of rounding shows in small parts. None where nothing can."""
+    try:
+        return step.split_for(batch, layout)
+    except CannotSplit:
+        return None
 
 
 def _shown(planned: Planned, sizes: tuple[int, ...], rows: int) -> Planned:
@@ -152,18 +172,18 @@ def _is_host(device: torch.device) -> bool:
 
 
 def _verdict(
-    declared: DeclaredStep, compared: Compared, cpu_checks: Sequence[Check], where: tuple[Reference, int]
+    planned: Planned, compared: Compared, cpu_checks: Sequence[Check], where: tuple[Reference, int]
 ) -> Verdict:
     """The verdict of all checks; ``where``: the reference, and the rows of the whole batch."""
     reference, batch_rows = where
     checks = [*cpu_checks, *compared.checks]
     passed = all(check.passed for check in checks)
-    # A step that runs whole is the plain call: there is nothing that a low precision could hide.
-    whole = any(check.name == PLAIN_TWICE for check in checks)
-    proven = whole or tolerance.proves_logic(compared.precision) or reference.cpu_rows > 0
+    # In the same bits, or in a plan that is the plain call, there is nothing that a low precision could hide.
+    itself = compared.exactly or not planned.plan.levers
+    proven = itself or tolerance.proves_logic(compared.precision) or reference.cpu_rows > 0
     answer = Same.DIFFERS if not passed else Same.SAME if proven else Same.UNPROVEN
     # The first that failed, or the first: the sharpest.
-    entries = [check for check in checks if check.name.startswith(("gradient entries", PLAIN_TWICE))]
+    entries = [check for check in checks if check.name.startswith(("gradient entries", PLAIN_TWICE, KEPT_BITS))]
     entries = [check for check in entries if not check.passed] or entries
     main = entries[0] if entries else next((check for check in checks if not check.passed), checks[0])
     return Verdict(
@@ -171,7 +191,7 @@ def _verdict(
         reference=reference.words,
         rows_checked=reference.rows_checked,
         batch_rows=batch_rows,
-        dtype=precision_in_use(declared).name,
+        dtype=planned.precision.name,
         compared_dtype=compared.precision.name,
         narrowed_by=compared.narrowed_by,
         max_relative_error=main.error,
@@ -179,4 +199,14 @@ def _verdict(
         parameters_checked=compared.parameters,
         buffers_checked=compared.buffers,
         checks=tuple(checks),
+        asked=weakest_exactness(planned.plan),
+        found=_found(planned, compared) if answer is Same.SAME else None,
+        departure=compared.departure,
     )
+
+
+def _found(planned: Planned, compared: Compared) -> Exactness:
+    """How exact a step is that passed: what rounds otherwise is never the declared step, whatever its reference."""
+    if planned.rounding.dtype is not None:
+        return Exactness.ROUNDED
+    return Exactness.SAME_BITS if compared.exactly or promises_bits(planned.plan) else Exactness.SAME_SUM

@@ -23,7 +23,7 @@ from samegrad.measure.laws import fit_laws
 from samegrad.measure.probe import probe_plain, timed
 from samegrad.records import PhaseLaw
 from samegrad.trees import RowLayout
-from samegrad.verify.sides import plain_gradients
+from samegrad.verify.sides import Planned, plain_gradients
 from samegrad.verify.twin import float64_declared, widened
 
 Where = Literal["device", "cpu"]
@@ -69,9 +69,10 @@ def checked_rows(layout: RowLayout, rows: int | None) -> int | None:
     )
 
 
-def on_device(declared: DeclaredStep, batch: Any, layout: RowLayout, rows: int | None) -> Reference:
+def on_device(planned: Planned, batch: Any, layout: RowLayout, rows: int | None) -> Reference:
     """The plain step on the device: on the whole batch or ``rows`` of it where that fits, else on as many as do."""
-    name = f"the plain step on {counters.device_name(declared.device)}"
+    declared = planned.declared
+    name = f"{planned.rounding.plain_step} on {counters.device_name(declared.device)}"
     if rows is not None and declared.device.type == "cpu":
         return Reference(rows, name)
     laws = _laws(declared, batch, layout)

@@ -9,19 +9,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import GradientsDiffer
-from samegrad.exact.draw_sites import DrawSites
-from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
+from samegrad.levers import levers_of
 from samegrad.measure.failures import first_line, line_of
-from samegrad.records import Check
+from samegrad.records import Check, Departure, Exactness, Plan
 from samegrad.verify import tolerance
 from samegrad.verify.compare import (
     Allowance,
@@ -38,15 +37,21 @@ from samegrad.verify.compare import (
     same_function,
     same_parameters,
 )
-from samegrad.verify.precision import precision_in_use, uses_batch_statistics
+from samegrad.verify.fewer import promising_bits
+from samegrad.verify.kept import Kept
+from samegrad.verify.precision import uses_batch_statistics
 from samegrad.verify.sides import Bench, Planned, parameter_names, plain_gradients
 from samegrad.verify.state import LeftBehind
 from samegrad.verify.tolerance import Precision
-from samegrad.verify.twin import NarrowestSeen, Nudge, copied, float64_declared, float64_twin, widened
+from samegrad.verify.twin import NarrowestSeen, float64_declared, float64_twin, widened
+from samegrad.verify.unrest import own_unrest, unrest_of
 
 PLAIN_TWICE = "plain run twice"
 SECOND_PASS = "second pass"
+KEPT_BITS = "levers that promise bits"
 _REPEATS = "rows computed again are the first pass's bit for bit"
+# A GradScaler's first loss scale; what overflows under it is tried with less.
+_LARGEST_LOSS_SCALE = 2.0**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Compared:
     """The checks that were made, and the precision in which gradients were compared entry by entry.
 
     ``draws``: the plain step advances a random generator. ``narrowed_by``: what keeps gradients from being compared in
-    float64.
+    float64. ``exactly``: gradients and loss are those of the reference bit for bit. ``departure``: how far the
+    declared step is, where the reference rounds otherwise.
     """
 
     checks: list[Check]
@@ -63,67 +69,80 @@ class Compared:
     buffers: int
     draws: bool = False
     narrowed_by: str = ""
+    exactly: bool = False
+    departure: Departure | None = None
 
 
 def compare(planned: Planned, rows: Any) -> Compared:
     """All tiers that can run, against the plain step on the same device. Nothing of the user's changes."""
-    declared = planned.declared
-    precision = precision_in_use(declared)
-    with step_undisturbed(declared) as (generators, state):
+    declared, precision = planned.declared, planned.precision
+    with step_undisturbed(declared) as (generators, state), Kept.under(planned.plan, declared) as kept:
         bench = Bench(generators, state, rows)
-        plain = bench.run(lambda rows: plain_gradients(declared, rows, planned.sites))
+        planned, plain = _with_reference(planned, bench)
         draws = bool(generators.advanced())
         left = LeftBehind.after(declared, state)
+        exactly, departure = False, None
         try:
             ours = bench.run(planned.gradients)
-            exactly = planned.split is None and same_bits(plain, ours)
+            exactly = same_bits(plain, ours)
             # Where nothing is split, no addition has another order.
-            behind = (dataclasses.replace(left, sums={}) if exactly else left).checks(precision)
-            if planned.split is None:
-                judged = _Judged([_spread(bench, planned, plain, ours)], precision)
-            else:
-                judged = _judge(planned, planned.split, bench, (plain, ours))
+            behind = (dataclasses.replace(left, sums={}) if exactly and planned.split is None else left).checks(
+                precision
+            )
+            departure = _departure(planned, bench, ours)
+            judged = _judge(planned, bench, (plain, ours), precision)
             checks = judged.checks + behind
         except GradientsDiffer as difference:
             judged = _Judged([bits_check(SECOND_PASS, [difference.found], _REPEATS)], precision)
             checks = judged.checks
+        checks = checks + kept.checks()
     buffers = sum(1 for module in declared.modules for _ in module.buffers())
-    return Compared(checks, judged.precision, len(plain.by_name), buffers, draws, judged.narrowed_by)
+    return Compared(
+        checks, judged.precision, len(plain.by_name), buffers, draws, judged.narrowed_by, exactly, departure
+    )
+
+
+def _with_reference(planned: Planned, bench: Bench) -> tuple[Planned, Gradients]:
+    """The reference's gradients; in float16 under the largest loss scale that leaves them finite."""
+    scale = _LARGEST_LOSS_SCALE if planned.rounding.dtype is torch.float16 else 1.0
+    while True:
+        planned = dataclasses.replace(planned, loss_scale=scale)
+        plain = bench.run(planned.reference)
+        if scale == 1 or all(bool(torch.isfinite(g).all()) for g in plain.by_name.values() if g is not None):
+            return planned, plain
+        scale /= 2
+
+
+def _departure(planned: Planned, bench: Bench, ours: Gradients) -> Departure | None:
+    """How far the declared step is from the planned one, where the plan rounds otherwise."""
+    if planned.rounding.dtype is None:
+        return None
+    declared = bench.run(lambda rows: plain_gradients(planned.declared, rows, planned.sites))
+    size = norm_of([g for g in declared.by_name.values() if g is not None]) or 1.0
+    return Departure(
+        levers=tuple(lever.name for lever in levers_of(planned.plan) if lever.exactness >= Exactness.ROUNDED),
+        gradient_norm_fraction=norm_of(differences_of(declared.by_name, ours.by_name)) / size,
+        loss_fraction=abs(declared.loss - ours.loss) / (abs(declared.loss) or 1.0),
+    )
 
 
 def compare_with_cpu(planned: Planned, rows: Any) -> list[Check]:
     """Tiers 0 and 1 in float64 on ``rows``, the plain step on the CPU; raises what copies in float64 raise."""
     cpu = torch.device("cpu")
-    reference, twin = float64_declared(planned.declared, cpu), float64_twin(planned)
+    twin = float64_twin(planned)
+    reference = dataclasses.replace(planned, declared=float64_declared(planned.declared, cpu), split=None, by_rows=None)
     wide = widened(rows)
     generators = Generators(planned.declared.device)
-    plain_bench = Bench(generators, ModuleState.of(reference), wide)
+    plain_bench = Bench(generators, ModuleState.of(reference.declared), wide)
     our_bench = Bench(generators, ModuleState.of(twin.declared), wide)
     with step_undisturbed(planned.declared), _no_autocast(planned.declared):
-        plain = plain_bench.run(lambda rows: plain_gradients(reference, rows, planned.sites))
+        plain = plain_bench.run(reference.reference)
         ours = our_bench.run(twin.handed_over).on(cpu)
         allowance = dataclasses.replace(
             _allowance(1, tolerance.precision_of(torch.float64), planned), place=", against the cpu"
         )
-        logic = _widened_if_needed(
-            plain, ours, allowance, lambda: _unrest_of(reference, plain_bench, plain, planned.sites)
-        )
+        logic = _widened_if_needed(plain, ours, allowance, lambda: unrest_of(reference, plain_bench, plain))
     return [same_parameters(plain, ours), *logic]
-
-
-def _spread(bench: Bench, planned: Planned, first: Gradients, second: Gradients) -> Check:
-    """A plan that runs whole is the plain call; what is left to see is plain's own spread."""
-    error, worst = largest_error(first.by_name, second.by_name, first.by_name)
-    allowed, detail = 0.0, "the plan runs the plain call itself, bit for bit"
-    if error != 0:
-        others = [bench.run(lambda rows: plain_gradients(planned.declared, rows, planned.sites)) for _ in range(2)]
-        spread = max(largest_error(first.by_name, other.by_name, first.by_name)[0] for other in others)
-        if not planned.plan.levers:
-            spread = max(spread, error)
-        limit = tolerance.entry_allowed(precision_in_use(planned.declared))
-        allowed = min(tolerance.UNREST_RATIO * spread, limit)
-        detail = f"the plan runs the plain call itself; plain calls differ by up to {spread:.2g}"
-    return dataclasses.replace(check_of(PLAIN_TWICE, error, allowed, worst), detail=detail, tier=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,16 +153,64 @@ class _Judged:
     precision: Precision
     narrowed_by: str = ""
 
+    def beside(self, *, before: Sequence[Check] = (), after: Sequence[Check] = ()) -> _Judged:
+        return dataclasses.replace(self, checks=[*before, *self.checks, *after])
+
 
 def _judge(
-    planned: Planned, split: ChunkedStep, bench: Bench, sides: tuple[Gradients, Gradients]
+    planned: Planned, bench: Bench, sides: tuple[Gradients, Gradients], precision: Precision
 ) -> _Judged:
     plain, ours = sides
-    precision = precision_in_use(planned.declared)
-    checks = [same_parameters(plain, ours), same_finiteness(plain, ours)]
-    if split.examination.passes == 2:
-        # Totals raise where that is not so.
-        checks.append(bits_check(SECOND_PASS, [], _REPEATS))
+    present = [same_parameters(plain, ours), same_finiteness(plain, ours)]
+    if planned.split is None and promises_bits(planned.plan):
+        checks = [_spread(PLAIN_TWICE, bench, planned, sides), *present]
+        if same_bits(plain, ours) or not planned.plan.levers:
+            return _Judged(checks, precision)
+        # Plain calls differ by themselves, and behind that a lever could hide something.
+        return _judge_by_tiers(planned, bench, sides, precision).beside(before=checks)
+    judged = _judge_by_tiers(planned, bench, sides, precision).beside(before=present)
+    if (promised := promising_bits(planned)) is not None:
+        again = bench.run(promised.bare_gradients)
+        judged = judged.beside(after=[_spread(KEPT_BITS, bench, promised, (plain, again))])
+    return judged
+
+
+def promises_bits(plan: Plan) -> bool:
+    """Whether every lever that does not round promises the bits of the step it is taken in."""
+    return all(
+        lever.exactness is Exactness.SAME_BITS or lever.exactness >= Exactness.ROUNDED for lever in levers_of(plan)
+    )
+
+
+def _spread(name: str, bench: Bench, planned: Planned, sides: tuple[Gradients, Gradients]) -> Check:
+    """Bit for bit, or within what plain calls differ by among themselves."""
+    plain, ours = sides
+    error, worst = _apart(plain, ours)
+    allowed, levers = 0.0, ", ".join(planned.plan.levers)
+    detail = f"{levers or 'the plain call'}, on all rows at once: bit for bit {planned.rounding.plain_step}"
+    if error != 0:
+        spread = max(_apart(plain, bench.run(planned.reference))[0] for _ in range(2))
+        if not planned.plan.levers:
+            spread = max(spread, error)
+        allowed = min(tolerance.UNREST_RATIO * spread, tolerance.entry_allowed(planned.precision))
+        detail += f" was asked; plain calls differ by up to {spread:.2g}"
+    return dataclasses.replace(check_of(name, error, allowed, worst), detail=detail, tier=0)
+
+
+def _apart(plain: Gradients, ours: Gradients) -> tuple[float, str]:
+    """The largest difference of an entry or of the loss, relative to its scale, and the parameter it is in."""
+    error, worst = largest_error(plain.by_name, ours.by_name, plain.by_name)
+    of_loss = abs(plain.loss - ours.loss) / (abs(plain.loss) or 1.0)
+    return (error, worst) if math.isnan(error) or of_loss <= error else (of_loss, "")
+
+
+def _judge_by_tiers(
+    planned: Planned, bench: Bench, sides: tuple[Gradients, Gradients], precision: Precision
+) -> _Judged:
+    plain, ours = sides
+    # Totals raise where that is not so.
+    two_passes = planned.split is not None and planned.split.examination.passes == 2
+    checks = [bits_check(SECOND_PASS, [], _REPEATS)] if two_passes else []
     twin = _Twin.run(planned, bench, plain)
     allowance = _allowance(1 if tolerance.proves_logic(precision) else 2, precision, planned)
     if isinstance(twin, str):
@@ -161,8 +228,8 @@ def _judge(
     allowance = dataclasses.replace(
         _allowance(2, precision, planned), largest_unrest=tolerance.LARGEST_DIRECT_UNREST
     )
-    direct = _widened_if_needed(plain, ours, allowance, lambda: _own_unrest(planned, bench, plain))
-    noise = no_further_from_float64(plain, ours, twin.plain, precision, allowance.lost)
+    direct = _widened_if_needed(plain, ours, allowance, lambda: own_unrest(planned, bench, plain))
+    noise = no_further_from_float64(plain, ours, twin.plain, allowance)
     return _Judged([*checks, *logic, *direct, noise], judged_in, narrowed_by)
 
 
@@ -172,7 +239,7 @@ def _allowance(tier: int, precision: Precision, planned: Planned) -> Allowance:
         tier=tier,
         precision=precision,
         norm_constant=tolerance.BATCH_STATISTICS_NORM_CONSTANT if statistics else tolerance.NORM_CONSTANT,
-        lost=tolerance.subnormal_loss(precision.dtype, len(planned.parts)),
+        lost=tolerance.subnormal_loss(precision.dtype, len(planned.parts), planned.loss_scale),
     )
 
 
@@ -194,9 +261,8 @@ class _Twin:
     ours: Gradients
     narrowest: torch.dtype
     narrowed_by: str
-    declared: DeclaredStep
+    planned: Planned
     bench: Bench
-    sites: DrawSites | None
 
     @classmethod
     def run(cls, planned: Planned, bench: Bench, plain: Gradients) -> _Twin | str:
@@ -217,7 +283,7 @@ class _Twin:
 
             def watched(rows: Any) -> Gradients:
                 with seen:
-                    return plain_gradients(twin.declared, rows, planned.sites)
+                    return twin.reference(rows)
 
             with _no_autocast(planned.declared):
                 oracle = wide.run(watched)
@@ -230,11 +296,11 @@ class _Twin:
         except (RuntimeError, TypeError) as error:
             # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
             return f"a copy of the step in float64 cannot run: {first_line(error)}{line_of(error)}"
-        return cls(oracle, again, seen.dtype, seen.where, twin.declared, wide, planned.sites)
+        return cls(oracle, again, seen.dtype, seen.where, twin, wide)
 
     def unrest(self) -> Unrest:
-        with _no_autocast(self.declared):
-            return _unrest_of(self.declared, self.bench, self.plain, self.sites)
+        with _no_autocast(self.planned.declared):
+            return unrest_of(self.planned, self.bench, self.plain)
 
     def checks(self, allowance: Allowance) -> list[Check]:
         return _widened_if_needed(self.plain, self.ours, allowance, self.unrest)
@@ -242,31 +308,3 @@ class _Twin:
 
 def _no_autocast(declared: DeclaredStep) -> torch.autocast:
     return torch.autocast(declared.device.type, enabled=False)
-
-
-def _own_unrest(planned: Planned, bench: Bench, plain: Gradients) -> Unrest:
-    """The plain step's unrest in the precision that runs, on a copy of the model; none where it cannot be copied."""
-    try:
-        twin = copied(planned.declared)
-    except (RuntimeError, TypeError):
-        return Unrest()
-    own = dataclasses.replace(bench, state=ModuleState.of(twin))
-    return _unrest_of(twin, own, plain, planned.sites)
-
-
-def _unrest_of(twin: DeclaredStep, bench: Bench, reference: Gradients, sites: DrawSites | None) -> Unrest:
-    """The plain step's answer to rows and weights moved by one unit in the last place; ``twin`` is a copy of ours."""
-    by_name: dict[str, float] = {}
-    norm = loss = 0.0
-    for seed in range(2):
-        nudge = Nudge(seed)
-        moved = dataclasses.replace(bench, rows=trees.map_tensors(bench.rows, nudge.moved))
-        with nudge.applied([p for module in twin.modules for p in module.parameters()]):
-            gradients = moved.run(lambda rows: plain_gradients(twin, rows, sites))
-        for name, gradient in gradients.by_name.items():
-            before = reference.by_name.get(name)
-            if gradient is not None and before is not None and gradient.numel():
-                by_name[name] = max(by_name.get(name, 0.0), float((gradient - before).abs().max()))
-        norm = max(norm, norm_of(differences_of(reference.by_name, gradients.by_name)))
-        loss = max(loss, abs(gradients.loss - reference.loss))
-    return Unrest(by_name, norm, loss)

@@ -22,6 +22,7 @@ from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.calls import line_from
+from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.split import SplitStep
 from samegrad.verify.captured import in_float64
 from samegrad.verify.sides import Planned
@@ -30,16 +31,26 @@ from samegrad.verify.sides import Planned
 def float64_twin(planned: Planned) -> Planned:
     """The same planned step on copies of the model and the loss in float64."""
     declared = float64_declared(planned.declared, planned.declared.device)
-    split = planned.split
-    if split is not None:
-        roots: dict[str, nn.Module] = {"": declared.network}
-        if declared.loss_module is not None:
-            roots["loss_fn"] = declared.loss_module
-        split = dataclasses.replace(split, declared=declared, aliases=ParameterAliases(roots))
-        if declared.device.type == "cuda" and isinstance(split, SplitStep):
-            # Wide rows would leave wide places behind in the step's own prefetcher.
-            split = dataclasses.replace(split, chunks=stream_chunks)
-    return dataclasses.replace(planned, declared=declared, split=split)
+    return dataclasses.replace(
+        planned,
+        declared=declared,
+        split=_on(declared, planned.split),
+        by_rows=_on(declared, planned.by_rows),
+    )
+
+
+def _on(declared: DeclaredStep, split: ChunkedStep | None) -> ChunkedStep | None:
+    """``split`` of the copy ``declared``."""
+    if split is None:
+        return None
+    roots: dict[str, nn.Module] = {"": declared.network}
+    if declared.loss_module is not None:
+        roots["loss_fn"] = declared.loss_module
+    copy_of_it = dataclasses.replace(split, declared=declared, aliases=ParameterAliases(roots))
+    if declared.device.type == "cuda" and isinstance(copy_of_it, SplitStep):
+        # Wide rows would leave wide places behind in the step's own prefetcher.
+        return dataclasses.replace(copy_of_it, chunks=stream_chunks)
+    return copy_of_it
 
 
 def float64_declared(declared: DeclaredStep, device: torch.device) -> DeclaredStep:
@@ -54,9 +65,14 @@ def float64_declared(declared: DeclaredStep, device: torch.device) -> DeclaredSt
         model=network.to(device, torch.float64),
         loss_fn=loss_fn,
         forward=in_float64(declared.forward, device),
-        optimizer=None,
+        optimizer=_without_state(network) if declared.optimizer is not None else None,
         device=device,
     )
+
+
+def _without_state(network: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer for levers that stand beside one: the user's state is no copy's."""
+    return torch.optim.SGD(network.parameters(), lr=0.0)
 
 
 def copied(declared: DeclaredStep) -> DeclaredStep:

@@ -1,0 +1,62 @@
+"""A plan of levers that nothing was traced for: measured instead of predicted, and a verdict that names what rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from samegrad.records import Exactness, Footprint, Origin, Plan, Verdict
+
+from .conftest import Cli
+
+LEVERS = {"split_rows": {"rows": 16}, "autocast": {"dtype": "bfloat16"}}
+GIVEN = ("steps.py:rounded", "--plan", "plan.json")
+
+
+@pytest.fixture(autouse=True)
+def written(folder: Path) -> None:
+    plan = Plan(levers=LEVERS, exactness=Exactness.ROUNDED, batch_rows=64)
+    (folder / "plan.json").write_text(plan.to_json())
+
+
+def test_what_nothing_predicts_is_measured_and_called_so(folder: Path, cli: Cli) -> None:
+    ran = cli("plan", *GIVEN, "--output", "out", "--json")
+    assert ran.code == 0 and ran.document["fits"]
+    footprint = Footprint.from_json((folder / "out" / "footprint.json").read_text())
+    assert footprint.origin is Origin.MEASURED and footprint.rows == 16 and footprint.peak_allocated_bytes > 0
+    plan = Plan.from_json((folder / "out" / "plan.json").read_text())
+    assert plan.levers == LEVERS and plan.predicted_peak_bytes is None and plan.predicted_seconds is None
+    told = cli("plan", *GIVEN)
+    assert "measured" in told.out and "predicted peak" not in told.out
+
+
+def test_a_run_says_what_it_did_not_predict(folder: Path, cli: Cli) -> None:
+    ran = cli("run", *GIVEN, "--steps", "1", "--output", "run")
+    assert ran.code == 0
+    assert "Not predicted (predict autocast" in ran.err and "so measured:" in ran.err
+    assert Plan.from_json((folder / "run" / "plan.json").read_text()).predicted_peak_bytes is None
+
+
+def test_a_measured_peak_over_the_budget_is_refused(folder: Path, cli: Cli) -> None:
+    text = (folder / "plan.json").read_text()
+    budget = '{"total_bytes": 4096, "device": "cpu", "counting": "counted tensor bytes", "source": "a test"}'
+    (folder / "plan.json").write_text(text.replace('"budget": null', f'"budget": {budget}'))
+    ran = cli("run", *GIVEN, "--steps", "1", "--output", "run", "--json")
+    assert ran.code == 1 and "it is measured to need" in ran.document["error"]["message"]
+
+
+def test_the_verdict_names_its_own_reference_and_what_the_lever_costs(folder: Path, cli: Cli) -> None:
+    ran = cli("verify", *GIVEN, "--output", "out", "--json")
+    assert ran.code == 0 and ran.document["same"]
+    assert ran.document["same_as"] == "the plain step under autocast in bfloat16 on cpu"
+    verdict = Verdict.from_json((folder / "out" / "verdict.json").read_text())
+    assert (verdict.asked, verdict.found) == (Exactness.ROUNDED, Exactness.ROUNDED)
+    told = " ".join(cli("verify", *GIVEN).out.split())
+    assert told.startswith("Same as its own reference") and "Same gradients" not in told
+    assert "not the declared step: its gradients are" in told and "which is what autocast costs" in told
+
+
+def test_a_step_that_does_not_allow_it_refuses_the_plan(cli: Cli) -> None:
+    ran = cli("verify", "steps.py:train", "--plan", "plan.json", "--json")
+    assert ran.code == 2 and "a narrower dtype than declared" in ran.document["error"]["message"]
