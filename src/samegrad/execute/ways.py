@@ -31,7 +31,7 @@ from samegrad.exact.rounding import eps_in_use
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.segments import find_segments
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import NotToBeTried, step_undisturbed
+from samegrad.exact.undisturbed import FailsOnFewRows, NotToBeTried, step_undisturbed
 from samegrad.exact.unit_chain import find_units
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.levers.recompute import Recompute
@@ -142,7 +142,13 @@ def find_ways(
     else:
         refusals[ExactBatchNorm.name] = "no BatchNorm in training mode"
     if not mapped:
-        _try_segments(declared, batch, layout, segments, fits, refusals)
+        try:
+            _try_segments(declared, batch, layout, segments, fits, refusals)
+        except FailsOnFewRows as refused:
+            if segments is not None:
+                raise
+            # Probes of the step would fail on as many.
+            return Ways(None, refused)
     elif Segments.name not in refusals:
         refusals[Segments.name] = "tried only where BatchNorm has no exact way of its own"
     if segments is not None:
@@ -172,7 +178,9 @@ def _try_segments(
     refusals: dict[str, str],
 ) -> None:
     few, few_layout = _few(declared, batch, layout)
-    found = find_segments(declared, few, few_layout, named)
+    # Hooks on a part may write into other parts.
+    with step_undisturbed(declared):
+        found = find_segments(declared, few, few_layout, named)
     if found:
         fits(Segments(1, {segment.path: segment.per_row for segment in found}))
     else:
@@ -194,7 +202,7 @@ def _try_units(
     if blocks:
         fits(Recompute(blocks))
     else:
-        refusals[Recompute.name] = chain.reason or "no blocks, only single layers, which keep little inside"
+        refusals[Recompute.name] = chain.reason or chain.why_single_layers
 
 
 def _over_ranks(
@@ -301,9 +309,13 @@ class _Found:
     gradients: dict[str, Tensor | None]
 
     def differing(self, other: _Found) -> list[str]:
+        places, others = ([place for place, _ in side.outputs] for side in (self, other))
+        if places != others:
+            # A list, say, that grows with every call of a module.
+            return sorted(set(places) ^ set(others)) or ["the order of the outputs"]
         found = [
             place
-            for (place, a), (_, b) in zip(self.outputs, other.outputs, strict=True)
+            for (place, a), (_, b) in zip(self.outputs, other.outputs)
             if isinstance(a, Tensor) and not (isinstance(b, Tensor) and a.shape == b.shape and close(a, b))
         ]
         # Some gradients are zero by structure (of a bias before BatchNorm): what stands there is the others' rounding.

@@ -50,6 +50,7 @@ from samegrad.records import Category, Phase
 Run = Callable[[DeclaredStep, Any], object]
 
 STEPS = 2
+_ONEDNN_RECURRENT = "aten.mkldnn_rnn_layer"
 
 Found = TypeVar("Found")
 
@@ -107,6 +108,8 @@ def trace_step(
     layout = declared.layout(batch)
     notes |= _notes_on(declared, named_modules(declared))
     operations, events = _followed(declared, batch, dispatch, plainly() if run is None else run, notes)
+    if any(operation.name.startswith(_ONEDNN_RECURRENT) for operation in operations):
+        notes["recurrent layers"] = "what oneDNN keeps for their backward is not in it: its size is known to it alone"
     return Trace(
         operations=operations,
         events=events,
