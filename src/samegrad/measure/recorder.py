@@ -24,6 +24,7 @@ from samegrad import trees
 from samegrad.errors import CannotTrace
 from samegrad.measure import operation_costs
 from samegrad.measure.events import MemoryEvent, Operation
+from samegrad.measure.known_values import KnownValues
 from samegrad.measure.shadows import Twins
 from samegrad.records import Category, Phase
 
@@ -86,6 +87,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self.phase = Phase.FORWARD
         self.step = 0
         self.failure: Failure | None = None
+        self.values = KnownValues()
 
     # As a listener.
 
@@ -161,12 +163,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         if func not in _LIFTS and not all(isinstance(tensor, FakeTensor) for tensor in given):
             args, kwargs = trees.map_tensors((args, kwargs), self._brought)
             given = operation_costs.tensors_in((*args, *kwargs.values()))
+        if func is torch.ops.aten._local_scalar_dense.default and (number := self.values.number(args[0])) is not None:
+            return number
         try:
             result = self._dispatch.call(func, args, kwargs)
         except Exception as error:
             self.failure = Failure(id(error), self._place(), str(func))
             raise
-        self._note(func, module, args, kwargs, given, result)
+        made = operation_costs.tensors_in(result if isinstance(result, (tuple, list)) else (result,))
+        self.values.follow(func, args, kwargs, given, made)
+        self._note(func, module, args, kwargs, given, made, result)
         return result
 
     def _place(self) -> str:
@@ -194,9 +200,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return twin.detach()
 
     def _note(
-        self, func: Any, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], result: Any
+        self,
+        func: Any,
+        module: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[Tensor],
+        made: list[Tensor],
+        result: Any,
     ) -> None:
-        made = operation_costs.tensors_in(result if isinstance(result, (tuple, list)) else (result,))
         if not any(tensor.device.type == self._device_type for tensor in (*given, *made)):
             # What the host does for itself: scalars of an optimizer, rows before they travel.
             return

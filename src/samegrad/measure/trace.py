@@ -176,6 +176,7 @@ def _in_place(
         standing, rows = _standing(declared, batch, dispatch.device, twins, numbers)
         _claim_residents(recorder, standing, rows)
         stack.enter_context(explained(recorder))
+        stack.enter_context(recorder.values.shown())
         stack.enter_context(recorder)
         stack.enter_context(recorder.following_modules())
         stack.enter_context(listening(recorder))
