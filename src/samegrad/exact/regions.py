@@ -127,7 +127,8 @@ class _Bound:
                 outside.append(leaf.detach())  # rule 2
         if outside:
             anchor = torch.empty(0, device=outside[0].device, requires_grad=True)
-            self._keeper = _Kept.apply(anchor, *outside).grad_fn  # type: ignore[no-untyped-call]
+            # The result and not its node alone: in torch 2.11 a node lets go of what it saved when its result goes.
+            self._keeper = _Kept.apply(anchor, *outside)  # type: ignore[no-untyped-call]
 
     def run_again(self, handed: Sequence[Any]) -> list[Any]:
         """The leaves that the call returns; ``handed``: those of the call before."""
@@ -147,7 +148,7 @@ class _Bound:
         if self._keeper is None:
             return []
         try:
-            kept = cast(Sequence[Tensor], self._keeper.saved_tensors)
+            kept = cast(Sequence[Tensor], self._keeper.grad_fn.saved_tensors)
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
