@@ -79,9 +79,14 @@ def imported(name: str) -> Any:
 Left = dict[str, Tensor]
 
 
-def left_by(case: Case, *, training: bool = True, **how: Any) -> Left:
-    """What ``backward`` leaves on a new model in float64, from one seed. ``how``: of ``Step``; without it, plainly."""
+def left_by(case: Case, *, training: bool = True, moved: bool = False, **how: Any) -> Left:
+    """What ``backward`` leaves on a new model in float64, from one seed. ``how``: of ``Step``; without it, plainly.
+
+    ``moved``: on rows that are moved by one unit in the last place.
+    """
     model, batch = case.model().double().train(training), in_float64(case.batch(ROWS))
+    if moved:
+        batch = trees.map_tensors(batch, lambda leaf: leaf.nextafter(leaf + 1) if leaf.is_floating_point() else leaf)
     seeded()
     if how:
         with sg.Step(model, case.loss_fn, forward=case.forward, **how) as step:
@@ -115,9 +120,14 @@ def reference(case: Case) -> tuple[Left, bool]:
     return (left_by(case, training=False), False) if draws else (plain, True)
 
 
-def assert_same(case: Case, ours: Left, theirs: Left) -> None:
-    """Equal up to the rounding that the contract allows in the dtype that the model computes in."""
+def assert_same(case: Case, ours: Left, theirs: Left, *, training: bool = True) -> None:
+    """Equal up to the rounding that the contract allows in the dtype that the model computes in.
+
+    Where that is passed, as much as the contract allows a step that is worse conditioned: by what the plain step does
+    on rows moved by one unit in the last place.
+    """
     assert ours.keys() == theirs.keys()
+    usual, moved = 8 * tolerance.entry_allowed(case.computes_in), None
     largest: dict[str, float] = {}
     for key, value in theirs.items():
         if value.is_floating_point():
@@ -129,7 +139,11 @@ def assert_same(case: Case, ours: Left, theirs: Left) -> None:
             continue
         scale = tolerance.entry_scale(float(expected.abs().max()), largest[key.partition(" ")[0]])
         apart = float((ours[key] - expected).abs().max())
-        assert apart <= 8 * tolerance.entry_allowed(case.computes_in) * scale, (key, apart, scale)
+        if apart <= usual * scale:
+            continue
+        moved = moved or left_by(case, training=training, moved=True)
+        unrest = float((moved[key] - expected).abs().max()) / scale
+        assert apart <= tolerance.allowed_with_unrest(usual, unrest) * scale, (key, apart, scale, unrest)
 
 
 def assert_same_bits(ours: Left, theirs: Left) -> None:
@@ -188,7 +202,7 @@ def ragged_chunks_are_the_plain_step(case: Case) -> None:
             step.backward(case.batch(ROWS))
         return
     plain, training = reference(case)
-    assert_same(case, left_by(case, training=training, rows=SIZES), plain)
+    assert_same(case, left_by(case, training=training, rows=SIZES), plain, training=training)
     if not training:
         assert_same(case, left_by(case, rows=SIZES), left_by(case, rows=ROWS))
 
