@@ -222,8 +222,8 @@ def recomputed_blocks_are_the_plain_step_bit_for_bit(case: Case) -> None:
 def levers_together_are_the_whole_step(case: Case) -> None:
     levers: dict[str, dict[str, Any]] = {} if case.not_recomputed else {"recompute": {"blocks": runs_of(case)}}
     if not case.not_split:
-        with sg.Step(case.model(), case.loss_fn, forward=case.forward, rows=SIZES) as step:
-            step.backward(case.batch(ROWS))
+        with sg.Step(case.model().double(), case.loss_fn, forward=case.forward, rows=SIZES) as step:
+            step.backward(in_float64(case.batch(ROWS)))
             assert step.plan is not None
             by_rows = "split_rows" in step.plan.levers
         if by_rows:

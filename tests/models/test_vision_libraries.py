@@ -28,7 +28,9 @@ def classified(outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def classified_thrice(outputs: Any, batch: Batch) -> Tensor:
-    """GoogLeNet's loss: its two classifiers on the way count less."""
+    """GoogLeNet's loss: its two classifiers on the way count less, and are there in training mode only."""
+    if isinstance(outputs, Tensor):
+        return classified(outputs, batch)
     last, *others = (outputs.logits, outputs.aux_logits1, outputs.aux_logits2)
     return classified(last, batch) + 0.3 * sum(classified(other, batch) for other in others)
 
@@ -65,6 +67,8 @@ def small_vit(models: Any) -> nn.Module:
 
 
 seen = functools.partial(Case, batch=pictures, loss_fn=classified, forward=shown)
+# Of less, the last stages leave one pixel a channel, and BatchNorm five numbers to take a variance of.
+large = functools.partial(seen, batch=functools.partial(pictures, size=64))
 RESNET = tuple(f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2))
 
 CASES: dict[str, Case] = {
@@ -81,14 +85,13 @@ CASES: dict[str, Case] = {
     "timm ConvNeXt": seen(timm("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 8, 16, 16)), blocks=("stages.0",)),
 }  # fmt: skip
 LARGE: dict[str, Case] = {
-    "ResNet-18": seen(torchvision(lambda models: models.resnet18(num_classes=CLASSES)), blocks=RESNET),
-    "ResNet-50": seen(torchvision(lambda models: models.resnet50(num_classes=CLASSES)), blocks=RESNET),
-    "GoogLeNet": seen(
+    "ResNet-18": large(torchvision(lambda models: models.resnet18(num_classes=CLASSES)), blocks=RESNET),
+    "ResNet-50": large(torchvision(lambda models: models.resnet50(num_classes=CLASSES)), blocks=RESNET),
+    "GoogLeNet": large(
         torchvision(lambda models: models.googlenet(num_classes=CLASSES, init_weights=False)),
-        batch=functools.partial(pictures, size=64), loss_fn=classified_thrice,
-        blocks=("inception3a", "inception4e", "inception5b"),
+        loss_fn=classified_thrice, blocks=("inception3a", "inception4e", "inception5b"),
     ),
-    "timm ResNet-18": seen(timm("resnet18"), blocks=RESNET),
+    "timm ResNet-18": large(timm("resnet18"), blocks=RESNET),
 }  # fmt: skip
 
 
