@@ -482,3 +482,10 @@ def test_the_next_real_step_is_the_one_it_would_have_been() -> None:
     cross_entropy(twin(batch[0]), batch).backward()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_tensor_that_the_step_makes_on_the_host_is_named_by_its_line() -> None:
+    declared = declared_on(Words(), lambda outputs, _: cross_entropy(outputs, (0, torch.zeros(ROWS * 11).long())))
+    with pytest.raises(CannotTrace, match=r"(?s)traced\.py:\d+\) takes a tensor of the host.*device=x\.device"):
+        trace_step(declared, words(ROWS))
+    trace_step(declared, words(ROWS), device="cpu")
