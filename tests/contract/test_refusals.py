@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad.declared import declare
 from samegrad.errors import CannotSplit
+from samegrad.execute.ways import find_ways
+from samegrad.settle import aliases_for
 
 from .plain import (
     Tally,
@@ -342,3 +345,53 @@ def test_a_model_that_takes_all_rows_only_is_refused_with_what_it_raised() -> No
     with left_alone(model), pytest.raises(CannotSplit, match=r"fails on 8 rows of the batch: RuntimeError") as caught:
         sg.Step(model, cross_entropy, rows=4).backward((X, Y))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+class Collecting(nn.Module):
+    """Rows meet after an encoder. Each call of its layer is noted among the outputs, so that chunks of it give more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 3)
+        self.encoder[0].register_forward_hook(lambda _, __, output: self._seen.append(output))
+        self._seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        z = self.encoder(x)
+        seen, self._seen = tuple(self._seen), []
+        return {"scores": self.head(z - z.mean(0)), "seen": seen}
+
+
+def test_a_part_whose_calls_are_counted_among_the_outputs_is_no_segment() -> None:
+    model = Collecting().double()
+    declared = declare(model, lambda outputs, batch: cross_entropy(outputs["scores"], batch))
+    with left_alone(model):
+        ways = find_ways(declared, aliases_for(declared), (X, Y), declared.layout((X, Y)))
+    assert ways.by_rows is None and not any(lever.name == "segments" for lever in ways.mapped)
+    assert ways.refusals["segments"].startswith("outputs['seen'][1] changes")
+
+
+class Neighbours(nn.Module):
+    """Each of (rows, 6) takes from the row that (rows,) numbers name, which fewer rows may not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        scores: Tensor = self.head(x + self.sent(x)[other])
+        return scores
+
+
+def test_a_small_batch_whose_rows_need_each_other_runs_whole_and_is_refused_in_chunks() -> None:
+    model, rows = Neighbours().double(), 5
+    batch = {"x": X[:rows], "other": torch.arange(rows).flip(0), "labels": Y[:rows]}
+    loss = lambda outputs, b: F.cross_entropy(outputs, b["labels"])
+    with left_alone(model), pytest.raises(CannotSplit, match=r"the model \(Neighbours\) fails on \d rows of the batch"):
+        sg.Step(model, loss, rows=2).backward(batch)
+    twin = copy.deepcopy(model)
+    expected = loss(twin(batch["x"], batch["other"]), batch)
+    expected.backward()
+    # Planning probes the real step, on the rows that it takes.
+    assert torch.equal(sg.Step(model, loss, budget="1GiB").backward(batch), expected.detach())
+    assert_close(gradients(model), gradients(twin))

@@ -166,11 +166,37 @@ class InPlace(nn.Module):
         return self.relu(self.linear(x) * 2)
 
 
+class Looped(nn.Module):
+    """Blocks in a Sequential that nobody calls: the model's own code loops over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(*(Stage() for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+class Stage(Looped):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.stages = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+
+def test_a_sequential_that_is_looped_over_is_a_list() -> None:
+    chain = chain_of(Looped().to(zoo.D), torch.randn(4, 6, dtype=zoo.D))
+    assert named(chain) == [["stages.0", "stages.1"]] and all(unit.has_parts for unit in chain.units)
+
+
 def test_what_is_no_unit_is_left_out_with_its_reason() -> None:
     x = torch.randn(4, 6, dtype=zoo.D)
     chain = chain_of(zoo.HuggingFaceLike(cache=Cache()).to(zoo.D), x)
     assert chain.left_out == dict.fromkeys(BLOCKS, "is handed or returns a Cache, which it may write")
     assert [unit.name for unit in chain.units] == ["wte", "drop", "ln_f", "lm_head"]
+    assert chain.reason == "" and chain.why_single_layers.startswith("no blocks, only single layers")
+    assert "h.0 is handed or returns a Cache" in chain.why_single_layers
     chain = chain_of(InPlace().to(zoo.D), x)
     assert named(chain) == [["linear"]] and "changes in place" in chain.left_out["relu"]
     chain = chain_of(Tied().to(zoo.D), x)

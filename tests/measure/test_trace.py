@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotTrace
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.mapped import MappedStep
 from samegrad.exact.split import sliced_chunks
@@ -169,3 +170,10 @@ def test_a_planted_leak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Recorder, "_note", keeping)
     assert traced_peaks(declared, batch, plainly()) != counted_peaks(declared, batch, plainly())
+
+
+def test_a_tensor_that_the_step_makes_on_the_host_is_named_by_its_line() -> None:
+    declared = declared_on(Words(), lambda outputs, _: cross_entropy(outputs, (0, torch.zeros(ROWS * 11).long())))
+    with pytest.raises(CannotTrace, match=r"(?s)traced\.py:\d+\) takes a tensor of the host.*device=x\.device"):
+        trace_step(declared, words(ROWS))
+    trace_step(declared, words(ROWS), device="cpu")

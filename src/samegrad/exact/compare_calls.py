@@ -18,6 +18,7 @@ _ARITHMETIC = frozenset(
     "add sub subtract rsub radd mul multiply rmul div divide true_divide truediv rtruediv floor_divide floordiv pow "
     "rpow float_power remainder fmod mod lerp addcmul addcdiv iadd isub imul itruediv".split()
 )
+_BROADCASTS = frozenset({"expand", "expand_as", "broadcast_to"})
 # Longer bodies of loops are not looked for.
 _LONGEST_BODY = 256
 
@@ -56,7 +57,8 @@ def first_difference(runs: Sequence[Calls]) -> Difference | None:
 
     Runs that ended early are compared as far as they came.
     """
-    first, *others = sorted(runs, key=lambda run: run.rows)
+    first, *others = sorted(map(_without_broadcasts, runs), key=lambda run: run.rows)
+    runs = [first, *others]
     for other in others:
         if found := _different_functions(first, other):
             return found
@@ -64,6 +66,11 @@ def first_difference(runs: Sequence[Calls]) -> Difference | None:
         # Loops over rows were compared with their numbers.
         return None
     return _different_numbers([first, *others])
+
+
+def _without_broadcasts(run: Calls) -> Calls:
+    """What one row needs to be made as many as the others changes no number; shapes after it are compared."""
+    return dataclasses.replace(run, calls=[call for call in run.calls if call.function not in _BROADCASTS])
 
 
 def _different_functions(first: Calls, other: Calls) -> Difference | None:

@@ -28,6 +28,7 @@ from samegrad.exact.batchnorm import uses_batch_statistics
 from samegrad.exact.draw_probe import check_sites, find_sites
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
+from samegrad.exact.few_rows import on_few_rows
 from samegrad.exact.module_names import entered, looked_at
 from samegrad.exact.replaced_forward import has_own_forward
 from samegrad.exact.replaced_rows import ShapesSeen, replacements
@@ -36,12 +37,11 @@ from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.state import StateRule
 from samegrad.exact.state_probe import StateProbe
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import FailsOnFewRows, Generators, ModuleState, NotToBeTried
+from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried
 from samegrad.trees import RowLayout
 
 PROBE_ROWS = 8
 # What a forward raises for rows of a number that it cannot take.
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 _ROUNDING_UNITS = 64
 _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
@@ -143,7 +143,11 @@ class RowProbes:
         sharded = any(is_sharded(p) for p in network.parameters())
         running: list[str] = []
         try:
-            with entered(network) as running, collectives.watched(*[collectives.GATHER_INTO_TENSOR] * sharded):
+            with (
+                entered(network) as running,
+                on_few_rows(self._rows, running),
+                collectives.watched(*[collectives.GATHER_INTO_TENSOR] * sharded),
+            ):
                 self._plain_forward()
         except collectives.CollectiveSeen as seen:
             raise NotToBeTried(
@@ -152,15 +156,6 @@ class RowProbes:
                 "chunk's rows, and ranks with other chunk counts would wait for each other",
                 do=f"{_WAYS_OUT}, or move the collective into loss_fn, which sees all rows of this rank once a step",
             ) from None
-        except torch.OutOfMemoryError:
-            raise
-        except _FAILURES as error:
-            raise FailsOnFewRows(
-                asked="split the rows of a step",
-                found=f"{running[-1] if running else 'the forward'} fails on {self._rows} rows of the batch: "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-                do=f"{_WAYS_OUT}, or make the model take any number of rows",
-            ) from error
 
     def _plain_forward(self) -> None:
         self.declared.forward(self.declared.network, self.batch)
@@ -206,7 +201,9 @@ class RowProbes:
             )
 
     def _check_subset(self, outputs: Any) -> None:
-        alone = self.forward(trees.take_rows(self.batch, self.layout, self.kept), self.kept)
+        few = trees.take_rows(self.batch, self.layout, self.kept)
+        with entered(self.declared.network) as running, on_few_rows(len(self.kept), running):
+            alone = self.forward(few, self.kept)
         self.restored()
         for path, among, apart in _leaf_pairs(outputs, alone):
             if not isinstance(among, Tensor):

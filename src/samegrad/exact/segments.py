@@ -19,6 +19,8 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.backward_probe import BackwardProbe
+from samegrad.exact.few_rows import on_few_rows
+from samegrad.exact.module_names import entered
 from samegrad.exact.probes import RowProbes
 from samegrad.exact.row_map import RowCall
 from samegrad.exact.step_draws import StepDraws
@@ -39,8 +41,8 @@ def find_segments(
 ) -> tuple[Segment, ...]:
     """The largest submodules with parameters that treat rows alone, or the ``named`` ones.
 
-    ``few``: the probe rows, on the device. Raises CannotSplit naming a submodule that was named and does not, and
-    UsageError for a name that is not there.
+    ``few``: the probe rows, on the device. Raises CannotSplit naming a submodule that was named and does not,
+    FailsOnFewRows where the model cannot take fewer rows, and UsageError for a name that is not there.
     """
     network = declared.network
     if named is not None:
@@ -75,11 +77,11 @@ _MOST_CALLS = 8
 
 def _row_calls(declared: DeclaredStep, few: Any, layout: RowLayout) -> dict[str, Call]:
     """For every submodule the arguments of its first call whose rows grow with the batch's, as a run of fewer shows."""
-    at_rows = _calls(declared, few)
+    at_rows = _calls(declared, few, layout.rows)
     if layout.rows < 3:
         return {path: calls[0] for path, calls in at_rows.items()}
     fewer = layout.rows - max(1, 3 * layout.rows // 8)
-    at_fewer = _calls(declared, trees.take_rows(few, layout, list(range(fewer))))
+    at_fewer = _calls(declared, trees.take_rows(few, layout, list(range(fewer))), fewer)
     found = {}
     for path, calls in at_rows.items():
         for here, there in zip(calls, at_fewer.get(path, [])):
@@ -94,7 +96,7 @@ def _rows_of(call: Call) -> int:
     return trees.find_rows(call).rows if _tensors(call) else 0
 
 
-def _calls(declared: DeclaredStep, few: Any) -> dict[str, list[Call]]:
+def _calls(declared: DeclaredStep, few: Any, rows: int) -> dict[str, list[Call]]:
     """The arguments of every submodule's calls, detached; nothing is left changed."""
     calls: dict[str, list[Call]] = {}
     handles = []
@@ -111,7 +113,7 @@ def _calls(declared: DeclaredStep, few: Any) -> dict[str, list[Call]]:
         for path, part in declared.network.named_modules():
             if path:
                 handles.append(part.register_forward_pre_hook(note(path), with_kwargs=True))
-        with torch.no_grad():
+        with torch.no_grad(), entered(declared.network) as running, on_few_rows(rows, running):
             declared.forward(declared.network, few)
     finally:
         for handle in handles:

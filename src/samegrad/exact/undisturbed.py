@@ -16,6 +16,7 @@ from samegrad.errors import CannotSplit
 from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, same_tensor
 from samegrad.exact.dataless import computing
 from samegrad.exact.held import Held, held_by
+from samegrad.exact.module_hooks import ModuleHooks
 
 _NOTHING = Held()
 
@@ -81,7 +82,7 @@ def _same_state(a: Any, b: Any) -> bool:
 
 
 class ModuleState:
-    """Buffers and Python attributes of modules, to compare with and to return to.
+    """Buffers and Python attributes of modules, to compare with and to return to; their hooks to return to.
 
     Attributes are those of the kinds that ``attributes.py`` lists. ``held``: what functions hold beside them.
     """
@@ -102,6 +103,7 @@ class ModuleState:
             if buffer is not None
         ]
         self._attributes = [(part, name, _attributes(part)) for name, part in self._parts]
+        self._hooks = ModuleHooks(part for _, part in self._parts)
         self._versions = self._read_versions()
 
     def changed(self) -> list[str]:
@@ -161,6 +163,7 @@ class ModuleState:
                 del mine[key]
             for key, kept in attributes.items():
                 mine[key] = kept.restored()
+        self._hooks.restore()
         self._versions = self._read_versions()
         self._held.restore()
         if self._others is not None:

@@ -29,6 +29,8 @@ from samegrad.exact.undisturbed import step_undisturbed
 
 _PLAIN = (int, float, complex, str, bytes, type(None), enum.Enum, torch.Size, torch.dtype, torch.device, slice)
 _LISTS = (nn.ModuleList, nn.ModuleDict)
+# What transformers models hand to their blocks in training too, where nobody generates.
+_CACHES = ("DynamicCache", "EncoderDecoderCache")
 _NAMED_IN_REASON = 3
 # So many siblings of one class are blocks; two may be an encoder and a decoder, with blocks of their own.
 _A_ROW = 3
@@ -77,9 +79,19 @@ class UnitChain:
             return ""
         if not self.left_out:
             return "no submodule of the model is called, so there is no part to run again"
+        return f"no part of the model can run again: {self._named_in_left_out}"
+
+    @property
+    def why_single_layers(self) -> str:
+        """Why there is no block among the units, in words."""
+        reason = "no blocks, only single layers, which keep little inside"
+        return f"{reason}: {self._named_in_left_out}" if self.left_out else reason
+
+    @property
+    def _named_in_left_out(self) -> str:
         named = [f"{path} {why}" for path, why in list(self.left_out.items())[:_NAMED_IN_REASON]]
         more = len(self.left_out) - len(named)
-        return "no part of the model can run again: " + "; ".join(named) + (f"; and {more} more" if more else "")
+        return "; ".join(named) + (f"; and {more} more" if more else "")
 
 
 def find_units(declared: DeclaredStep, few: Any) -> UnitChain:
@@ -167,6 +179,11 @@ def _strange(leaves: Sequence[Any]) -> list[str]:
     return [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain) and not callable(leaf)]
 
 
+def _without(kind: str) -> str:
+    """How to do without an object of ``kind``, where that is known."""
+    return "; a transformers model makes none under config.use_cache = False" if kind in _CACHES else ""
+
+
 class _Chain:
     """The units of ``network`` by its ``calls``. ``standing``: ids of tensors that are there all through the step."""
 
@@ -181,13 +198,13 @@ class _Chain:
     # By structure.
 
     def _children(self, path: str) -> list[str]:
-        """Submodules of ``path`` that are called, through lists, which are not."""
+        """Submodules of ``path`` that are called, through lists, which are not: a Sequential may be looped over too."""
         found: list[str] = []
         for key, child in self._network.get_submodule(path).named_children():
             name = f"{path}.{key}" if path else key
             if name in self._calls:
                 found.append(name)
-            elif isinstance(child, _LISTS):
+            elif isinstance(child, (nn.Sequential, *_LISTS)):
                 found += self._children(name)
         return found
 
@@ -242,7 +259,7 @@ class _Chain:
         if isinstance(self._module(path), torch.jit.ScriptModule):
             return "is a ScriptModule, whose forward cannot be replaced"
         if call.strange:
-            return f"is handed or returns a {call.strange[0]}, which it may write"
+            return f"is handed or returns a {call.strange[0]}, which it may write{_without(call.strange[0])}"
         if not call.inputs:
             return "is handed no tensor"
         if not any(tensor.requires_grad for tensor, _ in call.outputs):

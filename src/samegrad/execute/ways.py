@@ -24,7 +24,7 @@ from samegrad.exact.probes import PROBE_ROWS
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.recomputed import find_blocks
 from samegrad.exact.segments import find_segments
-from samegrad.exact.undisturbed import NotToBeTried
+from samegrad.exact.undisturbed import FailsOnFewRows, NotToBeTried, step_undisturbed
 from samegrad.exact.unit_chain import find_units
 from samegrad.execute.trial import MappingLever, examine_mapped, few_rows
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
@@ -117,7 +117,13 @@ def find_ways(
     else:
         refusals[ExactBatchNorm.name] = "no BatchNorm in training mode"
     if not mapped:
-        _try_segments(declared, batch, layout, segments, fits, refusals)
+        try:
+            _try_segments(declared, batch, layout, segments, fits, refusals)
+        except FailsOnFewRows as refused:
+            if segments is not None:
+                raise
+            # Probes of the step would fail on as many.
+            return Ways(None, refused)
     elif Segments.name not in refusals:
         refusals[Segments.name] = "tried only where BatchNorm has no exact way of its own"
     if segments is not None:
@@ -164,7 +170,9 @@ def _try_segments(
     refusals: dict[str, str],
 ) -> None:
     few, few_layout = few_rows(declared, batch, layout)
-    found = find_segments(declared, few, few_layout, named)
+    # Hooks on a part may write into other parts.
+    with step_undisturbed(declared):
+        found = find_segments(declared, few, few_layout, named)
     if found:
         fits(Segments(1, {segment.path: segment.per_row for segment in found}))
     else:
@@ -186,7 +194,7 @@ def _try_units(
     if blocks:
         fits(Recompute(blocks))
     else:
-        refusals[Recompute.name] = chain.reason or "no blocks, only single layers, which keep little inside"
+        refusals[Recompute.name] = chain.reason or chain.why_single_layers
 
 
 def _over_ranks(

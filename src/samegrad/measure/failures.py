@@ -16,6 +16,8 @@ from samegrad.measure.recorder import Recorder
 # Frames of torch, of samegrad and of Python itself are not the user's.
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _PYTHON = Path(contextlib.__file__).parent
+# What torch says of tensors of several devices, before and since 2.13; it calls the one that is followed "meta".
+_MIXED = ("two different devices", "found at least two devices")
 
 
 @contextlib.contextmanager
@@ -35,16 +37,20 @@ def _cannot_trace(recorder: Recorder, error: Exception) -> CannotTrace:
     if failure is not None and failure.error in map(id, (error, error.__cause__, error.__context__)):
         place, operation = failure.place, failure.operation
     place += line_of(error)
+    do = "measure the step by probes on its device, or compute that value outside the step"
     if isinstance(error, DataDependentOutputException):
         found = f"{operation or error.func} in {place} needs the values of a tensor"
     elif isinstance(error, DynamicOutputShapeException):
         found = f"{operation or error.func} in {place} has a shape that depends on the values of a tensor"
+    elif any(words in str(error) for words in _MIXED):
+        found = f"{operation} in {place} takes a tensor of the host beside one of the device"
+        do = "make it where the others are, as in torch.arange(n, device=x.device); on CUDA the step would raise"
     else:
         found = f"{operation + ' in ' if operation else ''}{place} raised {type(error).__name__}: {error}"
     return CannotTrace(
         asked="follow the step without running it",
         found=found,
-        do="measure the step by probes on its device, or compute that value outside the step",
+        do=do,
     )
 
 

@@ -7,6 +7,8 @@ Numbers with a fraction are never carried along.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from samegrad import trees
 from samegrad.exact.dataless import has_data
+from samegrad.measure.replaced import replaced
 
 _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MOST_ELEMENTS = 2**22
 # Operations without tensors whose results are known.
 _MADE_OF_NUMBERS = {f"aten::{name}" for name in ("arange", "zeros", "ones", "full", "scalar_tensor")}
+# What these make depends on the shape of their argument alone.
+_ALIKE = {"new_ones": 1, "new_zeros": 0, "ones_like": 1, "zeros_like": 0}
 _CPU = torch.device("cpu")
 
 
@@ -45,10 +50,14 @@ def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     """Computes the values of ``result`` if they are known."""
     if not isinstance(result, FakeTensor) or result.dtype not in _WHOLE or result.numel() > _MOST_ELEMENTS:
         return
+    value: Any = None
     try:
         value = evaluate(func, args, kwargs)
     except Unknown:
-        return
+        filling = _ALIKE.get(func._opname)
+        if filling is not None:
+            with unset_fake_temporarily():
+                value = torch.full(result.shape, filling, dtype=result.dtype, device=_CPU)
     if isinstance(value, Tensor):
         # A tensor that is written into counts its version when the operation has returned.
         _attach(result, value, writes=func._schema.is_mutable)
@@ -69,6 +78,24 @@ def evaluate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         here = [_CPU if isinstance(leaf, torch.device) else values.get(id(leaf), leaf) for leaf in leaves]
         real_args, real_kwargs = trees.unflatten(here, spec)
         return func(*real_args, **real_kwargs)
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """A block in which a library that asks whether it may look at a tensor's values is told what is so.
+
+    They ask by ``isinstance(tensor, torch._subclasses.FakeTensor)``; torch itself asks elsewhere.
+    """
+
+    class WithoutValues(type):
+        def __instancecheck__(cls, tensor: Any) -> bool:
+            return isinstance(tensor, FakeTensor) and _known(tensor) is None
+
+        def __subclasscheck__(cls, kind: type) -> bool:
+            return issubclass(kind, FakeTensor)
+
+    with replaced(torch._subclasses, {"FakeTensor": WithoutValues("FakeTensor", (), {})}):
+        yield
 
 
 def _known(tensor: Tensor) -> Tensor | None:

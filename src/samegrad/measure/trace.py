@@ -27,7 +27,7 @@ from samegrad.exact.phases import listening
 from samegrad.exact.split import SplitStep, plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
-from samegrad.measure import census, cuda_trial
+from samegrad.measure import census, cuda_trial, known_values
 from samegrad.measure.arriving_rows import ArrivingRows
 from samegrad.measure.cuda_dispatch import CpuDispatch, CudaDispatch
 from samegrad.measure.events import MemoryEvent, Operation, Trace
@@ -186,6 +186,7 @@ def _in_place(
         standing, rows = _standing(declared, batch, dispatch.device, twins, numbers)
         _claim_residents(recorder, standing, rows)
         stack.enter_context(explained(recorder))
+        stack.enter_context(known_values.shown())
         stack.enter_context(recorder)
         stack.enter_context(recorder.following_modules())
         stack.enter_context(listening(recorder))

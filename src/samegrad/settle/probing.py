@@ -99,7 +99,12 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
     probed, variants = [*plain, *parts], []
     for lever in ways.mapped:
         mapped = MappedStep(declared, aliases, ways.mapped_examination(), lever.scheme())
-        probes = mapped_probes(mapped, batch, layout, in_chunks="rows" in lever.knobs())
+        try:
+            probes = mapped_probes(mapped, batch, layout, in_chunks="rows" in lever.knobs())
+        except CannotSplit as refused:
+            # Its forward could be tried; what stands in the way is the loss or what the forward brings into it.
+            refusals[lever.name] = refused.found
+            continue
         variants.append(_variant(lever, probes, seconds_per_row, missing, optimizer_law))
         probed += probes
     plain_laws = (*fit_laws(plain, missing_bytes=missing), optimizer_law)
