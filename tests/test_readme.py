@@ -73,3 +73,20 @@ def test_the_figures_are_those_of_the_results() -> None:
     for budget in result("autoencoder_budget")["budgets"]:
         assert budget["measured_peak_bytes"] <= budget["budget_bytes"]
         assert abs(budget["measured_over_predicted"] - 1) < 0.1
+
+
+def test_the_figures_of_planning_are_those_of_the_results() -> None:
+    found = result("prediction")["independent"]
+    names = ("peak_allocated_bytes", "peak_reserved_bytes", "steady_cap_bytes")
+    allocated, reserved, cap = (found[name] for name in names)
+    medians = f"{allocated['median'] * 100:.2f}, {reserved['median'] * 100:.1f}, {cap['median'] * 100:.1f} %"
+    worst = f"{abs(allocated['worst']) * 100:.1f}, {abs(reserved['worst']) * 100:.1f}, {abs(cap['worst']) * 100:.0f} %"
+    assert f"peaks of {allocated['cases']} steps" in README
+    assert f"median off {medians}; worst {worst} |" in README
+    allocator, chains = result("allocator_gpu")["summary"], result("plan_quality")
+    assert f"{allocator['exact']} of {allocator['runs']} ({allocator['exact_with_own_addresses']} where" in README
+    assert f"at most {chains['largest_time_of_best']:.5f} times its time" in README
+    assert f"{len(chains['chains'])} chains, {len(chains['fractions'])} budgets each" in README
+    head = result("chunk_loss_cuda")["positions_of_a_chunk"]["4096"]
+    share, time = head["activation_bytes_over_plain"], head["step_seconds_over_plain"]
+    assert f"| {share:.2f}, {time:.2f} of the plain step's |" in README
