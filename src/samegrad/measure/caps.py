@@ -84,7 +84,9 @@ def find_cap(
                 serving = min(cap, _rounded_up(done.lowest_equal_cap_bytes))
                 known.append(serving)
             else:
-                failing = max(cap, done.highest_equal_cap_bytes or cap)
+                # Expandable segments pass a cap by up to a page, so a range may reach into what is known to serve.
+                equal = done.highest_equal_cap_bytes or cap
+                failing = max(cap, min(equal, serving - SEGMENT_ROUNDING_BYTES))
         refuting = None
         for cap in _above(serving, max(known)):
             tried += 1
