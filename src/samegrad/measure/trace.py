@@ -173,7 +173,7 @@ def _in_place(
     twins = Twins(declared.device, dispatch.device)
     recorder = Recorder(dispatch, twins, paths, gradients_of=declared.modules)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(undisturbed(declared.modules, declared.device, _held_with_hooks(declared, modules)))
+        stack.enter_context(undisturbed(declared.modules, declared.device, held_with_hooks(declared, modules)))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         numbers = read_numbers(declared.optimizer)
         if isinstance(dispatch, CudaDispatch):
@@ -202,7 +202,7 @@ def _notes_on(declared: DeclaredStep, modules: NamedModules) -> dict[str, str]:
     return notes
 
 
-def _held_with_hooks(declared: DeclaredStep, modules: NamedModules) -> Held:
+def held_with_hooks(declared: DeclaredStep, modules: NamedModules) -> Held:
     """What the step's functions hold, the user's hooks included: they run too."""
     functions: dict[str, Any] = {"loss_fn": declared.loss_fn, "forward": declared.forward}
     for path, part in modules:
