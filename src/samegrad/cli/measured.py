@@ -112,13 +112,16 @@ def _reserved(followed: Footprint, trace: Trace, step: sg.Step) -> Footprint:
 
 def _followed(step: sg.Step, batch: Any) -> Trace:
     layout, device = step.declared.layout(batch), step.declared.device.type
-    sizes, chunked = step.sizes_for(batch), step.split_for(batch, layout)
-    draws = step.draws_for(batch, layout)
+    sizes, draws = step.sizes_for(batch), step.draws_for(batch, layout)
     assert step.plan is not None
+    with applied(step.plan, step.declared, layout.rows) as execution:
+        whole = execution.runs_whole
+    # Examined first: what levers put on the model is not the user's.
+    split = None if whole else step.split_for(batch, layout)
     with in_force(step.plan, step.declared, layout.rows) as running:
-        if running.runs_whole:
+        if split is None:
             return trace_step(running.declared, batch, device=device, run=plainly(draws))
-        chunked = dataclasses.replace(chunked, declared=running.declared)
+        chunked = dataclasses.replace(split, declared=running.declared)
         return trace_step(running.declared, batch, device=device, run=in_chunks(chunked, sizes), sizes=sizes)
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Its import draws from Python's generator: here that comes before the seeds, and is none of the program's draws.
+import rich.console  # noqa: F401
 import torch
 
 import samegrad as sg

@@ -69,7 +69,7 @@ def settle_on_card(
 
 
 def _ladder(footprint: Footprint, options: Options, budget: Budget) -> tuple[Plan, ...]:
-    """Plans whose tensors fit, without the margin for what probes cannot see: each is followed before it is believed."""
+    """Plans whose tensors fit, without the margin for what probes cannot see: each is followed."""
     without_margin = dataclasses.replace(budget, total_bytes=budget_for(budget.total_bytes, budget.counting))
     try:
         return choose_plan(footprint, options, without_margin)
