@@ -96,6 +96,10 @@ class DeclaredStep:
         ]
         return f"model {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
 
+    def signature(self, batch: Any) -> str:
+        """The shape of the batch and of the model that a plan is made for."""
+        return f"{self.layout(batch).signature(batch)} | {self.model_signature()}"
+
     def mode(self) -> str:
         """Which parts of the model are in training mode; checks made in one mode do not hold in another."""
         flags = [part.training for module in self.modules for part in module.modules()]

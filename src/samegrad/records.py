@@ -64,11 +64,27 @@ class PhaseLaw(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimelinePoint(Record):
-    """Live bytes by category at one moment of a step."""
+    """Live bytes by category at one moment of a step; ``module``: what ran then, "" where that is not known."""
 
     position_fraction: float
     phase: Phase
     live_bytes: dict[Category, int]
+    module: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LiveTensors(Record):
+    """Tensors alive at the peak that one operation of one module made: how many, and their bytes together.
+
+    ``module`` and ``operation`` are "" for what stood before the step (parameters, optimizer state, the batch).
+    """
+
+    size_bytes: int
+    category: Category
+    count: int = 1
+    module: str = ""
+    operation: str = ""
+    phase: Phase | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +165,8 @@ class Footprint(Record):
     ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.
     ``resident_bytes`` (parameters, gradients, optimizer
     state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
-    ``steady_cap_bytes``, ``smallest_cap_bytes`` and ``by_module`` are absent until they are measured.
+    ``steady_cap_bytes``, ``smallest_cap_bytes``, ``by_module`` and ``at_peak`` (what lived then, largest first) are
+    absent until they are known.
     """
 
     device: str
@@ -169,6 +186,7 @@ class Footprint(Record):
     by_category: dict[Category, int] = dataclasses.field(default_factory=dict)
     by_phase: dict[Phase, int] = dataclasses.field(default_factory=dict)
     by_module: dict[str, int] = dataclasses.field(default_factory=dict)
+    at_peak: tuple[LiveTensors, ...] = ()
     resident_bytes: dict[Category, int] = dataclasses.field(default_factory=dict)
     laws: tuple[PhaseLaw, ...] = ()
     plain_laws: tuple[PhaseLaw, ...] = ()
@@ -211,6 +229,30 @@ class Plan(Record):
     knob_origins: dict[str, KnobOrigin] = dataclasses.field(default_factory=dict)
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     signature: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrontPoint(Record):
+    """The fastest plan within ``budget_bytes``, which is the least that this plan needs, and its seconds a step."""
+
+    budget_bytes: int
+    seconds: float
+    plan: Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Front(Record):
+    """Budgets against step times: the plans that no other one beats in both, fastest first, and what they rest on.
+
+    ``left_out``: plans that could not be judged, each with the reason.
+    """
+
+    device: str
+    counting: Counting
+    basis: str
+    batch_rows: int
+    points: tuple[FrontPoint, ...]
+    left_out: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

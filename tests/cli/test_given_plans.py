@@ -20,30 +20,29 @@ def written(folder: Path) -> None:
     (folder / "plan.json").write_text(plan.to_json())
 
 
-def test_what_nothing_predicts_is_measured_and_called_so(folder: Path, cli: Cli) -> None:
+def test_what_no_law_predicts_is_followed_and_called_so(folder: Path, cli: Cli) -> None:
     ran = cli("plan", *GIVEN, "--output", "out", "--json")
     assert ran.code == 0 and ran.document["fits"]
     footprint = Footprint.from_json((folder / "out" / "footprint.json").read_text())
-    assert footprint.origin is Origin.MEASURED and footprint.rows == 16 and footprint.peak_allocated_bytes > 0
+    assert footprint.origin is Origin.PREDICTED and footprint.rows == 16 and footprint.peak_allocated_bytes > 0
+    assert "followed" in footprint.basis
     plan = Plan.from_json((folder / "out" / "plan.json").read_text())
-    assert plan.levers == LEVERS and plan.predicted_peak_bytes is None and plan.predicted_seconds is None
-    told = cli("plan", *GIVEN)
-    assert "measured" in told.out and "predicted peak" not in told.out
+    assert plan.levers == LEVERS and plan.predicted_peak_bytes == footprint.peak_allocated_bytes
 
 
 def test_a_run_says_what_it_did_not_predict(folder: Path, cli: Cli) -> None:
     ran = cli("run", *GIVEN, "--steps", "1", "--output", "run")
     assert ran.code == 0
-    assert "Not predicted (predict autocast" in ran.err and "so measured:" in ran.err
-    assert Plan.from_json((folder / "run" / "plan.json").read_text()).predicted_peak_bytes is None
+    assert "Not predicted by laws (predict autocast" in ran.err and "so followed:" in ran.err
+    assert Plan.from_json((folder / "run" / "plan.json").read_text()).predicted_peak_bytes
 
 
-def test_a_measured_peak_over_the_budget_is_refused(folder: Path, cli: Cli) -> None:
+def test_a_followed_peak_over_the_budget_is_refused(folder: Path, cli: Cli) -> None:
     text = (folder / "plan.json").read_text()
     budget = '{"total_bytes": 4096, "device": "cpu", "counting": "counted tensor bytes", "source": "a test"}'
     (folder / "plan.json").write_text(text.replace('"budget": null', f'"budget": {budget}'))
     ran = cli("run", *GIVEN, "--steps", "1", "--output", "run", "--json")
-    assert ran.code == 1 and "it is measured to need" in ran.document["error"]["message"]
+    assert ran.code == 1 and "it is predicted to need" in ran.document["error"]["message"]
 
 
 def test_the_verdict_names_its_own_reference_and_what_the_lever_costs(folder: Path, cli: Cli) -> None:

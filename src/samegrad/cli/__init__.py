@@ -7,6 +7,8 @@
     values.py      text → typed value, one rule for flags, environment and files
     config_files.py   YAML and JSON with lines, strict
     target.py      a recipe's name or ``file.py:function``
+    devices.py     devices of torch's, and cards that are only planned for
+    planned.py     a program's step with its plan; ahead.py the same for a card; measured.py as measured and followed
     stopping.py    SIGTERM and Ctrl-C → a flag read between steps
 
 Nothing here imports torch at module level except through a subcommand that runs a step.

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from samegrad.cli.console import Console
+from samegrad.cli.console import Console, end_output
 from samegrad.cli.stopping import Stopped
 from samegrad.errors import BadInput, EnvironmentProblem, OverBudget, SamegradError
 
@@ -57,6 +57,9 @@ class Boundary:
                 self.code = error.code if isinstance(error.code, int) else 0 if error.code is None else 2
             case Stopped():
                 self._stopped(error.exit_code, str(error), error.saved)
+            case BrokenPipeError():
+                # --help is not written by the console.
+                end_output(sys.stdout)
             case KeyboardInterrupt():
                 self._stopped(130, "stopped by Ctrl-C", None)
             case _ if (known := known_error(error)) is not None:

@@ -115,15 +115,20 @@ class Bar:
             self._drawn.console.print(clean_block(text), markup=False, highlight=False)
 
 
+def end_output(stream: TextIO) -> None:
+    """Lets all that is still written to ``stream`` go nowhere (rule 4)."""
+    # The interpreter flushes once more at exit and would complain: give it somewhere to write.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def _write(stream: TextIO, text: str) -> None:
     try:
         stream.write(text)
         stream.flush()
     except BrokenPipeError:
-        # Rule 4. The interpreter flushes once more at exit and would complain: give it somewhere to write.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        end_output(stream)
     except OSError as error:
         raise EnvironmentProblem(
             asked="write the result to stdout" if stream is sys.stdout else "write to stderr",

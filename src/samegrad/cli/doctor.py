@@ -13,7 +13,8 @@ from pathlib import Path
 
 from samegrad import __version__
 from samegrad.cli.console import Console
-from samegrad.cli.options import parse_line
+from samegrad.cli.devices import list_cards
+from samegrad.cli.options import Switch, parse_line
 from samegrad.cli.run_health import Answer, Finding, examine_run
 from samegrad.units import format_bytes
 
@@ -31,10 +32,14 @@ class DoctorOptions:
 
     run: Path | None = None
     """A run folder to judge instead: exit code 1 when a check fails."""
+    cards: Switch = False
+    """List the cards that plan and measure can predict for (--device), instead."""
 
 
 def main(argv: Sequence[str], console: Console) -> int:
     options = parse_line("samegrad doctor", DoctorOptions, argv)
+    if options.cards:
+        return _show_cards(console)
     findings = examine_run(options.run) if options.run is not None else examine_machine()
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -44,6 +49,16 @@ def main(argv: Sequence[str], console: Console) -> int:
     console.document({"findings": [finding.to_dict() for finding in findings]})
     failed = any(finding.answer is Answer.FAILS for finding in findings)
     return (1 if options.run is not None else 4) if failed else 0
+
+
+def _show_cards(console: Console) -> int:
+    cards = list(list_cards())
+    width = max(len(card["name"]) for card in cards)
+    for card in cards:
+        memory = f"{format_bytes(card['memory_bytes'])} {card['memory_basis']}"
+        console.result(f"{card['name']:<{width}}  {memory}; {'calibrated' if card['calibrated'] else 'uncalibrated'}")
+    console.document({"cards": cards})
+    return 0
 
 
 def examine_machine() -> tuple[Finding, ...]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Its import draws from Python's generator: here that comes before the seeds, and is none of the program's draws.
+import rich.console  # noqa: F401
 import torch
 
 import samegrad as sg
 from samegrad.cli.boundary import known_error
+from samegrad.cli.devices import find_card_asked
 from samegrad.cli.options import Call
 from samegrad.cli.run_story import PictureFile
 from samegrad.cli.target import FunctionTarget, Target
@@ -55,6 +60,9 @@ def load_training(target: Target, call: Call) -> Training:
         loaded = target.load(options)
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
+    if find_card_asked(options.device) is not None:
+        # A card may be elsewhere; the model is made here.
+        options = dataclasses.replace(options, device="cpu")
     return RecipeTraining(recipe, recipe.build(options))
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from samegrad import __version__
 from samegrad.cli.config import values_of
 from samegrad.cli.console import Console
+from samegrad.cli.devices import refuse_card
 from samegrad.cli.options import Call, Switch
-from samegrad.cli.target import Target, target_call
+from samegrad.cli.target import Target, asked_device, target_call
 from samegrad.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ _NOT_IN_CONFIG = ("output", "resume", "plan")
 
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = parse_run(argv)
+    refuse_card("run", asked_device(target, call))
     from samegrad.cli.run_session import run_session, tell
 
     with open_folder(target, call.part(RunOptions)) as folder:

@@ -16,8 +16,9 @@ import torch
 import samegrad as sg
 from samegrad.cli.boundary import INTERNAL, known_error
 from samegrad.cli.console import Bar, Console
+from samegrad.cli.measured import measured_footprint
 from samegrad.cli.options import Call
-from samegrad.cli.planned import Planned, measured_footprint, plan_step
+from samegrad.cli.planned import Planned, plan_step
 from samegrad.cli.programs import advised, load_training
 from samegrad.cli.run import RunOptions, config_text
 from samegrad.cli.run_health import peaks_of

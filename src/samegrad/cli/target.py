@@ -11,11 +11,12 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from samegrad.cli.devices import find_card_asked
 from samegrad.cli.options import Call, parse_call
 from samegrad.cli.values import nearest
 from samegrad.errors import BadInput, SamegradError, UsageError
@@ -34,7 +35,7 @@ class FunctionOptions:
     budget: str | None = None
     """Bytes the step may hold: 6GiB, 512MiB, 80%."""
     device: str | None = None
-    """Device to train on: cpu, cuda, cuda:1."""
+    """Device to train on: cpu, cuda, cuda:1; for plan and measure also a card's name (samegrad doctor --cards)."""
     random_seed: int = 0
     """Seed of the default generators of torch, numpy and Python, set before the function is called."""
 
@@ -165,6 +166,13 @@ def target_call(
     return target, parse_call(prog, (target.options_class, *kinds), rest, target=target.name, below=below)
 
 
+def asked_device(target: Target, call: Call) -> str | None:
+    """What ``--device`` says, or what stands for it."""
+    options: Any = call.part(target.options_class)
+    device: str | None = options.device
+    return device
+
+
 def parse_target(token: str) -> Target | None:
     if token in recipe_names():
         return RecipeTarget(name=token)
@@ -190,7 +198,9 @@ def _load_module(path: Path) -> Any:
 def _keywords(name: str, function: Any, options: FunctionOptions) -> dict[str, Any]:
     taken = inspect.signature(function).parameters
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    if options.device is not None and "device" not in taken:
+    if find_card_asked(options.device) is not None:
+        values["device"] = _without_the_card(taken)
+    elif options.device is not None and "device" not in taken:
         raise UsageError(
             asked=f"--device for {name}",
             found=f"{name.rpartition(':')[2]}() has no parameter 'device'",
@@ -198,6 +208,13 @@ def _keywords(name: str, function: Any, options: FunctionOptions) -> dict[str, A
             option="device",
         )
     return {option: value for option, value in values.items() if option in taken and value is not None}
+
+
+def _without_the_card(taken: Mapping[str, inspect.Parameter]) -> str | None:
+    """Where a function makes its model for a card that may be elsewhere: on the CPU, or on meta by its own default."""
+    if "device" not in taken or str(taken["device"].default) == "meta":
+        return None
+    return "cpu"
 
 
 def _shape_of(returned: Any) -> str:

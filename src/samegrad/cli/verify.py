@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from samegrad.cli.console import Console
-from samegrad.cli.target import target_call
+from samegrad.cli.devices import refuse_card
+from samegrad.cli.target import asked_device, target_call
 from samegrad.errors import UsageError
 
 
@@ -33,6 +34,7 @@ class VerifyOptions:
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("verify", (VerifyOptions,), argv)
     options = call.part(VerifyOptions)
+    refuse_card("verify", asked_device(target, call))
     import samegrad as sg
     from samegrad.cli.planned import plan_step
     from samegrad.cli.programs import advised, load_training

@@ -85,7 +85,7 @@ def find_card(name: str, *, memory_bytes: int | None = None) -> Card:
         asked=f"device {name!r}{size}",
         found=f"that name fits {_listed(found)}" if found else "no such card in the catalogue",
         do=f"name {'one of them' if found else f'a card, the nearest are {_listed(_nearest(name))}'}; "
-        "all: samegrad.measure.cards.CARDS",
+        "samegrad doctor --cards lists all",
         option="device",
     )
 

@@ -38,6 +38,13 @@ class Target:
         """The card called ``name``, as this process would use it. Raises UsageError for none, or several."""
         return cls(find_card(name), matmul_tf32=torch.backends.cuda.matmul.allow_tf32)
 
+    @classmethod
+    def at_hand(cls, device: torch.device) -> Target:
+        """The card that is ``device`` of this machine. Raises UsageError where the catalogue lacks it."""
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+        card = find_card(torch.cuda.get_device_name(device), memory_bytes=memory_bytes)
+        return cls(card, matmul_tf32=torch.backends.cuda.matmul.allow_tf32)
+
     @functools.cached_property
     def calibration(self) -> Calibration:
         return find_calibration(self.card, torch_version=self.torch_version)
@@ -66,12 +73,21 @@ class Target:
             f"library workspaces {'uncalibrated' if libraries == 'uncalibrated' else f'calibrated on {libraries}'}"
         )
 
+    @property
+    def context_bytes(self) -> int:
+        """What the driver and the libraries' code take beside the allocator, in no budget; see ``context_basis``."""
+        return self.libraries.context_bytes or _CONTEXT_BYTES
+
+    @property
+    def context_basis(self) -> str:
+        return "assumed" if self.libraries.context_bytes is None else f"measured on {self.libraries.source}"
+
     def budget(self, asked: str | int | None, *, host: str | int | None = None) -> Budget:
         """The budget that ``asked`` means on the card: bytes, "6GiB", "80%", or None for what an empty card leaves."""
         if asked is None:
-            context = self.libraries.context_bytes or _CONTEXT_BYTES
-            amount = int((self.card.memory_bytes - context) * (1 - _FREE_MARGIN))
-            source = f"an empty {self.card.name} ({self.card.memory_basis}) less {format_bytes(context)} for the driver"
+            amount = int((self.card.memory_bytes - self.context_bytes) * (1 - _FREE_MARGIN))
+            driver = f"{format_bytes(self.context_bytes)} for the driver"
+            source = f"an empty {self.card.name} ({self.card.memory_basis}) less {driver}"
         else:
             amount, source = counters.asked_bytes(asked, lambda: (self.card.memory_bytes, self.card.memory_basis))
         host_bytes = parse_bytes(host, option="host_budget") if isinstance(host, str) else host

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from samegrad.measure.events import MemoryEvent, Operation, Trace
-from samegrad.records import Category, Phase, TimelinePoint
+from samegrad.records import Category, LiveTensors, Phase, TimelinePoint
 
 CUDA_BLOCK_BYTES = 512
 _LONGEST_TIMELINE = 240
@@ -88,21 +88,45 @@ def by_module_at(trace: Trace, moment: Moment) -> dict[str, int]:
     return dict(sums.most_common())
 
 
-def timeline(trace: Trace, *, step: int = 1) -> tuple[TimelinePoint, ...]:
-    """The course of the step, thinned to a readable number of points; each keeps the largest of its stretch."""
-    moments = list(_moments(trace, step, 1))
-    stretch = max(1, -(-len(moments) // _LONGEST_TIMELINE))
-    points = []
-    for start in range(0, len(moments), stretch):
-        largest = max(moments[start : start + stretch], key=lambda moment: moment.live_bytes)
-        points.append(
-            TimelinePoint(
-                position_fraction=start / max(1, len(moments) - 1),
-                phase=_phase_of(trace, largest),
-                live_bytes=largest.by_category,
-            )
+def tensors_at(trace: Trace, moment: Moment, *, most: int = 40) -> tuple[LiveTensors, ...]:
+    """What lived then, what one operation of one module made taken together, largest first: the ``most`` largest."""
+    sums: Counter[tuple[Category, str, str, Phase | None]] = Counter()
+    counts: Counter[tuple[Category, str, str, Phase | None]] = Counter()
+    for storage in live_at(trace, moment):
+        made = storage.made_by
+        key = (storage.category, storage.module, "" if made is None else made.name, made and made.phase)
+        sums[key] += storage.size_bytes
+        counts[key] += 1
+    return tuple(
+        LiveTensors(
+            size_bytes=size, category=key[0], count=counts[key], module=key[1], operation=key[2], phase=key[3]
         )
-    return tuple(points)
+        for key, size in sums.most_common(most)
+    )
+
+
+def timeline(trace: Trace, *, step: int = 1) -> tuple[TimelinePoint, ...]:
+    """The course of the step, thinned to a readable number of points; each keeps the largest of its stretch.
+
+    Moments lie at their operations, evenly spaced, so that a counted run of the same operations lies over them.
+    """
+    operations = [index for index, operation in enumerate(trace.operations) if operation.step == step]
+    first, last = operations[0], operations[-1]
+    stretch = -(-len(operations) // _LONGEST_TIMELINE)
+    largest: dict[int, Moment] = {}
+    for moment in _moments(trace, step, 1):
+        place = (max(moment.operation, first) - first) // stretch
+        if place not in largest or moment.live_bytes > largest[place].live_bytes:
+            largest[place] = moment
+    return tuple(
+        TimelinePoint(
+            position_fraction=place * stretch / max(1, last - first),
+            phase=_phase_of(trace, moment),
+            live_bytes=moment.by_category,
+            module=trace.operations[moment.operation].module if moment.operation >= 0 else "",
+        )
+        for place, moment in largest.items()
+    )
 
 
 def total_flops(trace: Trace, *, step: int = 1) -> int:

@@ -11,6 +11,7 @@ from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
+from samegrad.plan.traced import smallest_traced_bytes
 from samegrad.records import Budget, Category, Exactness, Footprint, PhaseLaw, Plan
 from samegrad.units import format_bytes, format_seconds
 
@@ -20,11 +21,13 @@ _FLOOR = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Cat
 
 
 def floor_bytes(footprint: Footprint) -> int:
-    """Bytes of the smallest plan: everything resident and one row at a time, or one chunk of the head's loss."""
-    head = list(ChunkLoss.smallest(footprint))
+    """Bytes of the smallest plan: everything resident and one row at a time, one chunk of the head's loss, or what the
+    smallest plan that was followed takes."""
+    followed = smallest_traced_bytes(footprint)
+    also = [*ChunkLoss.smallest(footprint), *([] if followed is None else [followed])]
     if SplitRows.refusal(footprint) is None and footprint.laws:
-        return min([footprint.predicted_peak_bytes(rows=1), *head])
-    smallest = head + [
+        return min([footprint.predicted_peak_bytes(rows=1), *also])
+    smallest = also + [
         max(law.peak_bytes(rows=1, batch_rows=footprint.batch_rows) for law in variant.laws)
         for variant in footprint.variants
     ]

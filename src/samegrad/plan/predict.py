@@ -50,5 +50,6 @@ def _predicted(
         by_category={},
         by_phase=by_phase or {},
         by_module={},
+        at_peak=(),
         timeline=(),
     )

@@ -33,7 +33,7 @@ class CommonOptions:
     budget: str | None = None
     """Bytes the training step may hold: 6GiB, 512MiB, 80%. Without it, what is free now."""
     device: str = "auto"
-    """Device to train on: auto (CUDA where there is one), cpu, cuda, cuda:1."""
+    """Device to train on: auto (CUDA if there is one), cpu, cuda, cuda:1; for plan and measure also a card's name."""
     dtype: str = "float32"
     """Number format: float32, float64, or bfloat16 / float16, which mean autocast over float32 weights."""
     random_seed: int = 42

@@ -198,6 +198,11 @@ def judge_prediction(story: Story) -> str:
     return f"Predicted {forecast}, measured {truth}, {allocated(measured.counting)}: the prediction was {how}."
 
 
+def comparable_budget(budget: Budget | None, footprint: Footprint) -> int | None:
+    """The bytes of ``budget`` where they count what ``footprint`` counts."""
+    return budget.total_bytes if budget is not None and budget.counting is footprint.counting else None
+
+
 def describe_budget(budget: Budget) -> str:
     """``"16.0 MiB on cpu, counted tensor bytes; from --budget 16MiB"``, and the host's share where there is one."""
     host = f"; on the host {format_bytes(budget.host_bytes)}" if budget.host_bytes is not None else ""

@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from samegrad.records import Budget, Check, Counting, Origin
+from samegrad.report.at_peak import peak_rows, peak_sentence
 from samegrad.report.bars import Bar, bars_svg
 from samegrad.report.curves import Series, curve_svg, suits_log_scale
 from samegrad.report.facts import (
     LeverUse,
     Peak,
+    comparable_budget,
     describe_budget,
     describe_plan,
     describe_training,
@@ -55,6 +57,7 @@ def render_report(story: Story) -> str:
     parts = (
         _memory_section(story),
         _timeline_section(story),
+        _peak_section(story),
         _loss_section(story),
         _plan_section(story),
         _checks_section(story),
@@ -81,7 +84,9 @@ def _section(name: str, body: str) -> str:
 
 
 def _headline(story: Story) -> str:
-    statement = judge(story.verdict)
+    # A step that was only measured or planned is asked whether it fits, not whether its gradients are the same.
+    only_measured = story.verdict is None and not story.results
+    statement = (judge_fit(story) if only_measured else None) or judge(story.verdict)
     sentence = f"<p>{_sentence(capitalised(statement.sentence))}.</p>"
     headline = f'<div class="verdict {statement.tone.value}">\n<h2>{statement.answer}</h2>\n{sentence}\n</div>\n'
     figures = "".join(
@@ -147,10 +152,9 @@ def _timeline_section(story: Story) -> str:
         return ""
     predicted = story.predicted if story.predicted is not footprint else None
     budget = story.limit
-    bounded = budget is not None and budget.counting is footprint.counting
-    budget_bytes = budget.total_bytes if budget is not None and bounded else None
+    budget_bytes = comparable_budget(budget, footprint)
     caption = f"{capitalised(footprint.origin.value)} on {footprint.device}: {_live(footprint.counting)}, by purpose."
-    if bounded and footprint.counting is Counting.CUDA_ALLOCATOR:
+    if budget_bytes is not None and footprint.counting is Counting.CUDA_ALLOCATOR:
         caption += " The budget bounds what the allocator reserves, which is never less than what is live."
     return _section(
         "Memory over one step",
@@ -162,6 +166,22 @@ def _live(counting: Counting) -> str:
     if counting is Counting.CUDA_ALLOCATOR:
         return "bytes allocated in the CUDA allocator"
     return Counting.TENSOR_BYTES.value
+
+
+def _peak_section(story: Story) -> str:
+    footprint = next((f for f in (story.predicted, story.measured) if f is not None and f.at_peak), None)
+    if footprint is None:
+        return ""
+    names = '<th scope="col">What</th><th scope="col">Made by</th><th scope="col" class="number">Bytes</th>'
+    names += '<th scope="col" class="number">Share</th>'
+    rows = "".join(
+        f'<tr><th scope="row">{escape_line(row.what)}</th><td>{escape_line(row.made_by)}</td>'
+        f'<td class="number">{row.amount}</td><td class="number">{row.share}</td></tr>\n'
+        for row in peak_rows(footprint)
+    )
+    caption = f'<p class="soft">{_sentence(peak_sentence(footprint))}</p>\n'
+    table = f"<table>\n<thead><tr>{names}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n"
+    return _section("What is live at the peak", f'{caption}<div class="scroll">{table}</div>\n')
 
 
 def _loss_section(story: Story) -> str:

@@ -11,8 +11,10 @@ import math
 from collections.abc import Sequence
 
 from samegrad.records import Category, Footprint, Phase, TimelinePoint
+from samegrad.report.aligned import aligned
 from samegrad.report.axes import byte_ticks
 from samegrad.report.facts import category_name
+from samegrad.report.module_band import MODULE_BAND_PX, draw_modules, has_modules
 from samegrad.report.palette import CATEGORY_COLOUR, PHASE_OPACITY
 from samegrad.report.plot import Plot, draw_y_axis, lay_out
 from samegrad.report.shapes import (
@@ -85,18 +87,26 @@ def timeline_svg(
         return ""
     comparable = predicted is not None and predicted.counting is footprint.counting
     forecast = _thinned(predicted.timeline, most=width_px) if predicted is not None and comparable else []
+    forecast = aligned(forecast, points)
     moments = _Moments(points=points, forecast=forecast, budget_bytes=budget_bytes)
     top = 1.06 * max(moments.highest_bytes, moments.budget_shown_bytes or 0)
     ticks = byte_ticks(top)
     labels = [format_bytes(tick) for tick in ticks]
     plot = lay_out(x_range=(0, 1), y_range=(0, top), y_labels=labels, width_px=width_px)
+    # What was only counted knows no modules; the prediction of the same step does.
+    modules = next((line for line in (points, forecast) if has_modules(line)), None)
+    foot = plot.below + 1 + _PHASE_BAND_PX
     band, unnamed = _draw_phases(points, plot=plot)
+    if modules is not None:
+        band += draw_modules(modules, plot=plot, top=foot + 2)
+        foot += 2 + MODULE_BAND_PX
+    band += _draw_ends(plot, foot + 15)
     items = _legend_items(moments, unnamed=unnamed)
-    legend, height = draw_legend(items, x=1, y=plot.below + 52, width=width_px - 2)
+    legend, height = draw_legend(items, x=1, y=foot + 32, width=width_px - 2)
     counted = f"{footprint.counting.value}, {footprint.origin.value}, on {footprint.device}"
     return draw_frame(
         draw_y_axis(plot, ticks=ticks, labels=labels) + _draw_moments(moments, plot=plot) + band + legend,
-        size=(width_px, plot.below + 52 + height),
+        size=(width_px, foot + 32 + height),
         title="Memory over one step",
         description=f"{counted}. At the highest moment: " + "; ".join(item.label for item in items),
     )
@@ -173,10 +183,14 @@ def _draw_phases(points: list[TimelinePoint], *, plot: Plot) -> tuple[str, list[
         if text_width(phase.value) + 8 <= right - left:
             shapes.append(draw_text((left + right) / 2, top + 14, phase.value, anchor="middle"))
             named.add(phase)
-    foot = top + _PHASE_BAND_PX + 15
-    shapes.append(draw_text(plot.x.start, foot, "start of the step", style=MUTED))
-    shapes.append(draw_text(plot.x.end, foot, "end", anchor="end", style=MUTED))
     return "".join(shapes), [phase for phase in Phase if phase in {p for p, _ in spans} - named]
+
+
+def _draw_ends(plot: Plot, baseline: float) -> str:
+    long, short = "start of the step, operations in order", "start of the step"
+    told = long if text_width(long) + 40 <= plot.x.end - plot.x.start else short
+    start = draw_text(plot.x.start, baseline, told, style=MUTED)
+    return start + draw_text(plot.x.end, baseline, "end", anchor="end", style=MUTED)
 
 
 def _legend_items(moments: _Moments, *, unnamed: list[Phase]) -> list[LegendItem]:

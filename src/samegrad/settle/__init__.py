@@ -23,7 +23,7 @@ from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
 from samegrad.settle.beside import followed_beside
 from samegrad.settle.following import follow
 from samegrad.settle.ladder import settle
-from samegrad.settle.on_card import settle_on_card
+from samegrad.settle.on_card import footprint_of, settle_on_card
 from samegrad.settle.probing import Measurement, aliases_for, measure
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "measure_for",
     "measure_step",
     "plan_ahead",
+    "plan_followed",
     "settle",
     "settle_plan",
 ]
@@ -140,8 +141,17 @@ def plan_ahead(
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
     followed, footprint = follow(declared, aliases_for(declared), batch, target)
     plan, predicted = settle_on_card(followed, footprint, budget=limit, options=options)
-    signature = f"{declared.layout(batch).signature(batch)} | {declared.model_signature()}"
-    return Ahead(dataclasses.replace(plan, signature=signature), footprint, predicted)
+    return Ahead(dataclasses.replace(plan, signature=declared.signature(batch)), footprint, predicted)
+
+
+def plan_followed(step: Declares, batch: Any, card: str, plan: Plan) -> Ahead:
+    """``plan``, which was made before, followed whole for the card called ``card``. Raises CannotTrace.
+
+    That it was made for this batch and model is not looked at: ``Step(plan=...)`` refuses another one.
+    """
+    declared = step.declared
+    followed, footprint = follow(declared, aliases_for(declared), batch, Target.named(card))
+    return Ahead(plan, footprint, footprint_of(followed, footprint, plan))
 
 
 def check_one_of(*, budget: Any, rows: Any, plan: Any) -> None:

@@ -9,12 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotTrace, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.measure.devices import find_card
 from samegrad.measure.target import Target
 from samegrad.measure.trace_reading import CUDA_BLOCK_BYTES, peak_bytes
 from samegrad.settle.following import FollowedStep, look_at_step, traced_ways
@@ -29,11 +26,8 @@ def followed_beside(
     if declared.device.type != "cuda":
         return measurement
     footprint, layout = measurement.footprint, declared.layout(batch)
-    total = torch.cuda.get_device_properties(declared.device).total_memory
     try:
-        card = find_card(torch.cuda.get_device_name(declared.device), memory_bytes=total)
-        target = Target(card, matmul_tf32=torch.backends.cuda.matmul.allow_tf32)
-        step = FollowedStep(declared, aliases, batch, layout, target, measurement.ways)
+        step = FollowedStep(declared, aliases, batch, layout, Target.at_hand(declared.device), measurement.ways)
         look = look_at_step(declared, batch, layout)
         plain = step.trace_plainly()
         ways, refusals = traced_ways(step, plain, look)
@@ -41,7 +35,7 @@ def followed_beside(
         facts = footprint.facts | {"not followed": f"{error.found}; only what was probed is planned"}
         return dataclasses.replace(measurement, footprint=dataclasses.replace(footprint, facts=facts))
     beyond = footprint.predicted_peak_bytes(rows=layout.rows) - peak_bytes(plain, round_to=CUDA_BLOCK_BYTES)
-    followed = sum(s for o, s in zip(plain.operations, target.seconds_of(plain)) if o.step == 1)
+    followed = sum(s for o, s in zip(plain.operations, step.target.seconds_of(plain)) if o.step == 1)
     turn = sum(w.optimizer_seconds for w in ways[:1])
     measured = footprint.predicted_seconds(rows=layout.rows)
     # Probes end before the optimizer's turn.

@@ -25,6 +25,7 @@ from samegrad.exact.find_head import Head, find_head
 from samegrad.exact.findings import Examination
 from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.recomputed import find_blocks
+from samegrad.exact.split import sliced_chunks
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.unit_chain import UnitChain, find_units
 from samegrad.execute.apply import chunked_step, in_force
@@ -42,6 +43,7 @@ from samegrad.measure.trace_reading import (
     by_module_at,
     find_peak,
     peak_by_phase,
+    tensors_at,
     timeline,
     total_flops,
 )
@@ -145,7 +147,9 @@ def look_at_step(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Look:
     return look_at(declared, trees.first_rows(batch, layout, min(_LOOKED_AT_ROWS, layout.rows)), _look)
 
 
-def _look(declared: DeclaredStep, few: Any) -> Look:
+def _look(declared: DeclaredStep, rows: Any) -> Look:
+    # A batch may start on the host; a chunk of it reaches the step on its device.
+    [few] = sliced_chunks(rows, declared.layout(rows), [declared.layout(rows).rows], declared.device)
     outputs = declared.forward(declared.network, few)
     leaves, spec = trees.flatten(outputs)
     leaves = [
@@ -326,6 +330,7 @@ def _footprint(
         by_category={c: n for c, n in peak.by_category.items() if n},
         by_phase=by_phase,
         by_module=by_module_at(plain, peak),
+        at_peak=tensors_at(plain, peak),
         resident_bytes={c: n for c, n in residents.by_category.items() if c is not Category.INPUTS},
         plain_laws=tuple(
             PhaseLaw(phase=p, fixed_bytes=float(n + beyond), per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0)

@@ -7,16 +7,19 @@ allocator's model. What one plan reserves above its tensors tells which next one
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from samegrad.errors import BudgetTooSmall, CannotTrace
+from samegrad.errors import BudgetTooSmall, CannotSplit, CannotTrace
 from samegrad.measure.trace_reading import (
     CUDA_BLOCK_BYTES,
     by_module_at,
     find_peak,
     peak_by_phase,
+    tensors_at,
     timeline,
 )
 from samegrad.plan.choose import choose_plan
+from samegrad.plan.margin import budget_for
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.records import Budget, Footprint, Origin, Plan
@@ -37,7 +40,7 @@ def settle_on_card(
     Raises BudgetTooSmall or CannotSplit when nothing fits.
     """
     most = int(budget.total_bytes * (1 - _UNSEEN_FRACTION))
-    ladder = choose_plan(footprint, options, budget)
+    ladder = _ladder(footprint, options, budget)
     above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
     tried: list[str] = []
     for plan in ladder:
@@ -47,20 +50,37 @@ def settle_on_card(
         try:
             predicted = footprint_of(step, footprint, plan)
         except CannotTrace as error:
-            tried.append(f"{_named(plan)}: cannot be followed ({error.found})")
+            tried.append(f"{named(plan)}: cannot be followed ({error.found})")
             continue
         cap = predicted.steady_cap_bytes or 0
         if cap <= most:
-            settled = dataclasses.replace(plan, predicted_peak_bytes=cap, predicted_seconds=predicted.seconds)
+            settled = dataclasses.replace(
+                plan, budget=budget, predicted_peak_bytes=cap, predicted_seconds=predicted.seconds
+            )
             return settled, predicted
         above = min(above, cap / max(1, plan.predicted_peak_bytes or 1))
-        tried.append(f"{_named(plan)}: {format_bytes(cap)}")
+        tried.append(f"{named(plan)}: {format_bytes(cap)}")
     raise BudgetTooSmall(
         asked=f"a plan within {format_bytes(budget.total_bytes)} ({budget.source})",
         found=f"followed whole, the allocator would need more on {footprint.device}: " + "; ".join(tried[-4:]),
         do="raise the budget, take a smaller batch or model, or allow a weaker exactness",
         option="--budget",
     )
+
+
+def _ladder(footprint: Footprint, options: Options, budget: Budget) -> tuple[Plan, ...]:
+    """Plans whose tensors fit, without the margin for what probes cannot see: each is followed."""
+    without_margin = dataclasses.replace(budget, total_bytes=budget_for(budget.total_bytes, budget.counting))
+    try:
+        return choose_plan(footprint, options, without_margin)
+    except (BudgetTooSmall, CannotSplit):
+        # What is told is told of the budget that was asked for.
+        return choose_plan(footprint, options, budget)
+
+
+def budget_of_cap(cap_bytes: int) -> int:
+    """The smallest budget that a plan with this steady cap is believed to keep."""
+    return math.ceil(cap_bytes / (1 - _UNSEEN_FRACTION)) + 1
 
 
 def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footprint:
@@ -87,9 +107,11 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footpr
         by_category={category: amount for category, amount in peak.by_category.items() if amount},
         by_phase=peak_by_phase(trace, round_to=CUDA_BLOCK_BYTES),
         by_module=by_module_at(trace, peak),
+        at_peak=tensors_at(trace, peak),
         timeline=timeline(trace),
     )
 
 
-def _named(plan: Plan) -> str:
+def named(plan: Plan) -> str:
+    """The plan's levers in a few words."""
     return " and ".join(name for name in plan.levers if name != "host_rows") or "the plain step"

@@ -1,0 +1,71 @@
+"""Budgets against step times: which plan each amount of memory buys, for a device at hand or a card that is not.
+
+Every number is predicted. On a card each plan is followed whole, so that its budget is the steady cap it needs there;
+at hand the laws of the probes speak, and what is chosen in the end is measured when it is settled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotTrace
+from samegrad.measure.target import Target
+from samegrad.plan.front import plan_front, strictly_smaller
+from samegrad.plan.options import Options
+from samegrad.records import Footprint, Front, FrontPoint
+from samegrad.settle.beside import followed_beside
+from samegrad.settle.following import FollowedStep, follow
+from samegrad.settle.on_card import budget_of_cap, footprint_of, named
+from samegrad.settle.probing import aliases_for, measure
+
+
+def front_here(declared: DeclaredStep, batch: Any, options: Options) -> Front:
+    """The front on the device that the model is on."""
+    aliases = aliases_for(declared)
+    footprint = followed_beside(declared, aliases, measure(declared, batch, aliases), batch).footprint
+    return _front(declared, batch, footprint, plan_front(footprint, options))
+
+
+def front_on_card(declared: DeclaredStep, batch: Any, target: Target, options: Options) -> Front:
+    """The front on a card, at hand or not. Raises CannotTrace."""
+    step, footprint = follow(declared, aliases_for(declared), batch, target)
+    left_out: list[str] = []
+    followed = strictly_smaller(_followed(step, footprint, plan_front(footprint, options), left_out))
+    return dataclasses.replace(_front(declared, batch, footprint, followed), left_out=tuple(left_out))
+
+
+def _followed(
+    step: FollowedStep, footprint: Footprint, points: tuple[FrontPoint, ...], left_out: list[str]
+) -> Iterator[FrontPoint]:
+    """``points`` as followed whole; those that cannot be are named in ``left_out``."""
+    for point in points:
+        try:
+            predicted = footprint_of(step, footprint, point.plan)
+        except CannotTrace as error:
+            left_out.append(f"{named(point.plan)} cannot be followed: {error.found}")
+            continue
+        assert point.plan.budget is not None and predicted.steady_cap_bytes is not None
+        needed = budget_of_cap(predicted.steady_cap_bytes)
+        plan = dataclasses.replace(
+            point.plan,
+            budget=dataclasses.replace(point.plan.budget, total_bytes=needed),
+            predicted_peak_bytes=predicted.steady_cap_bytes,
+            predicted_seconds=predicted.seconds,
+        )
+        yield FrontPoint(budget_bytes=needed, seconds=predicted.seconds or 0.0, plan=plan)
+
+
+def _front(declared: DeclaredStep, batch: Any, footprint: Footprint, points: tuple[FrontPoint, ...]) -> Front:
+    signature = declared.signature(batch)
+    return Front(
+        device=footprint.device,
+        counting=footprint.counting,
+        basis=footprint.basis,
+        batch_rows=footprint.batch_rows,
+        points=tuple(
+            dataclasses.replace(point, plan=dataclasses.replace(point.plan, signature=signature)) for point in points
+        ),
+    )
