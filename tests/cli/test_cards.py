@@ -209,7 +209,8 @@ def test_every_budget_of_the_front_buys_its_plan(cli: Cli, folder: Path, line: t
     front = Front.from_json((folder / "out" / "front.json").read_text())
     assert document["front"] == front.to_dict()
     budgets, seconds = zip(*((point.budget_bytes, point.seconds) for point in front.points))
-    assert len(front.points) > 2
+    # Here times are measured, and on a busy machine a few rows at a time may well be the fastest of all.
+    assert len(front.points) >= (3 if line else 1)
     assert list(budgets) == sorted(set(budgets), reverse=True) and list(seconds) == sorted(set(seconds))
     assert (folder / "out" / "front.svg").read_text().startswith("<svg")
     for number, point in enumerate(front.points, start=1):
