@@ -102,6 +102,13 @@ def test_the_model_is_made_here_or_nowhere(cli: Cli) -> None:
     assert "not examined" in nowhere["footprint"]["facts"]
 
 
+@pytest.mark.parametrize("command", ["plan", "measure", "run", "verify"])
+def test_a_model_that_is_nowhere_needs_a_card(cli: Cli, command: str) -> None:
+    ran = cli(command, "cards.py:nowhere", "--json")
+    assert (ran.code, ran.document["error"]["option"]) == (2, "device")
+    assert "for a card by name" in ran.document["error"]["hint"]
+
+
 def test_without_a_budget_the_step_s_own_counts_and_else_an_empty_card(cli: Cli) -> None:
     assert planned(cli, "cards.py:own_budget", *CARD)["plan"]["budget"]["total_bytes"] == 90 * 2**20
     empty = planned(cli, "cards.py:train", *CARD)["plan"]["budget"]
