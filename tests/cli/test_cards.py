@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from samegrad.measure.cards import CARDS
 from samegrad.measure.target import Target
 from samegrad.records import Footprint, Front, Plan
-from samegrad.units import format_bytes
+from samegrad.units import format_bytes, parse_bytes
 from tests.cli.conftest import Cli
 
 CARD = ("--device", "rtx 4070 laptop")
@@ -119,6 +120,20 @@ def test_what_does_not_fit_is_a_no_with_the_floor(cli: Cli) -> None:
     ran = cli("plan", "cards.py:train", *CARD, "--budget", "2MiB", "--json")
     assert (ran.code, ran.document["error"]["code"]) == (1, "budget-too-small")
     assert "parameters" in ran.document["error"]["message"]
+    way_down = re.search(r"raise the budget to ([\d.]+) (\w+)", ran.document["error"]["hint"])
+    assert way_down is not None
+    budget = "".join(way_down.groups())
+    # The floor is that of the smallest plan, far below the plain step, and the way down leads there.
+    bought = planned(cli, "cards.py:train", *CARD, "--budget", budget)
+    assert bought["plan"]["levers"]
+    assert parse_bytes(budget) < bought["plain_predicted_peak_bytes"]
+
+
+@pytest.mark.parametrize("spare", [1.03, 0.97])
+def test_a_card_s_budget_is_used_up_to_the_steady_cap(cli: Cli, spare: float) -> None:
+    plain = planned(cli, "cards.py:train", *CARD)["footprint"]["steady_cap_bytes"]
+    budget = f"{int(spare * plain)}B"
+    assert bool(planned(cli, "cards.py:train", *CARD, "--budget", budget)["plan"]["levers"]) == (spare < 1)
 
 
 @pytest.mark.parametrize("command", ["plan", "measure"])
