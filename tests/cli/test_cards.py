@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from samegrad.measure.cards import CARDS
 from samegrad.measure.target import Target
 from samegrad.records import Footprint, Front, Plan
-from samegrad.units import format_bytes
+from samegrad.units import format_bytes, parse_bytes
 from tests.cli.conftest import Cli
 
 CARD = ("--device", "rtx 4070 laptop")
@@ -102,6 +103,13 @@ def test_the_model_is_made_here_or_nowhere(cli: Cli) -> None:
     assert "not examined" in nowhere["footprint"]["facts"]
 
 
+@pytest.mark.parametrize("command", ["plan", "measure", "run", "verify"])
+def test_a_model_that_is_nowhere_needs_a_card(cli: Cli, command: str) -> None:
+    ran = cli(command, "cards.py:nowhere", "--json")
+    assert (ran.code, ran.document["error"]["option"]) == (2, "device")
+    assert "for a card by name" in ran.document["error"]["hint"]
+
+
 def test_without_a_budget_the_step_s_own_counts_and_else_an_empty_card(cli: Cli) -> None:
     assert planned(cli, "cards.py:own_budget", *CARD)["plan"]["budget"]["total_bytes"] == 90 * 2**20
     empty = planned(cli, "cards.py:train", *CARD)["plan"]["budget"]
@@ -112,6 +120,20 @@ def test_what_does_not_fit_is_a_no_with_the_floor(cli: Cli) -> None:
     ran = cli("plan", "cards.py:train", *CARD, "--budget", "2MiB", "--json")
     assert (ran.code, ran.document["error"]["code"]) == (1, "budget-too-small")
     assert "parameters" in ran.document["error"]["message"]
+    way_down = re.search(r"raise the budget to ([\d.]+) (\w+)", ran.document["error"]["hint"])
+    assert way_down is not None
+    budget = "".join(way_down.groups())
+    # The floor is that of the smallest plan, far below the plain step, and the way down leads there.
+    bought = planned(cli, "cards.py:train", *CARD, "--budget", budget)
+    assert bought["plan"]["levers"]
+    assert parse_bytes(budget) < bought["plain_predicted_peak_bytes"]
+
+
+@pytest.mark.parametrize("spare", [1.03, 0.97])
+def test_a_card_s_budget_is_used_up_to_the_steady_cap(cli: Cli, spare: float) -> None:
+    plain = planned(cli, "cards.py:train", *CARD)["footprint"]["steady_cap_bytes"]
+    budget = f"{int(spare * plain)}B"
+    assert bool(planned(cli, "cards.py:train", *CARD, "--budget", budget)["plan"]["levers"]) == (spare < 1)
 
 
 @pytest.mark.parametrize("command", ["plan", "measure"])
@@ -209,7 +231,8 @@ def test_every_budget_of_the_front_buys_its_plan(cli: Cli, folder: Path, line: t
     front = Front.from_json((folder / "out" / "front.json").read_text())
     assert document["front"] == front.to_dict()
     budgets, seconds = zip(*((point.budget_bytes, point.seconds) for point in front.points))
-    assert len(front.points) > 2
+    # Here times are measured, and on a busy machine a few rows at a time may well be the fastest of all.
+    assert len(front.points) >= (3 if line else 1)
     assert list(budgets) == sorted(set(budgets), reverse=True) and list(seconds) == sorted(set(seconds))
     assert (folder / "out" / "front.svg").read_text().startswith("<svg")
     for number, point in enumerate(front.points, start=1):

@@ -35,6 +35,9 @@ def spawn(program: str, *line: str, **how: object) -> subprocess.CompletedProces
         (["--version"], 0),
         ([], 0),
         (["run", "autoencoder", "--help"], 0),
+        (["plan", "--help"], 0),
+        (["measure", "autoencoder", "--help"], 0),
+        (["doctor", "--cards"], 0),
         (["run", "autoencoder", "--num_epoch", "3"], 2),
         (["run", "autoencoder", "--config", "none.yaml"], 2),
         (["recipes"], 0),
@@ -55,6 +58,14 @@ def test_what_needs_no_torch_imports_none_and_takes_half_a_second(line: list[str
             break
     # The best of three: other work on the machine only ever adds.
     assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("line", ["plan --help", "doctor --cards"])
+def test_a_reader_that_leaves_early_ends_the_output_and_no_more(line: str) -> None:
+    # The reader is gone before anything is written.
+    program = f"{sys.executable} -c '{SCRIPT}' {line} | (exec 0<&-; sleep 0.1)"
+    ran = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=60)
+    assert ran.stderr == ""
 
 
 def test_torch_would_be_noticed() -> None:

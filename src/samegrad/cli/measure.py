@@ -72,20 +72,31 @@ def main(argv: Sequence[str], console: Console) -> int:
 
 
 def _measure_here(training: Training, console: Console) -> Measured:
-    from samegrad.cli.measured import followed_footprint, measure_real_steps
+    from samegrad.cli.measured import measure_real_steps
     from samegrad.cli.planned import plan_step
-    from samegrad.errors import CannotTrace
 
     planned = plan_step(training)
     console.detail(planned.explanation)
-    try:
-        predicted = followed_footprint(training.step, training.batch, planned.predicted)
-    except CannotTrace as error:
-        console.note(f"the step cannot be followed, so its prediction has no course: {error.found}")
-        predicted = planned.predicted
+    predicted = _followed(training, planned.predicted, console)
     measured = measure_real_steps(training.step, training.batch, planned.footprint)
     plain = planned.footprint.predicted_peak_bytes(rows=planned.footprint.batch_rows)
     return Measured(plan=planned.plan, predicted=predicted, measured=measured, plain_peak_bytes=plain)
+
+
+def _followed(training: Training, by_laws: Footprint, console: Console) -> Footprint:
+    """The step as followed; as its laws predict it where that cannot be, which is said."""
+    from samegrad.cli.measured import MOST_FOLLOWED_CHUNKS, followed_footprint
+    from samegrad.errors import CannotTrace
+
+    chunks = len(training.step.sizes_for(training.batch))
+    if chunks > MOST_FOLLOWED_CHUNKS:
+        console.note(f"{chunks} chunks are too many to follow one by one, so the prediction has no course")
+        return by_laws
+    try:
+        return followed_footprint(training.step, training.batch, by_laws)
+    except CannotTrace as error:
+        console.note(f"the step cannot be followed, so its prediction has no course: {error.found}")
+        return by_laws
 
 
 def _measure_ahead(training: Training, card: Card) -> Measured:

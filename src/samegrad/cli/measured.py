@@ -27,6 +27,8 @@ from samegrad.records import Counting, Footprint, Origin
 
 # Enough chunks for the steady state of a long step, few enough to cost less than an epoch.
 _MOST_CHUNKS = 8
+# A step of more takes longer to follow than it tells: what the later chunks do repeats.
+MOST_FOLLOWED_CHUNKS = 64
 # Steps whose shortest is the time that is told; the one before them makes the optimizer's state.
 _TIMED_STEPS = 2
 

@@ -25,6 +25,7 @@ def show_front(training: Training, card: Card | None, output: Path | None, conso
     if card is None:
         front = front_here(declared, training.batch, options)
     else:
+        console.note("Each plan is followed whole, without running it; large models take a minute.")
         front = front_on_card(declared, training.batch, Target.named(card.name), options)
     console.result(
         f"Budgets on {front.device} ({front.counting.value}) against step times, {front.batch_rows} rows a step; "

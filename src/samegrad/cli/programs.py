@@ -58,6 +58,12 @@ def load_training(target: Target, call: Call) -> Training:
     _check_one_way(target, call, ("budget", *pins))
     if isinstance(target, FunctionTarget):
         loaded = target.load(options)
+        if loaded.step.declared.device.type == "meta" and find_card_asked(options.device) is None:
+            raise UsageError(
+                asked=target.name, found="the model is on meta, so there is no device to run or measure it on",
+                do="make it on a device, or plan for a card by name: samegrad plan --device 'RTX 4070'",
+                option="device",
+            )  # fmt: skip
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
     if find_card_asked(options.device) is not None:

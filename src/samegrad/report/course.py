@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _COLUMNS, _ROWS = 60, 12
+_MOST_NAMED_PHASES = 15
 _SIGN = {
     Category.PARAMETERS: "█",
     Category.GRADIENTS: "▓",
@@ -82,11 +83,10 @@ def _append_cell(text: Text, point: TimelinePoint, height_bytes: float, *, is_li
 
 def _phase_line(columns: Sequence[TimelinePoint]) -> str:
     """The names of the phases under their stretches, cut where a stretch is short."""
-    told = ""
-    for phase, run in itertools.groupby(columns, key=lambda point: point.phase):
-        width = len(list(run))
-        told += f"|{phase.value}"[:width].ljust(width)
-    return told
+    runs = [(phase, len(list(run))) for phase, run in itertools.groupby(columns, key=lambda point: point.phase)]
+    if len(runs) > _MOST_NAMED_PHASES:
+        return f"{', '.join(dict.fromkeys(phase.value for phase, _ in runs))}: chunk after chunk"
+    return "".join(f"|{phase.value}"[:width].ljust(width) for phase, width in runs)
 
 
 def _legend(peak: TimelinePoint) -> Text:

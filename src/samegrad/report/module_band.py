@@ -14,6 +14,8 @@ MODULE_BAND_PX = 19.0
 _DEEPEST = 4
 # Of the band's width, how much must carry a name before names are cut shorter.
 _NAMED_FRACTION = 0.5
+# And how much at least for the band to say anything.
+_LEAST_NAMED_FRACTION = 0.15
 _STYLE = 'fill="currentColor" fill-opacity="0.09" stroke="currentColor" stroke-opacity="0.35" stroke-width="0.5"'
 _Span = tuple[str, float, float]
 
@@ -23,8 +25,13 @@ def has_modules(points: Sequence[TimelinePoint]) -> bool:
 
 
 def draw_modules(points: Sequence[TimelinePoint], *, plot: Plot, top: float) -> str:
-    """The band, ``MODULE_BAND_PX`` high from ``top`` down; names stand where there is room, all show on hovering."""
+    """The band, ``MODULE_BAND_PX`` high from ``top`` down; names stand where there is room, all show on hovering.
+
+    Empty where hardly any name has room.
+    """
     spans = _readable_spans(points, plot)
+    if _named_fraction(spans) < _LEAST_NAMED_FRACTION:
+        return ""
     shapes = []
     for name, left, right in spans:
         if not name:
@@ -42,12 +49,17 @@ def _readable_spans(points: Sequence[TimelinePoint], plot: Plot) -> list[_Span]:
     chosen = _spans(points, plot, common, 1)
     for depth in range(2, _DEEPEST + 1):
         spans = _spans(points, plot, common, depth)
-        named = sum(right - left for name, left, right in spans if _label(name, right - left))
-        whole = sum(right - left for name, left, right in spans if name)
-        if named < _NAMED_FRACTION * whole:
+        if _named_fraction(spans) < _NAMED_FRACTION:
             break
         chosen = spans
     return chosen
+
+
+def _named_fraction(spans: Sequence[_Span]) -> float:
+    """Of the width that modules take, how much carries a name."""
+    named = sum(right - left for name, left, right in spans if _label(name, right - left))
+    whole = sum(right - left for name, left, right in spans if name)
+    return named / whole if whole else 0.0
 
 
 def _spans(points: Sequence[TimelinePoint], plot: Plot, common: int, depth: int) -> list[_Span]:

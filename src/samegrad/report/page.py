@@ -85,8 +85,7 @@ def _section(name: str, body: str) -> str:
 
 def _headline(story: Story) -> str:
     # A step that was only measured or planned is asked whether it fits, not whether its gradients are the same.
-    only_measured = story.verdict is None and not story.results
-    statement = (judge_fit(story) if only_measured else None) or judge(story.verdict)
+    statement = (judge_fit(story) if _only_measured(story) else None) or judge(story.verdict)
     sentence = f"<p>{_sentence(capitalised(statement.sentence))}.</p>"
     headline = f'<div class="verdict {statement.tone.value}">\n<h2>{statement.answer}</h2>\n{sentence}\n</div>\n'
     figures = "".join(
@@ -94,6 +93,10 @@ def _headline(story: Story) -> str:
         for name, value, note in key_figures(story)
     )
     return headline + (f'<dl class="figures">\n{figures}</dl>\n' if figures else "")
+
+
+def _only_measured(story: Story) -> bool:
+    return story.verdict is None and not story.results
 
 
 def _sentence(text: str) -> str:
@@ -114,7 +117,8 @@ def _memory_section(story: Story) -> str:
     peaks = find_peaks(story)
     fit = judge_fit(story)
     budget = story.limit
-    body = _statement(fit) if fit is not None else ""
+    # Where that is the headline it need not be said again.
+    body = _statement(fit) if fit is not None and not _only_measured(story) else ""
     if judge_prediction(story):
         body += f"<p>{_sentence(judge_prediction(story))}</p>\n"
     if budget is not None:

@@ -97,8 +97,9 @@ def timeline_svg(
     modules = next((line for line in (points, forecast) if has_modules(line)), None)
     foot = plot.below + 1 + _PHASE_BAND_PX
     band, unnamed = _draw_phases(points, plot=plot)
-    if modules is not None:
-        band += draw_modules(modules, plot=plot, top=foot + 2)
+    named = draw_modules(modules, plot=plot, top=foot + 2) if modules is not None else ""
+    if named:
+        band += named
         foot += 2 + MODULE_BAND_PX
     band += _draw_ends(plot, foot + 15)
     items = _legend_items(moments, unnamed=unnamed)

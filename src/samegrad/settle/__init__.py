@@ -63,6 +63,12 @@ def measure_step(step: Declares, batch: Any, device: torch.device | str | None =
 
 def _is_card(device: torch.device | str | None, declared: DeclaredStep) -> bool:
     """Whether ``device`` names a card of the catalogue. Raises EnvironmentProblem for another device of torch's."""
+    if device is None and declared.device.type == "meta":
+        raise UsageError(
+            asked="measure or plan a step on its own device",
+            found="the model is on meta, which has no memory",
+            do="name the card that it is planned for: device='H200'",
+        )
     if device is None:
         return False
     try:
