@@ -60,6 +60,27 @@ def peak_by_phase(trace: Trace, *, step: int = 1, round_to: int = 1) -> dict[Pha
     return peaks
 
 
+def loss_peak_bytes(trace: Trace, *, step: int = 1, round_to: int = 1) -> int:
+    """The most that the step's loss and its backward hold above what stood when the loss began.
+
+    What the loss reads is not in it. Operations of the step's own code are taken for the loss's until a module's
+    backward begins.
+    """
+    own = [
+        index
+        for index, operation in enumerate(trace.operations)
+        if operation.step == step and operation.phase in (Phase.LOSS, Phase.BACKWARD)
+    ]
+    last = next((index for index in own if trace.operations[index].module), own[-1] + 1) - 1
+    before, peak = 0, 0
+    for moment in _moments(trace, step, round_to):
+        if moment.operation < own[0]:
+            before = moment.live_bytes
+        elif moment.operation <= last:
+            peak = max(peak, moment.live_bytes)
+    return max(0, peak - before)
+
+
 def live_at(trace: Trace, moment: Moment) -> list[LiveStorage]:
     """The storages that lived then, largest first."""
     living: dict[int, MemoryEvent] = {}

@@ -13,8 +13,8 @@ from samegrad.levers import Lever, find_levers
 from samegrad.levers._variants import chunk_sizes
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.split_rows import SplitRows
-from samegrad.plan.chain import ChainChoice, predict_chain
-from samegrad.plan.heights import Chain, Stage, Way
+from samegrad.plan.chain import ChainChoice, Prediction, predict_chain
+from samegrad.plan.heights import Stage, Way
 from samegrad.plan.options import Options
 from samegrad.plan.solve import pareto
 from samegrad.records import Footprint
@@ -73,8 +73,8 @@ def _of_way(way: TracedWay, footprint: Footprint, options: Options) -> Iterator[
         if not (whole or splits) or not _has_rows(table.rows, options, footprint):
             continue
         sizes = chunk_sizes(table.rows, footprint.batch_rows)
-        choices = pareto(table.units) if recomputes else pareto(_fixed(table))
-        for choice in choices:
+        chosen_from = table if whole else _table_for(way.later_tables or way.tables, table.rows)
+        for choice in pareto(chosen_from.units if recomputes else _fixed(chosen_from)):
             peak_bytes, seconds = _predicted(way, footprint, sizes, choice.stages)
             yield Candidate(seconds, peak_bytes, tuple(_levers(way, table, choice, whole)))
 
@@ -120,22 +120,33 @@ def _predicted(
     way: TracedWay, footprint: Footprint, sizes: Sequence[int], stages: Sequence[Stage]
 ) -> tuple[int, float]:
     """Of a step in chunks of ``sizes``, each run by ``stages``."""
-    peak_bytes, seconds = way.optimizer_bytes, way.optimizer_seconds
-    passes = footprint.forwards_per_step if len(sizes) > 1 else 1
+    if len(sizes) == 1:
+        found = _of_chunk(way.tables[0], stages)
+        return max(found.peak_bytes, way.optimizer_bytes), found.seconds + way.optimizer_seconds
+    passes = footprint.forwards_per_step
+    arriving_bytes = way.arriving_row_bytes * max(sizes)
+    beside_bytes = way.copied_bytes + arriving_bytes + (way.output_bytes if passes > 1 else 0)
+    peak_bytes, seconds = way.optimizer_bytes + 2 * arriving_bytes, way.optimizer_seconds
+    if passes > 1:
+        whole = way.tables[0]
+        peak_bytes = max(peak_bytes, whole.resident_bytes + way.copied_bytes + 2 * arriving_bytes + way.loss_bytes)
+    # The first chunk's gradients become the sums.
+    first = _table_for(way.tables, sizes[0])
+    peak_bytes = max(peak_bytes, beside_bytes + _of_chunk(first, stages).peak_bytes)
+    for size in sorted(set(sizes[1:])):
+        later = _table_for(way.later_tables or way.tables, size)
+        peak_bytes = max(peak_bytes, beside_bytes + way.accumulator_bytes + _of_chunk(later, stages).peak_bytes)
     for size in sorted(set(sizes)):
-        table = _table_for(way, size)
-        beside_bytes = table.resident_bytes + way.row_bytes * (footprint.batch_rows - table.rows)
-        if len(sizes) > 1:
-            beside_bytes += way.accumulator_bytes
-        chain = Chain.of(table.units)
-        found = predict_chain(chain, stages, resident_bytes=beside_bytes)
-        peak_bytes = max(peak_bytes, found.peak_bytes)
-        each = found.seconds * size / table.rows if size < table.rows else found.seconds
-        each += (passes - 1) * float(chain.forward_seconds.sum())
-        seconds += sizes.count(size) * (each + (way.chunk_seconds if len(sizes) > 1 else 0.0))
+        table = _table_for(way.tables, size)
+        each = _of_chunk(table, stages).seconds + (passes - 1) * sum(unit.forward_seconds for unit in table.units)
+        seconds += sizes.count(size) * (each * size / table.rows + way.chunk_seconds)
     return peak_bytes, seconds
 
 
-def _table_for(way: TracedWay, rows: int) -> UnitTable:
+def _of_chunk(table: UnitTable, stages: Sequence[Stage]) -> Prediction:
+    return predict_chain(table.units, stages, resident_bytes=table.resident_bytes)
+
+
+def _table_for(tables: Sequence[UnitTable], rows: int) -> UnitTable:
     """The smallest table that is no smaller."""
-    return min((table for table in way.tables if table.rows >= rows), key=lambda table: table.rows)
+    return min((table for table in tables if table.rows >= rows), key=lambda table: table.rows)

@@ -20,7 +20,7 @@ from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.records import Budget, Footprint, Origin, Plan
-from samegrad.settle.following import FollowedStep
+from samegrad.settle.followed_step import FollowedStep
 from samegrad.units import format_bytes
 
 # What a followed plan's cap may be short by: the card is not at hand to say.
@@ -66,7 +66,6 @@ def settle_on_card(
 def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footprint:
     """What the step holds and takes under ``plan``, which is followed. Raises CannotTrace."""
     trace = step.trace(plan)
-    beside = step.unfollowed_bytes(trace)
     reserved = step.target.reserve(trace)
     peak = find_peak(trace, round_to=CUDA_BLOCK_BYTES)
     seconds = step.target.seconds_of(trace)
@@ -79,10 +78,10 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footpr
         predict_plan(footprint, plan.levers),
         origin=Origin.PREDICTED,
         rows=rows,
-        peak_allocated_bytes=reserved.free_running.peak_allocated_bytes + beside,
-        peak_reserved_bytes=reserved.free_running.peak_reserved_bytes + beside,
-        steady_cap_bytes=reserved.steady.cap_bytes + beside,
-        smallest_cap_bytes=reserved.smallest.cap_bytes + beside,
+        peak_allocated_bytes=reserved.free_running.peak_allocated_bytes,
+        peak_reserved_bytes=reserved.free_running.peak_reserved_bytes,
+        steady_cap_bytes=reserved.steady.cap_bytes,
+        smallest_cap_bytes=reserved.smallest.cap_bytes,
         seconds=turn + (last - turn) * step.layout.rows / followed,
         by_category={category: amount for category, amount in peak.by_category.items() if amount},
         by_phase=peak_by_phase(trace, round_to=CUDA_BLOCK_BYTES),
