@@ -58,8 +58,8 @@ class TracedWay(Record):
     """The step as followed under some ``levers`` (none: the plain step), from which rows and recomputation are chosen.
 
     ``tables``: its units at several rows at a time, most first; the first has the whole batch. ``later_tables``: the
-    same for a chunk after the first, which adds its gradients to ``accumulator_bytes`` of sums. A batch on the device is
-    resident in each of them as a whole.
+    same for a chunk after the first, which adds its gradients to ``accumulator_bytes`` of sums. In all of them a batch
+    on the device is resident as a whole.
 
     Where there is more than one chunk, each takes ``chunk_seconds`` by itself, and beside it stand ``copied_bytes`` of
     weights that its kernels want in one piece, and ``arriving_row_bytes`` for each row of the next chunk on its way.
