@@ -121,7 +121,7 @@ def _way(
         levers=levers,
         tables=tuple(tables),
         later_tables=tuple(later_tables),
-        accumulator_bytes=sum(max(p.itemsize, _NARROW_BYTES) * p.numel() for p in parameters),
+        accumulator_bytes=sum(_in_blocks(max(p.itemsize, _NARROW_BYTES) * p.numel()) for p in parameters),
         chunk_seconds=_folding_seconds(step, gradient_bytes, len(parameters)),
         copied_bytes=_recurrent_bytes(step.declared.modules),
         arriving_row_bytes=0 if step.batch_stands_on_device else trees.row_bytes(step.batch, step.layout),
@@ -134,6 +134,10 @@ def _way(
             if operation.step == last and operation.phase is Phase.OPTIMIZER
         ),
     )
+
+
+def _in_blocks(size_bytes: int) -> int:
+    return -(-size_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
 
 
 def _table(step: FollowedStep, trace: Trace, blocks: Sequence[str]) -> UnitTable:
@@ -157,4 +161,4 @@ def _shared_sizes(modules: Sequence[nn.Module]) -> set[int]:
 def _recurrent_bytes(modules: Sequence[nn.Module]) -> int:
     """Weights that recurrent kernels lay out again where others take their place, as those of chunks do."""
     layers = {layer for part in modules for layer in part.modules() if isinstance(layer, nn.RNNBase)}
-    return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+    return sum(_in_blocks(sum(parameter.nbytes for parameter in layer.parameters())) for layer in layers)
