@@ -57,16 +57,24 @@ class UnitTable(Record):
 class TracedWay(Record):
     """The step as followed under some ``levers`` (none: the plain step), from which rows and recomputation are chosen.
 
-    ``tables``: its units at several rows at a time, most first; the first has the whole batch. ``row_bytes``: what a
-    row of the batch holds on the device however few run at a time. ``accumulator_bytes`` stand beside where there is
-    more than one chunk, each of which takes ``chunk_seconds`` by itself. ``optimizer_bytes`` and ``optimizer_seconds``:
-    the optimizer's turn.
+    ``tables``: its units at several rows at a time, most first; the first has the whole batch. ``later_tables``: the
+    same for a chunk after the first, which adds its gradients to ``accumulator_bytes`` of sums. In all of them a batch
+    on the device is resident as a whole.
+
+    Where there is more than one chunk, each takes ``chunk_seconds`` by itself, and beside it stand ``copied_bytes`` of
+    weights that its kernels want in one piece, and ``arriving_row_bytes`` for each row of the next chunk on its way.
+    Two passes hold ``output_bytes`` of all rows' outputs and their gradients, and their loss peaks at ``loss_bytes``
+    above what is resident. ``optimizer_bytes`` and ``optimizer_seconds``: the optimizer's turn.
     """
 
     levers: dict[str, dict[str, Any]]
     tables: tuple[UnitTable, ...]
-    row_bytes: int
+    later_tables: tuple[UnitTable, ...] = ()
     accumulator_bytes: int
     chunk_seconds: float
+    copied_bytes: int = 0
+    arriving_row_bytes: int = 0
+    output_bytes: int = 0
+    loss_bytes: int = 0
     optimizer_bytes: int
     optimizer_seconds: float

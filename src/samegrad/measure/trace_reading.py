@@ -60,6 +60,26 @@ def peak_by_phase(trace: Trace, *, step: int = 1, round_to: int = 1) -> dict[Pha
     return peaks
 
 
+def loss_peak_bytes(trace: Trace, *, step: int = 1, round_to: int = 1) -> int:
+    """The most that the step's loss and its backward hold above what stood when the loss began.
+
+    What the loss reads is not in it. Operations of the step's own code, between the forwards of modules and their
+    backwards, are taken for the loss's.
+    """
+    own = [index for index, operation in enumerate(trace.operations) if operation.step == step]
+    forwards = [k for k in own if trace.operations[k].phase is Phase.FORWARD and trace.operations[k].module]
+    backwards = [k for k in own if trace.operations[k].phase is Phase.BACKWARD and trace.operations[k].module]
+    first = forwards[-1] + 1 if forwards else own[0]
+    end = backwards[0] if backwards else own[-1] + 1
+    before, peak = 0, 0
+    for moment in _moments(trace, step, round_to):
+        if moment.operation < first:
+            before = moment.live_bytes
+        elif moment.operation < end:
+            peak = max(peak, moment.live_bytes)
+    return max(0, peak - before)
+
+
 def live_at(trace: Trace, moment: Moment) -> list[LiveStorage]:
     """The storages that lived then, largest first."""
     living: dict[int, MemoryEvent] = {}

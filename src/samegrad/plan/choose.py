@@ -19,7 +19,8 @@ from samegrad.plan.explain import floor_sentence, ways_down
 from samegrad.plan.margin import budget_for, usable_bytes
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
-from samegrad.plan.traced import traced_candidates
+from samegrad.plan.reasons import Reasons, fastest_by_lever
+from samegrad.plan.traced import Candidate, traced_candidates
 from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
 from samegrad.units import format_bytes
 
@@ -31,24 +32,29 @@ def choose_plan(footprint: Footprint, options: Options, budget: Budget) -> tuple
     split would fit and the step cannot be split.
     """
     usable = usable_bytes(budget)
-    ladder = tuple(_rungs(footprint, options, budget, usable))
-    if ladder:
-        return ladder
-    raise _nothing_fits(footprint, options, budget)
+    followed = traced_candidates(footprint, options)
+    rungs = tuple(_rungs(footprint, options, budget, usable, followed))
+    if rungs:
+        reasons = Reasons(footprint, options.allow, fastest_by_lever(followed))
+        return tuple(dataclasses.replace(plan, reasons=reasons.of(plan)) for plan in rungs)
+    raise _nothing_fits(footprint, options, budget, followed)
 
 
-def _nothing_fits(footprint: Footprint, options: Options, budget: Budget) -> BudgetTooSmall | CannotSplit:
+def _nothing_fits(
+    footprint: Footprint, options: Options, budget: Budget, followed: list[Candidate]
+) -> BudgetTooSmall | CannotSplit:
     within = f"within {format_bytes(budget.total_bytes)} ({budget.source})"
     refusal = SplitRows.refusal(footprint)
     pinned = options.rows if options.rows is None or isinstance(options.rows, int) else max(options.rows)
     splits = pinned is None or pinned < footprint.batch_rows
-    if splits and refusal is not None and not footprint.variants:
+    shrinks = bool(footprint.variants) or any(candidate.levers for candidate in followed)
+    if splits and refusal is not None and (pinned is not None or not shrinks):
         return CannotSplit(
             asked=f"a plan {within}" if pinned is None else f"{pinned} rows at a time {within}",
             found=f"the plain step needs {format_bytes(_plain_peak(footprint))} and cannot be split: {refusal}",
             do="; ".join(ways_down(footprint, budget)),
         )
-    if splits and options.allow < SplitRows.exactness:
+    if splits and options.allow < SplitRows.exactness and not any(candidate.levers for candidate in followed):
         return BudgetTooSmall(
             asked=f"a plan {within} that is {options.allow.name}",
             found=f"the plain step needs {format_bytes(_plain_peak(footprint))}, and any smaller plan splits it, "
@@ -58,7 +64,7 @@ def _nothing_fits(footprint: Footprint, options: Options, budget: Budget) -> Bud
             option="--budget",
         )
     if pinned is not None:
-        needed = footprint.predicted_peak_bytes(rows=pinned)
+        needed = followed[-1].peak_bytes if followed else footprint.predicted_peak_bytes(rows=pinned)
         return BudgetTooSmall(
             asked=f"{pinned} rows at a time ({options.rows_origin.value}) {within}",
             found=f"{pinned} rows need {format_bytes(needed)}",
@@ -73,39 +79,41 @@ def _nothing_fits(footprint: Footprint, options: Options, budget: Budget) -> Bud
     )
 
 
-def _rungs(footprint: Footprint, options: Options, budget: Budget, usable: int) -> Iterator[Plan]:
+def _rungs(
+    footprint: Footprint, options: Options, budget: Budget, usable: int, followed: list[Candidate]
+) -> Iterator[Plan]:
     host = [HostRows()] if HostRows.refusal(footprint) is None else []
-    if options.rows is not None:
-        rows = options.rows if isinstance(options.rows, int) else list(options.rows)
-        whole = rows if isinstance(rows, int) else max(rows)
-        if whole >= footprint.batch_rows:
-            if _plain_peak(footprint) <= usable:
-                yield _plan(footprint, [], budget, {})
-            return
-        for lever in _pinned(footprint, options, rows, usable):
-            if lever.predict(footprint).peak_allocated_bytes <= usable:
-                yield _plan(footprint, [*host, lever], budget, {f"{lever.name}.rows": options.rows_origin})
-        return
-    if _plain_peak(footprint) <= usable:
+    if _runs_whole(footprint, options) and _plain_peak(footprint) <= usable:
         yield _plan(footprint, [], budget, {})
+    measured = _pinned if options.rows is not None else _measured
+    plans = measured(footprint, options, budget, usable, host)
     if footprint.traced:
-        yield from _fastest_first(footprint, options, budget, usable, host)
+        yield from _fastest_first(footprint, options, budget, usable, host, followed, plans)
     else:
-        yield from _measured(footprint, options, budget, usable, host)
+        yield from plans
 
 
 def _fastest_first(
-    footprint: Footprint, options: Options, budget: Budget, usable: int, host: list[HostRows]
+    footprint: Footprint,
+    options: Options,
+    budget: Budget,
+    usable: int,
+    host: list[HostRows],
+    followed: list[Candidate],
+    measured: Iterator[Plan],
 ) -> Iterator[Plan]:
     """What was measured and what was followed, by predicted time; each next one is smaller."""
-    plans = list(_measured(footprint, options, budget, usable, host))
-    for candidate in traced_candidates(footprint, options, usable):
+    plans = list(measured)
+    for candidate in followed:
         names = {lever.name for lever in candidate.levers}
         # The plain step is there already; a split alone is predicted better by its own laws.
-        if names and not (footprint.laws and names == {SplitRows.name}):
+        if names and candidate.peak_bytes <= usable and not (footprint.laws and names == {SplitRows.name}):
             levers = [*(host if SplitRows.name in names else []), *candidate.levers]
             knobs = [f"{lever.name}.{knob}" for lever in candidate.levers for knob in lever.knobs()]
-            plans.append(_plan(footprint, levers, budget, dict.fromkeys(knobs, KnobOrigin.CHOSEN)))
+            origins = dict.fromkeys(knobs, KnobOrigin.CHOSEN)
+            if options.rows is not None and SplitRows.name in names:
+                origins[f"{SplitRows.name}.rows"] = options.rows_origin
+            plans.append(_plan(footprint, levers, budget, origins))
     smallest = None
     # Of equally fast ones the larger does less.
     for plan in sorted(plans, key=lambda plan: (plan.predicted_seconds or 0.0, -(plan.predicted_peak_bytes or 0))):
@@ -143,7 +151,24 @@ def _splits(
         yield _plan(footprint, [mapped], budget, origins)
 
 
-def _pinned(footprint: Footprint, options: Options, rows: int | list[int], usable: int) -> list[Lever]:
+def _runs_whole(footprint: Footprint, options: Options) -> bool:
+    pinned = options.rows
+    return pinned is None or (pinned if isinstance(pinned, int) else max(pinned)) >= footprint.batch_rows
+
+
+def _pinned(
+    footprint: Footprint, options: Options, budget: Budget, usable: int, host: list[HostRows]
+) -> Iterator[Plan]:
+    """The plans that laws of probes predict for rows that are pinned."""
+    if options.rows is None or _runs_whole(footprint, options):
+        return
+    rows = options.rows if isinstance(options.rows, int) else list(options.rows)
+    for lever in _with_rows(footprint, options, rows, usable):
+        if lever.predict(footprint).peak_allocated_bytes <= usable:
+            yield _plan(footprint, [*host, lever], budget, {f"{lever.name}.rows": options.rows_origin})
+
+
+def _with_rows(footprint: Footprint, options: Options, rows: int | list[int], usable: int) -> list[Lever]:
     """The ways to run ``rows`` at a time."""
     if _may_split(footprint, options):
         return [SplitRows(rows).keeping(footprint, usable)]
@@ -192,31 +217,14 @@ def _plain_peak(footprint: Footprint) -> int:
 def _plan(footprint: Footprint, levers: list[Lever], budget: Budget, origins: dict[str, KnobOrigin]) -> Plan:
     taken = {lever.name: lever.knobs() for lever in sorted(levers, key=lambda lever: lever.slot)}
     predicted = predict_plan(footprint, taken)
-    peak, seconds = predicted.peak_allocated_bytes, predicted.seconds
     return Plan(
         levers=taken,
         exactness=max((lever.exactness for lever in levers), default=Exactness.SAME_BITS),
         batch_rows=footprint.batch_rows,
         budget=budget,
-        predicted_peak_bytes=peak,
-        predicted_seconds=seconds,
+        predicted_peak_bytes=predicted.peak_allocated_bytes,
+        predicted_seconds=predicted.seconds,
         knob_origins=origins,
-        reasons=_reasons(footprint, taken, peak),
     )
 
 
-def _reasons(footprint: Footprint, taken: dict[str, dict[str, object]], peak: int) -> dict[str, str]:
-    plain = _plain_peak(footprint)
-    reasons = {}
-    for name, lever in find_levers().items():
-        refused = lever.refusal(footprint)
-        if name in taken:
-            saved = f"saves {format_bytes(plain - peak)} of the plain step's {format_bytes(plain)}"
-            reasons[name] = "taken: only chunks travel to the device" if name == HostRows.name else f"taken: {saved}"
-        elif refused is not None:
-            reasons[name] = f"refused: {refused}"
-        elif taken:
-            reasons[name] = f"not needed beside {' and '.join(n for n in taken if n != HostRows.name)}"
-        else:
-            reasons[name] = "not needed: the plain step fits"
-    return reasons

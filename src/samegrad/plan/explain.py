@@ -11,7 +11,8 @@ from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
-from samegrad.plan.traced import smallest_traced_bytes
+from samegrad.plan.options import Options
+from samegrad.plan.traced import Candidate, plain_peak_bytes, traced_candidates
 from samegrad.records import Budget, Category, Exactness, Footprint, PhaseLaw, Plan
 from samegrad.units import format_bytes, format_seconds
 
@@ -21,13 +22,12 @@ _FLOOR = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Cat
 
 
 def floor_bytes(footprint: Footprint) -> int:
-    """Bytes of the smallest plan: everything resident and one row at a time, one chunk of the head's loss, or what the
-    smallest plan that was followed takes."""
-    followed = smallest_traced_bytes(footprint)
-    also = [*ChunkLoss.smallest(footprint), *([] if followed is None else [followed])]
+    """Bytes of the smallest plan: everything resident and one row at a time, or what else was probed or followed."""
+    followed = _smallest_followed(footprint)
+    smallest = list(ChunkLoss.smallest(footprint)) + ([] if followed is None else [followed.peak_bytes])
     if SplitRows.refusal(footprint) is None and footprint.laws:
-        return min([footprint.predicted_peak_bytes(rows=1), *also])
-    smallest = also + [
+        return min([footprint.predicted_peak_bytes(rows=1), *smallest])
+    smallest += [
         max(law.peak_bytes(rows=1, batch_rows=footprint.batch_rows) for law in variant.laws)
         for variant in footprint.variants
     ]
@@ -40,8 +40,23 @@ def floor_sentence(footprint: Footprint) -> str:
     resident = {category: footprint.resident_bytes.get(category, 0) for category in _FLOOR}
     parts = [f"{category.value.replace('_', ' ')} {format_bytes(n)}" for category, n in resident.items() if n]
     rest = floor - sum(resident.values())
-    parts.append(f"one row and what stays beside it {format_bytes(max(rest, 0))}")
+    followed = _smallest_followed(footprint)
+    beside = "one row and what stays beside it"
+    if followed is not None and followed.peak_bytes == floor:
+        beside = f"activations and temporaries {_by_levers(followed)}"
+    parts.append(f"{beside} {format_bytes(max(rest, 0))}")
     return f"the smallest plan needs {format_bytes(floor)}: " + ", ".join(parts)
+
+
+def _smallest_followed(footprint: Footprint) -> Candidate | None:
+    candidates = traced_candidates(footprint, Options())
+    return candidates[-1] if candidates else None
+
+
+def _by_levers(candidate: Candidate) -> str:
+    if not candidate.levers:
+        return "of the plain step"
+    return f"with {' and '.join(lever.name for lever in candidate.levers)}"
 
 
 def ways_down(footprint: Footprint, budget: Budget) -> list[str]:
@@ -54,10 +69,19 @@ def ways_down(footprint: Footprint, budget: Budget) -> list[str]:
     if state:
         ways.append(f"an optimizer with less state (SGD without momentum holds none: {format_bytes(state)} less)")
     if SplitRows.refusal(footprint) is not None:
-        plain_row = max((law.per_chunk_row_bytes for law in footprint.plain_laws), default=0.0)
+        plain_row = _plain_row_bytes(footprint)
         ways.append(f"a smaller batch ({format_bytes(plain_row)} a row; that is another step)")
     ways.append(f"a smaller model (parameters and gradients take {format_bytes(2 * parameters)}; another model)")
     return ways[:3]
+
+
+def _plain_row_bytes(footprint: Footprint) -> float:
+    """What one more row adds to the peak of the plain step."""
+    slope = max((law.per_chunk_row_bytes for law in footprint.plain_laws), default=0.0)
+    if slope or not footprint.traced or len(footprint.traced[0].tables) == 1:
+        return slope
+    most, *_, fewest = footprint.traced[0].tables
+    return (plain_peak_bytes(most) - plain_peak_bytes(fewest)) / (most.rows - fewest.rows)
 
 
 def _ways_to_keep_less(footprint: Footprint, budget: Budget) -> list[str]:

@@ -13,8 +13,8 @@ from samegrad.levers import Lever, find_levers
 from samegrad.levers._variants import chunk_sizes
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.split_rows import SplitRows
-from samegrad.plan.chain import ChainChoice, predict_chain
-from samegrad.plan.heights import Chain, Stage, Way
+from samegrad.plan.chain import ChainChoice, plain_stages, predict_chain
+from samegrad.plan.heights import Stage, Way
 from samegrad.plan.options import Options
 from samegrad.plan.solve import pareto
 from samegrad.records import Footprint
@@ -29,26 +29,19 @@ class Candidate(NamedTuple):
     levers: tuple[Lever, ...]
 
 
-def traced_candidates(footprint: Footprint, options: Options, usable_bytes: int) -> list[Candidate]:
-    """The plans within ``usable_bytes`` that are worth trying, fastest first, each next one smaller."""
+def traced_candidates(footprint: Footprint, options: Options) -> list[Candidate]:
+    """The plans that are worth trying at some budget, fastest first, each next one smaller."""
     found = [
         candidate
         for way in footprint.traced
         if all(find_levers()[name].exactness <= options.allow for name in way.levers)
         for candidate in _of_way(way, footprint, options)
-        if candidate.peak_bytes <= usable_bytes
     ]
     front: list[Candidate] = []
     for candidate in sorted(found, key=lambda c: (c.seconds, c.peak_bytes, len(c.levers))):
         if not front or candidate.peak_bytes < front[-1].peak_bytes:
             front.append(candidate)
     return front
-
-
-def smallest_traced_bytes(footprint: Footprint, options: Options | None = None) -> int | None:
-    """The peak of the smallest plan that was followed, None where nothing was."""
-    candidates = traced_candidates(footprint, Options() if options is None else options, 2**62)
-    return candidates[-1].peak_bytes if candidates else None
 
 
 def predict_traced(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> tuple[int, float] | None:
@@ -68,35 +61,42 @@ def predict_traced(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> t
 def _of_way(way: TracedWay, footprint: Footprint, options: Options) -> Iterator[Candidate]:
     splits = SplitRows.refusal(footprint) is None and options.allow >= SplitRows.exactness
     recomputes = Recompute.refusal(footprint) is None
-    for table in way.tables:
-        whole = table.rows == footprint.batch_rows
-        if not (whole or splits) or not _has_rows(table.rows, options, footprint):
+    for rows in _rows_to_try(way, footprint, options):
+        sizes = chunk_sizes(rows, footprint.batch_rows)
+        if len(sizes) > 1 and not splits:
             continue
-        sizes = chunk_sizes(table.rows, footprint.batch_rows)
-        choices = pareto(table.units) if recomputes else pareto(_fixed(table))
-        for choice in choices:
+        tables = way.later_tables if len(sizes) > 1 and way.later_tables else way.tables
+        table = _table_for(tables, max(sizes))
+        for choice in pareto(table.units if recomputes else _fixed(table)):
             peak_bytes, seconds = _predicted(way, footprint, sizes, choice.stages)
-            yield Candidate(seconds, peak_bytes, tuple(_levers(way, table, choice, whole)))
+            split = [SplitRows(rows)] if len(sizes) > 1 else []
+            yield Candidate(seconds, peak_bytes, (*_levers_of(way), *split, *_recompute(table, choice)))
 
 
-def _has_rows(rows: int, options: Options, footprint: Footprint) -> bool:
-    return options.rows is None or (isinstance(options.rows, int) and min(options.rows, footprint.batch_rows) == rows)
+def _rows_to_try(way: TracedWay, footprint: Footprint, options: Options) -> list[int | list[int]]:
+    if options.rows is None:
+        return [table.rows for table in way.tables]
+    if isinstance(options.rows, int):
+        return [min(options.rows, footprint.batch_rows)]
+    return [list(options.rows)]
 
 
 def _fixed(table: UnitTable) -> list[Any]:
     return [dataclasses.replace(unit, recomputable=False) for unit in table.units]
 
 
-def _levers(way: TracedWay, table: UnitTable, choice: ChainChoice, whole: bool) -> list[Lever]:
-    levers: list[Lever] = [find_levers()[name](**knobs) for name, knobs in way.levers.items()]
-    if not whole:
-        levers.append(SplitRows(table.rows))
+def _levers_of(way: TracedWay) -> list[Lever]:
+    return [find_levers()[name](**knobs) for name, knobs in way.levers.items()]
+
+
+def _recompute(table: UnitTable, choice: ChainChoice) -> list[Recompute]:
+    """The lever that runs the units of ``choice`` again, none where it keeps them all."""
     blocks: list[str | list[str]] = []
     for stage in choice.stages:
         if stage.way is Way.RECOMPUTE:
             names = [unit.name for unit in table.units[stage.first : stage.last + 1]]
             blocks.append(names if len(names) > 1 else names[0])
-    return [*levers, Recompute(blocks)] if blocks else levers
+    return [Recompute(blocks)] if blocks else []
 
 
 def _stages_of(table: UnitTable, blocks: Sequence[str | list[str]]) -> tuple[Stage, ...] | None:
@@ -120,22 +120,45 @@ def _predicted(
     way: TracedWay, footprint: Footprint, sizes: Sequence[int], stages: Sequence[Stage]
 ) -> tuple[int, float]:
     """Of a step in chunks of ``sizes``, each run by ``stages``."""
-    peak_bytes, seconds = way.optimizer_bytes, way.optimizer_seconds
-    passes = footprint.forwards_per_step if len(sizes) > 1 else 1
+    if len(sizes) == 1:
+        peak_bytes = max(way.optimizer_bytes, _peak_bytes(way.tables[0], stages))
+        return peak_bytes, way.optimizer_seconds + _seconds(way.tables[0], stages)
+    passes = footprint.forwards_per_step
+    arriving_bytes = way.arriving_row_bytes * max(sizes)
+    beside_bytes = way.copied_bytes + arriving_bytes + (way.output_bytes if passes > 1 else 0)
+    peak_bytes, seconds = way.optimizer_bytes + 2 * arriving_bytes, way.optimizer_seconds
+    if passes > 1:
+        whole = way.tables[0]
+        peak_bytes = max(peak_bytes, whole.resident_bytes + way.copied_bytes + 2 * arriving_bytes + way.loss_bytes)
+    later = _table_for(way.later_tables or way.tables, max(sizes[1:]))
+    peak_bytes = max(peak_bytes, beside_bytes + way.accumulator_bytes + _peak_bytes(later, stages))
+    if sizes[0] > max(sizes[1:]):
+        # The first chunk's gradients become the sums; it counts only where it is the largest.
+        peak_bytes = max(peak_bytes, beside_bytes + _peak_bytes(_table_for(way.tables, sizes[0]), stages))
     for size in sorted(set(sizes)):
-        table = _table_for(way, size)
-        beside_bytes = table.resident_bytes + way.row_bytes * (footprint.batch_rows - table.rows)
-        if len(sizes) > 1:
-            beside_bytes += way.accumulator_bytes
-        chain = Chain.of(table.units)
-        found = predict_chain(chain, stages, resident_bytes=beside_bytes)
-        peak_bytes = max(peak_bytes, found.peak_bytes)
-        each = found.seconds * size / table.rows if size < table.rows else found.seconds
-        each += (passes - 1) * float(chain.forward_seconds.sum())
-        seconds += sizes.count(size) * (each + (way.chunk_seconds if len(sizes) > 1 else 0.0))
+        table = _table_for(way.tables, size)
+        each = _seconds(table, stages) + (passes - 1) * sum(unit.forward_seconds for unit in table.units)
+        seconds += sizes.count(size) * (each * size / table.rows + way.chunk_seconds)
     return peak_bytes, seconds
 
 
-def _table_for(way: TracedWay, rows: int) -> UnitTable:
+def _peak_bytes(table: UnitTable, stages: Sequence[Stage]) -> int:
+    return predict_chain(table.units, stages, resident_bytes=table.resident_bytes).peak_bytes
+
+
+def _seconds(table: UnitTable, stages: Sequence[Stage]) -> float:
+    """Forward and backward of the units, and the forwards that run again."""
+    again = [unit for s in stages if s.way is Way.RECOMPUTE for unit in table.units[s.first : s.last + 1]]
+    return sum(unit.forward_seconds + unit.backward_seconds for unit in table.units) + sum(
+        unit.forward_seconds for unit in again
+    )
+
+
+def plain_peak_bytes(table: UnitTable) -> int:
+    """The peak of all rows of ``table`` with nothing run again."""
+    return _peak_bytes(table, plain_stages(table.units))
+
+
+def _table_for(tables: Sequence[UnitTable], rows: int) -> UnitTable:
     """The smallest table that is no smaller."""
-    return min((table for table in way.tables if table.rows >= rows), key=lambda table: table.rows)
+    return min((table for table in tables if table.rows >= rows), key=lambda table: table.rows)

@@ -14,8 +14,9 @@ from samegrad.errors import CannotTrace, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.measure.target import Target
 from samegrad.measure.trace_reading import CUDA_BLOCK_BYTES, peak_bytes
-from samegrad.settle.following import FollowedStep, look_at_step, traced_ways
+from samegrad.settle.followed_step import FollowedStep, look_at_step
 from samegrad.settle.probing import Measurement
+from samegrad.settle.traced_ways import traced_ways
 from samegrad.unit_tables import TracedWay, UnitTable
 
 
@@ -29,7 +30,7 @@ def followed_beside(
     try:
         step = FollowedStep(declared, aliases, batch, layout, Target.at_hand(declared.device), measurement.ways)
         look = look_at_step(declared, batch, layout)
-        plain = step.trace_plainly()
+        plain = step.trace_whole({})
         ways, refusals = traced_ways(step, plain, look)
     except (CannotTrace, UsageError) as error:
         facts = footprint.facts | {"not followed": f"{error.found}; only what was probed is planned"}
@@ -52,6 +53,7 @@ def _scaled(way: TracedWay, beyond_bytes: int, slower: float) -> TracedWay:
     return dataclasses.replace(
         way,
         tables=tuple(_table(table, beyond_bytes, slower) for table in way.tables),
+        later_tables=tuple(_table(table, beyond_bytes, slower) for table in way.later_tables),
         chunk_seconds=way.chunk_seconds * slower,
         optimizer_bytes=way.optimizer_bytes + beyond_bytes,
     )

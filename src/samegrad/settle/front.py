@@ -17,7 +17,8 @@ from samegrad.plan.front import plan_front, strictly_smaller
 from samegrad.plan.options import Options
 from samegrad.records import Footprint, Front, FrontPoint
 from samegrad.settle.beside import followed_beside
-from samegrad.settle.following import FollowedStep, follow
+from samegrad.settle.followed_step import FollowedStep
+from samegrad.settle.following import follow
 from samegrad.settle.on_card import budget_of_cap, footprint_of, named
 from samegrad.settle.probing import aliases_for, measure
 

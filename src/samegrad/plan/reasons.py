@@ -1,0 +1,85 @@
+"""Why each lever is part of a plan or is not: what it saves and costs in this very plan, or in one that takes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+from samegrad.errors import BadInput
+from samegrad.levers import find_levers
+from samegrad.levers.host_rows import HostRows
+from samegrad.plan.predict import predict_plan
+from samegrad.plan.traced import Candidate
+from samegrad.records import Exactness, Footprint, Plan
+from samegrad.units import format_bytes, format_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Reasons:
+    """Reasons for the plans of one footprint. ``fastest``: by a lever's name, the fastest followed plan with it."""
+
+    footprint: Footprint
+    allow: Exactness
+    fastest: Mapping[str, Candidate]
+
+    @functools.cached_property
+    def _plain(self) -> Footprint:
+        return predict_plan(self.footprint, {})
+
+    def of(self, plan: Plan) -> dict[str, str]:
+        """For every lever: taken, refused, not allowed or not needed, and why."""
+        reasons = {}
+        for name, lever in find_levers().items():
+            refused = lever.refusal(self.footprint)
+            if name in plan.levers:
+                reasons[name] = f"taken: {self._share(plan, name)}"
+            elif refused is not None:
+                reasons[name] = refused if refused.startswith("not needed") else f"refused: {refused}"
+            elif lever.exactness > self.allow:
+                reasons[name] = f"not allowed: {lever.exactness.explained()} ({lever.exactness.name})"
+            else:
+                reasons[name] = f"not needed: {self._not_needed(plan, name)}"
+        return reasons
+
+    def _share(self, plan: Plan, name: str) -> str:
+        """What the plan gains and pays by this lever: the difference to the same plan without it."""
+        if name == HostRows.name:
+            return "only chunks travel to the device"
+        without = {other: knobs for other, knobs in plan.levers.items() if other not in (name, HostRows.name)}
+        try:
+            other = predict_plan(self.footprint, without)
+        except BadInput:
+            # The rest is no plan by itself.
+            other, without = self._plain, {}
+        saved_bytes = max(0, other.peak_allocated_bytes - (plan.predicted_peak_bytes or 0))
+        plain = f" of the plain step's {format_bytes(other.peak_allocated_bytes)}"
+        beside = f" beside {' and '.join(without)}" if without else plain
+        return f"saves {format_bytes(saved_bytes)}{beside}{_cost(other.seconds, plan.predicted_seconds)}"
+
+    def _not_needed(self, plan: Plan, name: str) -> str:
+        beside = " and ".join(other for other in plan.levers if other != HostRows.name)
+        reason = f"the plan fits with {beside}" if beside else "the plain step fits"
+        if name not in self.fastest:
+            return reason
+        fastest = self.fastest[name]
+        saved_bytes = max(0, self._plain.peak_allocated_bytes - fastest.peak_bytes)
+        how = " and ".join(lever.name for lever in fastest.levers)
+        cost = _cost(self._plain.seconds, fastest.seconds)
+        return f"{reason}; the fastest plan with it ({how}) saves {format_bytes(saved_bytes)}{cost}"
+
+
+def fastest_by_lever(candidates: list[Candidate]) -> dict[str, Candidate]:
+    """The first of ``candidates``, which come fastest first, that takes each lever."""
+    fastest: dict[str, Candidate] = {}
+    for candidate in candidates:
+        for lever in candidate.levers:
+            fastest.setdefault(lever.name, candidate)
+    return fastest
+
+
+def _cost(before_seconds: float | None, after_seconds: float | None) -> str:
+    if before_seconds is None or after_seconds is None:
+        return ""
+    more = after_seconds - before_seconds
+    return f", costs {format_seconds(more)} a step" if more >= 0 else f" and {format_seconds(-more)} of a step"

@@ -1,0 +1,297 @@
+"""Plans for cards that are not at hand: predicted as they are followed, monotone, pinned, and the plain step's sum."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import samegrad as sg
+from samegrad.errors import BudgetTooSmall, CannotSplit, CannotTrace
+from samegrad.levers.split_rows import SplitRows
+from samegrad.measure.target import Target
+from samegrad.measure.trace_reading import CUDA_BLOCK_BYTES, peak_bytes
+from samegrad.plan.choose import choose_plan
+from samegrad.plan.explain import floor_bytes
+from samegrad.plan.options import Options
+from samegrad.plan.predict import predict_plan
+from samegrad.plan.traced import Candidate, predict_traced, traced_candidates
+from samegrad.records import Counting, Exactness, Footprint, KnobOrigin, Plan
+from samegrad.settle import aliases_for, plan_ahead
+from samegrad.settle.followed_step import FollowedStep
+from samegrad.settle.following import follow
+from samegrad.units import format_bytes
+
+from ..contract.plain import assert_close, gradients, left_alone, plain_step
+from .steps import CASES, Case, Words, cross_entropy
+
+CARD = "H200"
+# What a plan's prediction may be off by from the trace of that very plan.
+WITHIN = 0.01
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": functools.partial(torch.optim.SGD, lr=0.1), "no optimizer": None}
+
+
+@functools.cache
+def followed(name: str, device: str = "cpu", optimizer: str = "adam") -> tuple[FollowedStep, Footprint]:
+    case = CASES[name]
+    declared = case.step(device, OPTIMIZERS[optimizer]).declared
+    return follow(declared, aliases_for(declared), case.batch(device), Target.named(CARD))
+
+
+def levers_of(candidate: Candidate) -> dict[str, dict[str, Any]]:
+    return {lever.name: lever.knobs() for lever in candidate.levers}
+
+
+def some(candidates: list[Candidate], most: int = 5) -> list[Candidate]:
+    """Evenly spread; of many chunks in two passes all are followed, which takes long."""
+    few = [c for c in candidates if all(lever.name != "split_rows" or lever.knobs()["rows"] > 4 for lever in c.levers)]
+    return [*few[:: -(-len(few) // most)], few[-1]]
+
+
+# A small step's scalars and the blocks that they round up to.
+FEW_BLOCKS = 16 * CUDA_BLOCK_BYTES
+
+
+def errors(step: FollowedStep, footprint: Footprint, candidates: list[Candidate]) -> list[float]:
+    """How far each prediction is from the traced plan's peak, as a fraction of it."""
+    found = []
+    for candidate in candidates:
+        levers = levers_of(candidate)
+        predicted = predict_traced(footprint, levers)
+        assert predicted is not None
+        plan = Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=footprint.batch_rows)
+        real = peak_bytes(step.trace(plan), round_to=CUDA_BLOCK_BYTES)
+        found.append(max(0, abs(predicted[0] - real) - FEW_BLOCKS) / real)
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_is_predicted_to_hold_what_its_own_trace_holds(name: str, device: str) -> None:
+    step, footprint = followed(name, device)
+    candidates = traced_candidates(footprint, Options())
+    assert candidates[0].levers == () and len(candidates) > 1
+    assert max(errors(step, footprint, some(candidates))) <= WITHIN
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "no optimizer"])
+@pytest.mark.parametrize("name", ["words", "perceptron", "contrast"])
+def test_where_no_optimizers_turn_hides_it_the_rest_is_predicted_as_well(name: str, optimizer: str) -> None:
+    step, footprint = followed(name, "cpu", optimizer)
+    assert max(errors(step, footprint, some(traced_candidates(footprint, Options())))) <= WITHIN
+
+
+def planted(footprint: Footprint, **changes: Any) -> Footprint:
+    """Every way with another field: the planted fault."""
+    return dataclasses.replace(
+        footprint, traced=tuple(dataclasses.replace(way, **changes) for way in footprint.traced)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "forgotten"),
+    [
+        ("perceptron", "no optimizer", {"accumulator_bytes": 0}),
+        ("perceptron", "no optimizer", {"later_tables": ()}),
+        ("perceptron", "adam", {"optimizer_bytes": 0}),
+        ("sequences", "no optimizer", {"copied_bytes": 0}),
+        ("sequences", "no optimizer", {"arriving_row_bytes": 0}),
+        ("contrast", "no optimizer", {"output_bytes": 0, "loss_bytes": 0}),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
+)
+def test_the_check_finds_what_a_prediction_forgets(name: str, optimizer: str, forgotten: dict[str, Any]) -> None:
+    step, footprint = followed(name, "cpu", optimizer)
+    candidates = [Candidate(0.0, 0, (SplitRows(rows),)) for rows in (CASES[name].rows // 8, 9)]
+    assert max(errors(step, footprint, candidates)) <= WITHIN
+    assert max(errors(step, planted(footprint, **forgotten), candidates)) > WITHIN
+
+
+def budgets(footprint: Footprint, count: int = 12) -> list[sg.Budget]:
+    """From the smallest plan's to beyond the plain step's."""
+    low = traced_candidates(footprint, Options())[-1].peak_bytes + 80 * 2**20
+    high = footprint.predicted_peak_bytes(rows=footprint.batch_rows) + 90 * 2**20
+    return [
+        sg.Budget(
+            total_bytes=low + (high - low) * k // (count - 1), device=CARD, counting=Counting.CUDA_ALLOCATOR,
+            source="test",
+        )
+        for k in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["words", "pictures", "perceptron"])
+def test_less_memory_is_never_faster_and_never_larger(name: str) -> None:
+    _, footprint = followed(name)
+    before: Plan | None = None
+    for budget in budgets(footprint):
+        ladder = choose_plan(footprint, Options(), budget)
+        peaks = [plan.predicted_peak_bytes or 0 for plan in ladder]
+        assert peaks == sorted(set(peaks), reverse=True)
+        seconds = [plan.predicted_seconds or 0.0 for plan in ladder]
+        assert seconds == sorted(seconds)
+        first = ladder[0]
+        if before is not None:
+            assert (first.predicted_seconds or 0.0) <= (before.predicted_seconds or 0.0)
+            assert (first.predicted_peak_bytes or 0) >= (before.predicted_peak_bytes or 0)
+        before = first
+    assert before is not None and before.levers == {}
+
+
+def test_each_lever_is_chosen_at_some_budget() -> None:
+    _, footprint = followed("words")
+    chosen = {name for budget in budgets(footprint, 40) for name in choose_plan(footprint, Options(), budget)[0].levers}
+    assert {"recompute", "split_rows", "host_rows"} <= chosen
+
+
+def test_large_logits_are_made_in_chunks_where_that_is_fastest() -> None:
+    case = dataclasses.replace(CASES["words"], rows=2001)
+    declared = case.step().declared
+    _, footprint = follow(declared, aliases_for(declared), case.batch(), Target.named(CARD))
+    chosen = [choose_plan(footprint, Options(), budget)[0] for budget in budgets(footprint, 30)]
+    assert {"chunk_loss", "recompute", "split_rows"} <= {name for plan in chosen for name in plan.levers}
+    plan = next(plan for plan in chosen if {"chunk_loss", "recompute"} <= set(plan.levers))
+    without = {name: knobs for name, knobs in plan.levers.items() if name != "recompute"}
+    saved = predict_plan(footprint, without).peak_allocated_bytes - (plan.predicted_peak_bytes or 0)
+    # Each its own share, not that of all of them.
+    assert f"taken: saves {format_bytes(saved)} beside" in plan.reasons["recompute"]
+    assert plan.reasons["recompute"] != plan.reasons["chunk_loss"] and "costs" in plan.reasons["recompute"]
+
+
+def test_batch_normalisation_is_only_run_again_and_stays_exact() -> None:
+    _, footprint = followed("pictures")
+    assert "statistics of all rows" in footprint.refusals["split_rows"]
+    taken = {name for candidate in traced_candidates(footprint, Options()) for name in levers_of(candidate)}
+    assert taken == {"recompute"}
+
+
+def test_blocks_may_run_again_beside_rows_that_an_examination_split() -> None:
+    _, footprint = followed("perceptron")
+    assert "recompute" not in footprint.refusals
+    assert any({"split_rows", "recompute"} <= set(levers_of(c)) for c in traced_candidates(footprint, Options()))
+
+
+@pytest.mark.parametrize("card", ["H200", "RTX 4090 Laptop", "T4"])
+@pytest.mark.parametrize("name", ["words", "pictures", "sequences"])
+def test_a_plan_is_settled_for_a_card_and_the_same_each_time(name: str, card: str) -> None:
+    # Libraries and the allocator's margin take 64 MiB each, whatever the step.
+    case = dataclasses.replace(CASES[name], rows=20 * CASES[name].rows)
+    plain = sg.measure_step(case.step(), case.batch(), device=card)
+    assert plain.steady_cap_bytes is not None
+    budget = int(plain.steady_cap_bytes * 0.9)
+    ahead = plan_ahead(case.step(), case.batch(), card, budget=budget)
+    assert ahead.plan.levers and (ahead.predicted.steady_cap_bytes or 0) <= budget
+    again = plan_ahead(case.step(), case.batch(), card, budget=budget)
+    assert again.plan == ahead.plan
+
+
+@pytest.mark.parametrize("name", ["words", "pictures", "u-net", "perceptron", "contrast"])
+def test_a_plan_made_for_a_card_keeps_the_gradients_where_it_runs(name: str) -> None:
+    case = CASES[name]
+    _, footprint = followed(name)
+    batch = case.batch(dtype=torch.float64)
+    model = case.step(dtype=torch.float64).declared.model
+    _, expected = plain_step(model, case.loss_fn, batch)
+    for candidate in some(traced_candidates(footprint, Options()), 4)[1:]:
+        levers = levers_of(candidate)
+        plan = Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=case.rows)
+        with case.step(dtype=torch.float64, plan=plan) as step:
+            step.backward(batch)
+            assert_close(gradients(step.declared.model), expected)
+
+
+def test_rows_that_are_pinned_are_kept_and_planned_round() -> None:
+    case = CASES["words"]
+    _, footprint = followed("words")
+    for budget in budgets(footprint)[3:]:
+        for plan in choose_plan(footprint, Options(rows=10), budget):
+            assert plan.levers["split_rows"]["rows"] == 10
+            assert plan.knob_origins["split_rows.rows"] is KnobOrigin.PINNED
+    plan, _ = sg.settle_plan(case.step(), case.batch(), budget="1GiB", rows=[30, 20, 15], device=CARD)
+    assert plan.levers["split_rows"]["rows"] == [30, 20, 15]
+
+
+def test_only_what_is_allowed_is_taken() -> None:
+    _, footprint = followed("perceptron")
+    for budget in budgets(footprint)[4:]:
+        try:
+            ladder = choose_plan(footprint, Options(allow=Exactness.SAME_BITS), budget)
+        except BudgetTooSmall:
+            continue
+        assert all(plan.exactness is Exactness.SAME_BITS for plan in ladder)
+        assert ladder[0].reasons["autocast"].startswith("not allowed: a narrower dtype")
+
+
+def test_pinned_rows_that_do_not_fit_say_what_they_need() -> None:
+    _, footprint = followed("words")
+    tight = dataclasses.replace(budgets(footprint)[0], total_bytes=70 * 2**20)
+    with pytest.raises(BudgetTooSmall, match=r"33 rows need .* (MiB|GiB)"):
+        choose_plan(footprint, Options(rows=33), tight)
+
+
+def test_below_the_floor_the_smallest_followed_plan_counts() -> None:
+    _, footprint = followed("pictures")
+    smallest = traced_candidates(footprint, Options())[-1]
+    with pytest.raises((BudgetTooSmall, CannotSplit)) as raised:
+        choose_plan(footprint, Options(), dataclasses.replace(budgets(footprint)[0], total_bytes=66 * 2**20))
+    assert "with recompute" in raised.value.found and " 0 B a row" not in raised.value.do
+    assert floor_bytes(footprint) == smallest.peak_bytes
+
+
+class Reads(nn.Module):
+    """A model whose shapes depend on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(20, 10)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if rows.sum().item() > 0:
+            rows = rows * 2
+        made: Tensor = self.inner(rows)
+        return made
+
+
+def test_what_needs_values_is_named() -> None:
+    case = Case(Reads, cross_entropy, 11, (20,))
+    with pytest.raises(CannotTrace, match=r"item|_local_scalar_dense"):
+        plan_ahead(case.step("meta"), case.batch("meta"), CARD)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["as it is", "after an exception"])
+def test_nothing_of_the_users_changes(fails: bool) -> None:
+    case = CASES["words with dropout"]
+
+    def loss_fn(outputs: Tensor, batch: Any) -> Tensor:
+        if fails:
+            raise RuntimeError("the user's own")
+        return cross_entropy(outputs, batch)
+
+    step = dataclasses.replace(case, loss_fn=loss_fn).step()
+    batch = case.batch()
+    before = [leaf.clone() for leaf in batch]
+    with left_alone(step.declared.model, optimizer=step.declared.optimizer):
+        if fails:
+            with pytest.raises((CannotTrace, RuntimeError), match="the user's own"):
+                plan_ahead(step, batch, CARD)
+        else:
+            plan_ahead(step, batch, CARD, budget="1GiB")
+    assert all(torch.equal(leaf, kept) for leaf, kept in zip(batch, before))
+
+
+def test_batches_of_names_are_planned() -> None:
+    torch.manual_seed(0)
+    model = Words()
+    step = sg.Step(
+        model,
+        lambda outputs, batch: cross_entropy(outputs, (None, batch["labels"])),
+        forward=lambda module, batch: module(batch["tokens"]),
+        optimizer=torch.optim.Adam(model.parameters()),
+    )
+    tokens, labels = CASES["words"].batch()
+    ahead = plan_ahead(step, {"tokens": tokens, "labels": labels}, CARD, budget="100MiB")
+    assert {"recompute", "split_rows", "chunk_loss"} & set(ahead.plan.levers)
