@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -248,6 +249,22 @@ def test_below_the_floor_the_smallest_followed_plan_counts() -> None:
         choose_plan(footprint, Options(), dataclasses.replace(budgets(footprint)[0], total_bytes=66 * 2**20))
     assert "with recompute" in raised.value.found and " 0 B a row" not in raised.value.do
     assert floor_bytes(footprint) == smallest.peak_bytes
+
+
+def test_where_every_followed_plan_is_too_large_the_budget_that_would_do_is_named() -> None:
+    case = dataclasses.replace(CASES["pictures"], rows=740)
+    whole = sg.measure_step(case.step(), case.batch(), device=CARD).steady_cap_bytes or 0
+    smallest = None
+    for share in (0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45):
+        try:
+            plan_ahead(case.step(), case.batch(), CARD, budget=int(share * whole))
+        except BudgetTooSmall as error:
+            smallest = error
+            break
+    assert smallest is not None
+    found = re.search(r"raise the budget to ([\d.]+ [KMG]iB)", smallest.do)
+    assert found
+    assert plan_ahead(case.step(), case.batch(), CARD, budget=found[1].replace(" ", "")).plan.levers
 
 
 class Reads(nn.Module):

@@ -7,6 +7,7 @@ allocator's model. What one plan reserves above its tensors tells which next one
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from samegrad.errors import BudgetTooSmall, CannotTrace
 from samegrad.measure.trace_reading import (
@@ -19,7 +20,7 @@ from samegrad.measure.trace_reading import (
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
-from samegrad.records import Budget, Footprint, Origin, Plan
+from samegrad.records import Budget, Footprint, Origin, Phase, Plan
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.units import format_bytes
 
@@ -40,6 +41,7 @@ def settle_on_card(
     ladder = choose_plan(footprint, options, budget)
     above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
     tried: list[str] = []
+    smallest_cap: int | None = None
     for plan in ladder:
         smallest = plan is ladder[-1]
         if not smallest and (plan.predicted_peak_bytes or 0) * above * _CLEARLY > most:
@@ -54,11 +56,12 @@ def settle_on_card(
             settled = dataclasses.replace(plan, predicted_peak_bytes=cap, predicted_seconds=predicted.seconds)
             return settled, predicted
         above = min(above, cap / max(1, plan.predicted_peak_bytes or 1))
+        smallest_cap = cap if smallest_cap is None else min(cap, smallest_cap)
         tried.append(f"{_named(plan)}: {format_bytes(cap)}")
     raise BudgetTooSmall(
         asked=f"a plan within {format_bytes(budget.total_bytes)} ({budget.source})",
         found=f"followed whole, the allocator would need more on {footprint.device}: " + "; ".join(tried[-4:]),
-        do="raise the budget, take a smaller batch or model, or allow a weaker exactness",
+        do=f"{_raised(smallest_cap)}, take a smaller batch or model, or allow a weaker exactness",
         option="--budget",
     )
 
@@ -73,7 +76,7 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footpr
     rows = max(trace.sizes)
     followed = sum(trace.sizes)
     # Chunks that were not followed take what the others do; the optimizer's turn comes once.
-    turn = sum(s for o, s in zip(trace.operations, seconds) if o.step == 1 and o.phase.value == "optimizer")
+    turn = sum(s for o, s in zip(trace.operations, seconds) if o.step == 1 and o.phase is Phase.OPTIMIZER)
     return dataclasses.replace(
         predict_plan(footprint, plan.levers),
         origin=Origin.PREDICTED,
@@ -88,6 +91,12 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footpr
         by_module=by_module_at(trace, peak),
         timeline=timeline(trace),
     )
+
+
+def _raised(smallest_cap_bytes: int | None) -> str:
+    if smallest_cap_bytes is None:
+        return "raise the budget"
+    return f"raise the budget to {format_bytes(math.ceil(1.01 * smallest_cap_bytes / (1 - _UNSEEN_FRACTION)))}"
 
 
 def _named(plan: Plan) -> str:
