@@ -129,7 +129,8 @@ def test_what_does_not_fit_is_a_no_with_the_floor(cli: Cli) -> None:
     assert parse_bytes(budget) < bought["plain_predicted_peak_bytes"]
 
 
-@pytest.mark.parametrize("spare", [1.03, 0.97])
+# A twentieth is kept for what a trace cannot see.
+@pytest.mark.parametrize("spare", [1.07, 0.97])
 def test_a_card_s_budget_is_used_up_to_the_steady_cap(cli: Cli, spare: float) -> None:
     plain = planned(cli, "cards.py:train", *CARD)["footprint"]["steady_cap_bytes"]
     budget = f"{int(spare * plain)}B"

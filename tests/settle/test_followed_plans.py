@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -78,6 +79,14 @@ def test_a_plan_is_predicted_to_hold_what_its_own_trace_holds(name: str, device:
     assert max(errors(step, footprint, some(candidates))) <= WITHIN
 
 
+def test_what_a_search_says_of_a_plan_is_what_is_predicted_of_it() -> None:
+    for name in ("words", "pictures", "contrast"):
+        _, footprint = followed(name)
+        for candidate in traced_candidates(footprint, Options()):
+            predicted = predict_traced(footprint, levers_of(candidate))
+            assert predicted == (candidate.peak_bytes, pytest.approx(candidate.seconds))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "no optimizer"])
 @pytest.mark.parametrize("name", ["words", "perceptron", "contrast"])
 def test_where_no_optimizers_turn_hides_it_the_rest_is_predicted_as_well(name: str, optimizer: str) -> None:
@@ -106,7 +115,7 @@ def planted(footprint: Footprint, **changes: Any) -> Footprint:
 )
 def test_the_check_finds_what_a_prediction_forgets(name: str, optimizer: str, forgotten: dict[str, Any]) -> None:
     step, footprint = followed(name, "cpu", optimizer)
-    candidates = [Candidate(0.0, 0, (SplitRows(rows),)) for rows in (CASES[name].rows // 8, 9)]
+    candidates = [Candidate(0.0, 0, (SplitRows(footprint.traced[0].tables[k].rows),)) for k in (5, -5)]
     assert max(errors(step, footprint, candidates)) <= WITHIN
     assert max(errors(step, planted(footprint, **forgotten), candidates)) > WITHIN
 
@@ -242,6 +251,22 @@ def test_below_the_floor_the_smallest_followed_plan_counts() -> None:
     assert floor_bytes(footprint) == smallest.peak_bytes
 
 
+def test_where_every_followed_plan_is_too_large_the_budget_that_would_do_is_named() -> None:
+    case = dataclasses.replace(CASES["pictures"], rows=740)
+    whole = sg.measure_step(case.step(), case.batch(), device=CARD).steady_cap_bytes or 0
+    smallest = None
+    for share in (0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45):
+        try:
+            plan_ahead(case.step(), case.batch(), CARD, budget=int(share * whole))
+        except BudgetTooSmall as error:
+            smallest = error
+            break
+    assert smallest is not None
+    found = re.search(r"raise the budget to ([\d.]+ [KMG]iB)", smallest.do)
+    assert found
+    assert plan_ahead(case.step(), case.batch(), CARD, budget=found[1].replace(" ", "")).plan.levers
+
+
 class Reads(nn.Module):
     """A model whose shapes depend on the data."""
 
@@ -281,6 +306,18 @@ def test_nothing_of_the_users_changes(fails: bool) -> None:
         else:
             plan_ahead(step, batch, CARD, budget="1GiB")
     assert all(torch.equal(leaf, kept) for leaf, kept in zip(batch, before))
+
+
+@pytest.mark.parametrize(("card", "says"), [("T4", True), ("H200", False)])
+def test_a_card_without_units_for_a_dtype_says_so(card: str, says: bool) -> None:
+    def narrow(module: nn.Module, batch: Any) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            return module(batch[0])
+
+    case = CASES["perceptron"]
+    footprint = sg.measure_step(case.step("meta", forward=narrow), case.batch("meta"), device=card)
+    assert ("bfloat16" in footprint.facts) is says
+    assert not says or "T4 has no units for it" in footprint.facts["bfloat16"]
 
 
 def test_batches_of_names_are_planned() -> None:

@@ -68,7 +68,8 @@ def _of_way(way: TracedWay, footprint: Footprint, options: Options) -> Iterator[
         tables = way.later_tables if len(sizes) > 1 and way.later_tables else way.tables
         table = _table_for(tables, max(sizes))
         for choice in pareto(table.units if recomputes else _fixed(table)):
-            peak_bytes, seconds = _predicted(way, footprint, sizes, choice.stages)
+            solved = _Solved(table, table.resident_bytes + choice.peak_bytes)
+            peak_bytes, seconds = _predicted(way, footprint, sizes, choice.stages, solved)
             split = [SplitRows(rows)] if len(sizes) > 1 else []
             yield Candidate(seconds, peak_bytes, (*_levers_of(way), *split, *_recompute(table, choice)))
 
@@ -116,12 +117,23 @@ def _stages_of(table: UnitTable, blocks: Sequence[str | list[str]]) -> tuple[Sta
     return tuple(stages)
 
 
+class _Solved(NamedTuple):
+    """A table whose peak under the stages in question the solver has found already."""
+
+    table: UnitTable
+    peak_bytes: int
+
+
 def _predicted(
-    way: TracedWay, footprint: Footprint, sizes: Sequence[int], stages: Sequence[Stage]
+    way: TracedWay,
+    footprint: Footprint,
+    sizes: Sequence[int],
+    stages: Sequence[Stage],
+    solved: _Solved | None = None,
 ) -> tuple[int, float]:
     """Of a step in chunks of ``sizes``, each run by ``stages``."""
     if len(sizes) == 1:
-        peak_bytes = max(way.optimizer_bytes, _peak_bytes(way.tables[0], stages))
+        peak_bytes = max(way.optimizer_bytes, _peak_bytes(way.tables[0], stages, solved))
         return peak_bytes, way.optimizer_seconds + _seconds(way.tables[0], stages)
     passes = footprint.forwards_per_step
     arriving_bytes = way.arriving_row_bytes * max(sizes)
@@ -131,7 +143,7 @@ def _predicted(
         whole = way.tables[0]
         peak_bytes = max(peak_bytes, whole.resident_bytes + way.copied_bytes + 2 * arriving_bytes + way.loss_bytes)
     later = _table_for(way.later_tables or way.tables, max(sizes[1:]))
-    peak_bytes = max(peak_bytes, beside_bytes + way.accumulator_bytes + _peak_bytes(later, stages))
+    peak_bytes = max(peak_bytes, beside_bytes + way.accumulator_bytes + _peak_bytes(later, stages, solved))
     if sizes[0] > max(sizes[1:]):
         # The first chunk's gradients become the sums; it counts only where it is the largest.
         peak_bytes = max(peak_bytes, beside_bytes + _peak_bytes(_table_for(way.tables, sizes[0]), stages))
@@ -142,7 +154,9 @@ def _predicted(
     return peak_bytes, seconds
 
 
-def _peak_bytes(table: UnitTable, stages: Sequence[Stage]) -> int:
+def _peak_bytes(table: UnitTable, stages: Sequence[Stage], solved: _Solved | None = None) -> int:
+    if solved is not None and solved.table is table:
+        return solved.peak_bytes
     return predict_chain(table.units, stages, resident_bytes=table.resident_bytes).peak_bytes
 
 

@@ -19,6 +19,7 @@ from samegrad.exact import losses
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.find_head import Head, find_head
 from samegrad.exact.losses import LossForm
+from samegrad.exact.split import sliced_chunks
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.unit_chain import UnitChain, find_units
 from samegrad.execute.apply import chunked_step, in_force
@@ -53,8 +54,9 @@ def look_at_step(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Look:
     return look_at(declared, trees.first_rows(batch, layout, min(LOOKED_AT_ROWS, layout.rows)), _look)
 
 
-def _look(declared: DeclaredStep, few: Any) -> Look:
-    few = trees.move(few, declared.device)
+def _look(declared: DeclaredStep, rows: Any) -> Look:
+    # A batch may start on the host or on a disk; a chunk of it reaches the step on its device.
+    [few] = sliced_chunks(rows, declared.layout(rows), [declared.layout(rows).rows], declared.device)
     leaves, spec = trees.flatten(declared.forward(declared.network, few))
     leaves = [
         leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

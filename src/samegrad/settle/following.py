@@ -46,6 +46,7 @@ from samegrad.unit_tables import TracedWay
 # Operations of an examination that a host does in a few seconds.
 _EXAMINED_FLOPS = 4e11
 _EXAMINATION_RUNS = 16
+_NARROW = ("bfloat16", "float16")
 
 
 def follow(
@@ -110,6 +111,9 @@ def _footprint(
         facts["not examined"] = (
             "rows were taken to be apart where no layer is known to mix them; the step is examined before it first runs"
         )
+    for dtype in sorted({operation.dtype for operation in plain.operations if operation.flops}):
+        if dtype in _NARROW and dtype not in target.card.flops_per_second:
+            facts[dtype] = f"{target.card.name} has no units for it; it runs, slower than its memory suggests"
     if ways.by_rows is not None:
         facts["loss"] = f"{ways.by_rows.passes} pass(es): {ways.by_rows.reason}"
     return Footprint(

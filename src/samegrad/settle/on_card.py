@@ -22,7 +22,7 @@ from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import budget_for
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
-from samegrad.records import Budget, Footprint, Origin, Plan
+from samegrad.records import Budget, Footprint, Origin, Phase, Plan
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.units import format_bytes
 
@@ -43,6 +43,7 @@ def settle_on_card(
     ladder = _ladder(footprint, options, budget)
     above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
     tried: list[str] = []
+    smallest_cap: int | None = None
     for plan in ladder:
         smallest = plan is ladder[-1]
         if not smallest and (plan.predicted_peak_bytes or 0) * above * _CLEARLY > most:
@@ -59,11 +60,12 @@ def settle_on_card(
             )
             return settled, predicted
         above = min(above, cap / max(1, plan.predicted_peak_bytes or 1))
+        smallest_cap = cap if smallest_cap is None else min(cap, smallest_cap)
         tried.append(f"{named(plan)}: {format_bytes(cap)}")
     raise BudgetTooSmall(
         asked=f"a plan within {format_bytes(budget.total_bytes)} ({budget.source})",
         found=f"followed whole, the allocator would need more on {footprint.device}: " + "; ".join(tried[-4:]),
-        do="raise the budget, take a smaller batch or model, or allow a weaker exactness",
+        do=f"{_raised(smallest_cap)}, take a smaller batch or model, or allow a weaker exactness",
         option="--budget",
     )
 
@@ -93,7 +95,7 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footpr
     rows = max(trace.sizes)
     followed = sum(trace.sizes)
     # Chunks that were not followed take what the others do; the optimizer's turn comes once.
-    turn = sum(s for o, s in zip(trace.operations, seconds) if o.step == 1 and o.phase.value == "optimizer")
+    turn = sum(s for o, s in zip(trace.operations, seconds) if o.step == 1 and o.phase is Phase.OPTIMIZER)
     return dataclasses.replace(
         predict_plan(footprint, plan.levers),
         origin=Origin.PREDICTED,
@@ -109,6 +111,13 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footpr
         at_peak=tensors_at(trace, peak),
         timeline=timeline(trace),
     )
+
+
+def _raised(smallest_cap_bytes: int | None) -> str:
+    if smallest_cap_bytes is None:
+        return "raise the budget"
+    # A little more, to survive printing.
+    return f"raise the budget to {format_bytes(math.ceil(1.01 * budget_of_cap(smallest_cap_bytes)))}"
 
 
 def named(plan: Plan) -> str:
