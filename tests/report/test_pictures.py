@@ -9,7 +9,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from samegrad.records import Category, Counting, Footprint, Origin, Phase, TimelinePoint
@@ -317,6 +317,7 @@ def test_ticks_lie_in_their_range_and_have_labels_of_their_own(low: float, span:
 
 
 @given(power=st.integers(-200, 200), decades=st.floats(0.2, 60))
+@example(power=23, decades=0.25)  # 10.0**23 is a last digit above 1e23
 def test_logarithmic_ticks_are_never_missing(power: int, decades: float) -> None:
     low = 10.0**power
     ticks = log_ticks(low, low * 10**decades)

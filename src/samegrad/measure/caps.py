@@ -72,8 +72,9 @@ def find_cap(
     """
     free_running = free_running or replay(requests, rules)
     serving = free_running.lowest_equal_cap_bytes if no_more_than_bytes is None else no_more_than_bytes
-    # Live blocks need no less than themselves.
-    failing = free_running.peak_allocated_bytes - SEGMENT_ROUNDING_BYTES
+    # Live blocks need no less than themselves; expandable segments pass a cap by up to a page.
+    passing_bytes = rules.large_segment_bytes if rules.expandable_segments else 0
+    failing = max(0, free_running.peak_allocated_bytes - passing_bytes - SEGMENT_ROUNDING_BYTES)
     known = [serving]
     tried = 0
     while True:

@@ -78,7 +78,10 @@ def log_ticks(low: float, high: float) -> list[float]:
     factors = (1, 2, 5) if math.log10(high) - math.log10(low) <= 2.5 else (1,)
     ticks = [float(f"{factor}e{power}") for power in range(first, last + 1, stride) for factor in factors]
     kept = [tick for tick in ticks if low <= tick <= high]
-    return kept or even_ticks(low, high, about=3)
+    if kept:
+        return kept
+    # Rounding can take the first even tick a last digit below ``low``.
+    return [tick for tick in even_ticks(low, high, about=3) if low <= tick <= high]
 
 
 def byte_ticks(top_bytes: float, *, about: int = 5) -> list[int]:
