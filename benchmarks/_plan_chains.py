@@ -6,6 +6,7 @@ Times are those of a card that does 250e12 operations or 3.5e12 bytes a second, 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from samegrad.unit_tables import Unit
 
@@ -27,12 +28,12 @@ def _unit(
     )  # fmt: skip
 
 
-def _in_order(blocks: list[dict[str, object]]) -> list[Unit]:
+def _in_order(blocks: list[dict[str, Any]]) -> list[Unit]:
     """The units with the gradients that later ones have left when theirs arrive."""
     later, units = 0, []
     for block in reversed(blocks):
-        units.append(_unit(later=later, **block))  # type: ignore[arg-type]
-        later += int(block.get("gradients", 0))  # type: ignore[call-overload]
+        units.append(_unit(later=later, **block))
+        later += block.get("gradients", 0)
     return units[::-1]
 
 
@@ -44,7 +45,7 @@ def resnet(depths: tuple[int, ...], rows: int, bottleneck: bool) -> list[Unit]:
     """Stem, blocks, head; float32."""
     pixels, width = 112 * 112, 64
     stem = 4 * rows * pixels * 64
-    blocks: list[dict[str, object]] = [
+    blocks: list[dict[str, Any]] = [
         {"name": "stem", "output": stem // 4, "inner": 2 * stem, "flops": 236e6 * rows, "gradients": 37_632}
     ]
     pixels //= 4
@@ -68,7 +69,7 @@ def transformer(layers: int, width: int, rows: int, tokens: int, words: int, *, 
     """Embedding, blocks, and a head with its loss, whose logits are most of it; bfloat16, logits also in float32."""
     stream = 2 * rows * tokens * width
     weights = 12 * width * width
-    blocks: list[dict[str, object]] = [
+    blocks: list[dict[str, Any]] = [
         {"name": "embed", "output": stream, "inner": 0, "flops": 0.0, "gradients": 4 * words * width}
     ]
     for k in range(layers):
@@ -88,13 +89,13 @@ def transformer(layers: int, width: int, rows: int, tokens: int, words: int, *, 
 def unet(levels: int, rows: int) -> list[Unit]:
     """Down, a middle that keeps most of all, up; each way down is read again on the way up."""
     sizes = [4 * rows * (256 >> k) ** 2 * (32 << k) for k in range(levels)]
-    down: list[dict[str, object]] = [
+    down: list[dict[str, Any]] = [
         {"name": f"down{k}", "output": n, "inner": 4 * n, "flops": n * 2e3, "crossing": n, "gradients": 40_000 << 2 * k}
         for k, n in enumerate(sizes)
     ]
     least = sizes[-1]
     middle = {"name": "middle", "output": least, "inner": 30 * least, "flops": least * 9e3, "gradients": 9 << 20}
-    up: list[dict[str, object]] = [
+    up: list[dict[str, Any]] = [
         {"name": f"up{k}", "output": n, "inner": 6 * n, "flops": n * 3e3, "gradients": 60_000 << 2 * k}
         for k, n in reversed(list(enumerate(sizes)))
     ]
@@ -104,7 +105,7 @@ def unet(levels: int, rows: int) -> list[Unit]:
 def uneven(count: int, seed: int, *, gaps: bool = False) -> list[Unit]:
     """Blocks of all sizes, with code between that cannot run again where ``gaps``."""
     draw = random.Random(seed)
-    blocks: list[dict[str, object]] = []
+    blocks: list[dict[str, Any]] = []
     for k in range(count):
         gap = gaps and k % 4 == 3
         output = draw.randint(2**18, 2**23)

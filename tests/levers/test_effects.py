@@ -15,7 +15,8 @@ from samegrad.levers.layout import Layout
 from samegrad.levers.offload_saved import OffloadSaved
 from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.levers.split_rows import SplitRows
-from samegrad.records import Effect, Footprint, Origin, Phase, Variant
+from samegrad.plan.reasons import Reasons
+from samegrad.records import Effect, Exactness, Footprint, Origin, Phase, Plan, Variant
 
 from ..plan.test_choose import MIB, footprint, law
 
@@ -116,3 +117,14 @@ def test_a_footprint_with_effects_comes_back_from_a_file() -> None:
         footprint(effects=(effect_of(OffloadSaved, host_buffer_row_bytes=(1.5,)), effect_of(Autocast))), host_bytes=7
     )
     assert Footprint.from_json(step.to_json()) == step
+
+
+@pytest.mark.parametrize("lever", LEVERS)
+def test_not_needed_says_when_nothing_was_measured_and_only_then(lever: Any) -> None:
+    whole = Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=1000)
+    for effects, said in (((), True), ((effect_of(lever, phases=(Phase.BACKWARD,)),), False)):
+        step = footprint(refusals={}, effects=effects)
+        reasons = Reasons(step, Exactness.ROUNDED, {}).of(whole)
+        assert reasons[lever.name].startswith("not needed: the plain step fits")
+        assert reasons[lever.name].endswith("what it would save was not measured") is said
+        assert not reasons["split_rows"].endswith("not measured")

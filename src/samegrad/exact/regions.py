@@ -128,7 +128,7 @@ class _Bound:
                 outside.append(leaf.detach())  # rule 2
         if outside:
             anchor = torch.empty(0, device=outside[0].device, requires_grad=True)
-            self._keeper = _Kept.apply(anchor, *outside)  # type: ignore[no-untyped-call]
+            self._keeper = _Kept.apply(anchor, *outside)  # type: ignore[no-untyped-call]  # torch has no types here
 
     def run_again(self, handed: Sequence[Any]) -> list[Any]:
         """The leaves that the call returns; ``handed``: those of the call before."""

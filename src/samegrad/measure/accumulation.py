@@ -78,7 +78,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ha
 
 def _references(tensor: Tensor) -> References:
     memory = tensor.untyped_storage()._cdata
-    return References(tensor._use_count(), torch._C._storage_Use_Count(memory))  # type: ignore[attr-defined]
+    return References(tensor._use_count(), torch._C._storage_Use_Count(memory))  # type: ignore[attr-defined]  # not in torch's stubs
 
 
 def _called_by_engine() -> bool:

@@ -132,7 +132,7 @@ def parse_allocator_rules(text: str) -> AllocatorRules:
                 changes["power2_divisions"] = _parse_divisions(value)
             case _:
                 continue
-    return dataclasses.replace(DEFAULT_RULES, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(DEFAULT_RULES, **changes)  # type: ignore[arg-type]  # by each field's own parser
 
 
 def _next_division(requested_bytes: int, divisions: int) -> int:

@@ -25,10 +25,11 @@ def room_for(free: FreeBlocks, size_bytes: int) -> Block | None:
         start = unmapped
         if unmapped.previous is not None and not unmapped.previous.taken:
             start = unmapped.previous
-        reached, block = 0, start
+        reached = 0
+        block: Block | None = start
         while reached < size_bytes and block is not None and not block.taken:
             reached += block.size_bytes
-            block = block.following  # type: ignore[assignment]
+            block = block.following
         if reached >= size_bytes:
             return start
     return None

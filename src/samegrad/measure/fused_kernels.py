@@ -58,7 +58,7 @@ def _rms_norm(values: Tensor, shape: Sequence[int], weight: Tensor | None = None
     if mixed or values.is_complex() or _has_channels_last(values):
         composed: Tensor = _OPERATIONS.rms_norm.default.decompose(values, shape, weight, eps)
         return composed
-    return cast(Tensor, _RmsNorm.apply(values, weight, list(shape), eps))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _RmsNorm.apply(values, weight, list(shape), eps))  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 def _has_channels_last(values: Tensor) -> bool:

@@ -85,7 +85,7 @@ def _cudnn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_autocast_enabled("cuda") and rows.dtype is torch.float32:
         dtype = torch.get_autocast_dtype("cuda")
-        weights = _FlatCast.apply(dtype, *weights)  # type: ignore[no-untyped-call]
+        weights = _FlatCast.apply(dtype, *weights)  # type: ignore[no-untyped-call]  # torch has no types here
         cell = None if cell is None else cell.to(dtype)
         hidden = hidden.to(dtype)
         rows = rows.to(dtype)

@@ -31,7 +31,7 @@ def scratch_bytes(args: tuple[Any, ...]) -> int:
 
 
 def _entries(outputs: Tensor, targets: Tensor) -> torch.Size:
-    return torch.Size(torch.broadcast_shapes(outputs.shape, targets.shape))  # type: ignore[no-untyped-call]
+    return torch.Size(torch.broadcast_shapes(outputs.shape, targets.shape))  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 STAND_INS: dict[str, Callable[..., Any]] = {"mse_loss": _reduced, "smooth_l1_loss": _reduced}

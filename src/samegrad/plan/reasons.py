@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping
 
 from samegrad.errors import BadInput
 from samegrad.levers import find_levers
+from samegrad.levers._lever import Lever
 from samegrad.levers.host_rows import HostRows
 from samegrad.plan.predict import predict_plan
 from samegrad.plan.traced import Candidate
@@ -39,7 +41,7 @@ class Reasons:
             elif lever.exactness > self.allow:
                 reasons[name] = f"not allowed: {lever.exactness.explained()} ({lever.exactness.name})"
             else:
-                reasons[name] = f"not needed: {self._not_needed(plan, name)}"
+                reasons[name] = f"not needed: {self._not_needed(plan, lever)}"
         return reasons
 
     def _share(self, plan: Plan, name: str) -> str:
@@ -57,12 +59,14 @@ class Reasons:
         beside = f" beside {' and '.join(without)}" if without else plain
         return f"saves {format_bytes(saved_bytes)}{beside}{_cost(other.seconds, plan.predicted_seconds)}"
 
-    def _not_needed(self, plan: Plan, name: str) -> str:
+    def _not_needed(self, plan: Plan, lever: type[Lever]) -> str:
         beside = " and ".join(other for other in plan.levers if other != HostRows.name)
         reason = f"the plan fits with {beside}" if beside else "the plain step fits"
-        if name not in self.fastest:
-            return reason
-        fastest = self.fastest[name]
+        if lever.name not in self.fastest:
+            # "Not needed" must not read as "compared and slower" where nothing of the lever could be compared.
+            tried = any(True for _ in lever.candidates(self.footprint, sys.maxsize))
+            return reason if tried else f"{reason}; what it would save was not measured"
+        fastest = self.fastest[lever.name]
         saved_bytes = max(0, self._plain.peak_allocated_bytes - fastest.peak_bytes)
         how = " and ".join(lever.name for lever in fastest.levers)
         cost = _cost(self._plain.seconds, fastest.seconds)
