@@ -30,6 +30,7 @@ from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
 from samegrad.execute.given import check_allowed, check_batch, check_levers, check_model
+from samegrad.execute.kept_programs import KeptPrograms
 from samegrad.execute.pinned import checked_rows, pinned_plan
 from samegrad.execute.row_counts import RowCounts
 from samegrad.execute.ways import Ways, find_ways
@@ -110,6 +111,7 @@ class Step:
         self._accepted_levers: set[tuple[str, str]] = set()
         self._row_counts = RowCounts(self.declared)
         self._standing = Standing(self.declared)
+        self._programs = KeptPrograms()
         self._closed = False
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
@@ -132,7 +134,7 @@ class Step:
         layout, execution = self._agreed_execution(batch)
         check_scaled(execution, scaler)
         # Examined first: what levers put on the model is not the user's.
-        chunked = self._chunked(execution, batch, layout)
+        chunked = None if execution.runs_whole else self._in_chunks(execution, batch, layout, kept=True)
         draws = self.draws_for(batch, layout) if chunked is None else None
         assert self.plan is not None
         self._standing.bring(self.plan)
@@ -156,7 +158,8 @@ class Step:
         """
         if self.plan is None:
             return "No plan yet: it is made at the first backward, or by prepare(batch)."
-        found = [*self._row_counts.notes, *([] if self.verdict is None else [judge(self.verdict).text])]
+        verdict = [] if self.verdict is None else [judge(self.verdict).text]
+        found = [*self._row_counts.notes, *self._programs.notes(), *verdict]
         if self.footprint is not None:
             return "\n".join([explain_plan(self.plan, self.footprint), *found])
         facts = [
@@ -176,6 +179,7 @@ class Step:
         What levers put in place between steps (strides of weights, optimizer state on the host) is put back.
         """
         self.put_back()
+        self._programs.close()
         self._prefetcher.close()
         if self._capped:
             counters.uncap_allocator(self.declared.device)
@@ -206,7 +210,7 @@ class Step:
         execution = self._execution(batch, layout)
         if execution.runs_whole:
             execution = dataclasses.replace(execution, sizes=(1,) * layout.rows)
-        return self._in_chunks(execution, batch, layout)
+        return self._in_chunks(execution, batch, layout, kept=False)
 
     def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
         """The draws of the next step: the same for every plan."""
@@ -220,12 +224,8 @@ class Step:
                 self._draws[key] = None if self._aliases.sharded else find_draws(self.declared, batch, layout)
         return StepDraws(self._draws[key])
 
-    def _chunked(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep | None:
-        if execution.runs_whole:
-            return None
-        return self._in_chunks(execution, batch, layout)
-
-    def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
+    def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout, *, kept: bool) -> ChunkedStep:
+        """``kept``: by what was compiled and captured for the batches before."""
         ways = self._ways_for(batch, layout)
         key = (layout.signature(batch), self.declared.mode())
         assert self.plan is not None
@@ -233,7 +233,8 @@ class Step:
             check_levers(self.plan, self.declared, self._aliases, batch, layout, ways)
             self._accepted_levers.add(key)
         self._row_counts.check(self.plan, execution, ways, batch, layout)
-        return chunked_step(execution, self._aliases, ways, self._chunks)
+        programs = self._programs.of(self.plan, execution) if kept else None
+        return chunked_step(execution, self._aliases, ways, self._chunks, programs)
 
     def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
         self._refresh_aliases()
@@ -291,6 +292,7 @@ class Step:
             known = self._plans.get(key)
             if known is None or layout.rows > known[0].batch_rows:
                 self._standing.close()
+                self._programs.close()
                 known = self._plans[key] = self._planned(batch, layout)
             self.plan, self.footprint = known
         assert self.plan is not None

@@ -28,6 +28,7 @@ from samegrad.exact.aliases import GradientTotals, ParameterAliases
 from samegrad.exact.forward import StepForward
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.losses import Form
+from samegrad.exact.pass_programs import EAGER, ChunkWork, GradientSums, Inside, Programs
 from samegrad.exact.phases import announce
 from samegrad.exact.sharded import refuse_in_loss
 from samegrad.records import Phase
@@ -38,9 +39,6 @@ class FirstPass(enum.Enum):
 
     WITHOUT_GRAPH = "without graph"
     WITH_GRAPH = "with graph"
-
-
-GradientSums = Callable[[Sequence[nn.Parameter]], GradientTotals]
 
 
 @dataclasses.dataclass
@@ -72,8 +70,10 @@ def single_pass(
     scale: Tensor,
     sums_of: GradientSums = GradientTotals,
     divisor: float = 1.0,
+    programs: Programs = EAGER,
+    inside: Inside = lambda _: contextlib.nullcontext(),
 ) -> StepTotals:
-    """Totals of a step whose loss is a sum over rows.
+    """Totals of a step whose loss is a sum over rows, its chunks run by ``programs``.
 
     ``shares[k]`` is chunk k's part of the loss: its rows or its count over the batch's for a mean, 1 for a sum. A
     chunk whose share is 0 (no valid target) adds nothing; it is run only when its forward changes state or other
@@ -82,43 +82,32 @@ def single_pass(
     dtypes.
     """
     device = declared.device
-    sums = program.LossSums(device)
     weights = torch.tensor(shares, dtype=torch.float64, device=device)
     # A multiple of a power of two is exact where the loss is narrow, n / rows is not; every row of a chunk would carry
     # that rounding, so what is left of the divisor is made up for on the wide sums.
     rest = 2.0 ** round(math.log2(divisor)) / divisor
     cotangents = weights * scale / rest
     factor = None if rest == 1 else torch.tensor(rest, dtype=torch.float64, device=device)
-    loss_dtype: torch.dtype | None = None
-
-    def loss_of_chunk(outputs: Any, chunk: Any) -> Tensor:
-        nonlocal loss_dtype
-        loss = checked_loss(declared.loss_fn(outputs, chunk))
-        loss_dtype = loss.dtype
-        return loss
-
-    with aliases.swapped() as swapped:
-        body = program.single_pass_body(forward.first, loss_of_chunk, form, sums)
-        gradients = sums_of(swapped)
-        chunk_program = program.ChunkProgram(body, gradients)
-        idle = program.ChunkProgram(program.idle_body(forward.idle, _used_by(declared)), gradients)
+    with programs.single_pass(ChunkWork(declared, aliases, forward, form, sums_of, inside)) as running:
         for index, chunk, part in numbered(chunks, sizes):
             if shares[index] == 0:
                 if aliases.sharded:
-                    idle.run_once(chunk)
+                    running.idle(chunk, _used_by(declared))
                 else:
                     forward.only_state(chunk, forward.ids(part))
                 continue
-            chunk_program.run_once(chunk, forward.ids(part), weights[index], cotangents[index])
-        loss = sums.loss
+            running.run_once(chunk, forward.ids(part), weights[index], cotangents[index])
+        sums = running.sums
+        loss = sums.loss.clone()
         if form is Form.COUNTED:
             loss = sums.loss / sums.count
             # Chunks ran with cotangents for the count they were expected to have; the true count is known now.
             factor = torch.where(sums.count == 0, torch.zeros_like(sums.count), 1 / (weights[0] * sums.count))
-        totals, magnitudes = chunk_program.totals(factor), gradients.magnitudes()
+        totals, magnitudes = running.totals(factor), running.magnitudes()
     return StepTotals(
-        loss.to(loss_dtype), list(aliases.parameters), totals, magnitudes=magnitudes, commit=forward.commit
-    )
+        loss if sums.dtype is None else loss.to(sums.dtype), list(aliases.parameters), totals, magnitudes=magnitudes,
+        commit=forward.commit,
+    )  # fmt: skip
 
 
 def parts_of(sizes: Sequence[int]) -> Iterator[slice]:

@@ -80,7 +80,7 @@ class Rowwise(nn.Module):
         draws = StepDraws(self._sites(batch, layout, len(sizes) > 1))
         ids = None
         if draws.sites is not None:
-            draws.key.take()
+            draws.take()
             device = next(leaf.device for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor))
             ids = torch.arange(layout.rows, device=device)
         if len(sizes) < 2:

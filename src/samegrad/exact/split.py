@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -30,7 +31,8 @@ from samegrad.exact.held import Held, held_by
 from samegrad.exact.loop import with_idle_chunks
 from samegrad.exact.losses import Form
 from samegrad.exact.on_use import arriving
-from samegrad.exact.passes import GradientSums, StepTotals
+from samegrad.exact.pass_programs import EAGER, GradientSums, Programs
+from samegrad.exact.passes import StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import StepKey
 from samegrad.exact.schemes import Scheme
@@ -91,7 +93,7 @@ def _needs_reading(batch: Any) -> bool:
 class SplitStep:
     """A step that runs in chunks, as examined. ``chunks`` brings them to the device, ``sums_of`` adds them up.
 
-    ``inside``: what is in force in the model while chunks run.
+    ``inside``: what is in force in the model while chunks run. ``programs``: what runs the chunks of a single pass.
     """
 
     declared: DeclaredStep
@@ -101,6 +103,7 @@ class SplitStep:
     sums_of: GradientSums = GradientTotals
     kept: int = 0
     inside: Scheme | None = None
+    programs: Programs = EAGER
 
     def keeping_magnitudes(self) -> SplitStep:
         """The same step, whose totals bring the sums of the chunks' absolute gradients."""
@@ -130,8 +133,7 @@ class SplitStep:
             generators = Generators(device)
             forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
             try:
-                with self._inside(sizes, draws):
-                    totals = standing._summed(forward, batch, layout, sizes, scale)
+                totals = standing._summed(forward, batch, layout, sizes, scale)
 
                 def checked() -> tuple[None, int]:
                     self._check_untouched(generators, versions)
@@ -148,6 +150,7 @@ class SplitStep:
         return totals
 
     def _inside(self, sizes: Sequence[int], draws: StepDraws) -> AbstractContextManager[object]:
+        """What is in force in the model while chunks run that make ``draws``."""
         if self.inside is None:
             return contextlib.nullcontext()
         return self.inside(self.declared.network, sizes=sizes, draws=draws)
@@ -160,12 +163,16 @@ class SplitStep:
             shares = self._agreed_shares(batch, layout, sizes)
             chunks = arriving_chunks(self._all_chunks(batch, layout, sizes))
             form = self.examination.form
-            narrow = any(p.dtype in NARROW for p in self.aliases.parameters)
+            if len(sizes) == 1 and not self.aliases.sharded:
+                # The loss of all rows is the loss: no share of it is to be rounded.
+                form, shares = Form.ROW_SUM, [1.0]
+            narrow = any(p.dtype in NARROW for p in self.aliases.parameters) and len(sizes) > 1
             by_rows = form is Form.ROW_MEAN or (self.examination.declared and self.declared.normalise == "mean")
             return passes.single_pass(
                 self.declared, self.aliases, forward, form, chunks, sizes, shares, scale, self.sums_of,
                 # What is left of the divisor is this rank's own, and sharded gradients are summed over ranks by then.
                 divisor=layout.rows if narrow and by_rows and not self.aliases.sharded else 1.0,
+                programs=self.programs, inside=functools.partial(self._inside, sizes),
             )  # fmt: skip
 
         def first_chunks(some: Sequence[int]) -> Iterable[Any]:
@@ -173,10 +180,11 @@ class SplitStep:
             head = trees.first_rows(batch, layout, rows)
             return arriving_chunks(self._all_chunks(head, dataclasses.replace(layout, rows=rows), some))
 
-        return passes.two_passes(
-            self.declared, self.aliases, forward, arriving(batch, layout, device), first_chunks, sizes, scale,
-            self.sums_of, first_pass=self.examination.first_pass, kept=min(self.kept, len(sizes)),
-        )  # fmt: skip
+        with self._inside(sizes, forward.draws):
+            return passes.two_passes(
+                self.declared, self.aliases, forward, arriving(batch, layout, device), first_chunks, sizes, scale,
+                self.sums_of, first_pass=self.examination.first_pass, kept=min(self.kept, len(sizes)),
+            )  # fmt: skip
 
     def _all_chunks(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> Iterable[Any]:
         if all(sizes):

@@ -91,6 +91,10 @@ class StateTransaction:
         """Whether there is any state to keep."""
         return bool(self._slots)
 
+    @property
+    def names(self) -> list[str]:
+        return [slot.rule.name for slot in self._slots]
+
     @contextlib.contextmanager
     def chunk(self, share: float | None) -> Iterator[None]:
         if not self._slots:
