@@ -40,7 +40,7 @@ from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, Plan, Verdict
 from samegrad.report.verdicts import judge
-from samegrad.settle import Measurement, aliases_for, check_one_of, measure_for, settle
+from samegrad.settle import Measurement, aliases_for, check_one_of, measure_for, quicker_plan, settle
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
@@ -59,8 +59,9 @@ class Step:
 
     ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere; without it they are
     found. ``head`` names the nn.Linear whose logits only the loss takes, where it is not the last one: a plan may then
-    run that loss in chunks, and with ``rows`` it does. ``groups`` is refused until the lever behind it exists;
-    ``expected_steps`` and ``host_budget`` are recorded for the levers that will use them.
+    run that loss in chunks, and with ``rows`` it does. ``expected_steps``: how many steps the plan is for, which
+    decides whether compiling pays. ``groups`` is refused until the lever behind it exists; ``host_budget`` is recorded
+    for the levers that will use it.
     """
 
     def __init__(
@@ -308,10 +309,10 @@ class Step:
             _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)
         self._refresh_aliases()
         measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget)
-        options = Options(allow=self.allow)
-        plan, footprint, _ = settle(
-            self.declared, self._aliases, measurement, batch, budget=self.budget, options=options
-        )
+        options = Options(allow=self.allow, expected_steps=self.expected_steps)
+        given = self.declared, self._aliases, measurement, batch
+        plan, footprint, _ = settle(*given, budget=self.budget, options=options)
+        plan = quicker_plan(*given, plan, budget=self.budget, options=options)
         # What the probes left in the allocator's cache lies as suited them, not the step.
         counters.release_cached(device)
         if self._enforce and not self._capped:

@@ -100,6 +100,53 @@ def test_a_value_that_changes_between_steps_is_compiled_again() -> None:
     assert loss_for.compilations > before
 
 
+class Blocks(nn.Module):
+    """Three wide blocks with draws in a row, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 64), nn.GELU(), nn.Dropout(0.3), nn.Linear(64, 6)) for _ in range(3)
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def kept_numbers(again: tuple[tuple[str, ...], ...], batch: Any) -> tuple[list[Tensor | None], int]:
+    """Gradients, and how many numbers as wide as a block's inside a compiled chunk keeps for backward."""
+    model = Blocks().double()
+    _, traced, loss_for = steps(model, cross_entropy, batch, CompilerSettings(again=again, fullgraph=True))
+    kept: list[int] = []
+    right = loss_for._compiled_loss
+
+    def seeing(*given: Any) -> Any:
+        found = right(*given)
+        kept.append(sum(t.numel() for t in found[0].grad_fn.saved_tensors if t.dim() == 2 and 64 in t.shape[1:]))
+        return found
+
+    loss_for._compiled_loss = seeing  # type: ignore[method-assign]
+    layout = traced.declared.layout(batch)
+    found = traced.totals(batch, layout, [layout.rows], key=StepKey.fixed(KEY))
+    return found.totals, kept[0]
+
+
+@pytest.mark.slow
+def test_blocks_that_run_again_keep_less_and_draw_the_same() -> None:
+    batch = MODELS["mlp"]()[1]
+    plain, all_kept = kept_numbers((), batch)
+    weights = 3 * 6 * 64
+    for again in ((("layers.0",), ("layers.1",), ("layers.2",)), (("layers.0", "layers.1", "layers.2"),)):
+        mine, kept = kept_numbers(again, batch)
+        assert kept <= weights < all_kept
+        for a, b in zip(mine, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
 class Broken(nn.Module):
     """A part that no compiler takes in one piece."""
 

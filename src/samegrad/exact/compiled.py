@@ -7,7 +7,9 @@ layer that was replaced or frozen compiles again, up to ``recompile_limit``; bey
 1. Draws are keyed inside the function, by operations that the compiler does not look into (``keyed_ops.py``).
 2. A compiled loss has no graph to read its count from; it is taken from the call of the likelihood, and compared with
    that graph once, before anything is compiled.
-3. Each function has code of its own: compilers keep what they made by the code object, and count against its limit.
+3. Blocks that run again in backward are told to the compiler, node by node, by the module that each came from: only
+   what enters a run of blocks is kept. Draws are the same again by their keys.
+4. Each function has code of its own: compilers keep what they made by the code object, and count against its limit.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from samegrad.declared import checked_loss
@@ -36,12 +38,16 @@ _ASKED = "compile the loss of a chunk"
 
 @dataclasses.dataclass(frozen=True)
 class CompilerSettings:
-    """``mode`` and ``fullgraph`` as in torch.compile, ``backend`` likewise; ``recompile_limit`` of this function."""
+    """``mode`` and ``fullgraph`` as in torch.compile, ``backend`` likewise; ``recompile_limit`` of this function.
+
+    ``again``: runs of submodules, each of which keeps only what enters it and runs again in backward.
+    """
 
     mode: str = "default"
     fullgraph: bool = False
     recompile_limit: int = 8
     backend: str = "inductor"
+    again: tuple[tuple[str, ...], ...] = ()
 
 
 class CompiledLoss:
@@ -76,11 +82,15 @@ class CompiledLoss:
                     _own_code(_loss_of(work)), mode=self._settings.mode, fullgraph=self._settings.fullgraph,
                     backend=self._settings.backend, dynamic=False,
                 )  # fmt: skip
-            with self._counting():
-                loss, count = self._compiled(chunk, ids if key is not None else None, key)
-            return loss, count
+            return self._compiled_loss(chunk, ids if key is not None else None, key)
 
         return loss_of
+
+    def _compiled_loss(self, chunk: Any, ids: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert self._compiled is not None
+        with self._counting():
+            loss, count = self._compiled(chunk, ids, key)
+        return loss, count
 
     def notes(self) -> list[str]:
         """How often it was compiled and where it broke, in words."""
@@ -94,17 +104,32 @@ class CompiledLoss:
         from torch._dynamo.utils import counters
 
         breaks, made = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
-        with config.patch(recompile_limit=self._settings.recompile_limit):
+        with config.patch(recompile_limit=self._settings.recompile_limit), _running_again(self._settings.again):
             yield
         self.graph_breaks += sum(counters["graph_break"].values()) - breaks
         self.compilations += counters["stats"]["unique_graphs"] - made
+
+
+@contextlib.contextmanager
+def _running_again(runs: tuple[tuple[str, ...], ...]) -> Iterator[None]:
+    """rule 3, for what is compiled inside the block."""
+    if not runs:
+        yield
+        return
+    from torch._inductor import config
+
+    from samegrad.exact.compiled_runs import RunAgain
+
+    with config.patch(joint_custom_pre_pass=RunAgain(runs)):
+        yield
 
 
 def _loss_of(work: ChunkWork) -> Callable[[Any, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]:
     declared, network, sites = work.declared, work.declared.network, work.forward.draws.sites
     counted = work.form is Form.COUNTED
 
-    def loss_and_count(chunk: Any) -> tuple[Tensor, Tensor | None]:
+    # The network is handed on: where a compiled function knows a module from is how rule 3 finds its blocks.
+    def loss_and_count(network: nn.Module, chunk: Any) -> tuple[Tensor, Tensor | None]:
         outputs = declared.forward(network, chunk)
         if not counted:
             return checked_loss(declared.loss_fn(outputs, chunk)).reshape(()), None
@@ -115,16 +140,16 @@ def _loss_of(work: ChunkWork) -> Callable[[Any, Tensor | None, Tensor | None], t
 
     def loss_of(chunk: Any, ids: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if sites is None or ids is None or key is None:
-            return loss_and_count(chunk)
+            return loss_and_count(network, chunk)
         # rule 1
         with keyed(key, ids, sites=sites):
-            return loss_and_count(chunk)
+            return loss_and_count(network, chunk)
 
     return loss_of
 
 
 def _own_code(function: Any) -> Any:
-    # rule 3
+    # rule 4
     function.__code__ = function.__code__.replace()
     return function
 

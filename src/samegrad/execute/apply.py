@@ -125,8 +125,8 @@ def _check_programmed(execution: Execution, ways: Ways) -> None:
         found = "parts of the model run in chunks, or the loss of all rows does, and those are not one chunk's work"
     elif ways.by_rows is not None and ways.by_rows.passes == 2:
         found = f"the step takes two passes, with the loss between them ({ways.by_rows.reason})"
-    elif execution.compiler is not None and (execution.inside is not None or execution.one_pass_for):
-        found = "blocks that run again, or a loss in chunks, work by hooks, which a compiler does not follow"
+    elif execution.compiler is not None and execution.one_pass_for:
+        found = "a loss in chunks works on a tensor without memory, which a compiler does not follow"
     elif execution.captures and ways.by_rows is not None and ways.by_rows.module_hooks:
         found = f"hooks of the user's run in every chunk, and a replay would not call them: {ways.by_rows.module_hooks}"
     else:

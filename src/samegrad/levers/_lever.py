@@ -42,7 +42,8 @@ class Execution:
     through the whole model. ``inside``: what is in force in the model itself, whatever rows it is run on.
     ``calls_submodules``: whether the model's own submodules are what is called then. ``needs_scaler``: gradients
     vanish where the loss is not scaled. ``one_pass_for``: the lever that needs the loss in the pass that computes the
-    outputs. ``compiler``: what the loss of a chunk is compiled with. ``captures``: chunks are captured and replayed.
+    outputs. ``again``: blocks that run again in backward. ``compiler``: what the loss of a chunk is compiled with.
+    ``captures``: chunks are captured and replayed.
     """
 
     declared: DeclaredStep
@@ -55,6 +56,7 @@ class Execution:
     one_pass_for: str = ""
     inside: Scheme | None = None
     calls_submodules: bool = True
+    again: tuple[tuple[str, ...], ...] = ()
     compiler: CompilerSettings | None = None
     captures: bool = False
 

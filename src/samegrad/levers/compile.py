@@ -4,8 +4,8 @@ Saves: what fused kernels do not keep for backward, and the temporaries between 
 Costs: compilation, once for each size of chunk: seconds to minutes, which many steps must pay back.
 Why the gradient is the same: the same function of the same rows under the same draws; kernels are fused, so rounding
 and the order of sums are others, and no dtype is narrower.
-Refuses: steps that take two passes, parts in chunks, blocks that run again and losses in chunks; a forward that changes
-state; and on the way whatever the compiler cannot take.
+Refuses: steps that take two passes, parts in chunks and losses in chunks; a forward that changes state; and on the way
+whatever the compiler cannot take.
 Source: Ansel et al. 2024, "PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode Transformation and Graph
 Compilation".
 """
@@ -62,7 +62,9 @@ class Compile:
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
         sizes = (execution.batch_rows,) if execution.sizes is None else execution.sizes
-        yield dataclasses.replace(execution, sizes=sizes, compiler=CompilerSettings(**self.knobs()))
+        # Blocks that run again are told to the compiler; it does not see hooks.
+        settings = CompilerSettings(**self.knobs(), again=execution.again)
+        yield dataclasses.replace(execution, sizes=sizes, compiler=settings, inside=None)
 
     def knobs(self) -> dict[str, Any]:
         return {"mode": self.mode, "fullgraph": self.fullgraph, "recompile_limit": self.recompile_limit}

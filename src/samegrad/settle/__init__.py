@@ -25,6 +25,7 @@ from samegrad.settle.following import follow
 from samegrad.settle.ladder import settle
 from samegrad.settle.on_card import footprint_of, settle_on_card
 from samegrad.settle.probing import Measurement, aliases_for, measure
+from samegrad.settle.quicker import quicker_plan
 
 __all__ = [
     "Ahead",
@@ -36,6 +37,7 @@ __all__ = [
     "measure_step",
     "plan_ahead",
     "plan_followed",
+    "quicker_plan",
     "settle",
     "settle_plan",
 ]
@@ -102,8 +104,11 @@ def settle_plan(
     rows_origin: KnobOrigin = KnobOrigin.PINNED,
     allow: Exactness = Exactness.SAME_SUM,
     device: torch.device | str | None = None,
+    expected_steps: int | None = None,
 ) -> tuple[Plan, Footprint]:
     """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
+
+    On a card at hand its chunks may be captured, and compiled where ``expected_steps`` pay for that.
 
     ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it. ``device``: a
     card's name as in ``measure_step``; then every plan is followed instead of measured, and judged by its steady cap.
@@ -115,10 +120,10 @@ def settle_plan(
         return ahead.plan, ahead.footprint
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
-    options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
-    measurement = measure_for(declared, batch, aliases_for(declared), limit)
-    plan, footprint, _ = settle(declared, aliases_for(declared), measurement, batch, budget=limit, options=options)
-    return plan, footprint
+    options = Options(rows=pinned, rows_origin=rows_origin, allow=allow, expected_steps=expected_steps)
+    given = declared, aliases_for(declared), measure_for(declared, batch, aliases_for(declared), limit), batch
+    plan, footprint, _ = settle(*given, budget=limit, options=options)
+    return quicker_plan(*given, plan, budget=limit, options=options), footprint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from samegrad.execute.apply import applied, chunked_step, in_force
 from samegrad.levers._variants import variant_in
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
-from samegrad.measure.probe import measure_rung, measure_whole
+from samegrad.measure.probe import Rung, measure_rung, measure_whole
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Footprint, PhaseLaw, Plan
@@ -43,38 +43,22 @@ def settle(
     """As ``settle_plan``, with a measurement at hand; also the measured peak of the rung (None if not split)."""
     layout = declared.layout(batch)
     footprint = measurement.footprint
+    most = most_bytes(budget)
     tried: list[str] = []
     for plan in choose_plan(footprint, options, budget):
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
-        # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
-        allocator = budget.counting is Counting.CUDA_ALLOCATOR
-        most = int(budget.total_bytes * _STEADY_FRACTION) if allocator else budget.total_bytes
         if sizes is None or execution.runs_whole:
             found = _whole_if_close(declared, batch, measurement, plan, most)
             if found is None:
                 return plan, footprint, None
             tried.append(f"all rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
             continue
-        chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
+        rung = measured(declared, aliases, measurement, batch, plan, budget.counting, most)
+        if rung is not None and rung.peak_bytes <= most:
+            return dataclasses.replace(plan, predicted_seconds=rung.seconds), footprint, rung.peak_bytes
         rows = max(sizes)
-        # A graph that is kept shows beside one that is not.
-        chunks = max(_MEASURED_CHUNKS[budget.counting], execution.kept_chunks + 2 if execution.kept_chunks else 0)
-        # What sees the whole batch is measured on it.
-        shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
-        parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
-        with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):
-            chunked = dataclasses.replace(chunked, declared=running.declared)
-            rung = measure_rung(chunked, batch, layout, parts, turn=measurement.turn)
-        # Not there to be measured: what the loss keeps of rows that were left out.
-        laws = _laws_of(plan, footprint)
-        unseen = 0
-        if shown < layout.rows:
-            unseen = peak_of(laws, rows, layout.rows) - peak_of(laws, rows, shown)
-        if rung is not None and rung.peak_bytes + unseen <= most:
-            seconds = rung.seconds * layout.rows / shown
-            return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen
-        found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes + unseen)}"
+        found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
         tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
         if options.rows is not None:
             break
@@ -83,6 +67,46 @@ def settle(
         found="every rung measured more than that: " + "; ".join(tried[:4]),
         do="raise the budget; please report the step, since its prediction was wrong",
     )
+
+
+def most_bytes(budget: Budget) -> int:
+    """What a plan may be measured to need. Counted bytes are what they are; segments still shift as a run goes on."""
+    allocator = budget.counting is Counting.CUDA_ALLOCATOR
+    return int(budget.total_bytes * _STEADY_FRACTION) if allocator else budget.total_bytes
+
+
+def measured(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    measurement: Measurement,
+    batch: Any,
+    plan: Plan,
+    counting: Counting,
+    most: int,
+) -> Rung | None:
+    """Peak and seconds of a step under ``plan``, which runs in chunks; a few of them stand for all.
+
+    None where it ran out of memory, or had to try again, under a cap of ``most`` bytes.
+    """
+    layout = declared.layout(batch)
+    with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):
+        assert running.sizes is not None
+        rows = max(running.sizes)
+        # A graph that is kept shows beside one that is not.
+        chunks = max(_MEASURED_CHUNKS[counting], running.kept_chunks + 2 if running.kept_chunks else 0)
+        # What sees the whole batch is measured on it.
+        shown = layout.rows if running.scheme is not None else min(chunks * rows, layout.rows)
+        parts = running.sizes if shown == layout.rows else trees.even_sizes(shown, rows)
+        chunked = chunked_step(running, aliases, measurement.ways, stream_chunks)
+        rung = measure_rung(chunked, batch, layout, parts, turn=measurement.turn)
+    if rung is None:
+        return None
+    # Not there to be measured: what the loss keeps of rows that were left out.
+    laws = _laws_of(plan, measurement.footprint)
+    unseen = 0
+    if shown < layout.rows:
+        unseen = peak_of(laws, rows, layout.rows) - peak_of(laws, rows, shown)
+    return Rung(rung.peak_bytes + unseen, rung.seconds * layout.rows / shown)
 
 
 def _whole_if_close(
