@@ -21,6 +21,7 @@ import json
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,8 +243,9 @@ def measure(workload: Workload, contender: Contender, budget: int, gradients: li
             before_seconds = time.perf_counter() - start
             cell = _timed(training, backward)
             plan = getattr(backward, "plan", None)
-    except torch.OutOfMemoryError:
-        return {"fits": False}
+    except torch.OutOfMemoryError as error:
+        [*_, last] = traceback.extract_tb(error.__traceback__)
+        return {"fits": False, "found": f"out of memory in {Path(last.filename).name}:{last.lineno}"}
     except SamegradError as error:
         return {"fits": False, "found": error.found}
     finally:
@@ -254,8 +256,13 @@ def measure(workload: Workload, contender: Contender, budget: int, gradients: li
         "before_seconds": before_seconds,
         **cell,
         "rows_per_second": training.rows / cell["seconds"],
-        **({} if plan is None else {"plan": plan.levers, "predicted_seconds": plan.predicted_seconds}),
+        **({} if plan is None else _of_plan(plan)),
     }
+
+
+def _of_plan(plan: sg.Plan) -> dict[str, Any]:
+    why = {name: plan.reasons.get(name, "") for name in ("compile", "graphs", "recompute")}
+    return {"plan": plan.levers, "predicted_seconds": plan.predicted_seconds, "reasons": why}
 
 
 def _timed(training: Training, backward: Backward) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def settle(
             break
     raise BudgetTooSmall(
         asked=f"a plan within {format_bytes(budget.total_bytes)}",
-        found="every rung measured more than that: " + "; ".join(tried[:4]),
+        found="every rung measured more than that: " + "; ".join(tried[-4:]),
         do="raise the budget; please report the step, since its prediction was wrong",
     )
 
@@ -96,7 +96,11 @@ def measured(
         chunks = max(_MEASURED_CHUNKS[counting], running.kept_chunks + 2 if running.kept_chunks else 0)
         # What sees the whole batch is measured on it.
         shown = layout.rows if running.scheme is not None else min(chunks * rows, layout.rows)
-        parts = running.sizes if shown == layout.rows else trees.even_sizes(shown, rows)
+        parts = list(running.sizes) if shown == layout.rows else trees.even_sizes(shown, rows)
+        if running.programmed and min(running.sizes) < min(parts):
+            # A chunk of another size is another program, with memory of its own.
+            parts = [*parts[:-1], min(running.sizes)]
+            shown = sum(parts)
         chunked = chunked_step(running, aliases, measurement.ways, stream_chunks)
         rung = measure_rung(chunked, batch, layout, parts, turn=measurement.turn)
     if rung is None:

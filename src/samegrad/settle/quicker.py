@@ -147,7 +147,7 @@ def _before(settled: Plan, search: _Search) -> Rung | None:
 
 
 def _candidates(settled: Plan, search: _Search, options: Options) -> Iterator[_Tried]:
-    captured = search.measured(_with(settled, {Graphs.name: {}}))
+    captured = search.measured(_with(_in_even_chunks(settled, options), {Graphs.name: {}}))
     if captured is not None:
         yield captured
     if options.allow < Compile.exactness:
@@ -180,6 +180,16 @@ def _compiled(settled: Plan, search: _Search, options: Options) -> Iterator[_Tri
         if captured is not None:
             # The compiler's own cache has what it made a moment ago; a new process pays for it again.
             yield dataclasses.replace(captured, once_seconds=captured.once_seconds + best.once_seconds)
+
+
+def _in_even_chunks(settled: Plan, options: Options) -> Plan:
+    """``settled`` in chunks of one size, so that one graph serves all of them; rows that somebody pinned stay."""
+    rows = _even(settled.batch_rows, _rows_of(settled))
+    if "split_rows" not in settled.levers or options.rows is not None:
+        return settled
+    return dataclasses.replace(
+        settled, levers=settled.levers | {"split_rows": settled.levers["split_rows"] | {"rows": rows}}
+    )
 
 
 def _again(search: _Search) -> dict[str, dict[str, Any]]:
