@@ -223,8 +223,9 @@ def reference(workload: Workload) -> tuple[list[Tensor], dict[str, Any]]:
 
 def measure(workload: Workload, contender: Contender, budget: int, gradients: list[Tensor]) -> dict[str, Any]:
     """One cell."""
-    _emptied()
+    # The compiler holds the models that it compiled for.
     torch._dynamo.reset()
+    _emptied()
     if contender is not samegrad:
         # That one caps the allocator itself, once it has examined the step.
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / torch.cuda.mem_get_info()[1]))

@@ -12,7 +12,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import BudgetTooSmall
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.step_draws import StepDraws
-from samegrad.execute.apply import applied, chunked_step, in_force
+from samegrad.execute.apply import applied, chunked_step, in_force, programs_of
 from samegrad.levers._variants import variant_in
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
@@ -101,8 +101,13 @@ def measured(
             # A chunk of another size is another program, with memory of its own.
             parts = [*parts[:-1], min(running.sizes)]
             shown = sum(parts)
-        chunked = chunked_step(running, aliases, measurement.ways, stream_chunks)
-        rung = measure_rung(chunked, batch, layout, parts, turn=measurement.turn)
+        programs = programs_of(running)
+        chunked = chunked_step(running, aliases, measurement.ways, stream_chunks, programs)
+        try:
+            rung = measure_rung(chunked, batch, layout, parts, turn=measurement.turn)
+        finally:
+            # Graphs would hold their pools until somebody collects cycles.
+            programs.close()
     if rung is None:
         return None
     # Not there to be measured: what the loss keeps of rows that were left out.
