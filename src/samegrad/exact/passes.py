@@ -15,6 +15,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ class StepTotals:
 
     loss: () on the device, detached, not scaled. parameters: the model's, then those the loss owns.
     mismatches: () int64 on the device, entries whose second-pass bits differ; None after a single pass.
-    magnitudes: sums of the chunks' absolute gradients, where the sums kept them. commit: writes the state that the
-    forward changes, once.
+    magnitudes: sums of the chunks' absolute gradients, where the sums kept them. committed: a block for which
+    the state that the forward changes is written, once; it is taken back should the block raise.
     """
 
     loss: Tensor
@@ -58,7 +59,7 @@ class StepTotals:
     totals: list[Tensor | None]
     mismatches: Tensor | None = None
     magnitudes: list[Tensor | None] | None = None
-    commit: Callable[[], None] = lambda: None
+    committed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def single_pass(
@@ -117,7 +118,7 @@ def single_pass(
             factor = torch.where(sums.count == 0, torch.zeros_like(sums.count), 1 / (weights[0] * sums.count))
         totals, magnitudes = chunk_program.totals(factor), gradients.magnitudes()
     return StepTotals(
-        loss.to(loss_dtype), list(aliases.parameters), totals, magnitudes=magnitudes, commit=forward.commit
+        loss.to(loss_dtype), list(aliases.parameters), totals, magnitudes=magnitudes, committed=forward.committed
     )
 
 
@@ -194,7 +195,7 @@ def two_passes(
             # A parameter of the model that the loss uses as well: its gradient is the sum of both ways.
             before = totals[index]
             totals[index] = total if before is None else before.add_(total) if total is not None else before
-    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.commit)
+    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.committed)
 
 
 def _first_pass(

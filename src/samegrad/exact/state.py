@@ -150,6 +150,27 @@ class StateTransaction:
             else:
                 slot.holder[slot.key] = reduced.to(dtype) if isinstance(reduced, Tensor) else reduced
 
+    @contextlib.contextmanager
+    def committed(self) -> Iterator[None]:
+        """A block for which the step's state is written; should it raise, or the writing, all of it is taken back."""
+        if not self._slots:
+            yield
+            return
+        before = [_copied(slot.before) for slot in self._slots]
+        try:
+            self.commit()
+            yield
+        except BaseException:
+            self._take_back(before)
+            raise
+
+    @torch.no_grad()
+    def _take_back(self, before: Sequence[Any]) -> None:
+        for slot, value in zip(self._slots, before):
+            slot.holder[slot.key] = slot.before
+            if isinstance(slot.before, Tensor):
+                slot.before.copy_(value)
+
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
-from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, same_tensor
+from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, put_back, same_tensor
 from samegrad.exact.dataless import computing
 from samegrad.exact.held import Held, held_by
 from samegrad.exact.module_hooks import ModuleHooks
@@ -155,8 +155,7 @@ class ModuleState:
     def restore(self) -> None:
         for part, _, key, buffer, before in self._buffers:
             part._buffers[key] = buffer
-            if not same_tensor(buffer, before):
-                buffer.copy_(before)
+            put_back(buffer, before)
         for part, _, attributes in self._attributes:
             mine = vars(part)
             for key in _new_keys(mine, attributes):
@@ -197,6 +196,18 @@ def undisturbed(
     finally:
         state.restore()
         generators.restore()
+
+
+@contextlib.contextmanager
+def undone_on_failure(declared: DeclaredStep) -> Iterator[None]:
+    """A block after which generators, buffers, attributes and what functions hold are as before, should it raise."""
+    state = ModuleState.of(declared)
+    with Generators(declared.device).restored_on_failure():
+        try:
+            yield
+        except BaseException:
+            state.restore()
+            raise
 
 
 def step_undisturbed(declared: DeclaredStep) -> contextlib.AbstractContextManager[tuple[Generators, ModuleState]]:
