@@ -198,9 +198,9 @@ class Rerun:
     """One step of a kind, run again and again from the same state under the plan that is to fail first."""
 
     def __init__(self, kind: Kind, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-        self.kind, self.batch = kind, batch_of()
+        self.kind, self.batch = kind, self.rows()
         self.model = kind.make()
-        self.step = kind.step(self.model, budget=10**6, **options)
+        self.step = kind.step(self.wrapped(self.model), budget=10**6, **options)
         self.smaller = [plan(kind.taken, 800)]
         monkeypatch.setattr("samegrad.step.smaller_plans", lambda footprint, plan, allow: iter(self.smaller))
         self._state = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -211,6 +211,12 @@ class Rerun:
         self._plan = plan(kind.left), _footprint()
         self.run(None)
         self.expected, self.unmoved = self.by_itself(kind.taken), self.by_itself(kind.left)
+
+    def rows(self) -> Batch:
+        return batch_of()
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        return model
 
     def reset(self) -> None:
         self.model.load_state_dict(self._state)
@@ -228,7 +234,7 @@ class Rerun:
     def by_itself(self, levers: Levers) -> Left:
         """What a step leaves that had this plan from the start, in a Step and a model of its own."""
         model = self.kind.make()
-        with self.kind.step(model, plan=plan(levers)) as step:
+        with self.kind.step(self.wrapped(model), plan=plan(levers)) as step:
             torch.set_rng_state(self._generator)
             return Left.by(model, step.backward(self.batch, scaler=self.kind.scaler()))
 

@@ -24,7 +24,7 @@ from .failing_memory import KINDS, D, FailsAt, Kind, Left, Limited, Rerun, batch
 from .failing_memory import split as by_rows
 
 # Of the operations of a step, in the fast suite.
-STRIDE = 5
+STRIDE = 11
 COMPARES = ("aten.equal.default", "aten.detach.default")
 
 
@@ -127,7 +127,7 @@ def test_a_recovery_that_leaves_something_is_caught(
     rerun = Rerun(KINDS[kind], monkeypatch)
     fault(monkeypatch)
     # The hand-over is short; what it leaves shows only where it fails.
-    wrong, _ = wrong_places(rerun, 1 if fault is commit_twice else 3)
+    wrong, _ = wrong_places(rerun, 1 if fault is commit_twice else 5)
     assert any(shows in different for _, _, different in wrong)
 
 
@@ -272,7 +272,7 @@ def test_gradients_that_stand_are_added_to_once(kind: str, monkeypatch: pytest.M
     rerun = Rerun(KINDS[kind], monkeypatch)
     standing = {name: torch.full_like(p, 0.25) for name, p in rerun.model.named_parameters()}
     expected, ended = rerun.expected, 0
-    for at in rerun.places(3):
+    for at in rerun.places(7):
         rerun.reset()
         for name, parameter in rerun.model.named_parameters():
             parameter.grad = standing[name].clone()
@@ -295,7 +295,7 @@ def test_hooks_see_the_gradient_of_the_attempt_that_counts(monkeypatch: pytest.M
     seen: list[str] = []
     rerun.model[0].weight.register_hook(lambda gradient: seen.append("hook"))
     rerun.model[0].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append("post"))
-    expected, places = rerun.expected, [*rerun.places(4)]
+    expected, places = rerun.expected, [*rerun.places(7)]
     handed_over = 0
     for at in places:
         seen.clear()

@@ -76,6 +76,7 @@ class Agreement:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._told = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.spoken = False
         self.worst: tuple[Outcome, int] | None = None
 
     @property
@@ -97,6 +98,7 @@ class Agreement:
 
     def tell(self, outcome: Outcome) -> tuple[Outcome, int]:
         """The worst outcome over the ranks and a rank that had it; ``outcome`` is this one's."""
+        self.spoken = True
         self._told.fill_((int(outcome) << 32) + dist.get_rank())
         for group in self._ranks.groups:
             dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=group)

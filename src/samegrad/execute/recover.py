@@ -108,7 +108,7 @@ class Attempt:
         if error is None or not isinstance(error, Exception):
             return False
         if not is_out_of_memory(error):
-            if self.agreement is not None and self.agreement.worst is None:
+            if self.agreement is not None and not self.agreement.spoken:
                 self.agreement.tell(Outcome.RAISED)
             return False
         self.failure = Failure(_place_of(error, self._declared), first_line(error))
