@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 from typing import Any
 
 import pytest
@@ -66,6 +67,8 @@ class OnRank(Rerun):
 
 def one_rank_runs_out(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    # Every recovery collects garbage; what stands now need not be looked through each time.
+    gc.freeze()
     for kind in (SPLIT, WHOLE, LOCKSTEP):
         with pytest.MonkeyPatch.context() as monkeypatch:
             rerun = OnRank(kind, rank, monkeypatch)
