@@ -25,15 +25,14 @@ from samegrad.exact.find_head import named_head
 from samegrad.exact.loop import agreed_cut
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.randomness import DrawSites
-from samegrad.exact.ranks import Agreement
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.whole import WholeStep
+from samegrad.exact.whole import WholeStep, reduces_in_backward
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
 from samegrad.execute.given import check_allowed, check_batch, check_levers, check_model
 from samegrad.execute.pinned import checked_rows, pinned_plan
-from samegrad.execute.recover import Attempts, attempts_for
+from samegrad.execute.recover import Attempt, Attempts, attempts_for
 from samegrad.execute.row_counts import RowCounts
 from samegrad.execute.ways import Ways, find_ways
 from samegrad.levers import Execution
@@ -105,6 +104,7 @@ class Step:
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
+        self._waits_for_ranks = self._aliases.sharded or reduces_in_backward(self.declared)
         self._ways: dict[tuple[str, str], Ways] = {}
         self._draws: dict[tuple[str, str], DrawSites | None] = {}
         self._given = plan
@@ -144,7 +144,7 @@ class Step:
                 self.recoveries = tuple(attempts.recoveries)
                 if self.recoveries:
                     execution = self._fall_to(attempt.plan, batch, layout)
-                return self._run(execution, batch, layout, scaler, attempt.agreement, attempts.undoable)
+                return self._run(execution, batch, layout, scaler, attempt)
         raise AssertionError("attempts end by an error")
 
     def prepare(self, worst_batch: Any) -> Plan:
@@ -225,15 +225,7 @@ class Step:
                 self._draws[key] = None if self._aliases.sharded else find_draws(self.declared, batch, layout)
         return StepDraws(self._draws[key])
 
-    def _run(
-        self,
-        execution: Execution,
-        batch: Any,
-        layout: RowLayout,
-        scaler: Any,
-        agreement: Agreement | None,
-        undoable: bool,
-    ) -> Tensor:
+    def _run(self, execution: Execution, batch: Any, layout: RowLayout, scaler: Any, attempt: Attempt) -> Tensor:
         check_scaled(execution, scaler)
         # Examined first: what levers put on the model is not the user's.
         chunked = self._chunked(execution, batch, layout)
@@ -242,19 +234,19 @@ class Step:
         self._standing.bring(self.plan)
         with applied(self.plan, self.declared, layout.rows) as running:
             if chunked is not None and execution.sizes is not None:
-                chunked = dataclasses.replace(chunked, declared=running.declared, agreement=agreement)
+                chunked = dataclasses.replace(chunked, declared=running.declared, agreement=attempt.agreement)
                 return chunked.backward(batch, layout, execution.sizes, scaler)
-            if undoable:
-                return WholeStep(running.declared, draws, agreement).backward(batch, layout, scaler)
-            return plain_backward(running.declared, batch, layout, scaler, draws)
+            if not attempt.undoable:
+                return plain_backward(running.declared, batch, layout, scaler, draws)
+            whole = WholeStep(running.declared, attempt.parameters, draws, attempt.examination, attempt.agreement)
+            return whole.backward(batch, layout, scaler)
 
     def _attempts(self, batch: Any, layout: RowLayout, plan: Plan) -> Attempts:
         pinned = "rows=" if self._rows is not None else "plan=" if self._given is not None else ""
-        ways = self._ways.get((layout.signature(batch), self.declared.mode()))
         further = () if pinned or self.footprint is None else smaller_plans(self.footprint, plan, self.allow)
         return attempts_for(
-            self.declared, batch, plan, iter(further),
-            pinned=pinned, sharded=self._aliases.sharded, waits_inside=ways is not None and ways.waits_inside,
+            self.declared, batch, plan, iter(further), self._ways.get((layout.signature(batch), self.declared.mode())),
+            pinned=pinned, sharded=self._waits_for_ranks,
         )  # fmt: skip
 
     def _fall_to(self, plan: Plan, batch: Any, layout: RowLayout) -> Execution:

@@ -86,7 +86,7 @@ def leave_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
             leaf.grad = None
 
     monkeypatch.setattr(whole, "gradients_apart", in_place)
-    monkeypatch.setattr(recover, "_gradient_marks", lambda declared: [])
+    monkeypatch.setattr(recover, "_gradient_marks", lambda parameters: [])
 
 
 def take_another_batch(monkeypatch: pytest.MonkeyPatch) -> None:

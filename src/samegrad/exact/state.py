@@ -153,12 +153,15 @@ class StateTransaction:
     @contextlib.contextmanager
     def committed(self) -> Iterator[None]:
         """A block for which the step's state is written; should it raise, or the writing, all of it is taken back."""
-        if not self._slots:
+        with self.undone_on_failure():
+            self.commit()
             yield
-            return
+
+    @contextlib.contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """A block after which the state is as before, should it raise."""
         before = [_copied(slot.before) for slot in self._slots]
         try:
-            self.commit()
             yield
         except BaseException:
             self._take_back(before)

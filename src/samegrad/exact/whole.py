@@ -7,8 +7,10 @@ operations and their bits are the plain step's. Where ``.grad`` stands already, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,31 +19,36 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses, program
+from samegrad.exact.findings import Examination
 from samegrad.exact.handoff import begin_step, gradients_apart, hand_over
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.ranks import Agreement
 from samegrad.exact.split import under_draws, whole_on_device
+from samegrad.exact.state import StateTransaction
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import undone_on_failure
+from samegrad.exact.undisturbed import Generators, undone_on_failure
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeStep:
-    """A step that is not split. ``draws``: what the model draws, where the step is one that may be split.
+    """A step that is not split. ``parameters``: those that train. ``draws``: what the model draws, where it may split.
 
-    ``agreement``: where ranks go on together or not at all.
+    ``examination``: how it could be split, where it could: then it is known what the step changes, and only that is
+    set aside. ``agreement``: where ranks go on together or not at all.
     """
 
     declared: DeclaredStep
+    parameters: Sequence[nn.Parameter]
     draws: StepDraws | None = None
+    examination: Examination | None = None
     agreement: Agreement | None = None
 
     def backward(self, batch: Any, layout: RowLayout, scaler: Any = None) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
         begin_step(self.declared.model)
-        with undone_on_failure(self.declared):
+        with self._undone_on_failure():
             loss, leaves, totals = self._totals(batch, layout, scaler)
             if self.agreement is not None:
                 self.agreement.ready()
@@ -49,12 +56,27 @@ class WholeStep:
             hand_over(self.declared.model, leaves, totals)
         return loss
 
+    @contextlib.contextmanager
+    def _undone_on_failure(self) -> Iterator[None]:
+        if self._known is None:
+            with undone_on_failure(self.declared):
+                yield
+            return
+        state = StateTransaction(self.declared.network, self._known.rules)
+        with Generators(self.declared.device).restored_on_failure(), state.undone_on_failure():
+            yield
+
+    @property
+    def _known(self) -> Examination | None:
+        # In one pass the loss was seen to change nothing and to use nothing but rows and its module's own parameters.
+        return self.examination if self.examination is not None and self.examination.passes == 1 else None
+
     def _totals(
         self, batch: Any, layout: RowLayout, scaler: Any
     ) -> tuple[Tensor, list[nn.Parameter], list[Tensor | None]]:
         """The loss, what may have a gradient (a tensor of the batch as it stands there), and the gradients."""
         declared = under_draws(self.declared, self.draws)
-        batch, owner_of = _apart(batch)
+        batch, stand_ins, owner_of = _apart(batch)
         [whole] = arriving_chunks([whole_on_device(declared, batch, layout)])
         announce(Phase.FORWARD)
         outputs = declared.forward(declared.network, whole)
@@ -63,18 +85,21 @@ class WholeStep:
         del outputs
         announce(Phase.BACKWARD)
         # A reentrant checkpoint hides parameters from the graph.
-        own = [p for module in declared.modules for p in module.parameters() if p.requires_grad]
-        leaves: list[Any] = list({id(leaf): leaf for leaf in (*own, *losses.leaves_under(loss))}.values())
+        others = stand_ins if self._known is not None else losses.leaves_under(loss)
+        leaves: list[Any] = list({id(leaf): leaf for leaf in (*self.parameters, *others)}.values())
         scaled = loss if scaler is None else scaler.scale(loss)
         with gradients_apart(leaves) as totals:
             program.backward_outside_autocast([scaled], [torch.ones_like(scaled)])
         return loss.detach(), [owner_of.get(id(leaf), leaf) for leaf in leaves], totals
 
 
-def _apart(batch: Any) -> tuple[Any, dict[int, Tensor]]:
-    """``batch`` with leaves of their own for what requires grad, and whose place each takes: its graph runs once."""
-    owner_of: dict[int, Tensor] = {}
+def _apart(batch: Any) -> tuple[Any, list[Tensor], dict[int, Tensor]]:
+    """``batch`` with leaves of their own for what requires grad; those, and whose place each takes.
+
+    So the graph that they came from runs once, when gradients are handed over.
+    """
     stand_ins: dict[int, Tensor] = {}
+    owner_of: dict[int, Tensor] = {}
 
     def apart(leaf: Tensor) -> Tensor:
         if not leaf.requires_grad:
@@ -83,7 +108,7 @@ def _apart(batch: Any) -> tuple[Any, dict[int, Tensor]]:
         owner_of[id(stand_in)] = leaf
         return stand_in
 
-    return trees.map_tensors(batch, apart), owner_of
+    return trees.map_tensors(batch, apart), list(stand_ins.values()), owner_of
 
 
 def reduces_in_backward(declared: DeclaredStep) -> bool:

@@ -19,12 +19,13 @@ that plan from the start.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -34,11 +35,12 @@ from torch.nn.parallel import DistributedDataParallel
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact.batchnorm import shared_over_ranks
+from samegrad.exact.findings import Examination
 from samegrad.exact.handoff import has_hooks
 from samegrad.exact.out_of_memory import OutOfMemory, is_out_of_memory
 from samegrad.exact.phases import announce, phase_now
 from samegrad.exact.ranks import Agreement, Outcome, Ranks
-from samegrad.exact.whole import reduces_in_backward
+from samegrad.execute.ways import Ways
 from samegrad.measure import counters
 from samegrad.measure.failures import first_line, line_of
 from samegrad.records import Phase, Plan, Recovery
@@ -86,14 +88,26 @@ class Failure:
 class Attempt:
     """One run of the step under ``plan``. As a context it takes an out-of-memory error and keeps what is known of it.
 
-    ``agreement``: for the engine, where ranks agree.
+    For the engine: ``parameters`` that train, how the step may be split (``examination``), the ``agreement`` of ranks,
+    and whether a step that is not split is ``undoable``; its gradients then come at the end.
     """
 
-    def __init__(self, plan: Plan, declared: DeclaredStep, batch: Any, agreement: Agreement | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        declared: DeclaredStep,
+        batch: Any,
+        *,
+        parameters: Sequence[nn.Parameter],
+        examination: Examination | None,
+        agreement: Agreement | None,
+        undoable: bool,
+    ) -> None:
         self.plan, self.agreement = plan, agreement
+        self.parameters, self.examination, self.undoable = parameters, examination, undoable
         self.failure: Failure | None = None
         self._declared = declared
-        self._gradients = _gradient_marks(declared)
+        self._gradients = _gradient_marks(parameters)
         self._rows = _row_marks(batch)
         self._batch = batch
 
@@ -139,8 +153,8 @@ class Attempt:
         """What of the attempt could not be undone."""
         handing_over = phase_now() is Phase.HANDOFF
         reduced = self.agreement is not None and self.agreement.agreed
-        hooked = handing_over and any(has_hooks(p) for p in _parameters(self._declared))
-        if reduced or hooked or _gradient_marks(self._declared) != self._gradients:
+        hooked = handing_over and any(has_hooks(p) for p in self.parameters)
+        if reduced or hooked or _gradient_marks(self.parameters) != self._gradients:
             return (
                 "gradients were being handed over, and what was added, hooked or reduced cannot be taken back",
                 "zero the gradients and run the batch again under a smaller budget",
@@ -153,9 +167,9 @@ class Attempt:
 class Attempts:
     """The attempts of one step, each under a smaller plan; ends by an error where there is none to try.
 
-    ``smaller``: the plans below ``plan``, largest first. ``advice``: what to do when all fail. ``undoable``: whether
-    a step that is not split can be undone; its gradients then come at the end. ``ranks``: those that go on together.
-    ``recoveries``: what happened so far.
+    ``smaller``: the plans below ``plan``, largest first. ``examination``: how the step may be split, where it may.
+    ``advice``: what to do when all fail. ``undoable``: whether a step that is not split can be undone. ``ranks``: those
+    that go on together. ``recoveries``: what happened so far.
     """
 
     def __init__(
@@ -165,6 +179,7 @@ class Attempts:
         plan: Plan,
         *,
         smaller: Iterator[Plan],
+        examination: Examination | None,
         advice: str,
         undoable: bool = True,
         ranks: Ranks | None = None,
@@ -172,14 +187,19 @@ class Attempts:
         self._declared, self._batch, self._plan = declared, batch, plan
         self._smaller, self._advice, self._ranks = smaller, advice, ranks
         self._failed: list[str] = []
-        self.undoable = undoable
+        self._examination, self._undoable = examination, undoable
+        # The tree of modules is walked once a step.
+        self._parameters = [p for module in declared.modules for p in module.parameters() if p.requires_grad]
         self.recoveries: list[Recovery] = []
 
     def __iter__(self) -> Iterator[Attempt]:
         plan = self._plan
         while True:
             agreement = None if self._ranks is None else Agreement(self._ranks)
-            attempt = Attempt(plan, self._declared, self._batch, agreement)
+            attempt = Attempt(
+                plan, self._declared, self._batch, parameters=self._parameters, examination=self._examination,
+                agreement=agreement, undoable=self._undoable,
+            )  # fmt: skip
             yield attempt
             failure = attempt.ended()
             del attempt
@@ -229,30 +249,31 @@ def attempts_for(
     batch: Any,
     plan: Plan,
     smaller: Iterator[Plan],
+    ways: Ways | None,
     *,
     pinned: str,
     sharded: bool,
-    waits_inside: bool,
 ) -> Attempts:
     """The attempts of a step under ``plan`` and then ``smaller``, as far as it may be tried again.
 
-    ``pinned``: the argument that pinned the plan, or "". ``sharded``: parameters are, over ranks. ``waits_inside``:
-    ranks wait for each other in the step before its gradients are there.
+    ``ways``: how it may be split, where that is known. ``pinned``: the argument that pinned the plan, or "".
+    ``sharded``: parameters are, over ranks.
     """
-    alone: Any = not isinstance(declared.model, DistributedDataParallel)
-    if sharded or reduces_in_backward(declared):
-        return Attempts(declared, batch, plan, smaller=iter(()), advice=_SHARDED, undoable=False)
+    ddp: Any = declared.model if isinstance(declared.model, DistributedDataParallel) else None
+    stays = functools.partial(
+        Attempts, declared, batch, plan, smaller=iter(()), examination=None if ways is None else ways.by_rows
+    )
+    if sharded:
+        return stays(advice=_SHARDED, undoable=False)
     if pinned:
-        advice = _PINNED.format(pinned=pinned)
-        return Attempts(declared, batch, plan, smaller=iter(()), advice=advice, undoable=alone)
-    if alone:
-        return Attempts(declared, batch, plan, smaller=smaller, advice=_NO_MORE)
-    ddp: Any = declared.model
+        return stays(advice=_PINNED.format(pinned=pinned), undoable=ddp is None)
+    if ddp is None:
+        return stays(advice=_NO_MORE, smaller=smaller)
     # Ranks that ran out of batches (join) answer DDP's own collectives only.
+    waits_inside = ways is not None and ways.waits_inside
     if waits_inside or ddp._join_config.enable or shared_over_ranks(declared.network):
-        return Attempts(declared, batch, plan, smaller=iter(()), advice=_WAITING, undoable=False)
-    ranks = Ranks((ddp.process_group,), declared.device)
-    return Attempts(declared, batch, plan, smaller=smaller, advice=_NO_MORE, ranks=ranks)
+        return stays(advice=_WAITING, undoable=False)
+    return stays(advice=_NO_MORE, smaller=smaller, ranks=Ranks((ddp.process_group,), declared.device))
 
 
 def let_go(error: BaseException, around: BaseException | None = None) -> None:
@@ -282,13 +303,9 @@ def _place_of(error: BaseException, declared: DeclaredStep) -> str:
     return f"{'the step' if phase is None else phase.value}{f' of {module}' if module else ''}{line_of(error)}"
 
 
-def _gradient_marks(declared: DeclaredStep) -> list[tuple[int, int] | None]:
+def _gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int] | None]:
     """Which gradients stand, and how often each was written."""
-    return [None if p.grad is None else (id(p.grad), p.grad._version) for p in _parameters(declared)]
-
-
-def _parameters(declared: DeclaredStep) -> list[nn.Parameter]:
-    return [p for module in declared.modules for p in module.parameters()]
+    return [None if (grad := p.grad) is None else (id(grad), grad._version) for p in parameters]
 
 
 def _row_marks(batch: Any) -> list[int]:
