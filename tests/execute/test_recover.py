@@ -272,7 +272,7 @@ def test_gradients_that_stand_are_added_to_once(kind: str, monkeypatch: pytest.M
     rerun = Rerun(KINDS[kind], monkeypatch)
     standing = {name: torch.full_like(p, 0.25) for name, p in rerun.model.named_parameters()}
     expected, ended = rerun.expected, 0
-    for at in rerun.places(7):
+    for at in rerun.places(11):
         rerun.reset()
         for name, parameter in rerun.model.named_parameters():
             parameter.grad = standing[name].clone()

@@ -79,7 +79,6 @@ class Failure:
 
     place: str
     found: str
-    seconds: float = 0.0
     rank: int | None = None
     final: tuple[str, str] | None = None
     told: bool = True
@@ -132,13 +131,16 @@ class Attempt:
         return True
 
     def ended(self) -> Failure:
-        """The failure, when all that the attempt held is given back."""
+        """What is known of the failure; the batch is let go of."""
         assert self.failure is not None, "an attempt that ran ends the loop"
         self._batch = None
+        return self.failure
+
+    def give_back(self) -> float:
+        """Frees what only cycles or the cache still hold. Returns seconds since the attempt began."""
         gc.collect()
         counters.release_cached(self._declared.device)
-        self.failure.seconds = time.perf_counter() - self._start
-        return self.failure
+        return time.perf_counter() - self._start
 
     def _agree(self, failure: Failure) -> None:
         if self.agreement is None:
@@ -202,8 +204,9 @@ class Attempts:
             )  # fmt: skip
             yield attempt
             failure = attempt.ended()
-            del attempt
-            plan = self._following(plan, failure)
+            following = self._following(plan, failure)
+            self._tell(plan, following, failure, attempt.give_back())
+            plan = following
 
     def _following(self, failed: Plan, failure: Failure) -> Plan:
         told = describe_plan_taken(failed.levers, failed.predicted_peak_bytes)
@@ -219,10 +222,13 @@ class Attempts:
             self._give_up("" if bounded else f"{MOST_ATTEMPTS} plans were tried, which is the most", self._advice)
         if elsewhere:
             self._give_up("another rank has no smaller plan", self._advice)
+        return following
+
+    def _tell(self, failed: Plan, following: Plan, failure: Failure, seconds: float) -> None:
         recovery = Recovery(
             place=failure.place,
             found=failure.found,
-            seconds=failure.seconds,
+            seconds=seconds,
             left=failed.levers,
             taken=following.levers,
             left_predicted_bytes=failed.predicted_peak_bytes,
@@ -232,7 +238,6 @@ class Attempts:
         self.recoveries.append(recovery)
         # A warning, so that it is seen without any logging set up: the plan is not the one that was believed.
         _log.warning("samegrad: %s", describe_recovery(recovery))
-        return following
 
     def _give_up(self, why: str, do: str) -> NoReturn:
         budget = self._plan.budget
