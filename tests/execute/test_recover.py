@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.exact import handoff, mapped, split, whole
+from samegrad.exact import handoff, split, whole
 from samegrad.exact.out_of_memory import OutOfMemory
-from samegrad.exact.undisturbed import Generators
+from samegrad.exact.undisturbed import Before, Generators
 from samegrad.execute import recover
 from samegrad.measure.counting import ByteCounter
 from samegrad.records import Category, StepResult
@@ -108,7 +108,7 @@ def commit_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def keep_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the forward of a mapped or whole step wrote stays."""
-    monkeypatch.setattr(mapped, "undone_on_failure", _nothing_undone)
+    monkeypatch.setattr(Before, "restored_on_failure", _nothing_undone)
     monkeypatch.setattr(whole, "undone_on_failure", _nothing_undone)
 
 

@@ -29,7 +29,7 @@ from samegrad.exact.schemes import Scheme
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import undone_on_failure
+from samegrad.exact.undisturbed import Before, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
 
@@ -68,8 +68,10 @@ class MappedStep:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
     ) -> StepTotals:
         """The step's gradients, not handed over. Buffers are written; when anything raises they are put back."""
-        with undone_on_failure(self.declared):
-            return self._totals(batch, layout, sizes, scaler, key)
+        before = Before(self.declared.device, ModuleState.of(self.declared))
+        with before.restored_on_failure():
+            totals = self._totals(batch, layout, sizes, scaler, key)
+        return dataclasses.replace(totals, committed=before.restored_on_failure)
 
     def _totals(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, key: StepKey | None
@@ -84,8 +86,8 @@ class MappedStep:
     ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
         begin_step(self.declared.model)
-        with undone_on_failure(self.declared):
-            totals = self._totals(batch, layout, sizes, scaler, key)
+        totals = self.totals(batch, layout, sizes, scaler, key)
+        with totals.committed():
             if self.agreement is not None:
                 self.agreement.ready()
             announce(Phase.HANDOFF)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -38,7 +39,7 @@ from samegrad.exact.schemes import Scheme
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.exact.undisturbed import Before, Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
 
@@ -120,22 +121,13 @@ class SplitStep:
 
         Raises GradientsDiffer when the second pass is not the first.
         """
-        with self._undone_on_failure():
-            return self._totals(batch, layout, sizes, scaler, key)
-
-    @contextlib.contextmanager
-    def _undone_on_failure(self) -> Iterator[None]:
-        """Generators and what the loss changes; all else is not touched before the hand-over."""
         owned = [] if self.declared.loss_module is None else [self.declared.loss_module]
-        # In one pass the loss was seen to change nothing.
+        # In one pass the loss was seen to change nothing. All else is not touched before the hand-over.
         held = held_by(self.declared) if self.examination.passes == 2 else Held()
-        loss_state = ModuleState(owned, held)
-        with Generators(self.declared.device).restored_on_failure():
-            try:
-                yield
-            except BaseException:
-                loss_state.restore()
-                raise
+        before = Before(self.declared.device, ModuleState(owned, held))
+        with before.restored_on_failure():
+            totals = self._totals(batch, layout, sizes, scaler, key)
+        return dataclasses.replace(totals, committed=functools.partial(before.around, totals.committed))
 
     def _totals(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, key: StepKey | None
@@ -206,13 +198,12 @@ class SplitStep:
     ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
         begin_step(self.declared.model)
-        with self._undone_on_failure():
-            totals = self._totals(batch, layout, sizes, scaler, key)
+        totals = self.totals(batch, layout, sizes, scaler, key)
+        with totals.committed():
             if self.agreement is not None:
                 self.agreement.ready()
             announce(Phase.HANDOFF)
-            with totals.committed():
-                hand_over(self.declared.model, totals.parameters, totals.totals)
+            hand_over(self.declared.model, totals.parameters, totals.totals)
         return totals.loss
 
     def _agreed_shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:

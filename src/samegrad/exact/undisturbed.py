@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -198,16 +198,31 @@ def undisturbed(
         generators.restore()
 
 
-@contextlib.contextmanager
-def undone_on_failure(declared: DeclaredStep) -> Iterator[None]:
-    """A block after which generators, buffers, attributes and what functions hold are as before, should it raise."""
-    state = ModuleState.of(declared)
-    with Generators(declared.device).restored_on_failure():
-        try:
+class Before:
+    """Generators and module state as they are now, for blocks after which they are so again, should they raise."""
+
+    def __init__(self, device: torch.device, state: ModuleState) -> None:
+        self._generators, self._state = Generators(device), state
+
+    @contextlib.contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        with self._generators.restored_on_failure():
+            try:
+                yield
+            except BaseException:
+                self._state.restore()
+                raise
+
+    @contextlib.contextmanager
+    def around(self, block: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+        """``block()``, inside one of these."""
+        with self.restored_on_failure(), block():
             yield
-        except BaseException:
-            state.restore()
-            raise
+
+
+def undone_on_failure(declared: DeclaredStep) -> contextlib.AbstractContextManager[None]:
+    """A block after which generators, buffers, attributes and what functions hold are as before, should it raise."""
+    return Before(declared.device, ModuleState.of(declared)).restored_on_failure()
 
 
 def step_undisturbed(declared: DeclaredStep) -> contextlib.AbstractContextManager[tuple[Generators, ModuleState]]:
