@@ -28,19 +28,29 @@ from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.whole import WholeStep, reduces_in_backward
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
 from samegrad.execute.given import check_allowed, check_batch, check_levers, check_model
 from samegrad.execute.kept_programs import KeptPrograms
 from samegrad.execute.pinned import checked_rows, pinned_plan
+from samegrad.execute.recover import Attempt, Attempts, attempts_for
 from samegrad.execute.row_counts import RowCounts
 from samegrad.execute.ways import Ways, find_ways
 from samegrad.levers import Execution
 from samegrad.measure import counters
 from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Exactness, Footprint, Plan, Verdict
+from samegrad.records import Budget, Exactness, Footprint, Plan, Recovery, Verdict
 from samegrad.report.verdicts import judge
-from samegrad.settle import Measurement, aliases_for, check_one_of, measure_for, quicker_plan, settle
+from samegrad.settle import (
+    Measurement,
+    aliases_for,
+    check_one_of,
+    measure_for,
+    quicker_plan,
+    settle,
+    smaller_plans,
+)
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
@@ -104,6 +114,7 @@ class Step:
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
+        self._waits_for_ranks = self._aliases.sharded or reduces_in_backward(self.declared)
         self._ways: dict[tuple[str, str], Ways] = {}
         self._draws: dict[tuple[str, str], DrawSites | None] = {}
         self._given = plan
@@ -114,6 +125,8 @@ class Step:
         self._standing = Standing(self.declared)
         self._programs = KeptPrograms()
         self._closed = False
+        # Of the last backward: attempts that ran out of memory before the one that counted.
+        self.recoveries: tuple[Recovery, ...] = ()
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
         """The step's loss, () detached and unscaled; ``.grad`` grows by the plain step's gradients.
@@ -122,7 +135,9 @@ class Step:
         on through the graph it came from, once.
 
         ``scaler``: a GradScaler; it scales the loss only, unscale, step and update stay yours. If anything raises
-        before the gradients are handed over, ``.grad`` is as it was.
+        before the gradients are handed over, ``.grad`` is as it was. Where memory runs out, the attempt is undone and
+        the next smaller plan runs the same batch (``recoveries`` says what happened, and so does a warning); with a
+        plan that was pinned, or none left, OutOfMemory is raised.
         """
         self._check_open()
         if not torch.is_grad_enabled():
@@ -133,17 +148,15 @@ class Step:
                 do="call it outside that block",
             )
         layout, execution = self._agreed_execution(batch)
-        check_scaled(execution, scaler)
-        # Examined first: what levers put on the model is not the user's.
-        chunked = None if execution.runs_whole else self._in_chunks(execution, batch, layout, kept=True)
-        draws = self.draws_for(batch, layout) if chunked is None else None
         assert self.plan is not None
-        self._standing.bring(self.plan)
-        with applied(self.plan, self.declared, layout.rows) as running:
-            if chunked is None or execution.sizes is None:
-                return plain_backward(running.declared, batch, layout, scaler, draws)
-            chunked = dataclasses.replace(chunked, declared=running.declared)
-            return chunked.backward(batch, layout, execution.sizes, scaler)
+        attempts = self._attempts(batch, layout, self.plan)
+        for attempt in attempts:
+            with attempt:
+                self.recoveries = tuple(attempts.recoveries)
+                if self.recoveries:
+                    execution = self._fall_to(attempt.plan, batch, layout)
+                return self._run(execution, batch, layout, scaler, attempt)
+        raise AssertionError("attempts end by an error")
 
     def prepare(self, worst_batch: Any) -> Plan:
         """The plan for batches up to ``worst_batch``'s rows, made now instead of at the first backward."""
@@ -224,6 +237,36 @@ class Step:
                 # Sharded steps that draw are not split; what a whole one draws is the plain step's own.
                 self._draws[key] = None if self._aliases.sharded else find_draws(self.declared, batch, layout)
         return StepDraws(self._draws[key])
+
+    def _run(self, execution: Execution, batch: Any, layout: RowLayout, scaler: Any, attempt: Attempt) -> Tensor:
+        check_scaled(execution, scaler)
+        # Examined first: what levers put on the model is not the user's.
+        chunked = None if execution.runs_whole else self._in_chunks(execution, batch, layout, kept=True)
+        draws = self.draws_for(batch, layout) if chunked is None else None
+        assert self.plan is not None
+        self._standing.bring(self.plan)
+        with applied(self.plan, self.declared, layout.rows) as running:
+            if chunked is not None and execution.sizes is not None:
+                chunked = dataclasses.replace(chunked, declared=running.declared, agreement=attempt.agreement)
+                return chunked.backward(batch, layout, execution.sizes, scaler)
+            if not attempt.undoable:
+                return plain_backward(running.declared, batch, layout, scaler, draws)
+            whole = WholeStep(running.declared, attempt.parameters, draws, attempt.examination, attempt.agreement)
+            return whole.backward(batch, layout, scaler)
+
+    def _attempts(self, batch: Any, layout: RowLayout, plan: Plan) -> Attempts:
+        pinned = "rows=" if self._rows is not None else "plan=" if self._given is not None else ""
+        further = () if pinned or self.footprint is None else smaller_plans(self.footprint, plan, self.allow)
+        return attempts_for(
+            self.declared, batch, plan, iter(further), self._ways.get((layout.signature(batch), self.declared.mode())),
+            pinned=pinned, sharded=self._waits_for_ranks,
+        )  # fmt: skip
+
+    def _fall_to(self, plan: Plan, batch: Any, layout: RowLayout) -> Execution:
+        """The execution of a smaller plan, which stays in the place of the one that ran out of memory."""
+        assert self.footprint is not None
+        self._plans[layout.signature(batch), self.declared.mode()] = plan, self.footprint
+        return self._execution(batch, layout)
 
     def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout, *, kept: bool) -> ChunkedStep:
         """``kept``: by what was compiled and captured for the batches before."""

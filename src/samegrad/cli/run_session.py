@@ -22,6 +22,7 @@ from samegrad.cli.planned import Planned, plan_step
 from samegrad.cli.programs import advised, load_training
 from samegrad.cli.run import RunOptions, config_text
 from samegrad.cli.run_health import peaks_of
+from samegrad.cli.run_memory import memory_notes, thrashing_line
 from samegrad.cli.run_story import Summary, read_metrics, read_plan, read_record, read_story, verdict_text
 from samegrad.cli.stopping import StopFlag, Stopped, listening
 from samegrad.cli.target import Target
@@ -196,9 +197,13 @@ def _train(
     if options.steps is not None:
         training.limit(options.steps)
     saved_at = training.done if options.resume else None
+    thrashing = False
     with stop.hold(), console.progress(training.title, training.total) as bar:
         for tick in training.ticks():
             told = _record(tick, training, folder)
+            if not thrashing and (line := thrashing_line(tick.results)):
+                thrashing = True
+                bar.say(line)
             bar.advance(told, done=training.done)
             if training.done % options.log_every == 0 or training.done == 1 or tick.last:
                 _log_memory(tick, told, training, folder, plan.budget, bar)
@@ -216,7 +221,10 @@ def _save(training: Training, folder: RunFolder, stop: StopFlag) -> None:
 
 
 def _record(tick: Tick, training: Training, folder: RunFolder) -> str:
-    """Writes the tick's lines of metrics.jsonl; returns its losses in words."""
+    """Writes the tick's lines of metrics.jsonl, and the plan where another one came; returns its losses in words."""
+    if any(result.recoveries for result in tick.results) and training.step.plan is not None:
+        # A resumed run goes on as this one does.
+        folder.write_text("plan.json", training.step.plan.to_json())
     for result in tick.results:
         record = {k: v for k, v in result.to_dict().items() if k not in ("schema_version", "record")}
         folder.append_metrics({"kind": "step", "step": result.index, **record})
@@ -248,7 +256,7 @@ def _write_summary(training: Training, folder: RunFolder, planned: Planned, outc
         metrics=dict(outcome.metrics),
         explanation=planned.explanation,
         troubleshooting=outcome.troubleshooting,
-        notes=outcome.notes,
+        notes=(*outcome.notes, *memory_notes(read_metrics(folder.path / "metrics.jsonl").results)),
         pictures=outcome.pictures,
     )
     folder.write_text("summary.json", summary.to_json())

@@ -15,6 +15,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ class StepTotals:
 
     loss: () on the device, detached, not scaled. parameters: the model's, then those the loss owns.
     mismatches: () int64 on the device, entries whose second-pass bits differ; None after a single pass.
-    magnitudes: sums of the chunks' absolute gradients, where the sums kept them. commit: writes the state that the
-    forward changes, once.
+    magnitudes: sums of the chunks' absolute gradients, where the sums kept them. committed: a block for which
+    the state that the forward changes is written, once; it is taken back should the block raise.
     """
 
     loss: Tensor
@@ -56,7 +57,7 @@ class StepTotals:
     totals: list[Tensor | None]
     mismatches: Tensor | None = None
     magnitudes: list[Tensor | None] | None = None
-    commit: Callable[[], None] = lambda: None
+    committed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def single_pass(
@@ -106,7 +107,7 @@ def single_pass(
         totals, magnitudes = running.totals(factor), running.magnitudes()
     return StepTotals(
         loss if sums.dtype is None else loss.to(sums.dtype), list(aliases.parameters), totals, magnitudes=magnitudes,
-        commit=forward.commit,
+        committed=forward.committed,
     )  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def two_passes(
             # A parameter of the model that the loss uses as well: its gradient is the sum of both ways.
             before = totals[index]
             totals[index] = total if before is None else before.add_(total) if total is not None else before
-    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.commit)
+    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.committed)
 
 
 def _first_pass(

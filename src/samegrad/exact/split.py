@@ -1,8 +1,8 @@
 """One whole backward: plain when it is not split, in chunks when it is, handed over in one go.
 
 ``backward`` is a transaction up to the hand-over: if anything raises before, ``.grad``, state and generators are those
-before the call. A model that begins to change its buffers after it was examined is refused with the buffer's name,
-but what it wrote stays.
+before the call; so they are where the hand-over raises and can be taken back. A model that begins to change its buffers
+after it was examined is refused with the buffer's name, but what it wrote stays.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from samegrad.exact.pass_programs import EAGER, GradientSums, Programs
 from samegrad.exact.passes import StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import StepKey
+from samegrad.exact.ranks import Agreement
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.exact.undisturbed import Before, Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
 
@@ -62,8 +63,7 @@ def plain_backward(
 
     ``draws``: what the model draws, where the step is one that may be split.
     """
-    whole = trees.slice_rows(batch, layout, 0, layout.rows) if _needs_reading(batch) else batch
-    [whole] = arriving_chunks([trees.move(whole, declared.device)])
+    [whole] = arriving_chunks([whole_on_device(declared, batch, layout)])
     announce(Phase.FORWARD)
     loss = plain_loss(under_draws(declared, draws), whole)
     announce(Phase.BACKWARD)
@@ -85,6 +85,12 @@ def under_draws(declared: DeclaredStep, draws: StepDraws | None) -> DeclaredStep
     return dataclasses.replace(declared, forward=forward)
 
 
+def whole_on_device(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Any:
+    """``batch`` on the device, read where it is no tensor yet."""
+    whole = trees.slice_rows(batch, layout, 0, layout.rows) if _needs_reading(batch) else batch
+    return trees.move(whole, declared.device)
+
+
 def _needs_reading(batch: Any) -> bool:
     return any(trees.is_row_source(leaf) for leaf in trees.leaves_of(batch))
 
@@ -94,6 +100,7 @@ class SplitStep:
     """A step that runs in chunks, as examined. ``chunks`` brings them to the device, ``sums_of`` adds them up.
 
     ``inside``: what is in force in the model while chunks run. ``programs``: what runs the chunks of a single pass.
+    ``agreement``: where ranks go on together or not at all.
     """
 
     declared: DeclaredStep
@@ -104,6 +111,7 @@ class SplitStep:
     kept: int = 0
     inside: Scheme | None = None
     programs: Programs = EAGER
+    agreement: Agreement | None = None
 
     def keeping_magnitudes(self) -> SplitStep:
         """The same step, whose totals bring the sums of the chunks' absolute gradients."""
@@ -116,37 +124,39 @@ class SplitStep:
 
         Raises GradientsDiffer when the second pass is not the first.
         """
+        owned = [] if self.declared.loss_module is None else [self.declared.loss_module]
+        # In one pass the loss was seen to change nothing. All else is not touched before the hand-over.
+        held = held_by(self.declared) if self.examination.passes == 2 else Held()
+        before = Before(self.declared.device, ModuleState(owned, held))
+        with before.restored_on_failure():
+            totals = self._totals(batch, layout, sizes, scaler, key)
+        return dataclasses.replace(totals, committed=functools.partial(before.around, totals.committed))
+
+    def _totals(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, key: StepKey | None
+    ) -> StepTotals:
         device = self.declared.device
         scale = torch.ones((), dtype=torch.float64, device=device)
         if scaler is not None:
             scale = scaler.scale(torch.ones((), device=device)).to(torch.float64)
         versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
-        owned = [] if self.declared.loss_module is None else [self.declared.loss_module]
-        # In one pass the loss was seen to change nothing.
-        held = held_by(self.declared) if self.examination.passes == 2 else Held()
-        loss_state = ModuleState(owned, held)
         batch, aliases = stood_in(batch, layout, self.aliases)
         standing = dataclasses.replace(self, aliases=aliases)
-        with Generators(device).restored_on_failure():
-            draws = StepDraws(self.examination.sites, StepKey() if key is None else key, are_all=True)
-            draws.take()
-            generators = Generators(device)
-            forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
-            try:
-                totals = standing._summed(forward, batch, layout, sizes, scale)
+        draws = StepDraws(self.examination.sites, StepKey() if key is None else key, are_all=True)
+        draws.take()
+        generators = Generators(device)
+        forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
+        totals = standing._summed(forward, batch, layout, sizes, scale)
 
-                def checked() -> tuple[None, int]:
-                    self._check_untouched(generators, versions)
-                    forward.state.check()
-                    _check_repeated(totals)
-                    return None, 0
+        def checked() -> tuple[None, int]:
+            self._check_untouched(generators, versions)
+            forward.state.check()
+            _check_repeated(totals)
+            return None, 0
 
-                ranks = ranks_of(self.declared.modules)
-                # A rank that raised alone would leave the others with gradients that it does not have.
-                checked() if ranks is None else ranks.together(checked)
-            except BaseException:
-                loss_state.restore()
-                raise
+        ranks = ranks_of(self.declared.modules)
+        # A rank that raised alone would leave the others with gradients that it does not have.
+        checked() if ranks is None else ranks.together(checked)
         return totals
 
     def _inside(self, sizes: Sequence[int], draws: StepDraws) -> AbstractContextManager[object]:
@@ -197,9 +207,11 @@ class SplitStep:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
         begin_step(self.declared.model)
         totals = self.totals(batch, layout, sizes, scaler, key)
-        announce(Phase.HANDOFF)
-        totals.commit()
-        hand_over(self.declared.model, totals.parameters, totals.totals)
+        with totals.committed():
+            if self.agreement is not None:
+                self.agreement.ready()
+            announce(Phase.HANDOFF)
+            hand_over(self.declared.model, totals.parameters, totals.totals)
         return totals.loss
 
     def _agreed_shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:

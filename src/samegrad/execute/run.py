@@ -21,7 +21,7 @@ from samegrad.exact.phases import announce, listening
 from samegrad.measure import counters
 from samegrad.measure.counting import ByteCounter
 from samegrad.measure.probe import claim_residents
-from samegrad.records import Phase, StepResult
+from samegrad.records import Phase, Recovery, StepResult
 
 
 class Trainable(Protocol):
@@ -29,6 +29,11 @@ class Trainable(Protocol):
 
     @property
     def declared(self) -> DeclaredStep: ...
+
+    @property
+    def recoveries(self) -> tuple[Recovery, ...]:
+        """Attempts of the last backward that ran out of memory before the one that counted."""
+        ...
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor: ...
 
@@ -55,6 +60,7 @@ def train(
             do="Step(model, loss_fn, optimizer=optimizer)",
         )
     device = step.declared.device
+    reading = counters.read_allocator(device)
     for index, batch in enumerate(batches, start=first_index):
         counters.reset_peaks(device)
         start = time.perf_counter()
@@ -68,6 +74,7 @@ def train(
                 loss, norm = _one_step(step, optimizer, batch, scaler, index)
             counter.forget([leaf for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor)])
         counters.synchronize(device)
+        retries_before = reading.retries if reading else 0
         reading = counters.read_allocator(device)
         yield StepResult(
             index=index,
@@ -79,7 +86,8 @@ def train(
             reserved_bytes=reading.reserved_bytes if reading else None,
             peak_allocated_bytes=reading.peak_allocated_bytes if reading else counter.peak_bytes if counter else None,
             peak_reserved_bytes=reading.peak_reserved_bytes if reading else None,
-            allocator_retries=reading.retries if reading else None,
+            allocator_retries=reading.retries - retries_before if reading else None,
+            recoveries=step.recoveries,
         )
 
 

@@ -22,6 +22,7 @@ from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
 from samegrad.settle.beside import followed_beside
 from samegrad.settle.following import follow
+from samegrad.settle.further import smaller_plans
 from samegrad.settle.ladder import settle
 from samegrad.settle.on_card import footprint_of, settle_on_card
 from samegrad.settle.probing import Measurement, aliases_for, measure
@@ -40,6 +41,7 @@ __all__ = [
     "quicker_plan",
     "settle",
     "settle_plan",
+    "smaller_plans",
 ]
 
 
