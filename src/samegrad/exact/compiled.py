@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from samegrad.exact.pass_programs import ChunkWork, eager_loss
 from samegrad.exact.phases import announce
 from samegrad.exact.program import LossOfChunk
 from samegrad.exact.randomness import keyed
+from samegrad.exact.undisturbed import Generators
 from samegrad.records import Phase
 
 _CHECKED_ROWS = 2
@@ -58,6 +59,7 @@ class CompiledLoss:
     def __init__(self, settings: CompilerSettings) -> None:
         self._settings = settings
         self._network: Any = None
+        self._device = torch.device("cpu")
         self._compiled: Callable[..., Any] | None = None
         self.graph_breaks = 0
         self.compilations = 0
@@ -73,6 +75,7 @@ class CompiledLoss:
         if self._network is not work.declared.network:
             self._network, self._compiled = work.declared.network, None
         draws, device = work.forward.draws, work.declared.device
+        self._device = device
         key = None if draws.sites is None else draws.key_on(device)
 
         def loss_of(chunk: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -90,8 +93,15 @@ class CompiledLoss:
 
     def _compiled_loss(self, chunk: Any, ids: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert self._compiled is not None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # Compiled by now, on the run before.
+            return cast(tuple[Tensor, "Tensor | None"], self._compiled(chunk, ids, key))
+        generators, made = Generators(self._device), self.compilations
         with self._counting():
             loss, count = self._compiled(chunk, ids, key)
+        if self.compilations != made:
+            # Compilers draw numbers to try kernels on.
+            generators.restore()
         return loss, count
 
     def notes(self) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -59,6 +60,8 @@ def release_cached(device: torch.device) -> int:
     if before is None:
         return 0
     torch.cuda.synchronize(device)
+    # Errors and the frames that they hold are cycles: what they keep would count against whatever is measured next.
+    gc.collect()
     torch.cuda.empty_cache()
     return before.reserved_bytes - torch.cuda.memory_reserved(device)
 
