@@ -23,7 +23,8 @@ from samegrad.exact.held import arrays_held_in
 from samegrad.exact.probes import close
 from samegrad.exact.ranks import Ranks, SplitItems, largest_over_ranks, sum_over_ranks
 from samegrad.exact.sharded import refuse_sharded
-from samegrad.exact.softmax_mean import checked, softmax_mean
+from samegrad.exact.softmax_loss import checked
+from samegrad.exact.softmax_mean import softmax_mean
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.exact.watch import Watch
 

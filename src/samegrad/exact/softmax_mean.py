@@ -12,15 +12,15 @@ so backward is one more pass over the items: 2F + B in all, one chunk of items a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from samegrad import trees
 from samegrad.errors import UsageError
 from samegrad.exact.chunk_map import ChunkMap, Results
+from samegrad.exact.softmax_loss import beside, wide
 
 
 def softmax_mean(chunks: ChunkMap, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -31,23 +31,6 @@ def softmax_mean(chunks: ChunkMap, inputs: Sequence[Tensor]) -> tuple[Tensor, ..
     """
     # autograd.Function.apply carries no types.
     return cast(tuple[Tensor, ...], cast(Any, _Node).apply(chunks, *inputs))
-
-
-def checked(result: Any) -> tuple[Tensor, Any]:
-    """``result`` if it is ``(scores, values)`` as the reduction needs them; raises UsageError otherwise."""
-    asked = 'over(..., reduce="softmax_mean") with fn(items, shared) -> (scores, values)'
-    do = "return scores (items, B) and values, nested as you like, of shape (items, B, ...)"
-    if not isinstance(result, (tuple, list)) or len(result) != 2 or not isinstance(result[0], Tensor):
-        raise UsageError(asked=asked, found=f"it returned a {type(result).__name__}", do=do)
-    scores, values = result
-    for path, leaf in trees.flatten_with_paths(values, "values"):
-        if not isinstance(leaf, Tensor) or leaf.shape[: scores.dim()] != scores.shape:
-            found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise UsageError(asked=asked, found=f"{path} is {found}, scores are {tuple(scores.shape)}", do=do)
-    whole = [leaf.dtype for leaf in (scores, *trees.leaves_of(values)) if not leaf.is_floating_point()]
-    if whole:
-        raise UsageError(asked=asked, found=f"one of them is {whole[0]}, which has no mean", do="make it float")
-    return scores, values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +47,16 @@ class Streamed:
 
     @classmethod
     def of(cls, scores: Tensor, values: Sequence[Tensor]) -> Streamed:
-        wide = scores.to(_wide(scores.dtype))
-        maximum = wide.amax(0)
-        terms = (wide - _shift(maximum)).exp()
-        return cls(maximum, terms.sum(0), tuple((_beside(terms, v) * v).sum(0) for v in values))
+        wider = scores.to(wide(scores.dtype))
+        maximum = wider.amax(0)
+        terms = (wider - _shift(maximum)).exp()
+        return cls(maximum, terms.sum(0), tuple((beside(terms, v) * v).sum(0) for v in values))
 
     def raised(self, maximum: Tensor) -> Streamed:
         """The same state relative to ``maximum``, which is at least its own."""
         # Equal maxima may both be infinite, whose difference is no number.
         factor = torch.where(self.maximum == maximum, torch.ones_like(maximum), (self.maximum - maximum).exp())
-        return Streamed(maximum, self.total * factor, tuple(_beside(factor, w) * w for w in self.weighted))
+        return Streamed(maximum, self.total * factor, tuple(beside(factor, w) * w for w in self.weighted))
 
     def merged(self, other: Streamed) -> Streamed:
         maximum = torch.maximum(self.maximum, other.maximum)
@@ -85,7 +68,29 @@ class Streamed:
 
     def means(self) -> tuple[Tensor, ...]:
         divisor = _divisor(self.total)
-        return tuple(w / _beside(divisor, w) for w in self.weighted)
+        return tuple(w / beside(divisor, w) for w in self.weighted)
+
+    @torch.no_grad()
+    def pulled_back(
+        self, scores: Tensor, values: Sequence[Tensor], means: Sequence[Tensor], cotangents: Mapping[int, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Some items' scores and values, each with its cotangent. ``cotangents``: by place, 0 of the log-sum-exp.
+
+        Only ``maximum`` and ``total`` are looked at, those of all items.
+        """
+        shares = _softmax(scores, self.maximum, self.total)
+        of_scores = torch.zeros_like(shares)
+        if 0 in cotangents:
+            of_scores += cotangents[0].to(shares.dtype)
+        pairs = []
+        for place, (value, mean) in enumerate(zip(values, means, strict=True), start=1):
+            if place not in cotangents:
+                continue
+            cotangent = cotangents[place].to(mean.dtype)
+            of_scores += _inner((value - mean) * cotangent, scores.dim())
+            pairs.append((value, (beside(shares, value) * cotangent).to(value.dtype)))
+        pairs.append((scores, (shares * of_scores).to(scores.dtype)))
+        return pairs
 
 
 def _softmax(scores: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
@@ -100,15 +105,6 @@ def _shift(maximum: Tensor) -> Tensor:
 
 def _divisor(total: Tensor) -> Tensor:
     return torch.where(total == 0, torch.ones_like(total), total)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _beside(weights: Tensor, values: Tensor) -> Tensor:
-    """``weights`` with as many axes as ``values``, to be multiplied with."""
-    return weights.reshape(*weights.shape, *(1 for _ in range(values.dim() - weights.dim())))
 
 
 def _inner(products: Tensor, dims: int) -> Tensor:
@@ -185,24 +181,13 @@ def _vector_jacobian(
     def product(arguments: Sequence[Tensor]) -> Results:
         inputs, (maximum, total, *rest) = list(arguments[:count]), arguments[count:]
         means, cotangents = rest[: -len(given)], dict(zip(given, rest[-len(given) :]))
+        state = Streamed(maximum, total, ())
         with torch.enable_grad():
             for index in wanted:
                 inputs[index] = inputs[index].detach().requires_grad_()
             with plan.autocast.entered():
                 scores, *values = (cast(Tensor, result) for result in plan.function(inputs))
-        with torch.no_grad():
-            shares = _softmax(scores, maximum, total)
-            of_scores = torch.zeros_like(shares)
-            if 0 in cotangents:
-                of_scores += cotangents[0].to(shares.dtype)
-            pairs = []
-            for place, (value, mean) in enumerate(zip(values, means, strict=True), start=1):
-                if place not in cotangents:
-                    continue
-                cotangent = cotangents[place].to(mean.dtype)
-                of_scores += _inner((value - mean) * cotangent, scores.dim())
-                pairs.append((value, (_beside(shares, value) * cotangent).to(value.dtype)))
-            pairs.append((scores, (shares * of_scores).to(scores.dtype)))
+        pairs = state.pulled_back(scores, values, means, cotangents)
         pairs = [(result, cotangent) for result, cotangent in pairs if result.requires_grad]
         if not pairs:
             return [None] * len(wanted)
