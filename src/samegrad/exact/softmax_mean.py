@@ -20,17 +20,21 @@ from torch import Tensor
 
 from samegrad.errors import UsageError
 from samegrad.exact.chunk_map import ChunkMap, Results
+from samegrad.exact.ranks import largest_over_ranks, sum_over_ranks
 from samegrad.exact.softmax_loss import beside, wide
 
 
-def softmax_mean(chunks: ChunkMap, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def softmax_mean(chunks: ChunkMap, inputs: Sequence[Tensor], group: Any = None) -> tuple[Tensor, ...]:
     """``(lse, *means)``: log-sum-exp over items () + B, and of each value (items, B, ...) its mean (B, ...).
 
     ``chunks.function`` returns ``[scores, *values]`` of a chunk. Dtypes are those of scores and values; sums are kept
     in float32 at least. Where every score is -inf, lse is -inf and the means are 0, without a gradient.
+
+    ``group``: its ranks hold items of their own; the result is that of all of them, the same on every rank, and each
+    rank's items get their gradient there. Only the state of a pass crosses.
     """
     # autograd.Function.apply carries no types.
-    return cast(tuple[Tensor, ...], cast(Any, _Node).apply(chunks, *inputs))
+    return cast(tuple[Tensor, ...], cast(Any, _Node).apply(chunks, group, *inputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,13 @@ class Streamed:
         maximum = torch.maximum(self.maximum, other.maximum)
         a, b = self.raised(maximum), other.raised(maximum)
         return Streamed(maximum, a.total + b.total, tuple(x + y for x, y in zip(a.weighted, b.weighted, strict=True)))
+
+    def of_all_ranks(self, group: Any) -> Streamed:
+        """The state after the items of every rank of ``group``, each of which brings its own."""
+        [maximum] = largest_over_ranks([self.maximum], group)
+        mine = self.raised(maximum)
+        total, *weighted = sum_over_ranks([mine.total, *mine.weighted], group)
+        return Streamed(maximum, total, tuple(weighted))
 
     def log_sum_exp(self) -> Tensor:
         return torch.where(self.maximum.isfinite(), self.maximum + self.total.log(), self.maximum)
@@ -114,7 +125,7 @@ def _inner(products: Tensor, dims: int) -> Tensor:
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: ChunkMap, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: ChunkMap, group: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         state: list[Streamed] = []
         dtypes: list[torch.dtype] = []
 
@@ -126,7 +137,7 @@ class _Node(torch.autograd.Function):
             return ()
 
         dataclasses.replace(plan, function=take, out_axes=()).run(inputs)
-        [last] = state
+        last = state[0] if group is None else state[0].of_all_ranks(group)
         means = last.means()
         ctx.plan, ctx.count = plan, len(inputs)
         ctx.save_for_backward(*inputs, last.maximum, last.total, *means)
@@ -137,7 +148,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: ChunkMap = ctx.plan
         inputs, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         gradients: list[Tensor | None] = [None] * len(inputs)
         if wanted and given:
@@ -153,7 +164,7 @@ class _Node(torch.autograd.Function):
             found = cast(Any, _FirstOrder).apply(product, *inputs, *kept, *(cotangents[i] for i in given))
             for index, gradient in zip(wanted, found):
                 gradients[index] = gradient
-        return (None, *gradients)
+        return (None, None, *gradients)
 
 
 class _FirstOrder(torch.autograd.Function):
