@@ -49,7 +49,8 @@ def plan_step(training: Training, given: Plan | None = None) -> Planned:
         predicted_seconds=predicted.seconds if known and plan.predicted_seconds is None else plan.predicted_seconds,
     )
     _check_fits(training, plan, predicted)
-    explanation = "\n".join(filter(None, (explain_plan(plan, footprint), note)))
+    told = training.told_of(plan, footprint)
+    explanation = "\n".join(filter(None, (explain_plan(plan, footprint), note, *told)))
     return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explanation)
 
 
