@@ -58,6 +58,17 @@ class FactorNet(nn.Module):
             self.last.bias.zero_()
             self.last.bias[:dim] = DIAGONAL_BIAS
 
+    @torch.no_grad()
+    def begin_at(self, precision: Tensor, stability: float) -> None:
+        """Every center's P becomes ``precision`` (D, D), positive definite; the last layer's weights become zero."""
+        factor = torch.linalg.cholesky(precision.double())
+        diagonal = (factor.diagonal() - stability).clamp_min(1e-4)
+        rows, columns = torch.tril_indices(self.dim, self.dim, offset=-1, device=factor.device)
+        self.last.weight.zero_()
+        # The inverse of softplus, which is the number itself where that is large.
+        self.last.bias[: self.dim] = diagonal + (-(-diagonal).expm1()).log()
+        self.last.bias[self.dim :] = factor[rows, columns]
+
     def forward(self, centers: Tensor) -> Tensor:
         packed: Tensor = self.last(self.layers(centers))
         return packed

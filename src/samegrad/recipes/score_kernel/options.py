@@ -17,6 +17,8 @@ DataName = Literal[
 StrategyName = Literal["auto", "single_gpu", "model_parallel", "chunked", "gradient_accumulation"]
 DTYPES = ("float32", "float64")
 TEST_BATCHES = 10
+# Without it pixels have no density: they take few values.
+DEFAULT_NOISE = {"digits": 0.2, "cifar10": 0.05}
 VALIDATION_BATCHES = 5
 
 
@@ -29,16 +31,20 @@ class ScoreKernelOptions(CommonOptions):
     data_root: Path | None = None
     """Folder with CIFAR-10's batches, in the python or the binary layout."""
     noise: float | None = None
-    """Deviation of Gaussian noise added to the points once. Unset: 0.1 for digits, 0.05 for cifar10, else none."""
+    """Deviation of Gaussian noise on the points; on training samples anew in every batch. Unset: 0.2 for digits, 0.05
+    for cifar10, else none."""
     depth: int = 5
     """Hidden layers of the factor network."""
     hiddenunits: int = 64
     """Units of each hidden layer."""
+    start: Literal["covariance", "document"] = "covariance"
+    """Precisions to start from: the training samples' own covariance at the scale that matches best, or softplus(0.1)
+    on the diagonal (the document)."""
     niters: int = 1500
     """Optimizer steps."""
     batch_size: int = 64
     """Training samples of one step."""
-    lr: float = 2e-3
+    lr: float = 5e-4
     """Largest learning rate."""
     weight_decay: float = 1e-4
     """Weight decay of AdamW."""
@@ -48,8 +54,8 @@ class ScoreKernelOptions(CommonOptions):
     """Gradients are scaled down to this norm, once a step; 0 leaves them."""
     train_kernel_size: int = 100
     """Centers of the mixture."""
-    train_samples_size: int = 800
-    """Training samples to draw batches from; centers are none of them."""
+    train_samples_size: int | None = None
+    """Training samples to draw batches from; centers are none of them. Unset: 800 of the digits, else 10000."""
     test_samples_size: int = 50
     """Samples of each of the ten test batches and of the five validation batches."""
     centers: Literal["disjoint", "leave_one_out"] = "disjoint"
@@ -76,13 +82,14 @@ class ScoreKernelOptions(CommonOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in (
-            "depth", "hiddenunits", "niters", "batch_size", "train_kernel_size", "train_samples_size",
-            "test_samples_size", "process_timeout",
+            "depth", "hiddenunits", "niters", "batch_size", "train_kernel_size", "test_samples_size", "process_timeout",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 self._refuse(name, "it must be at least 1", "give a positive whole number")
+        if self.train_samples_size is not None and self.train_samples_size < 1:
+            self._refuse("train_samples_size", "it must be at least 1", "give a positive whole number, or leave it out")
         if not (math.isfinite(self.lr) and self.lr > 0):
-            self._refuse("lr", "it must be positive and finite", "give for example 2e-3")
+            self._refuse("lr", "it must be positive and finite", "give for example 5e-4")
         for name in ("weight_decay", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 self._refuse(name, "it must be 0 or positive", "give for example 1e-4, or 0 to leave it off")
@@ -122,6 +129,16 @@ class ScoreKernelOptions(CommonOptions):
             self._refuse("strategy", "it takes all centers at once, not in chunks", "give --strategy chunked")
         if self.devices and self.strategy not in ("auto", "model_parallel"):
             self._refuse("devices", f"--strategy {self.strategy} runs on one", "give --strategy model_parallel")
+
+    @property
+    def training_samples(self) -> int:
+        """How many there are, asked for or not."""
+        return self.train_samples_size or (800 if self.data == "digits" else 10_000)
+
+    @property
+    def noise_deviation(self) -> float:
+        """Of the noise on points, asked for or not."""
+        return DEFAULT_NOISE.get(self.data, 0.0) if self.noise is None else self.noise
 
     @property
     def pinned_rows(self) -> int | None:

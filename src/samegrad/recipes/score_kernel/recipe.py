@@ -29,7 +29,8 @@ from .parallel import Across, AcrossDevices, AcrossRanks, joined_ranks, ranks_as
 from .planning import plan_across, plan_on_one
 from .results import write_results
 from .schedule import learning_rates
-from .splits import INSTALL, PointSets, open_points, read_state
+from .splits import INSTALL, PointSets, noised, open_points, read_state
+from .start import begin_at_covariance
 from .strategies import Strategy, documents_choice, memory_estimate, strategy_of
 from .strategy_table import strategy_table
 from .toys import eight_gaussians_optimum, eight_gaussians_score
@@ -75,12 +76,13 @@ class ScoreKernelProgram(Program):
             chosen = draws.integers(len(self.points.train), size=self.options.batch_size)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rates[iteration]
-            yield {"centers": self.centers, "samples": self.points.train[torch.from_numpy(chosen)]}
+            samples = noised(self.points.train[torch.from_numpy(chosen)], self.options.noise_deviation, draws)
+            yield {"centers": self.centers, "samples": samples}
 
     def validate(self) -> float:
         validation = self.points.validation
         value = self._matching(validation)
-        self.history.append((self._matching(self.points.train[: len(validation)]), value))
+        self.history.append((self._matching(self._training_like(len(validation))), value))
         return value
 
     def evaluate(self) -> dict[str, float]:
@@ -91,9 +93,9 @@ class ScoreKernelProgram(Program):
         found = {
             "ism": float(batches.mean()),
             "ism_std": float(batches.std()),
-            "gaussian_ism": judging.gaussian_matching(self.points.train, test),
+            "gaussian_ism": judging.gaussian_matching(self._training_like(len(self.points.train)), test),
             "energy_distance": judging.energy_distance(drawn, test),
-            "energy_distance_of_training": judging.energy_distance(self.points.train, test),
+            "energy_distance_of_training": judging.energy_distance(self._training_like(JUDGED_SAMPLES), test),
             "memorisation_ratio": judging.memorisation_ratio(drawn, test, known),
             "test_samples": len(test),
         }
@@ -196,6 +198,11 @@ class ScoreKernelProgram(Program):
             self.model, samples, self.points.centers, rows=self.center_rows, samples_at_a_time=self.options.batch_size
         )
 
+    def _training_like(self, count: int) -> Tensor:
+        """The first ``count`` training samples with noise, the same each time."""
+        draws = np.random.default_rng(self.options.random_seed)
+        return noised(self.points.train[:count], self.options.noise_deviation, draws)
+
     def _matching(self, samples: Tensor) -> float:
         return float(implicit_matching(self.means_of(samples)[1]).mean(dtype=torch.float64))
 
@@ -224,6 +231,12 @@ def build(options: ScoreKernelOptions) -> ScoreKernelProgram:
     )
     if options.max_grad_norm:
         optimizer.register_step_pre_hook(functools.partial(_clip, options.max_grad_norm))
+    if options.start == "covariance" and options.load_model_path is None:
+        draws = np.random.default_rng(options.random_seed)
+        begin_at_covariance(
+            model, noised(points.train, options.noise_deviation, draws), points.centers,
+            samples_at_a_time=options.batch_size,
+        )  # fmt: skip
     across = _across(options, device, group)
     samples = points.train[: options.batch_size]
     if across is None:

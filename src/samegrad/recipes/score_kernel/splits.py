@@ -4,8 +4,9 @@
 kernel may become as narrow as it likes. ``--centers leave_one_out`` takes the first training samples instead, each
 without weight at itself.
 
-**Noise.** Pixels take few values, and some of them only one; such points have no density. Gaussian noise of a small
-deviation, added once, gives them one.
+**Noise.** Pixels take few values, and some of them only one; such points have no density, and Gaussian noise of a small
+deviation gives them one. Validation and test points have theirs once; training samples get new noise in every batch
+(``noised``), and centers none: the kernels are as wide as the noise at least.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from .options import TEST_BATCHES, VALIDATION_BATCHES, ScoreKernelOptions
 from .toys import TOYS, draw_toy
 
 INSTALL = "pip install 'samegrad[recipes]'"
-DEFAULT_NOISE = {"digits": 0.1, "cifar10": 0.05}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def open_points(options: ScoreKernelOptions) -> PointSets:
     own_centers = options.centers == "disjoint" and centers is None
     counts = [
         options.train_kernel_size if own_centers else 0,
-        options.train_samples_size,
+        options.training_samples,
         VALIDATION_BATCHES * options.test_samples_size,
         TEST_BATCHES * options.test_samples_size,
     ]
@@ -62,23 +62,32 @@ def open_points(options: ScoreKernelOptions) -> PointSets:
         raise sg.UsageError(
             asked=f"{counts[0]} centers, {counts[1]} training, {counts[2]} validation and {counts[3]} test samples",
             found=f"--data {options.data} has {len(points)} points, and none may be used twice",
-            do="lower --train_kernel_size, --train_samples_size or --test_samples_size",
+            do="lower --train_samples_size, --train_kernel_size or --test_samples_size",
             option="train_samples_size",
         )
     draws = np.random.default_rng(options.random_seed)
     chosen = points[draws.permutation(len(points))[: sum(counts)]]
-    noise = DEFAULT_NOISE.get(options.data, 0.0) if options.noise is None else options.noise
-    if noise:
-        chosen = chosen + noise * draws.standard_normal(chosen.shape)
-        described += f", with noise of deviation {noise:g}"
     dtype = torch.float64 if options.dtype == "float64" else torch.float32
+    if options.noise_deviation:
+        described += f", with noise of deviation {options.noise_deviation:g}"
+    noise = torch.from_numpy(options.noise_deviation * draws.standard_normal(chosen.shape)).to(dtype)
     fresh, train, validation, test = torch.split(torch.from_numpy(chosen).to(dtype), counts)
+    _, _, of_validation, of_test = torch.split(noise, counts)
     if centers is None:
         centers = fresh if own_centers else _first(train, options)
     return PointSets(
-        centers=_checked(centers.to(dtype), train, options), train=train, validation=validation, test=test,
+        centers=_checked(centers.to(dtype), train, options), train=train, validation=validation + of_validation,
+        test=test + of_test,
         described=described, image_shape=image_shape,
     )  # fmt: skip
+
+
+def noised(samples: Tensor, deviation: float, draws: np.random.Generator) -> Tensor:
+    """``samples`` (B, D) with noise of ``draws``; themselves where it is 0."""
+    if not deviation:
+        return samples
+    noise = torch.from_numpy(deviation * draws.standard_normal(tuple(samples.shape)))
+    return samples + noise.to(samples)
 
 
 def _read(options: ScoreKernelOptions, wanted: int) -> tuple[Any, tuple[int, ...] | None, str]:

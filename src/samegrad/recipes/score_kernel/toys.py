@@ -87,7 +87,7 @@ def _two_spirals(rows: int, draws: Draws) -> Points:
     sign = draws.choice([-1.0, 1.0], size=rows)
     wobble = draws.uniform(0, 0.5, size=(2, rows))
     arm = np.stack([-np.cos(turns) * turns + wobble[0], np.sin(turns) * turns + wobble[1]], axis=1)
-    return sign[:, None] * arm / 3 + 0.1 * draws.standard_normal((rows, 2))
+    return np.asarray(sign[:, None] * arm / 3 + 0.1 * draws.standard_normal((rows, 2)))
 
 
 def _checkerboard(rows: int, draws: Draws) -> Points:
