@@ -18,7 +18,7 @@ StrategyName = Literal["auto", "single_gpu", "model_parallel", "chunked", "gradi
 DTYPES = ("float32", "float64")
 TEST_BATCHES = 10
 # Without it pixels have no density: they take few values.
-DEFAULT_NOISE = {"digits": 0.2, "cifar10": 0.05}
+DEFAULT_NOISE = {"digits": 0.3, "cifar10": 0.05}
 VALIDATION_BATCHES = 5
 
 
@@ -31,7 +31,7 @@ class ScoreKernelOptions(CommonOptions):
     data_root: Path | None = None
     """Folder with CIFAR-10's batches, in the python or the binary layout."""
     noise: float | None = None
-    """Deviation of Gaussian noise on the points; on training samples anew in every batch. Unset: 0.2 for digits, 0.05
+    """Deviation of Gaussian noise on the points; on training samples anew in every batch. Unset: 0.3 for digits, 0.05
     for cifar10, else none."""
     depth: int = 5
     """Hidden layers of the factor network."""
@@ -40,7 +40,7 @@ class ScoreKernelOptions(CommonOptions):
     start: Literal["covariance", "document"] = "covariance"
     """Precisions to start from: the training samples' own covariance at the scale that matches best, or softplus(0.1)
     on the diagonal (the document)."""
-    niters: int = 1500
+    niters: int = 600
     """Optimizer steps."""
     batch_size: int = 64
     """Training samples of one step."""

@@ -181,7 +181,9 @@ class ScoreKernelProgram(Program):
         """Centers at a time in a training step; what fits with gradients fits without."""
         if self.across is not None:
             return self.across.rows
-        return max(self.step.sizes_for({"centers": self.centers, "samples": self.points.train[:1]}))
+        # As many samples as in training, for which the plan was made.
+        samples = self.points.train[torch.arange(self.options.batch_size) % len(self.points.train)]
+        return max(self.step.sizes_for({"centers": self.centers, "samples": samples}))
 
     @functools.cached_property
     def drawn(self) -> Tensor:
