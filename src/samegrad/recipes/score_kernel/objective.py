@@ -13,6 +13,8 @@ from .model import Factors, KernelModel, implicit_matching, kernel_terms
 
 # Centers are the rows that a plan cuts; every chunk sees all samples.
 BATCH_AXES = {"centers": 0, "samples": None}
+# Of the centers and samples evaluated at a time: a quarter of a megabyte.
+_EVALUATED_NUMBERS = 2**16
 Batch = dict[str, Tensor]
 Reduced = tuple[Tensor, dict[str, Tensor]]
 
@@ -51,12 +53,13 @@ def streamed_loss(factornet: Factors, samples: Tensor, centers: Tensor, stab: fl
 
 @torch.no_grad()
 def evaluated_means(
-    model: KernelModel, samples: Tensor, centers: Tensor, *, rows: int, samples_at_a_time: int
+    model: KernelModel, samples: Tensor, centers: Tensor, *, rows: int, batch_size: int
 ) -> Reduced:
-    """The same of any number of samples (N, D), as few of both at a time as in a training step."""
+    """The same of any number of samples (N, D): a training step's at a time, or more where a sample is small."""
+    at_a_time = max(batch_size, _EVALUATED_NUMBERS // (min(rows, len(centers)) * centers.shape[1]))
     parts = [
         streamed_means(model, part, centers, rows=rows)
-        for part in torch.split(samples.to(centers.device), samples_at_a_time)
+        for part in torch.split(samples.to(centers.device), at_a_time)
     ]
     means = {name: torch.cat([found[name] for _, found in parts]) for name in ("force", "curvature")}
     return torch.cat([lse for lse, _ in parts]), means

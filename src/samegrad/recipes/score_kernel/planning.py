@@ -13,7 +13,7 @@ import samegrad as sg
 from .model import KernelModel
 from .objective import BATCH_AXES, Batch, kernel_outputs, matching_loss
 from .options import ScoreKernelOptions
-from .parallel import Across, check_places, shard_of
+from .parallel import Across, AcrossDevices, check_places, shard_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,8 @@ def plan_across(
             reasons={"model_parallel": f"{across.places} places, {rows} centers at a time on each"},
         ),
     )  # fmt: skip
-    step.footprint = _of_place(footprint, rows, len(here))
+    beside_bytes = _gradients_beside(model, across, chunks=-(-len(shard) // rows))
+    step.footprint = _of_place(footprint, rows, len(here), beside_bytes)
     return PlannedStep(step=step, centers=here, across=across, of_shard=footprint, places_error=error)
 
 
@@ -114,12 +115,27 @@ def _for_shard(options: ScoreKernelOptions, centers: int) -> ScoreKernelOptions:
     )  # fmt: skip
 
 
-def _of_place(footprint: sg.Footprint, rows: int, batch_rows: int) -> sg.Footprint:
-    """The footprint of a place's streamed centers as that of a step that runs whole: that is what its plan says."""
+def _gradients_beside(model: KernelModel, across: Across, *, chunks: int) -> int:
+    """Bytes of gradients that stand beside those of the shard's own step.
+
+    A chunk's are added into sums of their own, which is one more where there is but one chunk; and in one process the
+    sums of other places have arrived already when the last place runs.
+    """
+    times = (chunks == 1) + (isinstance(across, AcrossDevices) and across.places > 1)
+    return times * sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _of_place(footprint: sg.Footprint, rows: int, batch_rows: int, beside_bytes: int) -> sg.Footprint:
+    """The footprint of a place's streamed centers as that of a step that runs whole: that is what its plan says.
+
+    The optimizer's turn comes when ``beside_bytes`` are gone.
+    """
     laws = footprint.plain_laws if rows >= footprint.batch_rows else footprint.laws
     fixed = tuple(
         dataclasses.replace(
-            law, fixed_bytes=float(law.peak_bytes(rows=rows, batch_rows=footprint.batch_rows)),
+            law,
+            fixed_bytes=float(law.peak_bytes(rows=rows, batch_rows=footprint.batch_rows))
+            + (beside_bytes if law.phase.value == "backward" else 0),
             per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0, per_row_pair_bytes=0.0,
         )
         for law in laws

@@ -197,7 +197,7 @@ class ScoreKernelProgram(Program):
     def means_of(self, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Log-sum-exp (N,) and means of ``samples`` (N, D) under the model now."""
         return evaluated_means(
-            self.model, samples, self.points.centers, rows=self.center_rows, samples_at_a_time=self.options.batch_size
+            self.model, samples, self.points.centers, rows=self.center_rows, batch_size=self.options.batch_size
         )
 
     def _training_like(self, count: int) -> Tensor:
@@ -237,7 +237,7 @@ def build(options: ScoreKernelOptions) -> ScoreKernelProgram:
         draws = np.random.default_rng(options.random_seed)
         begin_at_covariance(
             model, noised(points.train, options.noise_deviation, draws), points.centers,
-            samples_at_a_time=options.batch_size,
+            batch_size=options.batch_size,
         )  # fmt: skip
     across = _across(options, device, group)
     samples = points.train[: options.batch_size]

@@ -16,7 +16,7 @@ _RIDGE_FRACTION = 1e-3
 
 
 @torch.no_grad()
-def begin_at_covariance(model: KernelModel, train: Tensor, centers: Tensor, *, samples_at_a_time: int) -> float:
+def begin_at_covariance(model: KernelModel, train: Tensor, centers: Tensor, *, batch_size: int) -> float:
     """Gives every center the precision of ``train`` (N, D), scaled; returns the scale of the covariance, of ``SCALES``.
 
     The scale is that of the lowest matching loss on the first samples. Needs D x D numbers, like one center does.
@@ -30,7 +30,7 @@ def begin_at_covariance(model: KernelModel, train: Tensor, centers: Tensor, *, s
     for scale in SCALES:
         factornet.begin_at(precision / scale, model.stability)
         _, means = evaluated_means(
-            model, train[:_TRIED_SAMPLES], centers, rows=1, samples_at_a_time=samples_at_a_time
+            model, train[:_TRIED_SAMPLES], centers, rows=1, batch_size=batch_size
         )
         losses.append(float(implicit_matching(means).mean()))
     best = SCALES[min(range(len(SCALES)), key=losses.__getitem__)]
