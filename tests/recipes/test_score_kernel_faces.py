@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad.cli.run import RunOptions
+from samegrad.cli.target import target_call
 from samegrad.exact.softmax_mean import Streamed
 from samegrad.recipes.score_kernel import parallel
 from samegrad.recipes.score_kernel.faces import (
@@ -21,10 +25,12 @@ from samegrad.recipes.score_kernel.faces import (
 )
 from samegrad.recipes.score_kernel.model import FactorNet, KernelModel, score_implicit_matching_stable
 from samegrad.recipes.score_kernel.objective import BATCH_AXES, kernel_outputs, matching_loss
+from samegrad.recipes.score_kernel.options import ScoreKernelOptions
 
 from .test_score_kernel_model import network, points
 
 STAB, CENTERS = 1e-3, 23
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 Loss = Callable[[FactorNet, Tensor, Tensor], Tensor]
 ARGS = types.SimpleNamespace(lr=1e-2, weight_decay=0.0)
 
@@ -196,3 +202,34 @@ def test_a_chunk_size_of_its_own_choice_is_what_fits() -> None:
 def test_what_cannot_be_is_refused(made: Callable[[Any], Any], found: str) -> None:
     with pytest.raises(sg.UsageError, match=found):
         made(network())
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("train_wpo_sgm_chunked.py", "--niters 2 --train_kernel_size 9 --chunk_size 4 --device cpu"),
+        ("train_wpo_sgm_model_parallel.py", "--niters 2 --train_kernel_size 9 --device_ids cpu cpu --chunk_size 2"),
+    ],
+)
+def test_the_examples_run(
+    script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [script, *line.split()])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    assert capsys.readouterr().out.startswith("step 0: loss -")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--train_kernel_size 1000 --data cifar10 --data_root somewhere",
+        "--strategy chunked --chunk_size 50",
+        "--strategy model_parallel --train_kernel_size 2000",
+        "--train_kernel_size 100",
+        "--train_kernel_size 500 --strategy chunked --chunk_size 50",
+        "--train_kernel_size 5000 --strategy gradient_accumulation --accumulation_steps 8",
+    ],
+)
+def test_the_documents_command_lines_are_taken(line: str) -> None:
+    _, call = target_call("run", (RunOptions,), ["score_kernel", *line.split()])
+    assert call.part(ScoreKernelOptions).strategy in line or "--strategy" not in line

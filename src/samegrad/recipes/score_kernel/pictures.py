@@ -53,7 +53,7 @@ def draw_losses(iterations: Sequence[int], history: Sequence[tuple[float, float]
 
 def draw_samples(drawn: Values, test: Values, centers: Values) -> Figure:
     """Held-out points and the model's samples side by side, in their first two dimensions, centers on both."""
-    figure = _figure(8.4, 4.3)
+    figure = _figure(8.4, 4.8)
     pair = figure.subplots(1, 2, sharex=True, sharey=True)
     extent = 1.15 * float(np.abs(test[:, :2]).max())
     for axes, points, colour, title in (
