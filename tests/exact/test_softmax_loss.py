@@ -173,3 +173,10 @@ def test_outputs_that_are_not_scores_and_values_are_refused() -> None:
     step = sg.Step(nn.Linear(WIDTH, 2, dtype=D), of_means, reduce="softmax_mean", rows=5)
     with pytest.raises(sg.UsageError, match="returned a Tensor"):
         step.backward(points()["centers"])
+
+
+def test_a_card_is_planned_for_as_if_no_rows_were_kept() -> None:
+    model, batch = Kernels().float(), {name: leaf.float() for name, leaf in points(4000).items()}
+    step = step_of(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
+    [way] = [way for way in sg.measure_step(step, batch, device="NVIDIA H200").traced if not way.levers]
+    assert way.output_bytes == way.loss_bytes == 0
