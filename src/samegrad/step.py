@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from samegrad.exact.loop import agreed_cut
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import ranks_of
+from samegrad.exact.softmax_loss import reduced_loss
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.whole import WholeStep, reduces_in_backward
@@ -63,8 +64,11 @@ class Step:
     ``loss_fn(outputs, batch)`` is the ordinary full-batch loss. At most one of ``budget`` (bytes, "6GiB", "80%"),
     ``rows`` (an int, or a list that adds up to the batch) and ``plan``; none means what is free now. ``forward``
     defaults to ``model(batch[0])`` for tuples and lists, matching keywords for mappings, ``model(batch)`` for a
-    tensor. ``normalise`` declares the loss a sum over rows over a count (single pass; audited).  ``batch_axes`` says
-    where rows are. ``enforce`` caps the CUDA allocator at the budget until ``close``. ``allow`` is the weakest
+    tensor. ``normalise`` declares the loss a sum over rows over a count (single pass; audited). ``batch_axes`` says
+    where rows are. ``reduce="softmax_mean"``: the model returns ``(scores, values)``, scores (rows, B) and values
+    (rows, B, ...), and ``loss_fn((lse, means), batch)`` takes the scores' log-sum-exp over the rows (B,) and the values
+    averaged with their softmax (B, ...); rows are then streamed through the softmax and never kept.
+    ``enforce`` caps the CUDA allocator at the budget until ``close``. ``allow`` is the weakest
     exactness a plan may have.
 
     ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere; without it they are
@@ -86,6 +90,7 @@ class Step:
         optimizer: torch.optim.Optimizer | None = None,
         forward: Forward | None = None,
         normalise: Normalise | None = None,
+        reduce: Literal["softmax_mean"] | None = None,
         groups: Any = None,
         segments: Sequence[str] | None = None,
         batch_axes: Any = None,
@@ -97,6 +102,7 @@ class Step:
     ) -> None:
         check_one_of(budget=budget, rows=rows, plan=plan)
         _refuse_not_there(groups=groups)
+        loss_fn = reduced_loss(loss_fn, reduce=reduce, normalise=normalise)
         self.declared: DeclaredStep = declare(
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
             segments=segments, head=head, device=device,

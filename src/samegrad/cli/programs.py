@@ -25,7 +25,7 @@ from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, cou
 from samegrad.errors import BudgetTooSmall, CannotSplit, OverBudget, SamegradError, UsageError
 from samegrad.recipes import Program, Recipe, find_recipe, run_epochs
 from samegrad.recipes._recipe import CacheEmptying
-from samegrad.records import Counting
+from samegrad.records import Counting, Footprint, Plan
 from samegrad.store import (
     Checkpoint,
     model_into,
@@ -125,6 +125,9 @@ class RecipeTraining:
     @property
     def steps_done(self) -> int:
         return self.program.steps_done
+
+    def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
+        return self.program.told_of(plan, footprint)
 
     def limit(self, ticks: int) -> None:
         self.program.epochs = min(self.program.epochs, ticks)

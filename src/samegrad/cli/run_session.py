@@ -20,6 +20,7 @@ from samegrad.cli.measured import measured_footprint
 from samegrad.cli.options import Call
 from samegrad.cli.planned import Planned, plan_step
 from samegrad.cli.programs import advised, load_training
+from samegrad.cli.ranks import first_folder
 from samegrad.cli.run import RunOptions, config_text
 from samegrad.cli.run_health import peaks_of
 from samegrad.cli.run_memory import memory_notes, thrashing_line
@@ -148,7 +149,7 @@ def _given_plan(folder: RunFolder, options: RunOptions) -> Plan | None:
 
 
 def _resume(training: Training, folder: RunFolder, console: Console) -> None:
-    checkpoint = load_checkpoint(folder.checkpoints)
+    checkpoint = load_checkpoint(first_folder(folder.path) / folder.checkpoints.name)
     for sentence in (*checkpoint.warnings, *training.restore(checkpoint)):
         console.note(f"warning: {sentence}")
     dropped = folder.rewind_metrics(step=training.steps_done - 1)

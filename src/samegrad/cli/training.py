@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
 import samegrad as sg
 from samegrad.cli.run_story import PictureFile
 from samegrad.errors import BadInput
-from samegrad.records import Counting, StepResult
+from samegrad.records import Counting, Footprint, Plan, StepResult
 from samegrad.store import (
     Checkpoint,
     model_into,
@@ -76,6 +76,9 @@ class Training(Protocol):
     @property
     def steps_done(self) -> int: ...
 
+    def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
+        """What the program has to say of its plan, in lines for people."""
+
     def limit(self, ticks: int) -> None:
         """Makes the tick number ``ticks`` the last one."""
 
@@ -123,6 +126,9 @@ class FunctionTraining:
     @property
     def steps_done(self) -> int:
         return self._done
+
+    def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
+        return ()
 
     def limit(self, ticks: int) -> None:
         self._total = ticks if self._total is None else min(ticks, self._total)

@@ -152,7 +152,7 @@ def two_passes(
     with aliases.swapped() as swapped:
         gradients = sums_of(swapped)
         outputs, graphs = _first_pass(declared, forward, chunks(sizes), sizes, first_pass, kept)
-        loss, cotangents, owned, owned_totals = _loss_gradients(
+        loss, cotangents, owned, owned_totals = loss_gradients(
             declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters)),
             aliases.sharded_names(),
         )  # fmt: skip
@@ -173,18 +173,29 @@ def two_passes(
             mine = [None if c is None else c[part] for c in cotangents]
             second.run_once(chunk, forward.ids(part), [leaf[part] for leaf in rows], mine)
         totals, magnitudes = second.totals(), gradients.magnitudes()
-    parameters = list(aliases.parameters)
-    place = {id(p): i for i, p in enumerate(parameters)}
+    parameters = with_owned(aliases.parameters, totals, owned, owned_totals)
+    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.committed)
+
+
+def with_owned(
+    parameters: Sequence[nn.Parameter],
+    totals: list[Tensor | None],
+    owned: Sequence[nn.Parameter],
+    owned_totals: Sequence[Tensor | None],
+) -> list[nn.Parameter]:
+    """``parameters`` and after them those that only the loss owns, whose gradients are put into ``totals``."""
+    all_of_them = list(parameters)
+    place = {id(p): i for i, p in enumerate(all_of_them)}
     for parameter, total in zip(owned, owned_totals):
         index = place.get(id(parameter))
         if index is None:
-            parameters.append(parameter)
+            all_of_them.append(parameter)
             totals.append(total)
         else:
             # A parameter of the model that the loss uses as well: its gradient is the sum of both ways.
             before = totals[index]
             totals[index] = total if before is None else before.add_(total) if total is not None else before
-    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.committed)
+    return all_of_them
 
 
 def _first_pass(
@@ -210,7 +221,7 @@ def _first_pass(
                 continue
             announce(Phase.FORWARD)
             with torch.set_grad_enabled(index >= again or torch.is_grad_enabled()):
-                made = forward.first(_lasting(chunk) if index >= again else chunk, forward.ids(part))
+                made = forward.first(lasting(chunk) if index >= again else chunk, forward.ids(part))
             if index == 0:
                 outputs.allocate(made, sizes[0])
             _write(outputs, part, made)
@@ -226,12 +237,12 @@ def _write(outputs: program.OutputRows, part: slice, made: Any) -> None:
         place[part].copy_(leaf.detach())
 
 
-def _lasting(chunk: Any) -> Any:
+def lasting(chunk: Any) -> Any:
     """``chunk`` in memory of its own where the next one would be read into its place."""
     return trees.map_tensors(chunk, lambda leaf: leaf.clone() if leaf.device.type == "cuda" else leaf)
 
 
-def _loss_gradients(
+def loss_gradients(
     declared: DeclaredStep,
     outputs: program.OutputRows,
     batch: Any,

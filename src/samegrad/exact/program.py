@@ -260,6 +260,11 @@ def _bits(values: Tensor) -> Tensor:
     return torch.view_as_real(values).view(torch.int64) if whole is None else values.view(whole)
 
 
+def different_bits(again: Tensor, before: Tensor) -> Tensor:
+    """() int64: how many entries differ in any bit."""
+    return (_bits(again.detach()) != _bits(before)).sum()
+
+
 def second_pass_body(
     forward: Forward, mismatches: Tensor
 ) -> Callable[[Any, Tensor | None, Sequence[Tensor], Sequence[Tensor | None]], None]:
@@ -274,7 +279,7 @@ def second_pass_body(
         announce(Phase.FORWARD)
         leaves = tensors_in(forward(chunk, ids))
         for again, before in zip(leaves, first):
-            mismatches.add_((_bits(again.detach()) != _bits(before)).sum())
+            mismatches.add_(different_bits(again, before))
         backward_of_rows(leaves, cotangents)
 
     return body

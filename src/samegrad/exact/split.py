@@ -39,6 +39,8 @@ from samegrad.exact.ranks import Agreement
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.shared_leaves import stood_in
+from samegrad.exact.softmax_loss import SoftmaxLoss
+from samegrad.exact.softmax_passes import softmax_passes
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Before, Generators, ModuleState
 from samegrad.records import Phase
@@ -190,8 +192,9 @@ class SplitStep:
             head = trees.first_rows(batch, layout, rows)
             return arriving_chunks(self._all_chunks(head, dataclasses.replace(layout, rows=rows), some))
 
+        softmax = isinstance(self.declared.loss_fn, SoftmaxLoss)
         with self._inside(sizes, forward.draws):
-            return passes.two_passes(
+            return (softmax_passes if softmax else passes.two_passes)(
                 self.declared, self.aliases, forward, arriving(batch, layout, device), first_chunks, sizes, scale,
                 self.sums_of, first_pass=self.examination.first_pass, kept=min(self.kept, len(sizes)),
             )  # fmt: skip

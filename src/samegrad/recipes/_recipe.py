@@ -115,6 +115,10 @@ class Program(abc.ABC):
     def describe(self) -> list[str]:
         """The program in a few lines for people: data, model, objective, optimizer."""
 
+    def told_of(self, plan: sg.Plan, footprint: sg.Footprint) -> list[str]:
+        """What the program's document would say of the plan, in lines for people; asked once it is in force."""
+        return []
+
     def state(self) -> dict[str, Any]:
         """All that resuming needs beside the tensors of model, optimizer and ``best.weights()``; goes to JSON."""
         return {

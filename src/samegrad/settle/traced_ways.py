@@ -17,6 +17,7 @@ from torch import nn
 from samegrad import trees
 from samegrad.errors import BadInput
 from samegrad.exact.find_head import Head
+from samegrad.exact.softmax_loss import SoftmaxLoss
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.recompute import Recompute
 from samegrad.measure.events import Trace
@@ -116,6 +117,8 @@ def _way(
             _table(step, with_summed_gradients(traces[table.rows], lasting_bytes=shared), blocks) for table in tables
         ]
     whole = traces[step.layout.rows]
+    # Rows that go through a softmax leave nothing behind, and what the loss sees is as small as for one row.
+    streamed = isinstance(step.declared.loss_fn, SoftmaxLoss)
     last = max(operation.step for operation in whole.operations)
     return TracedWay(
         levers=levers,
@@ -125,8 +128,10 @@ def _way(
         chunk_seconds=_folding_seconds(step, gradient_bytes, len(parameters)),
         copied_bytes=_recurrent_bytes(step.declared.modules),
         arriving_row_bytes=0 if step.batch_stands_on_device else trees.row_bytes(step.batch, step.layout),
-        output_bytes=2 * look.output_row_bytes * step.layout.rows,
-        loss_bytes=loss_peak_bytes(whole, round_to=CUDA_BLOCK_BYTES) + look.output_row_bytes * step.layout.rows,
+        output_bytes=0 if streamed else 2 * look.output_row_bytes * step.layout.rows,
+        loss_bytes=0
+        if streamed
+        else loss_peak_bytes(whole, round_to=CUDA_BLOCK_BYTES) + look.output_row_bytes * step.layout.rows,
         optimizer_bytes=peak_by_phase(whole, round_to=CUDA_BLOCK_BYTES).get(Phase.OPTIMIZER, 0),
         optimizer_seconds=sum(
             seconds
