@@ -92,7 +92,9 @@ def test_two_passes_to_the_byte(kept: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"loss_fn": ignoring}, {"normalise": lambda batch: torch.ones_like(batch[1]).sum()}], ids=str
+    "options",
+    [{"loss_fn": ignoring}, {"normalise": lambda batch: torch.ones_like(batch[1]).sum()}],
+    ids=["loss_fn", "normalise"],
 )
 def test_counts_that_cannot_be_read_do_not_stop_a_trace(options: dict[str, Any]) -> None:
     declared, batch = declared_on(Words(), **options), words(ROWS)
