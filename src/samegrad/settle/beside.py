@@ -28,10 +28,10 @@ def followed_beside(
         return measurement
     footprint, layout = measurement.footprint, declared.layout(batch)
     try:
-        step = FollowedStep(declared, aliases, batch, layout, Target.at_hand(declared.device), measurement.ways)
-        look = look_at_step(declared, batch, layout)
+        target, look = Target.at_hand(declared.device), look_at_step(declared, batch, layout)
+        step = FollowedStep(declared, aliases, batch, layout, target, measurement.ways, look)
         plain = step.trace_whole({})
-        ways, refusals = traced_ways(step, plain, look)
+        ways, refusals = traced_ways(step, plain)
     except (CannotTrace, UsageError) as error:
         facts = footprint.facts | {"not followed": f"{error.found}; only what was probed is planned"}
         return dataclasses.replace(measurement, footprint=dataclasses.replace(footprint, facts=facts))
