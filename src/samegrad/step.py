@@ -305,8 +305,8 @@ class Step:
             # A warning, so that it is seen without any logging set up: nobody declared this number.
             _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)
         self._refresh_aliases()
-        measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget)
         options = Options(allow=self.allow)
+        measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget, options)
         plan, footprint, _ = settle(
             self.declared, self._aliases, measurement, batch, budget=self.budget, options=options
         )

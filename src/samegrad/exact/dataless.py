@@ -17,7 +17,7 @@ def has_data(tensor: Tensor) -> bool:
 
 
 def is_torchs_own(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is of no kind of its own: torch's plain one, a parameter, or what stands for one in a trace."""
+    """Whether ``tensor`` is of no kind of its own: torch's plain one, a parameter, or one's twin in a trace."""
     return type(tensor) in (Tensor, nn.Parameter) or _is_traced(tensor)
 
 

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep, Forward
 from samegrad.errors import UsageError
 from samegrad.exact.dataless import is_torchs_own
-from samegrad.levers._effects import effects_of, with_effect_of
 from samegrad.levers._lever import Execution, Slot
 from samegrad.records import Exactness, Footprint
 
@@ -49,14 +48,6 @@ class Layout:
     @classmethod
     def refusal(cls, footprint: Footprint) -> str | None:
         return footprint.refusals.get(cls.name)
-
-    @classmethod
-    def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
-        for effect in effects_of(cls.name, footprint):
-            yield cls(**effect.knobs)
-
-    def predict(self, footprint: Footprint) -> Footprint:
-        return with_effect_of(self.name, self.knobs(), footprint)
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
