@@ -12,7 +12,7 @@ from samegrad.errors import BadInput
 from samegrad.levers import Lever, PredictedLever, find_levers, find_whole_levers
 from samegrad.levers.host_rows import HostRows
 from samegrad.plan.predict import predict_plan
-from samegrad.plan.traced import Candidate
+from samegrad.plan.traced import Candidate, predict_traced
 from samegrad.records import Exactness, Footprint, Plan
 from samegrad.units import format_bytes, format_seconds
 
@@ -88,7 +88,10 @@ class Reasons:
             found = predict_plan(self.footprint, levers)
         except BadInput:
             return "what it would save was not measured"
-        less = self._plain.peak_allocated_bytes - found.peak_allocated_bytes
+        # Traces count tensors; what the plain step is said to need has its libraries' workspaces in it.
+        plain = predict_traced(self.footprint, {}) if predict_traced(self.footprint, levers) is not None else None
+        plain_bytes = self._plain.peak_allocated_bytes if plain is None else plain.peak_bytes
+        less = plain_bytes - found.peak_allocated_bytes
         saves = f"saves {format_bytes(less)}" if less >= 0 else f"takes {format_bytes(-less)} more"
         basis = "measured" if any(way.levers == levers for way in self.footprint.probed) else "predicted"
         return f"by itself it {saves}{_cost(self._plain.seconds, found.seconds)} ({basis})"

@@ -67,7 +67,7 @@ def predict_traced(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> F
     blocks = levers[Recompute.name]["blocks"] if Recompute.name in levers else []
     sizes = chunk_sizes(rows, footprint.batch_rows)
     stages = _stages_of(way.tables[0], blocks)
-    if stages is None:
+    if stages is None or (len(sizes) > 1 and not _has_chunks(way)):
         return None
     return FollowedPlan(*_predicted(way, footprint, sizes, stages), way.pinned_bytes(rows=max(sizes)))
 
@@ -79,7 +79,7 @@ def _of_way(
     recomputes = Recompute.refusal(footprint) is None
     for rows in _rows_to_try(way, footprint, options):
         sizes = chunk_sizes(rows, footprint.batch_rows)
-        if (len(sizes) > 1 and not splits) or not has_room(way, budget, max(sizes)):
+        if (len(sizes) > 1 and not (splits and _has_chunks(way))) or not has_room(way, budget, max(sizes)):
             continue
         tables = way.later_tables if len(sizes) > 1 and way.later_tables else way.tables
         table = _table_for(tables, max(sizes))
@@ -88,6 +88,11 @@ def _of_way(
             peak_bytes, seconds = _predicted(way, footprint, sizes, choice.stages, solved)
             split = [SplitRows(rows)] if len(sizes) > 1 else []
             yield Candidate(seconds, peak_bytes, (*_levers_of(way), *split, *_recompute(table, choice)))
+
+
+def _has_chunks(way: TracedWay) -> bool:
+    """Whether it was followed on fewer rows than the batch's as well."""
+    return len(way.tables) > 1
 
 
 def _rows_to_try(way: TracedWay, footprint: Footprint, options: Options) -> list[int | list[int]]:

@@ -1,8 +1,8 @@
 """The step followed under levers that leave its chunks as they are, where a budget does not hold the plain step.
 
-Each is followed on the whole batch, and on part of it where rows are split; at other rows its storages lie on lines, as
-those of the plain step do. Optimizer state on the host changes what is resident and nothing else, so one trace of it
-serves every other way as well. What can be chosen only together with another lever is followed with it.
+Each is followed on the whole batch, and, where rows may be split beside it, on part of it; at other rows its storages
+lie on lines, as those of the plain step do. Optimizer state on the host changes what is resident and nothing else, so
+one trace of it serves every other way as well. What can be chosen only together with another lever is followed with it.
 """
 
 from __future__ import annotations
@@ -74,10 +74,12 @@ def lever_sets(offered: Levers, followed: list[Levers]) -> Iterator[Levers]:
 
 def _followed(step: FollowedStep, levers: Levers) -> TracedWay:
     whole = step.trace_whole(levers)
-    traces = traces_under(step, levers, whole) if step.ways.by_rows is not None else {step.layout.rows: whole}
-    # What leaves for the host need not be made again.
+    # What leaves for the host need not be made again, and costs the link as much in chunks as at once. (Which tensors
+    # are large enough to leave differs from rows to rows, so that each number of them would be a trace of its own.)
     leaves = any(find_levers()[name].slot is Slot.SAVED for name in levers)
-    return way_of(step, levers, traces, [] if leaves else step.blocks)
+    if leaves or step.ways.by_rows is None:
+        return way_of(step, levers, {step.layout.rows: whole}, [] if leaves else step.blocks)
+    return way_of(step, levers, traces_under(step, levers, whole), step.blocks)
 
 
 def _with_state_on_host(step: FollowedStep, ways: tuple[TracedWay, ...]) -> Iterator[TracedWay]:
