@@ -59,7 +59,8 @@ class Step:
     ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere; without it they are
     found. ``head`` names the nn.Linear whose logits only the loss takes, where it is not the last one: a plan may then
     run that loss in chunks, and with ``rows`` it does. ``groups`` is refused until the lever behind it exists;
-    ``expected_steps`` and ``host_budget`` are recorded for the levers that will use them.
+    ``expected_steps`` is recorded for the levers that will use it. ``host_budget``: what plans may pin on the host, by
+    default what is free there.
     """
 
     def __init__(

@@ -14,12 +14,13 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step, in_force
 from samegrad.levers._variants import variant_in
+from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
-from samegrad.measure.probe import measure_rung, measure_whole
+from samegrad.measure.probe import OptimizerTurn, measure_rung, measure_whole
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Counting, Footprint, PhaseLaw, Plan
+from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
 from samegrad.settle.probing import Measurement
 from samegrad.units import format_bytes
 
@@ -65,7 +66,7 @@ def settle(
         parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
         with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):
             chunked = dataclasses.replace(chunked, declared=running.declared)
-            rung = measure_rung(chunked, batch, layout, parts, turn=measurement.turn)
+            rung = measure_rung(chunked, batch, layout, parts, turn=_turn_of(plan, measurement))
         # Not there to be measured: what the loss keeps of rows that were left out.
         laws = _laws_of(plan, footprint)
         unseen = 0
@@ -98,11 +99,19 @@ def _whole_if_close(
     with in_force(plan, declared, layout.rows) as execution, counters.capped(declared.device, most_bytes):
         rung = measure_whole(
             execution.declared, batch, layout, StepDraws(measurement.ways.sites),
-            turn=measurement.turn,
+            turn=_turn_of(plan, measurement),
         )  # fmt: skip
     if rung is None:
         return "out of memory"
     return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
+
+
+def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:
+    """What the optimizer takes under ``plan``: where its state waits on the host, all of it comes for its turn."""
+    if OptimizerState.name not in plan.levers:
+        return measurement.turn
+    state_bytes = measurement.footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
+    return OptimizerTurn(0, measurement.turn.temporary_bytes + state_bytes)
 
 
 def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:
