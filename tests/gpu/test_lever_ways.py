@@ -1,4 +1,4 @@
-"""Levers that leave the chunks as they are, chosen and settled on a real card: within the budget, the plain gradients."""
+"""Levers that leave the chunks as they are, chosen and settled on a real card, within the budget."""
 
 from __future__ import annotations
 
