@@ -74,8 +74,8 @@ class Step:
     ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere; without it they are
     found. ``head`` names the nn.Linear whose logits only the loss takes, where it is not the last one: a plan may then
     run that loss in chunks, and with ``rows`` it does. ``expected_steps``: how many steps the plan is for, which
-    decides whether compiling pays. ``groups`` is refused until the lever behind it exists; ``host_budget`` is recorded
-    for the levers that will use it.
+    decides whether compiling pays. ``groups`` is refused until the lever behind it exists. ``host_budget``: what plans
+    may pin on the host, by default what is free there.
     """
 
     def __init__(
@@ -357,8 +357,8 @@ class Step:
             # A warning, so that it is seen without any logging set up: nobody declared this number.
             _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)
         self._refresh_aliases()
-        measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget)
         options = Options(allow=self.allow, expected_steps=self.expected_steps)
+        measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget, options)
         given = self.declared, self._aliases, measurement, batch
         plan, footprint, _ = settle(*given, budget=self.budget, options=options)
         plan = quicker_plan(*given, plan, budget=self.budget, options=options)

@@ -103,7 +103,8 @@ def test_what_a_search_says_of_a_plan_is_what_is_predicted_of_it() -> None:
         _, footprint = followed(name)
         for candidate in traced_candidates(footprint, Options()):
             predicted = predict_traced(footprint, levers_of(candidate))
-            assert predicted == (candidate.peak_bytes, pytest.approx(candidate.seconds))
+            assert predicted is not None
+            assert predicted[:2] == (candidate.peak_bytes, pytest.approx(candidate.seconds))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "no optimizer"])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # Its import draws from Python's generator: here that comes before the seeds, and is none of the program's draws.
-import rich.console  # noqa: F401
+import rich.console  # noqa: F401 - for what its import does
 import torch
 
 import samegrad as sg

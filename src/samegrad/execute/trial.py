@@ -20,10 +20,11 @@ from samegrad.errors import CannotSplit
 from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import chosen_rows
-from samegrad.exact.probes import PROBE_ROWS, close
+from samegrad.exact.probes import PROBE_ROWS
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import as_runs
 from samegrad.exact.rounding import eps_in_use
+from samegrad.exact.row_comparisons import close
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed

@@ -89,7 +89,11 @@ class Execution:
 
 
 class Lever(Protocol):
-    """What every lever file brings, as a frozen dataclass."""
+    """What every lever file brings, as a frozen dataclass.
+
+    One that changes the chunks also predicts itself, a ``PredictedLever``. One that leaves them as they are is followed
+    or probed under the knobs that it has by default, and predicted by that.
+    """
 
     name: ClassVar[str]
     slot: ClassVar[Slot]
@@ -100,6 +104,17 @@ class Lever(Protocol):
         """Why this step cannot take the lever, with the place, or None."""
         ...
 
+    def apply(self, execution: Execution) -> AbstractContextManager[Execution]:
+        """The execution with this lever in force; leaving the block undoes everything, on every way out."""
+        ...
+
+    def knobs(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class PredictedLever(Lever, Protocol):
+    """A lever that is predicted by laws of its own, on top of those of the plain step."""
+
     @classmethod
     def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
         """Knob settings worth trying under a budget, fastest first."""
@@ -108,12 +123,6 @@ class Lever(Protocol):
     def predict(self, footprint: Footprint) -> Footprint:
         """The footprint with this lever taken."""
         ...
-
-    def apply(self, execution: Execution) -> AbstractContextManager[Execution]:
-        """The execution with this lever in force; leaving the block undoes everything, on every way out."""
-        ...
-
-    def knobs(self) -> dict[str, Any]: ...
 
 
 @runtime_checkable

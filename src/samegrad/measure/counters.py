@@ -105,6 +105,9 @@ def read_budget(asked: str | int | None, device: torch.device, *, host: str | in
     else:
         amount, source = asked_bytes(asked, lambda: total_bytes(device))
     host_bytes = parse_bytes(host, option="host_budget") if isinstance(host, str) else host
+    if host_bytes is None and device.type == "cuda":
+        # What plans pin there cannot be swapped out.
+        host_bytes = int(read_host_memory().available_bytes * (1 - _FREE_MARGIN))
     name = device_name(device)
     return Budget(total_bytes=amount, device=name, counting=counting, source=source, host_bytes=host_bytes)
 

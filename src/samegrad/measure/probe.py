@@ -169,6 +169,15 @@ def probe_plain(
         return _probed(declared, batch, run, [batch_rows], timed_runs)
 
 
+def time_plain(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int, draws: StepDraws | None = None
+) -> float:
+    """Seconds of the plain step on the first ``batch_rows`` rows: the shortest of a few runs."""
+    with _plain_run(declared, batch, layout, batch_rows, draws) as run, step_undisturbed(declared):
+        run()
+        return min(timed(run, declared.device) for _ in range(_TIMED_RUNS))
+
+
 @contextlib.contextmanager
 def _plain_run(
     declared: DeclaredStep, batch: Any, layout: RowLayout, batch_rows: int, draws: StepDraws | None

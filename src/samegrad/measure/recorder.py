@@ -72,7 +72,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self._dispatch = dispatch
         self._device_type = dispatch.device.type
-        self._twins = twins
+        self.twins = twins
         self._paths = paths
         self._gradients_of = list(gradients_of)
         self._modules = [""]
@@ -204,8 +204,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         """``tensor``, or its twin where it has data; on the device such a twin has stood before the step."""
         if isinstance(tensor, FakeTensor):
             return tensor
-        known = self._twins.known(tensor)
-        twin = self._twins.of(tensor, "a tensor that the step brings from elsewhere") if known is None else known
+        known = self.twins.known(tensor)
+        twin = self.twins.of(tensor, "a tensor that the step brings from elsewhere") if known is None else known
         storage = twin.untyped_storage()
         if known is None and twin.device.type == self._device_type and storage._cdata not in self._known:
             number = self._number(storage.nbytes(), Category.BUFFERS)
@@ -235,6 +235,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
                 cost.dtype,
                 cost.kernels,
                 kernel_shapes.shape_of(func, args),
+                _bus_bytes(func, given),
             )
         )
         category = _BORN_IN[self.phase]
@@ -283,6 +284,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
     def _free(self, key: int) -> None:
         _, number = self._known.pop(key)
         self._events.append((number, -self._sizes_bytes[number], len(self.operations) - 1))
+
+
+def _bus_bytes(func: Any, given: list[Tensor]) -> int:
+    """What a copy in place brings to the device, or, below 0, to the host. Rows that arrive come in other ways."""
+    if func is not torch.ops.aten.copy_.default or len(given) < 2 or given[0].device.type == given[1].device.type:
+        return 0
+    size = given[0].numel() * given[0].itemsize
+    return -size if given[0].device.type == "cpu" else size
 
 
 def _memory_of(tensors: Iterable[Tensor]) -> set[int]:

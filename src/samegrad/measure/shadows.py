@@ -30,6 +30,7 @@ _SLOTS = (
     "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
     "_backward_pre_hooks",
 )  # fmt: skip
+_HOOKS_OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 # Path and module.
 NamedModules = list[tuple[str, nn.Module]]
@@ -106,6 +107,11 @@ class Twins:
 
     def known(self, tensor: Tensor) -> Tensor | None:
         return self._of[id(tensor)][1] if id(tensor) in self._of else None
+
+    def forget_replaced(self) -> None:
+        """Memory in whose place every twin that lay in it has been given other memory goes."""
+        used = {twin.untyped_storage()._cdata for _, twin in self._of.values()}
+        self._memory = {key: whole for key, whole in self._memory.items() if whole.untyped_storage()._cdata in used}
 
     def restore_gradients(self) -> None:
         """A parameter that is reached past its slot has received one without data."""
@@ -215,6 +221,9 @@ def copied_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     own = {key: value for key, value in vars(optimizer).items() if key not in vars(copied) and key != "step"}
     vars(copied).update(own)
     copied.state = collections.defaultdict(dict)
+    for name in _HOOKS_OF_OPTIMIZERS:
+        # Those that the copy gets are its own.
+        vars(copied)[name] = vars(optimizer).get(name, {}).copy()
     return copied
 
 

@@ -24,7 +24,8 @@ from samegrad.settle.beside import followed_beside
 from samegrad.settle.following import follow
 from samegrad.settle.further import smaller_plans
 from samegrad.settle.ladder import settle
-from samegrad.settle.on_card import footprint_of, settle_on_card
+from samegrad.settle.on_card import footprint_of, settle_on_card, with_levers_on_card
+from samegrad.settle.probed_ways import with_probed_ways
 from samegrad.settle.probing import Measurement, aliases_for, measure
 from samegrad.settle.quicker import quicker_plan
 
@@ -88,13 +89,17 @@ def _is_card(device: torch.device | str | None, declared: DeclaredStep) -> bool:
     )
 
 
-def measure_for(declared: DeclaredStep, batch: Any, aliases: ParameterAliases, budget: Budget) -> Measurement:
-    """The measurement that a plan within ``budget`` is chosen from: followed too where the plain step is too much."""
+def measure_for(
+    declared: DeclaredStep, batch: Any, aliases: ParameterAliases, budget: Budget, options: Options
+) -> Measurement:
+    """The measurement that a plan within ``budget`` is chosen from: where the plain step is too much, the step is also
+    probed under levers that leave its chunks as they are, and followed."""
     measurement = measure(declared, batch, aliases)
     footprint = measurement.footprint
     if footprint.predicted_peak_bytes(rows=footprint.batch_rows) <= usable_bytes(budget):
         return measurement
-    return followed_beside(declared, aliases, measurement, batch)
+    measurement = with_probed_ways(declared, aliases, measurement, batch, budget, options)
+    return followed_beside(declared, aliases, measurement, batch, budget, options)
 
 
 def settle_plan(
@@ -123,7 +128,8 @@ def settle_plan(
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow, expected_steps=expected_steps)
-    given = declared, aliases_for(declared), measure_for(declared, batch, aliases_for(declared), limit), batch
+    measurement = measure_for(declared, batch, aliases_for(declared), limit, options)
+    given = declared, aliases_for(declared), measurement, batch
     plan, footprint, _ = settle(*given, budget=limit, options=options)
     return quicker_plan(*given, plan, budget=limit, options=options), footprint
 
@@ -153,6 +159,7 @@ def plan_ahead(
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
     followed, footprint = follow(declared, aliases_for(declared), batch, target)
+    footprint = with_levers_on_card(followed, footprint, budget=limit, options=options)
     plan, predicted = settle_on_card(followed, footprint, budget=limit, options=options)
     return Ahead(dataclasses.replace(plan, signature=declared.signature(batch)), footprint, predicted)
 

@@ -14,12 +14,13 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step, in_force, programs_of
 from samegrad.levers._variants import variant_in
+from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
-from samegrad.measure.probe import Rung, measure_rung, measure_whole
+from samegrad.measure.probe import OptimizerTurn, Rung, measure_rung, measure_whole
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Counting, Footprint, PhaseLaw, Plan
+from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
 from samegrad.settle.probing import Measurement
 from samegrad.units import format_bytes
 
@@ -104,7 +105,7 @@ def measured(
         programs = programs_of(running)
         chunked = chunked_step(running, aliases, measurement.ways, stream_chunks, programs)
         try:
-            rung = measure_rung(chunked, batch, layout, parts, turn=measurement.turn)
+            rung = measure_rung(chunked, batch, layout, parts, turn=_turn_of(plan, measurement))
         finally:
             # Graphs would hold their pools until somebody collects cycles.
             programs.close()
@@ -131,11 +132,19 @@ def _whole_if_close(
     with in_force(plan, declared, layout.rows) as execution, counters.capped(declared.device, most_bytes):
         rung = measure_whole(
             execution.declared, batch, layout, StepDraws(measurement.ways.sites),
-            turn=measurement.turn,
+            turn=_turn_of(plan, measurement),
         )  # fmt: skip
     if rung is None:
         return "out of memory"
     return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
+
+
+def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:
+    """What the optimizer takes under ``plan``: where its state waits on the host, all of it comes for its turn."""
+    if OptimizerState.name not in plan.levers:
+        return measurement.turn
+    state_bytes = measurement.footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
+    return OptimizerTurn(0, measurement.turn.temporary_bytes + state_bytes)
 
 
 def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:
