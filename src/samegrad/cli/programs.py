@@ -135,7 +135,12 @@ class RecipeTraining:
             self._emptied.seconds += epoch.empty_cache_seconds
             self._emptied.given_back_bytes += epoch.given_back_bytes
             last = epoch.stopped or self.done >= self.program.epochs
-            yield Tick(results=epoch.steps, validation_loss=epoch.validation, last=last)
+            yield Tick(
+                results=epoch.steps,
+                validation_loss=epoch.validation,
+                last=last,
+                validation_parts=epoch.validation_parts,
+            )
 
     def tensors(self) -> Mapping[str, Mapping[str, Any]]:
         optimizer, _ = optimizer_to_tensors(self.program.optimizer)

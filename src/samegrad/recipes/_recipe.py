@@ -53,7 +53,8 @@ class CommonOptions:
 class EpochResult:
     """One epoch: its optimizer steps, the validation value after them, and whether training ends here.
 
-    ``improved``: the validation value is the best so far. ``empty_cache_seconds`` and ``given_back_bytes`` are what
+    ``improved``: the validation value is the best so far. ``validation_parts``: what that value is made of, by name,
+    where the program says it. ``empty_cache_seconds`` and ``given_back_bytes`` are what
     ``--empty_cache`` cost and gave back to the driver.
     """
 
@@ -63,6 +64,7 @@ class EpochResult:
     improved: bool
     stopped: bool
     seconds: float
+    validation_parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
     empty_cache_seconds: float = 0.0
     given_back_bytes: int = 0
 
@@ -102,6 +104,10 @@ class Program(abc.ABC):
     def validate(self) -> float | None:
         """The value that early stopping watches (smaller is better), or None."""
         return None
+
+    def validation_parts(self) -> Mapping[str, float]:
+        """What the latest validation value is made of, by name; empty where it is one thing."""
+        return {}
 
     @abc.abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -199,6 +205,7 @@ def _run_epoch(program: Program, counter: Any) -> EpochResult:
         improved=value is not None and program.best.waited == 0,
         stopped=program.stopped,
         seconds=time.perf_counter() - start,
+        validation_parts=program.validation_parts(),
         empty_cache_seconds=emptying.seconds,
         given_back_bytes=emptying.given_back_bytes,
     )
