@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.recipes.flow_style.calling import Calling
 from samegrad.recipes.flow_style.data import ROW_AXES, ROW_FIELDS, Drawing, Latents, StyleBatch, draw_batch
-from samegrad.recipes.flow_style.losses import Energy, forward
+from samegrad.recipes.flow_style.losses import Energy
 from samegrad.recipes.flow_style.model import StyleFlow, make_flow
 from samegrad.recipes.flow_style.plans import step_blocks
 
@@ -22,6 +23,7 @@ ODE_STEPS = 3
 ENERGY = Energy(patch_sizes=(3, 5), size_weights=(1.0, 0.5), velocity_weight=0.3, style_weights=(1.0, 1.7))
 DRAWING = Drawing(rows=ROWS, label_drop_probability=0.4, patch_sizes=(3, 5), projections=ROWS, max_samples=200)
 
+forward = Calling()
 Gradients = Mapping[str, Tensor]
 
 

@@ -23,7 +23,7 @@ from samegrad.cli.run_story import PictureFile
 from samegrad.cli.target import FunctionTarget, Target
 from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, counting_of
 from samegrad.errors import BudgetTooSmall, CannotSplit, OverBudget, SamegradError, UsageError
-from samegrad.recipes import Program, Recipe, find_recipe, run_epochs
+from samegrad.recipes import Program, Recipe, find_health, find_recipe, run_epochs
 from samegrad.recipes._recipe import CacheEmptying
 from samegrad.records import Counting
 from samegrad.store import (
@@ -159,6 +159,9 @@ class RecipeTraining:
 
     def finish(self, folder: Path) -> Outcome:
         written = self.program.write(folder)
+        health = find_health(self.recipe.name)
+        # Where a recipe knows what its figures speak for, that is told, and not all there is to say.
+        advice = self.recipe.troubleshooting if health is None else health.advise(folder)
         return Outcome(
             metrics=self.program.evaluate(),
             pictures=tuple(
@@ -167,7 +170,7 @@ class RecipeTraining:
                 if path.suffix in (".png", ".svg")
             ),
             notes=(*self.program.describe(), *self._told_of_emptying()),
-            troubleshooting=self.recipe.troubleshooting,
+            troubleshooting=advice,
         )
 
     def _told_of_emptying(self) -> list[str]:

@@ -45,6 +45,16 @@ class StyleBatch(NamedTuple):
     directions: tuple[Tensor, ...]
     positions: Tensor | None
 
+    def to(self, device: torch.device) -> StyleBatch:
+        """The batch on ``device``."""
+        rows = {name: getattr(self, name).to(device) for name in ROW_FIELDS}
+        return self._replace(
+            **rows,
+            places=tuple(tensor.to(device) for tensor in self.places),
+            directions=tuple(tensor.to(device) for tensor in self.directions),
+            positions=None if self.positions is None else self.positions.to(device),
+        )
+
 
 ROW_FIELDS = StyleBatch._fields[:6]
 # Where rows are in a StyleBatch: what is shared could have as many entries as there are rows.

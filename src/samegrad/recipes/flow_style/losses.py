@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,9 +141,3 @@ class Energy:
             weights = torch.tensor(self.style_weights, dtype=wide.dtype, device=wide.device)
             distance = distance * weights[batch.target_style].mean()
         return distance, self_similarity_distance(wide, batch.source, batch.positions).mean()
-
-
-def forward(model: Any, batch: StyleBatch) -> Styled:
-    """How the flow is called on a batch or some of its rows."""
-    styled: Styled = model(batch.noised, batch.start, batch.target_style, batch.dropped)
-    return styled

@@ -9,6 +9,7 @@ weights, so that each can be named: a plan may run steps 0 to 4 again in backwar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -156,7 +157,13 @@ class EulerStep(nn.Module):
         self.index = index
 
     def forward(
-        self, network: nn.Module, x: Tensor, energy: Tensor, start: Tensor, step_size: Tensor, style: Tensor
+        self,
+        network: Callable[..., Tensor],
+        x: Tensor,
+        energy: Tensor,
+        start: Tensor,
+        step_size: Tensor,
+        style: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """x and the summed mean squared velocity (B,) one step on; start and step_size: (B,)."""
         velocity = network(x, start + self.index * step_size, style)
@@ -189,9 +196,18 @@ class StyleFlow(nn.Module):
         self.checkpoint_every = checkpoint_every
 
     def forward(
-        self, x: Tensor, start: Tensor, style_ids: Tensor, dropped: Tensor | None = None
+        self,
+        x: Tensor,
+        start: Tensor,
+        style_ids: Tensor,
+        dropped: Tensor | None = None,
+        network: Callable[..., Tensor] | None = None,
     ) -> Styled:
-        """x: (B, 4, H, W) at time start (B,); style_ids (B,) int64; dropped (B,) bool: rows that lose their style."""
+        """x: (B, 4, H, W) at time start (B,); style_ids (B,) int64; dropped (B,) bool: rows that lose their style.
+
+        ``network``: what gives the velocity in the place of the model's own, such as the same one compiled.
+        """
+        network = self.network if network is None else network
         style = self.network.condition.style_of(style_ids, dropped)
         step_size = (1 - start) / len(self.steps)
         state = (x, torch.zeros_like(start))
@@ -201,18 +217,26 @@ class StyleFlow(nn.Module):
             if every and torch.is_grad_enabled():
                 # Nothing is drawn in a step, so no generator's state need be kept.
                 state = checkpoint(
-                    self._through, steps, *state, start, step_size, style, use_reentrant=False, preserve_rng_state=False
-                )
+                    self._through, network, steps, *state, start, step_size, style,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             else:
-                state = self._through(steps, *state, start, step_size, style)
+                state = self._through(network, steps, *state, start, step_size, style)
         x, energy = state
         return Styled(x, energy / len(self.steps))
 
     def _through(
-        self, steps: nn.ModuleList, x: Tensor, energy: Tensor, start: Tensor, step_size: Tensor, style: Tensor
+        self,
+        network: Callable[..., Tensor],
+        steps: nn.ModuleList,
+        x: Tensor,
+        energy: Tensor,
+        start: Tensor,
+        step_size: Tensor,
+        style: Tensor,
     ) -> tuple[Tensor, Tensor]:
         for step in steps:
-            x, energy = step(self.network, x, energy, start, step_size, style)
+            x, energy = step(network, x, energy, start, step_size, style)
         return x, energy
 
 

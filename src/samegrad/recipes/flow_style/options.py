@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import samegrad as sg
 from samegrad.recipes._recipe import CommonOptions
@@ -29,7 +29,8 @@ _BUNDLED_STEPS_PER_EPOCH = 10
 class FlowStyleOptions(CommonOptions):
     """The keys of the document's config.json, with its values, and those of the data."""
 
-    config_sections: ClassVar[tuple[str, ...]] = CONFIG_SECTIONS
+    # Without a type, so that it is no option itself.
+    config_sections = CONFIG_SECTIONS
 
     batch_size: int | None = None
     """With accumulation_steps, the logical batch. Unset: the document's 32, or 8 for the bundled pictures."""

@@ -6,10 +6,9 @@ all of them, so it is computed once, on all rows; chunks of rows and ODE steps t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.recipes._recipe import Program, Recipe
+from samegrad.recipes._recipe import Cell, Program, Recipe
 
 from . import data
+from .calling import Calling, CompiledCalling, autocast
 from .judging import Judgement, judge_styled
-from .losses import Energy, forward
+from .losses import Energy
 from .model import Styled, StyleFlow, make_flow
 from .options import FlowStyleOptions
 from .plans import planned_step
 from .results import write_results
 from .sampling import Sampler
 from .splits import INSTALL, Splits, open_splits
-from .table import table
+from .table import rows_of_table
 
 # Beside the options' seed and the epoch, so that no two uses share draws.
 _TRAINING, _VALIDATION, _STYLING = 0, 1, 2
@@ -42,6 +42,7 @@ class FlowStyleProgram(Program):
     options: FlowStyleOptions
     splits: Splits
     energy: Energy
+    calling: Calling
     _parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def batches(self, epoch: int) -> Iterator[data.StyleBatch]:
@@ -77,6 +78,7 @@ class FlowStyleProgram(Program):
             "swd_identity": found.identity_swd, "ssm_identity": found.identity_ssm,
             "swd_shuffled": found.shuffled_swd, "ssm_shuffled": found.shuffled_ssm,
             "held_out_latents": len(self.splits.held_out),
+            **self.calling.counts(),
         }  # fmt: skip
 
     def judge(self) -> Judgement:
@@ -99,7 +101,12 @@ class FlowStyleProgram(Program):
     def write(self, folder: Path) -> list[Path]:
         try:
             return write_results(
-                self.model, folder, restyle=self.restyled, splits=self.splits, options=self.options
+                self.model,
+                folder,
+                restyle=self.restyled,
+                splits=self.splits,
+                base_channels=self.options.size("base_channels"),
+                sampler=sampler_of(self.options),
             )
         except ModuleNotFoundError as error:
             raise sg.EnvironmentProblem(asked="the pictures of the run", found=str(error), do=INSTALL) from None
@@ -135,8 +142,7 @@ class FlowStyleProgram(Program):
     def _flow(self, rows: data.StyleBatch) -> Tensor:
         """Styled latents of some rows of a batch on the host, by the flow as it is trained."""
         device = self.step.declared.device
-        moved = rows._replace(**{name: getattr(rows, name).to(device) for name in data.ROW_FIELDS})
-        styled: Styled = flow_forward(self.options.dtype)(self.model, moved)
+        styled: Styled = self.calling(self.model, rows.to(device))
         return styled.latents.to("cpu", rows.source.dtype)
 
 
@@ -165,8 +171,9 @@ def build(options: FlowStyleOptions) -> FlowStyleProgram:
     batch = data.draw_batch(
         splits.training, drawing_of(options), earliest=0.0, seed=(options.random_seed, _TRAINING, 0, 0)
     )
+    calling = calling_of(options, model)
     declare = functools.partial(
-        sg.Step, model, energy, optimizer=optimizer, forward=flow_forward(options.dtype), batch_axes=data.ROW_AXES
+        sg.Step, model, energy, optimizer=optimizer, forward=calling, batch_axes=data.ROW_AXES
     )
     return FlowStyleProgram(
         step=planned_step(options, model, declare, batch),
@@ -178,6 +185,7 @@ def build(options: FlowStyleOptions) -> FlowStyleProgram:
         options=options,
         splits=splits,
         energy=energy,
+        calling=calling,
     )
 
 
@@ -217,6 +225,16 @@ def drawing_of(options: FlowStyleOptions) -> data.Drawing:
     )
 
 
+def calling_of(options: FlowStyleOptions, model: StyleFlow) -> Calling:
+    """How the flow is called under ``options``."""
+    if not options.use_compile:
+        return Calling(options.dtype)
+    return CompiledCalling(
+        options.dtype, model.network, mode=options.compile_mode, fullgraph=options.fullgraph,
+        recompile_limit=options.cache_size_limit,
+    )  # fmt: skip
+
+
 def sampler_of(options: FlowStyleOptions) -> Sampler:
     """How held-out latents are styled under ``options``, and by default those of inference."""
     return Sampler(
@@ -227,21 +245,9 @@ def sampler_of(options: FlowStyleOptions) -> Sampler:
     )
 
 
-def flow_forward(dtype: str) -> Any:
-    """How the flow is called on a batch: plainly, or under autocast; the losses are wide either way."""
-    if dtype != "bfloat16":
-        return forward
-
-    def under_autocast(model: nn.Module, batch: data.StyleBatch) -> Styled:
-        with autocast(dtype, batch.noised.device):
-            return forward(model, batch)
-
-    return under_autocast
-
-
-def autocast(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The block that ``dtype`` asks for: bfloat16 over float32 weights, or nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+def table(options: FlowStyleOptions) -> Sequence[Mapping[str, Cell]]:
+    """The document's tables with our figures beside its own."""
+    return rows_of_table(options, energy_of(options))
 
 
 RECIPE = Recipe(
