@@ -10,8 +10,16 @@ import importlib
 from pathlib import Path
 
 import samegrad as sg
-from samegrad.recipes._health import Answer, Finding, Health
-from samegrad.recipes._recipe import CommonOptions, EpochResult, Program, Recipe, run_epochs
+from samegrad.recipes._recipe import (
+    Answer,
+    CommonOptions,
+    EpochResult,
+    Finding,
+    Health,
+    Program,
+    Recipe,
+    run_epochs,
+)
 
 __all__ = [
     "Answer",

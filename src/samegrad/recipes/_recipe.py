@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import enum
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import samegrad as sg
 
@@ -157,6 +158,37 @@ class Recipe:
     table: Callable[[Any], Sequence[Mapping[str, Cell]]]
     pins: Mapping[str, str]
     troubleshooting: tuple[str, ...]
+
+
+class Answer(enum.Enum):
+    OK = "ok"
+    FAILS = "fails"
+    UNKNOWN = "unknown"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One check: its answer, the numbers behind it, and what to do when it fails."""
+
+    name: str
+    answer: Answer
+    detail: str
+    do: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return {"name": self.name, "answer": self.answer.value, "detail": self.detail, "do": self.do}
+
+
+class Health(Protocol):
+    """The module ``health.py`` of a recipe that can judge its own runs; without torch, for ``doctor --run``."""
+
+    def examine(self, folder: Path) -> tuple[Finding, ...]:
+        """The findings of the recipe's own document on the run in ``folder``."""
+        ...
+
+    def advise(self, folder: Path) -> tuple[str, ...]:
+        """What the run's measurements give reason to change, each with the figure that does."""
+        ...
 
 
 def run_epochs(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from samegrad.recipes._health import Answer, Finding
+from samegrad.recipes._recipe import Answer, Finding
 
 from .history import History, read_document, read_history
 from .options import FlowStyleOptions
