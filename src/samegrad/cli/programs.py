@@ -67,8 +67,9 @@ def load_training(target: Target, call: Call) -> Training:
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
     if find_card_asked(options.device) is not None:
-        # A card may be elsewhere; the model is made here.
-        options = dataclasses.replace(options, device="cpu")
+        # A card may be elsewhere; the model is made here, and the budget is the card's affair.
+        here = dataclasses.replace(options, device="cpu", budget=None)
+        return RecipeTraining(recipe, recipe.build(here), budget=options.budget)
     return RecipeTraining(recipe, recipe.build(options))
 
 
@@ -95,10 +96,9 @@ class RecipeTraining:
     """A recipe's program, one epoch a tick."""
 
     unit = "epoch"
-    budget: str | None = None
 
-    def __init__(self, recipe: Recipe, program: Program) -> None:
-        self.title, self.recipe, self.program = recipe.name, recipe, program
+    def __init__(self, recipe: Recipe, program: Program, *, budget: str | None = None) -> None:
+        self.title, self.recipe, self.program, self.budget = recipe.name, recipe, program, budget
         self._batch = next(iter(program.batches(0)))
         self._emptied = CacheEmptying()
 
