@@ -1,7 +1,7 @@
 """Pictures of two styles without a network: what scikit-image and scikit-learn ship, cut into square crops.
 
     photograph   astronaut, coffee, chelsea, motorcycle, rocket; china, flower
-    histology    ihc: stained tissue under a microscope, violet and brown
+    histology    ihc: stained tissue under a microscope, brown and blue
 
 **No leak.** Every picture is divided across its longer side before anything is cut: training crops lie wholly in the
 first part, held-out crops in the last, as wide as a crop. The two share no pixel. Plain PyTorch and pillow.

@@ -1,9 +1,10 @@
 """How a logical batch is run: rows at a time and ODE steps that run again, by pin, by budget, or as the document does.
 
-1. Without a budget: ``batch_size`` rows at a time, checkpointing where it is asked for.
-2. With one, where nothing is pinned, the fastest plan that was measured to fit: on a GPU the engine chooses which ODE
-   steps run again; elsewhere none, every step and groups of about the square root of all are measured.
-3. A pin holds, and the rows at a time are chosen round it.
+1. Without a budget: ``batch_size`` rows at a time.
+2. A pin on checkpointing is the model's own option, and part of the step; the rows at a time are chosen round it.
+3. With a budget and no pin, on a GPU: the engine chooses rows and which ODE steps run again. Elsewhere splitting rows
+   is enough nearly always; where fewer than ``batch_size`` would run at a time, every step again and groups of about
+   the square root of all are measured too, and the fastest that fits is taken.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import samegrad as sg
 
@@ -26,36 +26,33 @@ Blocks = list[str | list[str]]
 def planned_step(options: FlowStyleOptions, model: StyleFlow, declare: Declare, batch: StyleBatch) -> sg.Step:
     """The step that ``declare(budget=... | plan=...)`` makes, under the plan that ``options`` ask for.
 
-    Raises BudgetTooSmall naming the option where a pin does not fit.
+    Raises BudgetTooSmall, naming the option where checkpointing is pinned off and that does not fit.
     """
-    pinned = options.pinned_checkpoint
+    pinned, on_gpu = options.pinned_checkpoint, sg.find_device(options.device).type == "cuda"
+    model.checkpoint_every = pinned or 0
     if options.budget is None:
-        return declare(plan=document_plan(options, model))
-    if pinned is None and sg.find_device(options.device).type == "cuda":
+        return declare(plan=document_plan(options))
+    if pinned or (pinned is None and on_gpu):
         return declare(budget=options.budget)
-    every = (pinned,) if pinned is not None else _groups(options.ode_integration_steps)
-    plan, footprint = _fastest(options, model, declare, batch, every)
+    if pinned == 0:
+        plan, footprint = _unsplit_steps(options, declare, batch)
+    else:
+        plan, footprint = _fastest(options, model, declare, batch)
     step = declare(plan=plan)
     step.footprint = footprint
     return step
 
 
-def document_plan(options: FlowStyleOptions, model: StyleFlow) -> sg.Plan:
-    """``batch_size`` rows at a time; checkpointing only where it is asked for."""
-    levers: dict[str, dict[str, Any]] = {}
-    origins = {}
-    if options.accumulation_steps > 1:
-        levers |= {"host_rows": {}, "split_rows": {"rows": options.size("batch_size")}}
-        given = options.batch_size is not None
-        origins["split_rows.rows"] = sg.KnobOrigin.PINNED if given else sg.KnobOrigin.DEFAULT
-    if options.pinned_checkpoint:
-        levers |= _recompute(model, options.pinned_checkpoint)
-        origins["recompute.blocks"] = sg.KnobOrigin.PINNED
+def document_plan(options: FlowStyleOptions) -> sg.Plan:
+    """``batch_size`` rows at a time."""
+    if options.accumulation_steps == 1:
+        return sg.Plan(levers={}, exactness=sg.Exactness.SAME_BITS, batch_rows=options.logical_rows)
+    given = options.batch_size is not None
     return sg.Plan(
-        levers=levers,
-        exactness=sg.Exactness.SAME_SUM if "split_rows" in levers else sg.Exactness.SAME_BITS,
+        levers={"host_rows": {}, "split_rows": {"rows": options.size("batch_size")}},
+        exactness=sg.Exactness.SAME_SUM,
         batch_rows=options.logical_rows,
-        knob_origins=origins,
+        knob_origins={"split_rows.rows": sg.KnobOrigin.PINNED if given else sg.KnobOrigin.DEFAULT},
     )
 
 
@@ -65,43 +62,30 @@ def step_blocks(model: StyleFlow, every: int) -> Blocks:
     return [run if len(run) > 1 else run[0] for run in (names[i : i + every] for i in range(0, len(names), every))]
 
 
-def _recompute(model: StyleFlow, every: int) -> dict[str, dict[str, Any]]:
-    return {"recompute": {"blocks": step_blocks(model, every)}}
-
-
-def _groups(steps: int) -> tuple[int, ...]:
-    """No checkpointing, groups of about the square root of all steps, and every step."""
-    return tuple(dict.fromkeys((0, max(1, round(math.sqrt(steps))), 1)))
-
-
 def _fastest(
-    options: FlowStyleOptions, model: StyleFlow, declare: Declare, batch: StyleBatch, every: tuple[int, ...]
+    options: FlowStyleOptions, model: StyleFlow, declare: Declare, batch: StyleBatch
 ) -> tuple[sg.Plan, sg.Footprint]:
-    """The fastest of the plans that were measured to fit, one for each way to checkpoint."""
+    """The fastest plan that was measured to fit: with all ODE steps kept, or with some of them run again."""
     found: list[tuple[sg.Plan, sg.Footprint]] = []
     refused: list[sg.BudgetTooSmall] = []
-    for count in every:
+    steps = options.ode_integration_steps
+    for every in dict.fromkeys((0, max(1, round(math.sqrt(steps))), 1)):
         try:
-            found.append(_settled(options, model, declare, batch, count))
+            found.append(_settled(options, model, declare, batch, every))
         except sg.BudgetTooSmall as refusal:
             refused.append(refusal)
-    if found:
-        return min(found, key=lambda settled: settled[0].predicted_seconds or math.inf)
-    if options.pinned_checkpoint is None:
+        if every == 0 and found and _rows_of(found[0][0]) >= options.size("batch_size"):
+            # Running steps again takes time, and saves what is not needed.
+            break
+    if not found:
         # The last way needs the least.
         raise refused[-1]
-    raise sg.BudgetTooSmall(
-        asked=f"{_in_words(options)} within {options.budget}",
-        found=refused[-1].found,
-        do="leave it out and let the budget decide, or raise the budget",
-        option="use_gradient_checkpointing" if options.checkpoint_every is None else "checkpoint_every",
-    )
+    return min(found, key=lambda settled: settled[0].predicted_seconds or math.inf)
 
 
-def _in_words(options: FlowStyleOptions) -> str:
-    if options.checkpoint_every is not None:
-        return f"--checkpoint_every {options.checkpoint_every}"
-    return "--use_gradient_checkpointing" if options.use_gradient_checkpointing else "--no-use_gradient_checkpointing"
+def _rows_of(plan: sg.Plan) -> int:
+    rows = plan.levers.get("split_rows", {}).get("rows", plan.batch_rows)
+    return int(rows if isinstance(rows, int) else max(rows))
 
 
 def _settled(
@@ -111,29 +95,36 @@ def _settled(
 
     The model's own checkpoints stand in for the lever while it is measured: they keep and run again the same.
     """
-    before = model.checkpoint_every
     model.checkpoint_every = every
     try:
         with declare() as step:
             plan, footprint = sg.settle_plan(step, batch, budget=options.budget)
-            if "recompute" in plan.levers:
-                # The engine's own choice of steps, where one is pinned: fewer rows at a time in its place.
-                assert plan.budget is not None
-                fits = [r for r in range(1, plan.batch_rows) if footprint.predicted_peak_bytes(rows=r) <= _most(plan)]
-                plan, footprint = sg.settle_plan(step, batch, budget=options.budget, rows=max(fits, default=1))
     finally:
-        model.checkpoint_every = before
+        model.checkpoint_every = 0
     if not every:
         return plan, footprint
-    origin = sg.KnobOrigin.CHOSEN if options.pinned_checkpoint is None else sg.KnobOrigin.PINNED
-    levers = {name: knobs for name, knobs in plan.levers.items() if name != "recompute"} | _recompute(model, every)
-    return (
-        dataclasses.replace(plan, levers=levers, knob_origins={**plan.knob_origins, "recompute.blocks": origin}),
-        footprint,
-    )
+    levers = plan.levers | {"recompute": {"blocks": step_blocks(model, every)}}
+    origins = {**plan.knob_origins, "recompute.blocks": sg.KnobOrigin.CHOSEN}
+    return dataclasses.replace(plan, levers=levers, knob_origins=origins), footprint
 
 
-def _most(plan: sg.Plan) -> float:
-    # What is left lets the measurement of it differ from its law.
-    assert plan.budget is not None
-    return 0.9 * plan.budget.total_bytes
+def _unsplit_steps(options: FlowStyleOptions, declare: Declare, batch: StyleBatch) -> tuple[sg.Plan, sg.Footprint]:
+    """The plan with checkpointing pinned off: where the engine would run ODE steps again, fewer rows at a time."""
+    with declare() as step:
+        plan, footprint = sg.settle_plan(step, batch, budget=options.budget)
+        if "recompute" not in plan.levers:
+            return plan, footprint
+        assert plan.budget is not None
+        # What is left lets the measurement of a plan differ from its law.
+        most = 0.9 * plan.budget.total_bytes
+        fitting = [r for r in range(1, plan.batch_rows) if footprint.predicted_peak_bytes(rows=r) <= most]
+        if fitting:
+            plan, footprint = sg.settle_plan(step, batch, budget=options.budget, rows=fitting[-1])
+    if "recompute" in plan.levers:
+        raise sg.BudgetTooSmall(
+            asked=f"--no-use_gradient_checkpointing within {options.budget}",
+            found="even one row at a time keeps more than that",
+            do="leave it out and let the budget decide, or raise the budget",
+            option="use_gradient_checkpointing",
+        )
+    return plan, footprint

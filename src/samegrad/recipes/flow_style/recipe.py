@@ -121,7 +121,7 @@ class FlowStyleProgram(Program):
             f"latents: {splits.described}; styles {', '.join(splits.training.names)}; "
             f"{len(splits.training)} to train on, {len(splits.held_out)} held out",
             f"model: LGTUNet of width {options.size('base_channels')}, {parameters:,} parameters, "
-            f"{options.ode_integration_steps} Euler steps; {options.dtype}",
+            f"{options.ode_integration_steps} Euler steps{_checkpointed(options)}; {options.dtype}",
             f"logical batch: {rows} rows ({size} x {options.accumulation_steps}), one loss and one gradient",
             f"patches: {patches:,} in a logical batch, {compared:,} compared ({compared / patches:.1%} coverage), "
             f"{options.num_projections} directions, "
@@ -144,6 +144,11 @@ class FlowStyleProgram(Program):
         device = self.step.declared.device
         styled: Styled = self.calling(self.model, rows.to(device))
         return styled.latents.to("cpu", rows.source.dtype)
+
+
+def _checkpointed(options: FlowStyleOptions) -> str:
+    every = options.pinned_checkpoint
+    return f", run again in backward {every} at a time (pinned)" if every else ""
 
 
 def _in_chunks(batch: data.StyleBatch, rows: int) -> Iterator[data.StyleBatch]:

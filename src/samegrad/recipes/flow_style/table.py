@@ -27,14 +27,14 @@ from .splits import open_splits
 
 _OLD_ROWS, _OLD_STEPS, _NEW_STEPS = 240, 5, 10
 _NEW_ROWS, _NEW_ACCUMULATION = 32, 2
-_COVERAGES = ((0.0166, "undersampled"), (0.25, "optimal, about 90 % covered"), (1.0, None))
+_COVERAGES = ((0.0166, "undersampled"), (0.25, "optimal"), (1.0, None))
 _DRAWS, _TIMED = 6, 3
 # Rows of the batch that laws are found on.
 _PROBED_ROWS = 8
 
 
 def rows_of_table(options: FlowStyleOptions, energy: Energy) -> list[Mapping[str, Cell]]:
-    """The table's rows: ``what``, figures where they are known, and the document's claim."""
+    """The table's rows: what each is about, figures where they are known, and the document's claim."""
     latents = open_splits(options).training
     batch_of = functools.partial(_batch, options, latents, energy)
     rows = [*_memory(options, latents, energy, batch_of), *_speed(options, latents, energy, batch_of)]
@@ -73,25 +73,26 @@ def _memory(
         # Laws of a few rows, asked about the table's; how many patches are compared does not grow with the rows.
         return dataclasses.replace(found, batch_rows=rows)
 
-    def line(what: str, footprint: sg.Footprint, rows: int, document: str | None) -> Mapping[str, Cell]:
+    def line(part: str, footprint: sg.Footprint, way: str, rows: int, document: str | None) -> Mapping[str, Cell]:
         return {
-            "what": what,
+            "part": part,
+            "way": way,
+            "rows": footprint.batch_rows,
+            "at_a_time": rows,
             "peak_bytes": footprint.predicted_peak_bytes(rows=rows),
             "seconds": footprint.predicted_seconds(rows=rows),
             "document": document,
         }
 
-    logical = _NEW_ROWS * _NEW_ACCUMULATION
-    old = measured(_OLD_ROWS, _OLD_STEPS, 0)
-    yield line(f"old: {_OLD_ROWS} rows at once, {_OLD_STEPS} steps", old, _OLD_ROWS, "6.8GB")
-    old = measured(_OLD_ROWS, _NEW_STEPS, 0)
-    yield line(f"old: {_OLD_ROWS} rows at once, {_NEW_STEPS} steps", old, _OLD_ROWS, "OOM")
+    logical, few, many = _NEW_ROWS * _NEW_ACCUMULATION, f"{_OLD_STEPS} steps", f"{_NEW_STEPS} steps"
+    yield line("old", measured(_OLD_ROWS, _OLD_STEPS, 0), few, _OLD_ROWS, "6.8GB")
+    yield line("old", measured(_OLD_ROWS, _NEW_STEPS, 0), many, _OLD_ROWS, "OOM")
     keeping, again = measured(logical, _NEW_STEPS, 0), measured(logical, _NEW_STEPS, 1)
-    yield line(f"new: {logical} rows at once", keeping, logical, None)
-    yield line(f"new: {logical} rows, {_NEW_ROWS} at a time", keeping, _NEW_ROWS, "~5.2GB, ~450ms a half")
-    yield line(f"new: {logical} rows at once, every ODE step again", again, logical, '"2x model"')
-    yield line(f"new: {logical} rows, {_NEW_ROWS} at a time, again", again, _NEW_ROWS, None)
-    yield line(f"new: {logical} rows, 1 at a time, again", again, 1, None)
+    yield line("new", keeping, many, logical, None)
+    yield line("new", keeping, many, _NEW_ROWS, "~5.2GB")
+    yield line("new", again, f"{many}, again", logical, "2 x model")
+    yield line("new", again, f"{many}, again", _NEW_ROWS, None)
+    yield line("new", again, f"{many}, again", 1, None)
 
 
 def _speed(
@@ -102,26 +103,26 @@ def _speed(
     device = sg.find_device(options.device)
     rows = int(options.size("batch_size"))
     batch = batch_of(rows).to(device)
-    what = f"speed: {rows} rows forward and backward"
+    part: dict[str, Cell] = {"part": "speed", "rows": rows, "at_a_time": rows}
     _, plain = _timed(model, Calling(options.dtype), energy, batch)
-    yield {"what": what, "seconds": plain, "document": "~450ms"}
+    yield part | {"way": "as written", "seconds": plain, "document": "~450ms"}
     if device.type == "cuda" or options.use_compile:
         compiled = CompiledCalling(
             options.dtype, model.network, mode=options.compile_mode, fullgraph=options.fullgraph,
             recompile_limit=options.cache_size_limit,
         )  # fmt: skip
         first, later = _timed(model, compiled, energy, batch)
-        yield {"what": f"{what}, compiled", "seconds": later, "document": "~420ms, +7%"}
-        yield {"what": "speed: compiling, once", "seconds": first - later, "document": "~20-30s"}
+        yield part | {"way": "compiled", "seconds": later, "document": "~420ms"}
+        yield part | {"way": "compiling, once", "seconds": first - later, "document": "~20-30s"}
     else:
         # Compiling for a CPU takes a minute of it; who wants to know asks.
-        yield {"what": f"{what}, compiled (timed with --use_compile)", "document": "~420ms, +7%"}
+        yield part | {"way": "compiled (--use_compile times it)", "seconds": None, "document": "~420ms"}
     seconds = None
     if device.type == "cuda":
         with torch.backends.cudnn.flags(benchmark=True):
             _, seconds = _timed(model, Calling(options.dtype), energy, batch)
-    what = f"{what}, cuDNN benchmark" + ("" if device.type == "cuda" else " (no cuDNN here)")
-    yield {"what": what, "seconds": seconds, "document": "~410ms, +3%"}
+    way = "cuDNN benchmark" + ("" if device.type == "cuda" else " (none here)")
+    yield part | {"way": way, "seconds": seconds, "document": "~410ms"}
 
 
 def _timed(model: StyleFlow, calling: Calling, energy: Energy, batch: data.StyleBatch) -> tuple[float, float]:
@@ -160,7 +161,9 @@ def _noise(latents: data.Latents, energy: Energy, options: FlowStyleOptions) -> 
     for share, claim in _COVERAGES:
         strays = [float((gradient(share, draw) - best).norm() / best.norm()) for draw in range(1, 1 + _DRAWS)]
         yield {
-            "what": f"quality: {share:.2%} of {every:,} patches compared",
+            "part": "quality",
+            "way": f"{share:.2%} of the patches",
+            "rows": rows,
             "gradient_noise": statistics.mean(strays),
             "document": claim,
         }
