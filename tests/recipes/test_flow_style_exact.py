@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.exact.unit_chain import find_units
 from samegrad.recipes.flow_style.calling import Calling
 from samegrad.recipes.flow_style.data import ROW_AXES, ROW_FIELDS, Drawing, Latents, StyleBatch, draw_batch
 from samegrad.recipes.flow_style.losses import Energy
@@ -101,6 +102,17 @@ def test_the_models_own_checkpoints_change_no_bit(model: StyleFlow, batch: Style
     model.checkpoint_every = every
     again = plain(model, batch)
     assert all(torch.equal(again[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_the_engine_finds_the_steps_unless_the_model_checkpoints_them(
+    model: StyleFlow, batch: StyleBatch, every: int
+) -> None:
+    model.checkpoint_every = every
+    with step_of(model, rows=SIZES) as step:
+        chain = find_units(step.declared, batch)
+    found = [unit.name for unit in chain.units if unit.has_parts]
+    assert found == ([] if every else ["steps.0", "steps.1", "steps.2"])
 
 
 def test_steps_run_again_on_the_whole_batch_change_no_bit(model: StyleFlow, batch: StyleBatch) -> None:

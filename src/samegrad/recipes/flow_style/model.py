@@ -236,7 +236,9 @@ class StyleFlow(nn.Module):
         style: Tensor,
     ) -> tuple[Tensor, Tensor]:
         for step in steps:
-            x, energy = step(network, x, energy, start, step_size, style)
+            # Inside a checkpoint of its own a step is no block that another one may take in: it is not announced.
+            run = step.forward if self.checkpoint_every else step
+            x, energy = run(network, x, energy, start, step_size, style)
         return x, energy
 
 
