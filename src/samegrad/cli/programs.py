@@ -23,7 +23,7 @@ from samegrad.cli.run_story import PictureFile
 from samegrad.cli.target import FunctionTarget, Target
 from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, counting_of
 from samegrad.errors import BudgetTooSmall, CannotSplit, OverBudget, SamegradError, UsageError
-from samegrad.recipes import Program, Recipe, find_recipe, run_epochs
+from samegrad.recipes import Program, Recipe, find_health, find_recipe, run_epochs
 from samegrad.recipes._recipe import CacheEmptying
 from samegrad.records import Counting, Footprint, Plan
 from samegrad.store import (
@@ -67,8 +67,9 @@ def load_training(target: Target, call: Call) -> Training:
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
     if find_card_asked(options.device) is not None:
-        # A card may be elsewhere; the model is made here.
-        options = dataclasses.replace(options, device="cpu")
+        # A card may be elsewhere; the model is made here, and the budget is the card's affair.
+        here = dataclasses.replace(options, device="cpu", budget=None)
+        return RecipeTraining(recipe, recipe.build(here), budget=options.budget)
     return RecipeTraining(recipe, recipe.build(options))
 
 
@@ -95,10 +96,9 @@ class RecipeTraining:
     """A recipe's program, one epoch a tick."""
 
     unit = "epoch"
-    budget: str | None = None
 
-    def __init__(self, recipe: Recipe, program: Program) -> None:
-        self.title, self.recipe, self.program = recipe.name, recipe, program
+    def __init__(self, recipe: Recipe, program: Program, *, budget: str | None = None) -> None:
+        self.title, self.recipe, self.program, self.budget = recipe.name, recipe, program, budget
         self._batch = next(iter(program.batches(0)))
         self._emptied = CacheEmptying()
 
@@ -138,7 +138,12 @@ class RecipeTraining:
             self._emptied.seconds += epoch.empty_cache_seconds
             self._emptied.given_back_bytes += epoch.given_back_bytes
             last = epoch.stopped or self.done >= self.program.epochs
-            yield Tick(results=epoch.steps, validation_loss=epoch.validation, last=last)
+            yield Tick(
+                results=epoch.steps,
+                validation_loss=epoch.validation,
+                last=last,
+                validation_parts=epoch.validation_parts,
+            )
 
     def tensors(self) -> Mapping[str, Mapping[str, Any]]:
         optimizer, _ = optimizer_to_tensors(self.program.optimizer)
@@ -157,6 +162,9 @@ class RecipeTraining:
 
     def finish(self, folder: Path) -> Outcome:
         written = self.program.write(folder)
+        health = find_health(self.recipe.name)
+        # Where a recipe knows what its figures speak for, that is told, and not all there is to say.
+        advice = self.recipe.troubleshooting if health is None else health.advise(folder)
         return Outcome(
             metrics=self.program.evaluate(),
             pictures=tuple(
@@ -165,7 +173,7 @@ class RecipeTraining:
                 if path.suffix in (".png", ".svg")
             ),
             notes=(*self.program.describe(), *self._told_of_emptying()),
-            troubleshooting=self.recipe.troubleshooting,
+            troubleshooting=advice,
         )
 
     def _told_of_emptying(self) -> list[str]:

@@ -232,8 +232,11 @@ def _record(tick: Tick, training: Training, folder: RunFolder) -> str:
     last = tick.results[-1]
     if tick.validation_loss is None:
         return f"loss {last.loss:.6g}"
-    folder.append_metrics({"kind": "validation", "step": last.index, "loss": tick.validation_loss})
-    return f"loss {last.loss:.6g}, validation {tick.validation_loss:.6g}"
+    parts = dict(tick.validation_parts)
+    told = {"parts": parts} if parts else {}
+    folder.append_metrics({"kind": "validation", "step": last.index, "loss": tick.validation_loss, **told})
+    of = ", ".join(f"{name} {value:.6g}" for name, value in parts.items())
+    return f"loss {last.loss:.6g}, validation {tick.validation_loss:.6g}" + (f" ({of})" if of else "")
 
 
 def _log_memory(

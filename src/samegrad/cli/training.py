@@ -32,12 +32,14 @@ from samegrad.store import (
 class Tick:
     """One unit of training done: its optimizer steps, the validation loss where there was one, and whether it is last.
 
+    ``validation_parts``: what that loss is made of, by name, where the program says it.
     After the last tick a program may put its best weights in place, so what resumes is saved at that tick.
     """
 
     results: tuple[StepResult, ...]
     validation_loss: float | None = None
     last: bool = False
+    validation_parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
