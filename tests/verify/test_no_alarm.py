@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 import samegrad as sg
+from samegrad.exact import batchnorm
+from samegrad.recipes.fewshot_cosine.model import EpisodeLoss, EpisodeShape, Head, make_backbone
 
 from ..contract.lever_zoo import Mean, forced
 from ..contract.plain import cross_entropy, spread
@@ -110,3 +113,32 @@ def test_what_other_kernels_may_round_hides_no_fault(norm: Any, monkeypatch: pyt
     )  # fmt: skip
     verdict = sg.verify_step(forced(model, spread, layout={}), batch)
     assert not verdict.same and verdict.fault.startswith("lever layout")
+
+
+@pytest.mark.parametrize("pixels", [16, 28])
+def test_batchnorm_in_chunks_under_a_loss_with_parameters(pixels: int) -> None:
+    """Rows around zero, so that running means are what is left of values that cancel; so are some gradients."""
+    torch.manual_seed(0)
+    shape = EpisodeShape(n_way=3, k_shot=2, n_query=3)
+    model = make_backbone("Conv4", channels=1).double()
+    head = Head(shape, 64 * (pixels // 16) ** 2, method="FSCT_cosine").double()
+    rows = torch.randn(shape.images, 1, pixels, pixels).double()
+    verdict = sg.verify_step(sg.Step(model, EpisodeLoss(head, shape, weights=(1.0, 0.5, 0.1)), rows=[7, 8]), rows)
+    assert verdict.same, [check for check in verdict.checks if not check.passed]
+
+
+@pytest.mark.parametrize("what", ["mean", "variance"])
+def test_what_batchnorm_in_chunks_may_round_hides_no_fault(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()).double()
+    rows = torch.randn(15, 1, 6, 6, dtype=torch.float64)
+    statistics = batchnorm.RunningMoments.statistics
+
+    def off(self: batchnorm.RunningMoments, *given: Any) -> Any:
+        found = statistics(self, *given)
+        return dataclasses.replace(found, **{what: getattr(found, what) + 1e-5})
+
+    step = sg.Step(model, lambda outputs, batch: outputs.square().mean(), rows=[7, 8])
+    step.split_for(rows, step.declared.layout(rows))
+    monkeypatch.setattr(batchnorm.RunningMoments, "statistics", off)
+    assert not sg.verify_step(step, rows).same

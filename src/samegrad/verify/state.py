@@ -62,12 +62,22 @@ class LeftBehind:
             if not before.numel():
                 continue
             difference = float((now - before).abs().max())
-            relative = difference / (float(before.abs().max()) or 1.0)
+            relative = difference / self._scale(name)
             if not relative <= error:
                 worst, error = name, relative
         tier = 1 if tolerance.proves_logic(precision) else 2
         check = check_of(f"buffers that are sums, {precision.name}", error, tolerance.entry_allowed(precision), worst)
         return dataclasses.replace(check, tier=tier)
+
+    def _scale(self, name: str) -> float:
+        """The size of the terms in the sum ``name``. A running mean near zero is what is left of values as large as
+        their deviation, which stands beside it."""
+        largest = float(self.sums[name].abs().max())
+        path, _, last = name.rpartition(".")
+        variance = self.sums.get(f"{path}.running_var" if path else "running_var")
+        if last == "running_mean" and variance is not None:
+            largest = max(largest, float(variance.max()) ** 0.5)
+        return largest or 1.0
 
 
 def _floating(modules: Sequence[nn.Module], names: Sequence[str]) -> dict[str, Tensor]:
