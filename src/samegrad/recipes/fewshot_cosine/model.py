@@ -197,7 +197,7 @@ class PrototypeAttention(nn.Module):
         return cosines
 
     def _softmax(self, asked: Tensor, keys: Tensor) -> Tensor:
-        products = self.scale * torch.einsum("nhe,mhe->mnh", asked, keys)
+        products: Tensor = self.scale * torch.einsum("nhe,mhe->mnh", asked, keys)
         return products.unsqueeze(-1).softmax(dim=-1).squeeze(-1)
 
 
