@@ -19,7 +19,7 @@ DOCUMENT_STEPS = {"ResNet": 4, "Conv": 2}
 # Pixels a side for convolutional backbones and for residual ones: the published ones, and what the offline sets have.
 SIDES = {"miniImagenet": (84, 224), "CUB": (84, 224), "CIFAR": (64, 112), "Omniglot": (28, 28)}
 OFFLINE_SIDE = 28
-_REAL_EPOCHS, _REAL_EPISODES, _OFFLINE_EPOCHS, _OFFLINE_EPISODES = 50, 200, 10, 60
+_REAL_EPOCHS, _REAL_EPISODES, _OFFLINE_EPOCHS, _OFFLINE_EPISODES = 50, 200, 6, 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class FewShotOptions(CommonOptions):
     n_episode: int | None = None
     """Episodes an epoch, for training and for validation. Unset: 200, and 60 for what packages ship."""
     num_epoch: int | None = None
-    """Epochs. Unset: 50, and 10 for what packages ship."""
+    """Epochs. Unset: 50, and 6 for what packages ship."""
     test_iter: int = 600
     """Episodes that the accuracy is judged by."""
     split: Literal["base", "val", "novel"] = "novel"
