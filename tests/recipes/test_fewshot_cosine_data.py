@@ -155,13 +155,15 @@ def test_digits_are_ten_classes_in_three_groups() -> None:
     splits = offline.digit_splits()
     assert [splits[split].names for split in data.SPLITS] == [("0", "1", "2", "3"), ("4", "5", "6"), ("7", "8", "9")]
     assert splits["novel"].read(0, [0]).shape == (1, 1, 28, 28)
+    assert offline.digit_splits(16)["novel"].read(0, [0]).shape == (1, 1, 16, 16)
+    assert offline.glyph_splits(42, 84)["novel"].read(0, [0, 1]).shape == (2, 1, 84, 84)
 
 
 def held(counts: list[int]) -> data.HeldImages:
     pictures = tuple(torch.full((n, 1, 2, 2), c, dtype=torch.uint8) for c, n in enumerate(counts))
     for images in pictures:
         images[:, 0, 0, 0] = torch.arange(len(images))
-    return data.HeldImages(names=tuple(map(str, range(len(counts)))), pictures=pictures)
+    return data.HeldImages(names=tuple(map(str, range(len(counts)))), pictures=pictures, side=2)
 
 
 def test_an_episode_is_a_function_of_its_number_and_takes_no_image_twice() -> None:

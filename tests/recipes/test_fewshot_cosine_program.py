@@ -115,6 +115,12 @@ def test_training_is_the_plain_loop() -> None:
     assert found == pytest.approx(losses, rel=1e-9)
 
 
+def test_images_have_the_size_that_is_asked_for() -> None:
+    program = build(changed(image_size=36))
+    assert next(iter(program.batches(0))).shape == (15, 1, 36, 36)
+    assert program.model.head.attention.leave.out_features == 64 * 2 * 2
+
+
 def test_an_epochs_episodes_are_its_own_and_the_same_again() -> None:
     program = build(SMALL)
     first, again, other = (torch.stack(list(program.batches(epoch))) for epoch in (0, 0, 1))
@@ -151,7 +157,7 @@ def told_apart_by_brightness() -> tuple[FewShotTransformer, Episodes]:
     torch.manual_seed(0)
     model = FewShotTransformer(make_backbone("Conv4", channels=1), Head(shape, 64, method="FSCT_cosine"), shape)
     shades = tuple(torch.full((6, 1, 16, 16), shade, dtype=torch.uint8) for shade in (20, 120, 250))
-    classes = HeldImages(names=("dark", "grey", "light"), pictures=shades)
+    classes = HeldImages(names=("dark", "grey", "light"), pictures=shades, side=16)
     return model, Episodes(classes=classes, n_way=2, per_class=5, seed=(0,))
 
 
@@ -210,7 +216,7 @@ def test_weights_and_pictures_are_written_and_nothing_is_changed_by_it(tmp_path:
 def test_before_and_after_are_real_steps_and_the_document_holds_more() -> None:
     program = build(changed(gradient_accumulation_steps=5, use_amp=False))
     as_written, one_forward, as_planned = program.courses()
-    assert as_written.peak_bytes > 1.5 * one_forward.peak_bytes > as_planned.peak_bytes
+    assert as_written.peak_bytes > 1.3 * one_forward.peak_bytes > as_planned.peak_bytes
     assert max(live for _, _, live in as_planned.points) == as_planned.peak_bytes
     figure = pictures.draw_courses([as_written, one_forward, as_planned])
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [
@@ -223,7 +229,7 @@ def test_the_table_has_the_documents_figures_beside_measured_ones() -> None:
     assert [line["document_peak_bytes"] for line in lines] == [14e9, None, 6e9]
     peaks = [line["peak_bytes"] for line in lines]
     assert peaks[0] > peaks[1] > peaks[2]  # type: ignore[operator]
-    assert all(line["seconds"] for line in lines)
+    assert all(line["step_seconds"] for line in lines)
 
 
 @pytest.mark.parametrize(

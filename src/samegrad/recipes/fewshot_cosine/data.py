@@ -43,17 +43,21 @@ class ImageClasses(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldImages:
-    """Classes in memory: ``pictures[c]`` is (count, channels, height, width) uint8."""
+    """Classes in memory: ``pictures[c]`` is (count, channels, height, width) uint8; ``side`` pixels when read."""
 
     names: tuple[str, ...]
     pictures: tuple[Tensor, ...]
+    side: int
     colours: tuple[tuple[float, ...], tuple[float, ...]] = INK
 
     def count(self, of_class: int) -> int:
         return len(self.pictures[of_class])
 
     def read(self, of_class: int, images: Sequence[int]) -> Tensor:
-        return normalised(self.pictures[of_class][list(images)].float() / 255, self.colours)
+        read = self.pictures[of_class][list(images)].float() / 255
+        if read.shape[-1] != self.side:
+            read = F.interpolate(read, size=(self.side, self.side), mode="bilinear", antialias=True)
+        return normalised(read, self.colours)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,10 @@ def open_splits(options: FewShotOptions) -> Splits:
     """
     if options.dataset in OFFLINE:
         try:
-            found = offline.glyph_splits(options.random_seed) if options.dataset == "glyphs" else offline.digit_splits()
+            if options.dataset == "glyphs":
+                found = offline.glyph_splits(options.random_seed, options.image_side)
+            else:
+                found = offline.digit_splits(options.image_side)
         except ModuleNotFoundError as error:
             raise sg.EnvironmentProblem(
                 asked=f"the data set {options.dataset}", found=str(error), do=INSTALL

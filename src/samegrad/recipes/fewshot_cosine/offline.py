@@ -8,6 +8,7 @@ letter. Letters with marks over or under them are left out.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import unicodedata
 from pathlib import Path
@@ -35,7 +36,7 @@ SHARES = (0.6, 0.2, 0.2)
 Picture = npt.NDArray[np.float32]
 
 
-def glyph_splits(seed: int) -> dict[str, HeldImages]:
+def glyph_splits(seed: int, side: int = GLYPH_SIDE) -> dict[str, HeldImages]:
     """Letters dealt out into base, val and novel, no letter in two of them; which goes where follows from ``seed``.
 
     Raises ModuleNotFoundError without matplotlib or pillow.
@@ -44,12 +45,12 @@ def glyph_splits(seed: int) -> dict[str, HeldImages]:
     order = np.random.default_rng(seed).permutation(len(letters))
     ends = np.round(np.cumsum((0.0, *SHARES)) * len(letters)).astype(int)
     return {
-        split: _drawn_letters(tuple(letters[i] for i in sorted(order[start:end])))
+        split: dataclasses.replace(_drawn_letters(tuple(letters[i] for i in sorted(order[start:end]))), side=side)
         for split, start, end in zip(SPLITS, ends, ends[1:])
     }
 
 
-def digit_splits() -> dict[str, HeldImages]:
+def digit_splits(side: int = GLYPH_SIDE) -> dict[str, HeldImages]:
     """scikit-learn's 8 x 8 digits: 0 to 3 to train on, 4 to 6 to validate, 7 to 9 to judge by.
 
     Raises ModuleNotFoundError without scikit-learn.
@@ -58,13 +59,11 @@ def digit_splits() -> dict[str, HeldImages]:
 
     digits = load_digits()
     pictures = torch.from_numpy((digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    # Four poolings need 16 pixels; 28 is what the glyphs have.
-    pictures = torch.nn.functional.interpolate(pictures, size=(GLYPH_SIDE, GLYPH_SIDE), mode="nearest")
     labels = torch.from_numpy(digits.target)
     of_split = {"base": (0, 1, 2, 3), "val": (4, 5, 6), "novel": (7, 8, 9)}
     return {
         split: HeldImages(
-            names=tuple(map(str, numbers)), pictures=tuple(pictures[labels == number] for number in numbers)
+            names=tuple(map(str, numbers)), pictures=tuple(pictures[labels == number] for number in numbers), side=side
         )
         for split, numbers in of_split.items()
     }
@@ -99,7 +98,7 @@ def _drawn_letters(letters: tuple[str, ...]) -> HeldImages:
         drawn = [_turned(letter, font, generator) for font in FONTS for _ in range(DRAWN_PER_FONT)]
         pictures.append(torch.from_numpy(np.stack(drawn)).unsqueeze(1))
     return HeldImages(
-        names=tuple(unicodedata.name(letter).lower() for letter in letters), pictures=tuple(pictures)
+        names=tuple(unicodedata.name(letter).lower() for letter in letters), pictures=tuple(pictures), side=GLYPH_SIDE
     )
 
 

@@ -259,13 +259,12 @@ def table(options: FewShotOptions) -> list[Mapping[str, Cell]]:
     model, optimizer, step = program.model, program.optimizer, program.step
     loss = stepping.make_loss(dataclasses.replace(options, query_rows=0), model).to(step.declared.device)
     figures: list[tuple[str, sg.Step, tuple[float, float, float] | None]] = [
-        ("two forwards, d x d covariance", document_step(model, loss, optimizer), document.BEFORE_BYTES),
-        ("one forward, Gram covariance", plain_step(model, loss, optimizer), None),
+        ("the document", document_step(model, loss, optimizer), document.BEFORE_BYTES),
+        ("one forward, Gram", plain_step(model, loss, optimizer), None),
     ]
     if program.amp is not None:
-        figures.append((f"the same, AMP {program.amp}", plain_step(model, loss, optimizer, amp=program.amp), None))
-    planned = "" if step.plan is None else ", ".join(step.plan.levers)
-    figures.append((f"as run: {planned or 'no lever'}", step, document.AFTER_BYTES))
+        figures.append((f"and {program.amp}", plain_step(model, loss, optimizer, amp=program.amp), None))
+    figures.append(("as run", step, document.AFTER_BYTES))
     episode = next(iter(program.batches(0)))
     return [_line(follow_course(label, each, model, episode), known) for label, each, known in figures]
 
@@ -274,13 +273,14 @@ def _line(course: Course, known: tuple[float, float, float] | None) -> Mapping[s
     before: tuple[float | None, ...] = (None,) * 3 if known is None else known
     peaks = course.peak_by_phase
     cells: dict[str, Cell] = {
-        "step": course.label + (" (out of memory)" if course.out_of_memory else ""),
+        "step": course.label + (", out of memory" if course.out_of_memory else ""),
         "forward_bytes": max(peaks.get("forward", 0), peaks.get("loss", 0)),
         "backward_bytes": peaks.get("backward", 0),
         "peak_bytes": course.peak_bytes,
-        "reserved_bytes": course.reserved_bytes,
-        "seconds": course.seconds,
+        "step_seconds": course.seconds,
     }
+    if course.reserved_bytes is not None:
+        cells["reserved_bytes"] = course.reserved_bytes
     names = ("document_forward_bytes", "document_backward_bytes", "document_peak_bytes")
     return {**cells, **dict(zip(names, before))}
 
