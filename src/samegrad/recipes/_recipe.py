@@ -80,8 +80,8 @@ class EpochResult:
 class Program(abc.ABC):
     """A training program, live: the step, what feeds it, and what is judged and written at the end.
 
-    ``next_epoch``, ``steps_done`` and ``stopped`` are where it stands; ``state`` and ``load_state`` carry them over a
-    restart, tensors apart.
+    ``batches_per_step``: batches whose mean loss makes one optimizer step. ``next_epoch``, ``steps_done`` and
+    ``stopped`` are where it stands; ``state`` and ``load_state`` carry them over a restart, tensors apart.
     """
 
     step: sg.Step
@@ -90,6 +90,7 @@ class Program(abc.ABC):
     best: sg.BestWeights
     epochs: int
     scaler: Any = None
+    batches_per_step: int = 1
     empty_cache: EmptyCache = "never"
     next_epoch: int = 0
     steps_done: int = 0
@@ -97,7 +98,7 @@ class Program(abc.ABC):
 
     @abc.abstractmethod
     def batches(self, epoch: int) -> Iterable[Any]:
-        """The epoch's batches, one optimizer step each: a pure function of (options, epoch)."""
+        """The epoch's batches, ``batches_per_step`` for an optimizer step: a pure function of (options, epoch)."""
 
     def start(self) -> None:  # noqa: B027 - most programs have nothing to do
         """What happens once before the first epoch, and not when a run is resumed."""
@@ -223,6 +224,7 @@ def _run_epoch(program: Program, counter: Any) -> EpochResult:
         scaler=program.scaler,
         first_index=program.steps_done,
         counter=counter,
+        batches_per_step=program.batches_per_step,
     ):
         steps.append(result)
         program.steps_done += 1
