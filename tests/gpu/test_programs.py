@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import samegrad as sg
 from samegrad.errors import CannotSplit
-from samegrad.exact import captured
+from samegrad.exact import chunk_graphs
 
 from ..contract.lever_zoo import MODELS, Make, plan_with
 from ..contract.plain import Gradients, assert_bitwise, cross_entropy, gradients
@@ -102,7 +102,7 @@ def test_the_verdict_of_a_captured_step_is_same(taken: list[str]) -> None:
 def test_planted_graphs_that_keep_the_key_of_the_first_step_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = on_device(MODELS["mlp"], torch.float64, dropout=0.3)
     eager = made_by(model, batch, levers(5))
-    right = captured.CapturedPass.begin
+    right = chunk_graphs.CapturedPass.begin
 
     def begin(self: Any, work: Any) -> None:
         key = None if self._key is None or not self._graphs else self._key.clone()
@@ -110,7 +110,7 @@ def test_planted_graphs_that_keep_the_key_of_the_first_step_are_caught(monkeypat
         if key is not None:
             self._key.copy_(key)
 
-    monkeypatch.setattr(captured.CapturedPass, "begin", begin)
+    monkeypatch.setattr(chunk_graphs.CapturedPass, "begin", begin)
     replayed = made_by(model, batch, levers(5, "graphs"))
     assert_bitwise(replayed[0][1], eager[0][1])
     with pytest.raises(AssertionError):
@@ -196,7 +196,7 @@ def test_planted_graphs_that_look_at_nothing_are_caught(
     change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = scheduled_steps(change)
-    monkeypatch.setattr(captured.Constants, "hold", lambda self: True)
+    monkeypatch.setattr(chunk_graphs.Constants, "hold", lambda self: True)
     blind = scheduled_steps(change, "graphs")
     assert_bitwise(blind[0], plain[0])
     with pytest.raises(AssertionError):

@@ -2,7 +2,7 @@
 
 A program is bound to its inputs, run, and asked for totals at the end of the step. Bodies read tensors and write
 tensors: no Python numbers that change from chunk to chunk and no transfers to the host, so that what was captured
-(``captured.py``) for one chunk is right for every chunk of that shape. Weights and counters are device tensors.
+(``chunk_graphs.py``) for one chunk is right for every chunk of that shape. Weights and counters are device tensors.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.captured import CapturedPrograms
+from samegrad.exact.chunk_graphs import CapturedPrograms
 from samegrad.exact.compiled import CompiledLoss
 from samegrad.exact.mapped import ChunkedStep, MappedStep
 from samegrad.exact.pass_programs import EagerPrograms, Programs, eager_loss
