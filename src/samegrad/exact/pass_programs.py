@@ -1,8 +1,8 @@
 """What runs the chunks of a single pass: Python as it is here, or something that keeps its work from step to step.
 
 A pass is asked for once a step and is a block: inside, the aliases of the work stand in the model, and the sums are
-those of the step. Others: ``compiled.py`` (the loss of a chunk in one compiled function), ``chunk_graphs.py`` (a chunk as a
-graph of kernels that is replayed).
+those of the step. Others: ``compiled.py`` (the loss of a chunk in one compiled function) and ``chunk_graphs.py`` (a
+chunk as a graph of kernels that is replayed).
 """
 
 from __future__ import annotations
