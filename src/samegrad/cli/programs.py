@@ -66,10 +66,12 @@ def load_training(target: Target, call: Call) -> Training:
             )  # fmt: skip
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
-    if find_card_asked(options.device) is not None:
-        # A card may be elsewhere; the model is made here.
-        options = dataclasses.replace(options, device="cpu")
-    return RecipeTraining(recipe, recipe.build(options))
+    if find_card_asked(options.device) is None:
+        return RecipeTraining(recipe, recipe.build(options))
+    # A card may be elsewhere; the model is made here, and the budget is the card's: nothing is measured for it here.
+    training = RecipeTraining(recipe, recipe.build(dataclasses.replace(options, device="cpu", budget=None)))
+    training.budget = options.budget
+    return training
 
 
 def _check_one_way(target: Target, call: Call, others: Sequence[str]) -> None:
