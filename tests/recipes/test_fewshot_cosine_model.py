@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samegrad.recipes.fewshot_cosine.document import DocumentLoss, whole_covariance_penalty
+from samegrad.recipes.fewshot_cosine.document import DocumentLoss, called_twice, whole_covariance_penalty
 from samegrad.recipes.fewshot_cosine.judging import arranged, unarranged
 from samegrad.recipes.fewshot_cosine.model import (
     EpisodeLoss,
@@ -214,7 +214,7 @@ def test_the_documents_formulation_is_the_same_loss_and_updates_statistics_twice
     other = copy.deepcopy((backbone, head))
     weights = (1.0, 0.5, 0.1)
     ours = EpisodeLoss(head, SHAPE, weights=weights)(backbone(images), images)
-    theirs = DocumentLoss(EpisodeLoss(other[1], SHAPE, weights=weights), other[0])(other[0](images), images)
+    theirs = DocumentLoss(EpisodeLoss(other[1], SHAPE, weights=weights))(called_twice(other[0], images), images)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     ours.backward()
     theirs.backward()

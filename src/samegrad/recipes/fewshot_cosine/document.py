@@ -16,18 +16,23 @@ BEFORE_BYTES = (8e9, 6e9, 14e9)
 AFTER_BYTES = (4e9, 2e9, 6e9)
 
 
+def called_twice(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, d) of one episode, from two forwards: for the queries, and for the other two terms."""
+    return backbone(images), backbone(images)
+
+
 class DocumentLoss(nn.Module):
     """The loss of ``EpisodeLoss``, its last two terms from a second forward and from the whole covariance matrix."""
 
-    def __init__(self, loss: EpisodeLoss, backbone: nn.Module) -> None:
+    def __init__(self, loss: EpisodeLoss) -> None:
         super().__init__()
-        self.loss, self.backbone = loss, backbone
+        self.loss = loss
 
-    def forward(self, embeddings: Tensor, images: Tensor) -> Tensor:
-        """The loss of an episode's embeddings (N, d) and images (N, channels, height, width): a scalar."""
+    def forward(self, embeddings: tuple[Tensor, Tensor], images: Tensor) -> Tensor:
+        """The loss of an episode's embeddings (N, d), twice, and images (N, channels, height, width): a scalar."""
         inner = self.loss
-        support, queries = inner.told_apart(embeddings)
-        again, _ = inner.told_apart(self.backbone(images))
+        support, queries = inner.told_apart(embeddings[0])
+        again, _ = inner.told_apart(embeddings[1])
         invariance, variance, covariance = inner.weights
         loss = invariance * inner.cross_entropy(inner.logits(support, queries))
         with torch.autocast(images.device.type, enabled=False):

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 import samegrad as sg
 from samegrad.recipes._recipe import Cell, Program, Recipe
 
-from . import data, document, stepping
+from . import data, stepping
 from .courses import Course, document_step, follow_course, plain_step
 from .judging import accuracies, arranged, judged_episodes
 from .layouts import INSTALL, Splits, open_splits
 from .model import EpisodeShape, FewShotTransformer, Head, make_backbone
 from .options import FewShotOptions
+from .tables import measured_table, predicted_table
 
 # Kinds of episodes, so that no two kinds share a seed.
 _TRAIN, _VALIDATION, _TEST, _AUGMENTATION = range(4)
@@ -248,41 +249,29 @@ def _make_optimizer(options: FewShotOptions, model: nn.Module) -> torch.optim.Op
 
 
 def table(options: FewShotOptions) -> list[Mapping[str, Cell]]:
-    """The document's table: the peaks of forward and backward and of the whole step, and its time, before and after.
+    """The document's table, with the document's weights of the loss where none are given.
 
-    Each line is a real step with the document's weights of the loss where none are given, counted and undone; beside
-    it the document's own figures, which are for ResNet34 at 224 pixels.
+    Measured on the device; for a card's name as ``--device``, predicted without running anything.
     """
     if not options.lambda_V and not options.lambda_C:
         options = dataclasses.replace(options, lambda_V=0.5, lambda_C=0.1)
-    program = build(options)
-    model, optimizer, step = program.model, program.optimizer, program.step
+    card = _card_of(options)
+    program = build(options if card is None else dataclasses.replace(options, device="cpu", budget=None))
+    model, step = program.model, program.step
     loss = stepping.make_loss(dataclasses.replace(options, query_rows=0), model).to(step.declared.device)
-    figures: list[tuple[str, sg.Step, tuple[float, float, float] | None]] = [
-        ("the document", document_step(model, loss, optimizer), document.BEFORE_BYTES),
-        ("one forward, Gram", plain_step(model, loss, optimizer), None),
-    ]
-    if program.amp is not None:
-        figures.append((f"and {program.amp}", plain_step(model, loss, optimizer, amp=program.amp), None))
-    figures.append(("as run", step, document.AFTER_BYTES))
     episode = next(iter(program.batches(0)))
-    return [_line(follow_course(label, each, model, episode), known) for label, each, known in figures]
+    if card is None:
+        return list(measured_table(step, model, loss, program.amp, episode))
+    return list(predicted_table(model, loss, program.amp, episode, card=card, plain=step))
 
 
-def _line(course: Course, known: tuple[float, float, float] | None) -> Mapping[str, Cell]:
-    before: tuple[float | None, ...] = (None,) * 3 if known is None else known
-    peaks = course.peak_by_phase
-    cells: dict[str, Cell] = {
-        "step": course.label + (", out of memory" if course.out_of_memory else ""),
-        "forward_bytes": max(peaks.get("forward", 0), peaks.get("loss", 0)),
-        "backward_bytes": peaks.get("backward", 0),
-        "peak_bytes": course.peak_bytes,
-        "step_seconds": course.seconds,
-    }
-    if course.reserved_bytes is not None:
-        cells["reserved_bytes"] = course.reserved_bytes
-    names = ("document_forward_bytes", "document_backward_bytes", "document_peak_bytes")
-    return {**cells, **dict(zip(names, before))}
+def _card_of(options: FewShotOptions) -> str | None:
+    """``--device`` where it is no device of this machine's."""
+    try:
+        sg.find_device(options.device)
+    except (sg.UsageError, sg.EnvironmentProblem):
+        return options.device
+    return None
 
 
 RECIPE = Recipe(

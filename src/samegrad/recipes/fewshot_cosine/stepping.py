@@ -146,12 +146,11 @@ def _settled_plan(
     """The plan that the budget decides, measured as AMP will run it; pinned chunks are the plan's to work round."""
     episode, dtype = given
     steps = options.gradient_accumulation_steps
-    declared: dict[str, Any] = {"optimizer": optimizer}
-    measured_loss: nn.Module = loss
-    if dtype is not None:
-        measured_loss = UnderAutocast(loss, dtype)
-        declared["forward"] = _narrow_forward(dtype)
-    with sg.Step(model.backbone, measured_loss, **declared) as step:
+    if dtype is None:
+        measured = sg.Step(model.backbone, loss, optimizer=optimizer)
+    else:
+        measured = step_under_autocast(model, loss, optimizer, dtype)
+    with measured as step:
         try:
             plan, footprint = sg.settle_plan(
                 step, episode, budget=options.budget, rows=chunk_sizes(len(episode), steps) if steps else None
@@ -170,6 +169,15 @@ def _settled_plan(
     if options.use_gradient_checkpointing:
         return dataclasses.replace(_default_plan(options, model), budget=plan.budget, signature=signature), footprint
     return dataclasses.replace(plan, signature=signature), footprint
+
+
+def step_under_autocast(
+    model: FewShotTransformer, loss: EpisodeLoss, optimizer: torch.optim.Optimizer, dtype: str
+) -> sg.Step:
+    """The step under an autocast of its own: how AMP is measured and followed before there is a plan."""
+    return sg.Step(
+        model.backbone, UnderAutocast(loss, dtype), forward=_narrow_forward(dtype), optimizer=optimizer
+    )  # fmt: skip
 
 
 def _narrow_forward(dtype: str) -> Any:
