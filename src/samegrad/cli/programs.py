@@ -67,7 +67,8 @@ def load_training(target: Target, call: Call) -> Training:
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
     if find_card_asked(options.device) is not None:
-        # A card may be elsewhere; the model is made here, and the budget is the card's: nothing is measured for it here.
+        # A card may be elsewhere; the model is made here, and the budget is the card's: nothing is measured for
+        # it here.
         here = dataclasses.replace(options, device="cpu", budget=None)
         return RecipeTraining(recipe, recipe.build(here), budget=options.budget)
     return RecipeTraining(recipe, recipe.build(options))
