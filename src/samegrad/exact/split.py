@@ -165,7 +165,7 @@ class SplitStep:
         """What is in force in the model while chunks run that make ``draws``."""
         if self.inside is None:
             return contextlib.nullcontext()
-        return self.inside(self.declared.network, sizes=sizes, draws=draws)
+        return self.inside(self.declared.network, sizes=sizes, draws=draws, rules=self.examination.rules)
 
     def _summed(
         self, forward: StepForward, batch: Any, layout: RowLayout, sizes: Sequence[int], scale: Tensor
