@@ -82,6 +82,20 @@ class CapturedPrograms:
         return found
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """One for the process: libraries keep a workspace for every stream that they ran on, to its end.
+
+    They take it here, so that it does not lie in a large segment, which could not be given back then.
+    """
+    cuda: Any = torch.cuda
+    stream = cuda.Stream(device)
+    with cuda.stream(stream), torch.enable_grad():
+        ones = torch.ones(8, 8, device=device, requires_grad=True)
+        torch.autograd.grad((ones @ ones).sum(), ones)
+    return stream
+
+
 def _refuse(work: ChunkWork) -> None:
     """Raises CannotSplit for what a replay would not do."""
     device = work.declared.device
@@ -134,7 +148,7 @@ class CapturedPass:
         self._totals: list[Tensor | None] = [None] * len(self.aliases)
         self._graphs: dict[Hashable, _Graph] = {}
         self._pool: Any = None
-        self._stream: Any = cast(Any, torch.cuda).Stream(self._device)
+        self._stream = _capture_stream(self._device)
         self._running = False
         self._magnitudes: GradientMagnitudes | None = None
 

@@ -66,6 +66,16 @@ def release_cached(device: torch.device) -> int:
     return before.reserved_bytes - torch.cuda.memory_reserved(device)
 
 
+def take_workspaces(device: torch.device) -> None:
+    """Has cuBLAS take what it keeps for this stream, for the thread of the forward and for that of the backward.
+
+    Taken later it would lie inside a large segment, and small as it is, keep all of it from being given back.
+    """
+    if device.type == "cuda":
+        ones = torch.ones(8, 8, device=device, requires_grad=True)
+        torch.autograd.grad((ones @ ones).sum(), ones)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

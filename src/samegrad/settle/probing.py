@@ -70,6 +70,7 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         do="say how many rows run at a time: rows= or plan=; ranks would each measure and choose for themselves, and "
         "wait for each other where they chose differently",
     )
+    counters.take_workspaces(declared.device)
     layout = declared.layout(batch)
     residents = count_residents(declared)
     one_row = CannotSplit(asked="split the rows of a step", found="the batch has one row", do="nothing is to be done")
