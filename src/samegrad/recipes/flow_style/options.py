@@ -16,13 +16,14 @@ DTYPES = ("float32", "float64", "bfloat16")
 # Of an option that is unset: (the document's, for real latents; smaller, for the bundled pictures on two cores).
 SIZES: Mapping[str, tuple[Any, Any]] = {
     "batch_size": (32, 8),
-    "num_epochs": (100, 10),
+    "num_epochs": (100, 20),
     "base_channels": (128, 16),
-    "learning_rate": (1e-4, 2e-3),
+    "learning_rate": (1e-4, 1e-3),
+    "w_style": (1.0, 3.0),
 }
 # The document's file has its options in these mappings; here they are options like all others.
 CONFIG_SECTIONS = ("training", "loss", "model", "data", "inference")
-_BUNDLED_STEPS_PER_EPOCH = 10
+_BUNDLED_STEPS_PER_EPOCH = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,11 @@ class FlowStyleOptions(CommonOptions):
     use_cudnn_benchmark: bool = False
     """Let cuDNN try its convolution algorithms while training; shapes must not change."""
     num_epochs: int | None = None
-    """Epochs. Unset: 100, or 10 for the bundled pictures."""
+    """Epochs. Unset: 100, or 20 for the bundled pictures."""
     steps_per_epoch: int | None = None
-    """Optimizer steps in an epoch. Unset: largest style x styles^2 over the logical batch, or bundled 10."""
+    """Optimizer steps in an epoch. Unset: largest style x styles^2 over the logical batch, or bundled 5."""
     learning_rate: float | None = None
-    """First step size of AdamW. Unset: the document's 1e-4, or 2e-3 for the bundled pictures."""
+    """First step size of AdamW. Unset: the document's 1e-4, or 1e-3 for the bundled pictures."""
     last_learning_rate: float = 1e-6
     """Step size at the end of the cosine."""
     weight_decay: float = 1e-5
@@ -70,8 +71,8 @@ class FlowStyleOptions(CommonOptions):
     """Epochs over which that earliest time rises to epsilon, from 0."""
     label_drop_prob: float = 0.1
     """Share of rows that are trained without their style, for guidance; drawn once a logical batch."""
-    w_style: float = 1.0
-    """Weight of the sliced Wasserstein distance of patches."""
+    w_style: float | None = None
+    """Weight of the sliced Wasserstein distance of patches. Unset: 1, or 3 for the bundled pictures."""
     w_content: float = 1.0
     """Weight of the change of self-similarity."""
     use_velocity_reg: bool = False
@@ -106,7 +107,7 @@ class FlowStyleOptions(CommonOptions):
     """Held-out crops of each style of the bundled pictures."""
     num_inference_steps: int = 20
     """Steps of the sampler."""
-    start_time: float = 0.5
+    start_time: float = 0.7
     """Time that styled pictures start at: 0 from noise, 1 from the source."""
     cfg_scale: float = 2.0
     """Guidance: how far the styled velocity is followed beyond the unstyled one; 1 is none."""
@@ -147,7 +148,8 @@ class FlowStyleOptions(CommonOptions):
                 self._refuse(name, "it must be positive and finite", "give for example 1e-4 or 1.0")
         for name in ("last_learning_rate", "weight_decay", "w_style", "w_content", "vel_reg_weight", "cfg_scale",
                      "temperature_lambda"):  # fmt: skip
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 self._refuse(name, "it must be 0 or positive, and finite", "give for example 1.0")
         for name in ("epsilon", "label_drop_prob", "start_time"):
             if not 0 <= getattr(self, name) < 1:

@@ -56,7 +56,7 @@ def draw_curves(history: History) -> Figure:
     _dress(left, "training energy")
     at = [line["step"] for line in history.validations if line.get("parts")]
     for axes, name, title in ((middle, "swd", "held-out SWD (style)"), (right, "ssm", "held-out SSM (content)")):
-        axes.plot(at, history.part(name), color=_ACCENT, linewidth=1.4, marker="o", markersize=3)
+        axes.plot(at, history.part(name), color=_ACCENT, linewidth=1.4, marker="o", markersize=3, clip_on=False)
         _dress(axes, title)
     return figure
 

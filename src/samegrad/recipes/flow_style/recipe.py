@@ -208,7 +208,7 @@ class Clip:
 def energy_of(options: FlowStyleOptions) -> Energy:
     """The loss that ``options`` describe."""
     return Energy(
-        style_weight=options.w_style,
+        style_weight=options.size("w_style"),
         content_weight=options.w_content,
         velocity_weight=options.vel_reg_weight if options.use_velocity_reg else 0.0,
         patch_sizes=options.patch_sizes,

@@ -25,7 +25,7 @@ class Sampler:
     """``steps`` from ``start_time`` to 1; ``guidance`` 1 and ``temperature`` 0 leave the plain flow."""
 
     steps: int = 20
-    start_time: float = 0.5
+    start_time: float = 0.7
     guidance: float = 2.0
     temperature: float = 0.1
 
