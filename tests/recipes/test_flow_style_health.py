@@ -104,8 +104,8 @@ def test_too_short_a_run_says_so(tmp_path: Path) -> None:
     [
         ("Over the budget", {"plan": {"budget": {"total_bytes": 900}}}),
         ("--max_grad_norm 0.5", {"norm": [0.5] * 17 + [9.0]}),
-        ("--use_velocity_reg", {"norm": [2.0] * 18}),
-        ("--epsilon_warmup_epochs 20", {"norm": [2.0] * 18}),
+        ("--use_velocity_reg", {"norm": [0.5] * 17 + [9.0]}),
+        ("--epsilon_warmup_epochs 20", {"norm": [0.5] * 17 + [9.0]}),
         ("Launch-bound (50 %", {"plan": {"levers": {"split_rows": {"rows": 4}}},
                                "footprint": {"seconds_per_chunk": 0.4, "seconds_per_row": 0.1}}),
         ("--ode_integration_steps 7", {"seconds": [2.0] * 18}),
@@ -120,7 +120,7 @@ def test_each_line_of_advice_needs_its_measurement(tmp_path: Path, says: str, ch
 
 
 def test_velocity_regularisation_is_not_advised_where_it_is_on(tmp_path: Path) -> None:
-    told = advise(write_run(tmp_path, norm=[2.0] * 18, config={"use_velocity_reg": True}))
+    told = advise(write_run(tmp_path, norm=[0.5] * 17 + [9.0], config={"use_velocity_reg": True}))
     assert told and not any("--use_velocity_reg" in line for line in told)
 
 

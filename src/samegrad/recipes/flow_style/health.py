@@ -22,7 +22,8 @@ _WARM_UP_STEPS = 2
 _STABLE_FRACTION = 0.25
 # An epoch may take so many times what was planned.
 _SLOW_FACTOR = 1.5
-_CLIPPED_FRACTION = 0.5
+# From here on it is the clip that sets the size of steps.
+_CLIPPED_FRACTION = 0.9
 _UNSTABLE_FACTOR = 5.0
 _LAUNCH_FRACTION = 0.3
 
@@ -71,8 +72,9 @@ def _style_falls(swd: Sequence[float]) -> Finding:
     name = "SWD falling (held out)"
     if len(swd) < _FEWEST_EPOCHS:
         return _unknown(name, f"not enough epochs: {len(swd)} validations, {_FEWEST_EPOCHS} are needed to tell")
-    first, last = _thirds(swd)
-    detail = f"{first:.4g} in the first third of {len(swd)} epochs, {last:.4g} in the last"
+    # Most of it falls early: where it began counts, and not its first third.
+    first, last = statistics.median(swd[:_FEWEST_EPOCHS]), _thirds(swd)[1]
+    detail = f"{first:.4g} in the first {_FEWEST_EPOCHS} of {len(swd)} epochs, {last:.4g} in the last third"
     return _finding(name, last < first, detail, "raise --w_style; --patch_pool batch cannot tell styles apart")
 
 
@@ -154,8 +156,8 @@ def _advice(folder: Path) -> Iterator[str]:
     yield from _stability_advice(history, config)
     yield from _speed_advice(history, config, plan, read_document(folder / "footprint.json"))
     swd = history.part("swd")
-    if len(swd) >= _FEWEST_EPOCHS and _thirds(swd)[1] >= _thirds(swd)[0]:
-        yield f"SWD does not fall ({_thirds(swd)[0]:.4g}, then {_thirds(swd)[1]:.4g}): raise --w_style or train longer."
+    if (falls := _style_falls(swd)).answer is Answer.FAILS:
+        yield f"SWD does not fall ({falls.detail}): raise --w_style or train longer."
 
 
 def _memory_advice(history: History, plan: dict[str, Any]) -> Iterator[str]:
@@ -176,9 +178,9 @@ def _stability_advice(history: History, config: dict[str, Any]) -> Iterator[str]
     if len(norms) < _FEWEST_STEPS:
         return
     median, largest = statistics.median(norms), max(norms)
-    share = _clipped_share(history, config) or 0.0
-    if largest <= _UNSTABLE_FACTOR * median and share <= _CLIPPED_FRACTION:
+    if largest <= _UNSTABLE_FACTOR * median:
         return
+    share = _clipped_share(history, config) or 0.0
     measured = f"gradient norms reach {largest:.3g} with a median of {median:.3g}, and {share:.0%} of steps are clipped"
     yield f"Unstable ({measured}): try --max_grad_norm {config.get('max_grad_norm', 1.0) / 2:g}."
     if not config.get("use_velocity_reg"):

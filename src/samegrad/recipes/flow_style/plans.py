@@ -105,7 +105,11 @@ def _settled(
         return plan, footprint
     levers = plan.levers | {"recompute": {"blocks": step_blocks(model, every)}}
     origins = {**plan.knob_origins, "recompute.blocks": sg.KnobOrigin.CHOSEN}
-    return dataclasses.replace(plan, levers=levers, knob_origins=origins), footprint
+    # What the plan says of levers is about the step with checkpoints of its own.
+    reasons = {"recompute": "taken: the fastest that was measured to fit, beside other groups of ODE steps and none"}
+    if "split_rows" not in levers:
+        reasons["split_rows"] = "not needed: with ODE steps run again all rows fit at once"
+    return dataclasses.replace(plan, levers=levers, knob_origins=origins, reasons=plan.reasons | reasons), footprint
 
 
 def _unsplit_steps(options: FlowStyleOptions, declare: Declare, batch: StyleBatch) -> tuple[sg.Plan, sg.Footprint]:

@@ -1,7 +1,9 @@
 """``plan --table``: the document's memory, speed and quality tables, ours beside its own.
 
-Memory and time are those of real steps at a few rows, drawn out to the table's rows by laws; what a compiled step and
-cuDNN's trials bring is timed on ``batch_size`` rows; gradient noise is that of the style loss on the styled latents.
+Memory and time are those of real steps at a few rows, drawn out to the table's rows by laws ("+ again": every ODE step
+runs again in backward). What a compiled step and cuDNN's trials bring is timed on ``batch_size`` rows, forward and
+backward, where there is a GPU or it is asked for. Noise: how far the style loss's gradient on the styled latents strays
+from that of all patches when a share of them is compared.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def _memory(
             "rows": footprint.batch_rows,
             "at_a_time": rows,
             "peak_bytes": footprint.predicted_peak_bytes(rows=rows),
-            "seconds": footprint.predicted_seconds(rows=rows),
+            "step_seconds": footprint.predicted_seconds(rows=rows),
             "document": document,
         }
 
@@ -90,9 +92,9 @@ def _memory(
     keeping, again = measured(logical, _NEW_STEPS, 0), measured(logical, _NEW_STEPS, 1)
     yield line("new", keeping, many, logical, None)
     yield line("new", keeping, many, _NEW_ROWS, "~5.2GB")
-    yield line("new", again, f"{many}, again", logical, "2 x model")
-    yield line("new", again, f"{many}, again", _NEW_ROWS, None)
-    yield line("new", again, f"{many}, again", 1, None)
+    yield line("new", again, "+ again", logical, "2 x model")
+    yield line("new", again, "+ again", _NEW_ROWS, None)
+    yield line("new", again, "+ again", 1, None)
 
 
 def _speed(
@@ -105,24 +107,23 @@ def _speed(
     batch = batch_of(rows).to(device)
     part: dict[str, Cell] = {"part": "speed", "rows": rows, "at_a_time": rows}
     _, plain = _timed(model, Calling(options.dtype), energy, batch)
-    yield part | {"way": "as written", "seconds": plain, "document": "~450ms"}
+    yield part | {"way": "plain", "step_seconds": plain, "document": "~450ms"}
     if device.type == "cuda" or options.use_compile:
         compiled = CompiledCalling(
             options.dtype, model.network, mode=options.compile_mode, fullgraph=options.fullgraph,
             recompile_limit=options.cache_size_limit,
         )  # fmt: skip
         first, later = _timed(model, compiled, energy, batch)
-        yield part | {"way": "compiled", "seconds": later, "document": "~420ms"}
-        yield part | {"way": "compiling, once", "seconds": first - later, "document": "~20-30s"}
+        yield part | {"way": "compiled", "step_seconds": later, "document": "~420ms"}
+        yield part | {"way": "compiling, once", "step_seconds": first - later, "document": "~20-30s"}
     else:
         # Compiling for a CPU takes a minute of it; who wants to know asks.
-        yield part | {"way": "compiled (--use_compile times it)", "seconds": None, "document": "~420ms"}
+        yield part | {"way": "compiled", "step_seconds": None, "document": "~420ms"}
     seconds = None
     if device.type == "cuda":
         with torch.backends.cudnn.flags(benchmark=True):
             _, seconds = _timed(model, Calling(options.dtype), energy, batch)
-    way = "cuDNN benchmark" + ("" if device.type == "cuda" else " (none here)")
-    yield part | {"way": way, "seconds": seconds, "document": "~410ms"}
+    yield part | {"way": "cuDNN", "step_seconds": seconds, "document": "~410ms"}
 
 
 def _timed(model: StyleFlow, calling: Calling, energy: Energy, batch: data.StyleBatch) -> tuple[float, float]:
@@ -162,8 +163,8 @@ def _noise(latents: data.Latents, energy: Energy, options: FlowStyleOptions) -> 
         strays = [float((gradient(share, draw) - best).norm() / best.norm()) for draw in range(1, 1 + _DRAWS)]
         yield {
             "part": "quality",
-            "way": f"{share:.2%} of the patches",
+            "way": f"{share:.1%}",
             "rows": rows,
-            "gradient_noise": statistics.mean(strays),
+            "noise": statistics.mean(strays),
             "document": claim,
         }
