@@ -16,9 +16,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """What ``-n auto`` stands for: a worker a core; none for single files, nor where tests of a card are asked for.
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A worker a core where nobody said how many; without pytest-xdist all tests run in this process."""
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None or option.usepdb:
+        return
+    workers = _workers(config)
+    if workers:
+        # Workers take from one another what is left: files stay together, and with them what they make once.
+        option.numprocesses, option.dist = workers, "worksteal"
+
+
+def _workers(config: pytest.Config) -> int:
+    """None for single files, nor where tests of a card are asked for.
 
     A worker takes seconds to import what a file needs, and tests that count a card's bytes must be alone on it.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +84,55 @@ def test_what_python_could_read_is_seen(change: Callable[..., object]) -> None:
         assert not constants.hold()
     finally:
         MASK[0] = 1.0
+
+
+AMBIENT: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "a default dtype": lambda: switched(torch.set_default_dtype, torch.get_default_dtype(), torch.float64),
+    "matrix precision": lambda: switched(
+        torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "medium"
+    ),
+    "deterministic kernels": lambda: switched(torch.use_deterministic_algorithms, False, True),
+    "convolutions of any speed": lambda: torch.backends.cudnn.flags(benchmark=not torch.backends.cudnn.benchmark),
+    "attention by one kernel": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+}
+
+
+@contextlib.contextmanager
+def switched(put: Callable[[Any], object], before: Any, value: Any) -> Iterator[None]:
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@pytest.mark.parametrize("block", AMBIENT.values(), ids=AMBIENT)
+def test_a_step_under_another_ambient_setting_is_another_step(block: Callable[[], Any]) -> None:
+    constants = Constants.of(step()[0])
+    with block():
+        assert not constants.hold()
+    assert constants.hold()
+
+
+def test_an_object_in_the_place_of_one_that_is_gone_is_another_one() -> None:
+    """Its number may be the old one's: what is compared by identity is kept alive."""
+    declared, _ = step()
+    declared.model.table["scale"] = SimpleNamespace(factor=2.0)
+    constants = Constants.of(declared)
+    for _ in range(8):
+        declared.model.table["scale"] = SimpleNamespace(factor=3.0)
+        assert not constants.hold()
+
+
+def test_a_hook_in_the_place_of_another_is_seen() -> None:
+    declared, _ = step()
+    handle = declared.model.first.register_forward_hook(lambda *_: None)
+    constants = Constants.of(declared)
+    for _ in range(8):
+        handle.remove()
+        handle = declared.model.first.register_forward_hook(lambda *_: None)
+        assert not constants.hold()
 
 
 def test_a_global_that_the_models_code_reads_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ Source: PyTorch documentation, "CUDA Graphs".
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import gc
 import traceback
@@ -37,6 +38,7 @@ from samegrad.exact.program import LossSums
 from samegrad.exact.state import StateTransaction
 from samegrad.exact.step_draws import StepDraws
 
+_PLAIN = (int, float, str, bool, bytes, type(None), enum.Enum, torch.Size, torch.dtype, torch.device)
 # Each has memory of its own for what its chunk is given.
 _MOST_GRAPHS = 8
 _ASKED = "capture a chunk as a graph of CUDA kernels"
@@ -323,13 +325,16 @@ class _Graph:
 
 
 def _shape(leaf: Any) -> Hashable:
+    """What a graph was captured for. Raises CannotSplit for what a replay would not read again."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype
-    try:
-        hash(leaf)
-    except TypeError:
-        return id(leaf)
-    return type(leaf), leaf
+    if isinstance(leaf, _PLAIN):
+        return type(leaf), leaf
+    raise CannotSplit(
+        asked=_ASKED,
+        found=f"the batch holds a {type(leaf).__name__}, and whether it says the same in the next step cannot be seen",
+        do="make it a tensor or a plain value, or leave the lever graphs out of the plan",
+    )
 
 
 def _copied(total: Tensor, factor: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from samegrad import trees
-from samegrad.declared import DeclaredStep, plain_loss
+from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
 from samegrad.exact import passes, program
 from samegrad.exact.aliases import NARROW, GradientMagnitudes, GradientTotals, ParameterAliases
@@ -66,8 +66,12 @@ def plain_backward(
     ``draws``: what the model draws, where the step is one that may be split.
     """
     [whole] = arriving_chunks([whole_on_device(declared, batch, layout)])
+    drawing = under_draws(declared, draws)
     announce(Phase.FORWARD)
-    loss = plain_loss(under_draws(declared, draws), whole)
+    outputs = drawing.forward(drawing.model, whole)
+    announce(Phase.LOSS)
+    loss = checked_loss(drawing.loss_fn(outputs, whole))
+    del outputs
     announce(Phase.BACKWARD)
     scaled = loss if scaler is None else scaler.scale(loss)
     program.backward_outside_autocast([scaled], [torch.ones_like(scaled)])

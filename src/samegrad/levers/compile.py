@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Self
 from samegrad.errors import BadInput
 from samegrad.exact.compiled import CompilerSettings
 from samegrad.levers._lever import Execution, Slot
-from samegrad.levers._variants import predicted_whole
-from samegrad.records import Exactness, Footprint, Origin
+from samegrad.levers._variants import predicted_without
+from samegrad.records import Exactness, Footprint
 
 _MODES = ("default", "max-autotune-no-cudagraphs")
 
@@ -57,7 +57,7 @@ class Compile:
 
     def predict(self, footprint: Footprint) -> Footprint:
         """As without it: what a compiler keeps is known when it has compiled."""
-        return footprint if footprint.origin is Origin.PREDICTED else predicted_whole(footprint)
+        return predicted_without(footprint)
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Self
 
 from samegrad.declared import DeclaredStep
 from samegrad.levers._lever import Execution, Slot
-from samegrad.levers._variants import predicted_whole
-from samegrad.records import Exactness, Footprint, Origin
+from samegrad.levers._variants import predicted_without
+from samegrad.records import Exactness, Footprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Graphs:
 
     def predict(self, footprint: Footprint) -> Footprint:
         """As without it: what the pool takes is measured, when a chunk has been captured."""
-        return footprint if footprint.origin is Origin.PREDICTED else predicted_whole(footprint)
+        return predicted_without(footprint)
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:

@@ -30,7 +30,6 @@ _SLOTS = (
     "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
     "_backward_pre_hooks",
 )  # fmt: skip
-_HOOKS_OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 # Path and module.
 NamedModules = list[tuple[str, nn.Module]]
@@ -215,15 +214,12 @@ def shadow_optimizer(optimizer: torch.optim.Optimizer, twins: Twins, numbers: Nu
 
 
 def copied_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A shallow copy without state, whose groups are still the original's."""
+    """A shallow copy without state and without hooks (the user's are not called), whose groups are the original's."""
     copied = copy.copy(optimizer)
     # Copying leaves out what a user's optimizer keeps of its own, and must leave out a step that a scheduler wrapped.
     own = {key: value for key, value in vars(optimizer).items() if key not in vars(copied) and key != "step"}
     vars(copied).update(own)
     copied.state = collections.defaultdict(dict)
-    for name in _HOOKS_OF_OPTIMIZERS:
-        # Those that the copy gets are its own.
-        vars(copied)[name] = vars(optimizer).get(name, {}).copy()
     return copied
 
 
