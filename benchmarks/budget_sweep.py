@@ -191,7 +191,7 @@ CONTENDERS: dict[str, Contender] = {
 def _recomputing(model: nn.Module) -> Iterator[None]:
     blocks = list(_steps._blocks_of(model))
     for block in blocks:
-        block.forward = _steps._recomputing(block.forward)  # type: ignore[method-assign]
+        block.forward = _steps._recomputing(block.forward)  # type: ignore[method-assign]  # as users do it
     try:
         yield
     finally:

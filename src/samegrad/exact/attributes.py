@@ -137,7 +137,7 @@ def put_back(value: Tensor, content: Tensor) -> None:
 def _known_same(compare: Callable[[], bool]) -> bool:
     try:
         return compare()
-    except Exception as error:
+    except Exception as error:  # of many types; all but one kind go on
         if not is_out_of_memory(error):
             raise
         return False

@@ -57,7 +57,8 @@ class StyleBatch(NamedTuple):
 
 
 ROW_FIELDS = StyleBatch._fields[:6]
-# Where rows are in a StyleBatch: what is shared could have as many entries as there are rows.
+# Where rows are in a StyleBatch: what is shared could have as many entries as there are rows. Axes stand where tensors
+# are declared, so that they have the batch's own shape.
 ROW_AXES = StyleBatch(0, 0, 0, 0, 0, 0, None, None, None)  # type: ignore[arg-type]
 
 

@@ -26,6 +26,7 @@ def draw_grid(columns: Sequence[Sequence[Shown]], row_names: Sequence[str]) -> F
     """Pictures in columns, each a source above its styled versions; ``row_names`` stand to the left."""
     figure = Figure(figsize=(0.5 + 1.5 * len(columns), 1.55 * len(row_names)), layout="constrained")
     FigureCanvasAgg(figure)
+    # layout="constrained" has this engine, and it takes these; the types are those of any.
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(len(row_names), len(columns), squeeze=False)
     for column, pictures in enumerate(columns):
