@@ -56,7 +56,7 @@ def style_file(
     latent = _read(flow, source, target_size)[None]
     if output.suffix != ".pt" and flow.codec is None:
         raise _no_codec(output)
-    # Names were checked against the options they are read from.
+    # A dictionary has one type for all its values; the options gave each its own.
     sampler = dataclasses.replace(flow.sampler, **(changed or {}))  # type: ignore[arg-type]
     generator, target = Generator().manual_seed(random_seed), torch.tensor([target_style_id])
     if source_style_id is None:
