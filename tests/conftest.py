@@ -20,6 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """A worker a core where nobody said how many; without pytest-xdist all tests run in this process."""
     option = config.option
+    if hasattr(config, "workerinput"):
+        # A worker runs what it is given, and makes no workers.
+        return
     if not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None or option.usepdb:
         return
     workers = _workers(config)
