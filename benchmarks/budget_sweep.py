@@ -7,19 +7,26 @@ or that it computes another function.
 
     python benchmarks/budget_sweep.py [--workload NAME ...] [--budget X ...] [--contender NAME ...]
 
+Each cell has a process of its own: what one leaves in the allocator or the compiler would be another's. Beside them
+stand two floors, below which no step of this arithmetic comes: its operations over the card's rate, and the bytes of
+weights, gradients and optimizer state over its bandwidth.
+
 Cells that were measured before stay in the file, so that parts of under ten minutes add up.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,9 +38,11 @@ import _steps
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import samegrad as sg
 from samegrad.errors import SamegradError
+from samegrad.measure.devices import find_card
 
 BUDGETS = (100.0, 50.0, 25.0, 12.5)
 WARM, TIMED = 3, 8
@@ -204,28 +213,35 @@ def _emptied() -> None:
     torch.cuda.empty_cache()
 
 
-def reference(workload: Workload) -> tuple[list[Tensor], dict[str, Any]]:
-    """The plain step's gradients, on the host, and what the budgets are made of."""
-    training = Training.of(workload)
-    training.loss(training.batch).backward()
-    gradients = [p.grad.cpu() for p in training.model.parameters() if p.grad is not None]
+def reference(name: str, gradients_file: Path) -> dict[str, Any]:
+    """What the budgets are made of, and the floors. The plain step's gradients go to ``gradients_file``."""
+    _settings()
+    training = Training.of(WORKLOADS[name])
+    # Counted apart: a counter keeps what it looks at.
+    with FlopCounterMode(display=False) as counter:
+        training.loss(training.batch).backward()
+    torch.save([p.grad.cpu() for p in training.model.parameters() if p.grad is not None], gradients_file)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     _emptied()
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM):
-        training.loss(training.batch).backward()
-        training.optimizer.step()
-        training.optimizer.zero_grad(set_to_none=True)
-    floor = 4 * sum(p.nbytes for p in training.model.parameters())
-    return gradients, {"floor_bytes": floor, "plain_reserved_bytes": torch.cuda.max_memory_reserved()}
+    cell = _timed(training, lambda: training.loss(training.batch).backward())
+    weights = sum(p.nbytes for p in training.model.parameters())
+    card = find_card(torch.cuda.get_device_name())
+    return {
+        "floor_bytes": 4 * weights,
+        "plain_reserved_bytes": cell["peak_reserved_bytes"],
+        "plain_seconds": cell["seconds"],
+        "operations_floor_seconds": counter.get_total_flops() / card.flops_per_second["bfloat16"],
+        # Read for the forward and the backward; gradients written and read; weights and two moments read and written.
+        "bytes_floor_seconds": (2 + 2 + 6) * weights / card.bandwidth_bytes_per_second,
+    }
 
 
-def measure(workload: Workload, contender: Contender, budget: int, gradients: list[Tensor]) -> dict[str, Any]:
+def measure(name: str, by: str, budget: int, gradients_file: Path) -> dict[str, Any]:
     """One cell."""
-    # The compiler holds the models that it compiled for.
-    torch._dynamo.reset()
-    _emptied()
+    _settings()
+    workload, contender = WORKLOADS[name], CONTENDERS[by]
     if contender is not samegrad:
         # That one caps the allocator itself, once it has examined the step.
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / torch.cuda.mem_get_info()[1]))
@@ -238,7 +254,7 @@ def measure(workload: Workload, contender: Contender, budget: int, gradients: li
             # Some take steps to find their rows.
             training.model.load_state_dict(weights)
             backward()
-            found = _difference(training.model, gradients)
+            found = _difference(training.model, torch.load(gradients_file))
             training.optimizer.step()
             training.optimizer.zero_grad(set_to_none=True)
             before_seconds = time.perf_counter() - start
@@ -249,8 +265,6 @@ def measure(workload: Workload, contender: Contender, budget: int, gradients: li
         return {"fits": False, "found": f"out of memory in {Path(last.filename).name}:{last.lineno}"}
     except SamegradError as error:
         return {"fits": False, "found": error.found}
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
     return {
         "fits": True,
         "gradient_difference": found,
@@ -301,32 +315,43 @@ def _known() -> dict[str, Any]:
     return {}
 
 
+def _settings() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+def _apart(function: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """``function`` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as process:
+        return process.submit(function, *given).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--budget", nargs="+", type=float, default=BUDGETS)
     parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     arguments = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     known = _known()
-    for name in arguments.workload:
-        workload = WORKLOADS[name]
-        gradients, facts = reference(workload)
-        at = known.setdefault(name, {"cells": {}}) | facts
-        known[name] = at
-        for x in arguments.budget:
-            budget = int(at["floor_bytes"] + x / 100 * (at["plain_reserved_bytes"] - at["floor_bytes"]))
-            for contender in arguments.contender:
-                # Without a cap that binds, one cell tells the plain step's speed and the compiled one's.
-                if x < 100 and contender == "plain":
-                    continue
-                cell = measure(workload, CONTENDERS[contender], budget, gradients) | {"budget_bytes": budget}
-                if workload.couples_rows and contender.startswith("halved"):
-                    cell["changed_the_function"] = True
-                at["cells"][f"{x:g} {contender}"] = cell
-                shown = {k: v for k, v in cell.items() if k not in ("plan", "budget_bytes")}
-                print(name, x, contender, shown, str(cell.get("plan", ""))[:160], flush=True)
-                _results.write("budget_sweep", {"workloads": known}, quiet=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.workload:
+            gradients_file = Path(folder) / f"{name}.pt"
+            at = known.setdefault(name, {"cells": {}}) | _apart(reference, name, gradients_file)
+            known[name] = at
+            print(name, {key: value for key, value in at.items() if key != "cells"}, flush=True)
+            for x in arguments.budget:
+                budget = int(at["floor_bytes"] + x / 100 * (at["plain_reserved_bytes"] - at["floor_bytes"]))
+                for contender in arguments.contender:
+                    # Without a cap that binds, one cell tells the plain step's speed.
+                    if x < 100 and contender == "plain":
+                        continue
+                    cell = _apart(measure, name, contender, budget, gradients_file) | {"budget_bytes": budget}
+                    if WORKLOADS[name].couples_rows and contender.startswith("halved"):
+                        cell["changed_the_function"] = True
+                    at["cells"][f"{x:g} {contender}"] = cell
+                    shown = {k: v for k, v in cell.items() if k not in ("plan", "budget_bytes")}
+                    print(name, x, contender, shown, str(cell.get("plan", ""))[:160], flush=True)
+                    _results.write("budget_sweep", {"workloads": known}, quiet=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from samegrad.declared import declare
 from samegrad.errors import CannotSplit
 from samegrad.exact import compiled
-from samegrad.exact.compiled import CompiledLoss, CompilerSettings
+from samegrad.exact.compiled import CompiledLoss
+from samegrad.exact.compiler import CompilerSettings
 from samegrad.exact.draws import StepKey
 from samegrad.exact.examine import examine
 from samegrad.exact.pass_programs import EagerPrograms
@@ -73,7 +74,7 @@ def test_a_compiled_chunk_has_pythons_gradients_under_its_draws(loss_fn: Callabl
     for key in (KEY, KEY + 1):
         assert_same(totals(traced, batch, key), totals(python, batch, key))
     # One for each size of chunk; a new key and new aliases of the weights are no reason to compile again.
-    assert loss_for.compilations == len(set(SIZES)) and loss_for.graph_breaks == 0
+    assert loss_for.compiler.compilations == len(set(SIZES)) and loss_for.compiler.graph_breaks == 0
     assert "4 graphs compiled, 0 graph breaks" in loss_for.notes()[0]
 
 
@@ -94,10 +95,10 @@ def test_a_value_that_changes_between_steps_is_compiled_again() -> None:
     model, batch = MODELS["mlp"](dropout=0.4)
     python, traced, loss_for = steps(model, squares, batch)
     totals(traced, batch)
-    before = loss_for.compilations
+    before = loss_for.compiler.compilations
     model[2].p = 0.1
     assert_same(totals(traced, batch), totals(python, batch))
-    assert loss_for.compilations > before
+    assert loss_for.compiler.compilations > before
 
 
 class Blocks(nn.Module):
@@ -122,14 +123,19 @@ def kept_numbers(again: tuple[tuple[str, ...], ...], batch: Any) -> tuple[list[T
     model = Blocks().double()
     _, traced, loss_for = steps(model, cross_entropy, batch, CompilerSettings(again=again, fullgraph=True))
     kept: list[int] = []
-    right = loss_for._compiled_loss
+    right = loss_for.compiler.compiled
 
-    def seeing(*given: Any) -> Any:
-        found = right(*given)
-        kept.append(sum(t.numel() for t in found[0].grad_fn.saved_tensors if t.dim() == 2 and 64 in t.shape[1:]))
-        return found
+    def seeing(function: Any, device: Any) -> Any:
+        made = right(function, device)
 
-    loss_for._compiled_loss = seeing  # type: ignore[method-assign]
+        def run(*given: Any) -> Any:
+            found = made(*given)
+            kept.append(sum(t.numel() for t in found[0].grad_fn.saved_tensors if t.dim() == 2 and 64 in t.shape[1:]))
+            return found
+
+        return run
+
+    loss_for.compiler.compiled = seeing  # type: ignore[method-assign]
     layout = traced.declared.layout(batch)
     found = traced.totals(batch, layout, [layout.rows], key=StepKey.fixed(KEY))
     return found.totals, kept[0]
@@ -163,7 +169,7 @@ def test_a_broken_graph_is_counted_and_computes_the_same() -> None:
     model, batch = Broken().double(), MODELS["mlp"]()[1]
     python, traced, loss_for = steps(model, cross_entropy, batch, dataclasses.replace(TRACED, fullgraph=False))
     assert_same(totals(traced, batch), totals(python, batch))
-    assert loss_for.graph_breaks > 0
+    assert loss_for.compiler.graph_breaks > 0
 
 
 def test_planted_count_that_forgets_ignored_targets_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,9 +76,40 @@ def test_gradients_are_as_near_to_float64_as_plain_ones(dtype: torch.dtype, spli
     assert found <= tolerance.NOISE_RATIO * distance + tolerance.norm_allowed(torch.float32) * exact.norm()
 
 
+PROGRAMS = pytest.mark.parametrize(
+    "programs", [{"compile": {}}, {"graphs": {}}, {"compile": {}, "graphs": {}}], ids=" ".join
+)
+
+
+@PROGRAMS
+@pytest.mark.parametrize("split", [{}, {"split_rows": {"rows": 8}}], ids=["whole", "split"])
+def test_compiled_and_captured_they_are_too(programs: dict[str, Any], split: dict[str, Any]) -> None:
+    exact = oracle()
+    distance = (stepped(None, torch.bfloat16, 1.0) - exact).norm()
+    found = (stepped(chunked(**split, **programs), torch.bfloat16, 1.0) - exact).norm()
+    assert found <= tolerance.NOISE_RATIO * distance + tolerance.norm_allowed(torch.float32) * exact.norm()
+
+
+@PROGRAMS
+def test_compiled_and_captured_chunks_hold_no_more_logits(programs: dict[str, Any]) -> None:
+    model, rows = Words().cuda(), batch()
+    plan = chunked(split_rows={"rows": 12}, **programs)
+    with sg.Step(model, loss_fn, plan=plan) as step, torch.autocast("cuda", torch.bfloat16):
+        step.backward(rows)
+        model.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step.backward(rows)
+    standing = sum(p.nbytes for p in model.parameters())
+    logits_bytes = 12 * LENGTH * CLASSES * torch.bfloat16.itemsize
+    # Parameters, their gradients, those of a chunk, and what a chunk of the loss takes; all logits are more than that.
+    assert torch.cuda.max_memory_allocated() < 4 * standing + POSITIONS * CLASSES * 12 + logits_bytes / 4
+
+
+@pytest.mark.parametrize("programs", [{}, {"compile": {}}], ids=["python", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_verdict_is_same(dtype: torch.dtype) -> None:
-    step = sg.Step(Words().cuda().to(dtype), loss_fn, plan=chunked())
+def test_the_verdict_is_same(dtype: torch.dtype, programs: dict[str, Any]) -> None:
+    step = sg.Step(Words().cuda().to(dtype), loss_fn, plan=chunked(**programs))
     assert sg.verify_step(step, batch(), rows=8).same
 
 

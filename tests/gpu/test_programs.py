@@ -278,6 +278,80 @@ def test_a_scaled_loss_and_two_backwards_add_up_as_in_python() -> None:
     assert_bitwise(found[1], found[0])
 
 
+def kept_in_other_tensors(model: nn.Module) -> list[Tensor]:
+    """What an earlier step's gradients are held by when the next one begins: ``.grad`` itself, then views of it."""
+    held = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return held
+
+
+def kept_as_views(model: nn.Module) -> list[Tensor]:
+    return [gradient.view(-1) for gradient in kept_in_other_tensors(model)]
+
+
+def zeroed_in_place(model: nn.Module) -> list[Tensor]:
+    model.zero_grad(set_to_none=False)
+    return []
+
+
+def added_to(model: nn.Module) -> list[Tensor]:
+    return []
+
+
+BETWEEN = [kept_in_other_tensors, kept_as_views, zeroed_in_place, added_to]
+
+
+def gradients_kept(between: Callable[[nn.Module], list[Tensor]], *names: str) -> tuple[list[Gradients], list[Tensor]]:
+    model, batch = on_device(MODELS["cnn"], torch.float64, dropout=0.3)
+    torch.manual_seed(3)
+    found, held = [], list[Tensor]()
+    with sg.Step(model, cross_entropy, plan=plan_with(**levers(5, *names))) as step:
+        for _ in range(3):
+            step.backward(batch)
+            found.append({name: None if g is None else g.clone() for name, g in gradients(model).items()})
+            held += between(model)
+    return found, held
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda between: between.__name__)
+def test_gradients_that_somebody_keeps_keep_their_numbers(between: Callable[[nn.Module], list[Tensor]]) -> None:
+    found, held = gradients_kept(between, "graphs")
+    plain, plain_held = gradients_kept(between)
+    for mine, theirs in zip(found, plain):
+        assert_bitwise(mine, theirs)
+    for kept, other in zip(held, plain_held, strict=True):
+        assert torch.equal(kept, other)
+
+
+@pytest.mark.parametrize("between", [kept_as_views, added_to], ids=lambda between: between.__name__)
+def test_planted_sums_that_are_never_taken_back_are_caught(
+    between: Callable[[nn.Module], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, plain_held = gradients_kept(between)
+    monkeypatch.setattr(chunk_graphs.CapturedPass, "take_back", lambda self: True)
+    found, held = gradients_kept(between, "graphs")
+    with pytest.raises(AssertionError):
+        for mine, theirs in zip(found, plain):
+            assert_bitwise(mine, theirs)
+        assert all(torch.equal(kept, other) for kept, other in zip(held, plain_held, strict=True))
+
+
+def test_a_replayed_step_needs_no_second_set_of_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3000), nn.Linear(3000, 3000), nn.Linear(3000, 3)).to("cuda")
+    batch = on_device(MODELS["mlp"], torch.float32)[1]
+    parameter_bytes = sum(p.nbytes for p in model.parameters())
+    with sg.Step(model, cross_entropy, plan=plan_with(**levers(5, "graphs"))) as step:
+        for _ in range(2):
+            step.backward(batch)
+            assert all(p.grad is not None for p in model.parameters())
+            model.zero_grad()
+        standing = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step.backward(batch)
+        assert torch.cuda.max_memory_allocated() - standing < parameter_bytes / 10
+
+
 def test_recomputed_blocks_are_captured_with_their_draws() -> None:
     model, batch = on_device(MODELS["cnn"], torch.float64, dropout=0.3)
     again = {"recompute": {"blocks": ["0", ["2", "3", "4"]]}}

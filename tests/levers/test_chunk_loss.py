@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import samegrad as sg
 from samegrad.errors import BadInput, CannotSplit, UsageError
-from samegrad.exact.chunked_head import ChunkedLikelihood, HeadLoss
+from samegrad.exact.chunked_head import ChunkedLikelihood, HeadLoss, losses_of_chunk
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.measure.probe import OptimizerTurn, measure_rung
 from samegrad.records import Exactness, HeadLaws, Phase, Plan, Same
@@ -175,14 +175,15 @@ def ignored_targets_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_position_left_out(patch: pytest.MonkeyPatch) -> None:
-    of_chunk = HeadLoss.of_chunk
-
-    def without_the_last(self: HeadLoss, logits: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    def without_the_last(loss: HeadLoss, logits: Any, hidden: Tensor, targets: Tensor) -> Tensor:
         kept = torch.ones(len(targets), dtype=hidden.dtype)
         kept[-1] = 0
-        return of_chunk(self, logits, hidden, targets) * kept
+        return losses_of_chunk(loss, logits, hidden, targets) * kept
 
-    patch.setattr(HeadLoss, "of_chunk", without_the_last)
+    made = HeadLoss.__init__
+    patch.setattr(
+        HeadLoss, "__init__", lambda self, *args, **kwargs: made(self, *args, **kwargs | {"of_chunk": without_the_last})
+    )
 
 
 @pytest.mark.parametrize(

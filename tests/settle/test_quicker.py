@@ -69,7 +69,9 @@ def settled_by(
     )
     tried: list[Plan] = []
 
-    def played(declared: Any, aliases: Any, measurement: Any, batch: Any, plan: Plan, counting: Any, most: int) -> Any:
+    def played(
+        declared: Any, aliases: Any, measurement: Any, batch: Any, plan: Plan, counting: Any, most: int, programs: Any
+    ) -> Any:
         tried.append(plan)
         rung = rule(plan)
         return rung if rung is not None and rung.peak_bytes <= most else None
@@ -111,7 +113,11 @@ def test_every_plan_that_is_taken_fits_and_more_budget_is_never_slower(monkeypat
 
 
 def test_blocks_run_again_where_that_takes_more_rows_and_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, _ = settled_by(45, monkeypatch, expected_steps=10**6)
+    def slow_replays(plan: Plan) -> Rung:
+        rung, chunks = a_card(plan), -(-ROWS // rows_of(plan))
+        return dataclasses.replace(rung, seconds=rung.seconds + 1e-3 * chunks * ("graphs" in plan.levers))
+
+    plan, _ = settled_by(45, monkeypatch, rule=slow_replays, expected_steps=10**6)
     assert "recompute" in plan.levers and rows_of(plan) > 4
     assert plan.levers["recompute"]["blocks"] == ["layers.0", "layers.1", "layers.2"]
 
@@ -152,3 +158,31 @@ def test_only_what_is_allowed_is_compiled(monkeypatch: pytest.MonkeyPatch) -> No
     plan, tried = settled_by(100, monkeypatch, expected_steps=10**6, allow=Exactness.SAME_BITS)
     assert all("compile" not in one.levers for one in tried)
     assert plan.reasons["compile"].startswith("not allowed")
+
+
+def test_what_does_not_fit_is_said_to_be_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(20, monkeypatch, rule=lambda plan: None, settled_rows=1, expected_steps=10**6)
+    assert list(plan.levers) == ["split_rows"] and tried
+    assert plan.reasons["graphs"] == plan.reasons["compile"] == "refused: measured, and the budget holds none of it"
+
+
+def with_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quicker, "_head", lambda search: {"chunk_loss": {"head": "head", "rows": 4096}})
+
+
+def test_a_large_heads_loss_runs_in_chunks_beside_compiled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_a_head(monkeypatch)
+    plan, tried = settled_by(100, monkeypatch, expected_steps=10**6)
+    assert plan.levers["chunk_loss"] == {"head": "head", "rows": 4096}
+    assert all("chunk_loss" in one.levers for one in tried if "compile" in one.levers)
+
+
+def test_a_model_that_works_on_its_logits_is_compiled_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rule(plan: Plan) -> Rung:
+        if "chunk_loss" in plan.levers:
+            raise CannotSplit(asked="compile", found="the model works on its logits", do="take one of the two")
+        return a_card(plan)
+
+    with_a_head(monkeypatch)
+    plan, _ = settled_by(100, monkeypatch, rule=rule, expected_steps=10**6)
+    assert "compile" in plan.levers and "chunk_loss" not in plan.levers

@@ -1,15 +1,17 @@
 """A chunk's forward, loss and backward as one graph of CUDA kernels, captured once and replayed for every chunk.
 
 Small chunks are slow because of launches, not arithmetic; a replay launches them all at once. What a chunk reads and
-writes lies in static memory: its inputs are copied into place, gradients are added where they stand, and the totals of
-a step are copies of those sums (a parameter size that eager chunks do not need). Graphs of other sizes share one pool.
+writes lies in static memory: its inputs are copied into place, and gradients are added where they stand. Graphs of
+other sizes share one pool.
 
 1. The chunk runs eagerly first, on the stream that captures: libraries take their workspaces and compilers compile. The
    second time nothing may wait for the device, since a replay could not.
 2. What the warm-up and the capture add to the sums does not belong to the step.
 3. Python runs only while a chunk is captured: whatever it could read must be as it was (``constants.py``), else the
    chunk is captured again.
-4. Whatever raises inside a step drops the graphs and their memory.
+4. The totals of a step are those sums themselves: ``.grad`` stands in static memory until the next step begins. What
+   still holds it then keeps its numbers: ``.grad`` moves out, and for anything else the graphs get other memory.
+5. Whatever raises inside a step drops the graphs and their memory.
 
 Source: PyTorch documentation, "CUDA Graphs".
 """
@@ -54,7 +56,7 @@ class CapturedPrograms:
 
     @contextlib.contextmanager
     def single_pass(self, work: ChunkWork) -> Iterator[CapturedPass]:
-        if self._kept is not None and not self._kept.holds_for(work):
+        if self._kept is not None and not (self._kept.holds_for(work) and self._kept.take_back()):
             self._again += 1
             self.close()
         if self._kept is None:
@@ -65,7 +67,7 @@ class CapturedPrograms:
                 self._kept.begin(work)
                 yield self._kept
         except BaseException:
-            # rule 4
+            # rule 5
             self.close()
             raise
 
@@ -78,9 +80,12 @@ class CapturedPrograms:
         found = notes_of(self._loss_for)
         if self._kept is None:
             return found
-        found += [f"graphs: {self._kept.captured} captured, sums of gradients in static memory"]
+        found += [f"graphs: {self._kept.captured} captured, gradients in static memory"]
         if self._again:
-            found.append(f"graphs: captured again {self._again} times, since what the code reads had changed")
+            found.append(
+                f"graphs: captured again {self._again} times, since what the code reads had changed or gradients of an "
+                "earlier step were kept"
+            )
         return found
 
 
@@ -170,6 +175,19 @@ class CapturedPass:
             and self._constants.hold()
         )
 
+    def take_back(self) -> bool:
+        """rule 4, before a new step: whether the sums are nobody else's now."""
+        for parameter, total in zip(self._parameters, self._totals):
+            if total is None or _is_alone(total):
+                continue
+            gradient = parameter.grad
+            if gradient is not None and gradient.data_ptr() == total.data_ptr():
+                # In place of the tensor's own memory, since others may know the tensor.
+                gradient.data = gradient.detach().clone()
+            if not _is_alone(total):
+                return False
+        return True
+
     def begin(self, work: ChunkWork) -> None:
         """A new step: sums of nothing, and its key where the graphs read it."""
         self._zero()
@@ -203,9 +221,13 @@ class CapturedPass:
             return self._magnitudes.taken(factor)
         if not self._running:
             return [None] * len(self.aliases)
-        # Copies: what stands here is added to again in the next step, while these are handed over for good.
+        standing = [total for total in self._totals if total is not None]
+        if factor is not None:
+            for total in standing:
+                total.mul_(factor.to(total.dtype))
+        # rule 4: tensors of their own, so that the one that is handed over is not copied.
         return [
-            None if total is None else _copied(total, factor).to(alias.dtype)
+            None if total is None else total.detach().to(alias.dtype)
             for total, alias in zip(self._totals, self.aliases)
         ]
 
@@ -337,8 +359,10 @@ def _shape(leaf: Any) -> Hashable:
     )
 
 
-def _copied(total: Tensor, factor: Tensor | None) -> Tensor:
-    return total.clone() if factor is None else total * factor.to(total.dtype)
+def _is_alone(tensor: Tensor) -> bool:
+    """Whether no other tensor shares the memory of ``tensor``."""
+    # The tensor, and the name that is asked here.
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2
 
 
 def _place_of(error: BaseException) -> str:

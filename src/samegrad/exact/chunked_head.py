@@ -38,6 +38,8 @@ Reduction = Literal["mean", "sum", "none"]
 Pointwise = Callable[[Tensor], Tensor]
 # losses(scores (positions, classes), targets (positions,)) -> (positions,)
 Likelihood = Callable[[Tensor, Tensor], Tensor]
+# losses(loss, logits, hidden (positions, width), targets (positions,)) -> (positions,), of one chunk
+ChunkLosses = Callable[["HeadLoss", "LogitRows", Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,19 @@ class LogitRows:
         return self.autocast.cast(parameter.detach()).requires_grad_(parameter.requires_grad)
 
 
+def losses_of_chunk(loss: HeadLoss, logits: LogitRows, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(positions,) the losses of ``hidden`` (positions, width): the operations of the plain step."""
+    scores = logits.of(hidden)
+    with loss.autocast.entered():
+        return loss.likelihood(scores, targets)
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadLoss:
     """A likelihood of logits, ``rows`` positions at a time.
 
     ``class_weight`` (classes,) and ``ignore_index`` are the likelihood's own; they say what a mean is divided by.
+    ``of_chunk``: what computes the losses of a chunk.
     """
 
     logits: LogitRows
@@ -88,6 +98,7 @@ class HeadLoss:
     reduction: Reduction
     class_weight: Tensor | None
     ignore_index: int
+    of_chunk: ChunkLosses = losses_of_chunk
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The loss of ``hidden`` (positions, width) and ``targets`` (positions,): () or, not reduced, (positions,)."""
@@ -95,11 +106,6 @@ class HeadLoss:
         # autograd.Function.apply carries no types.
         inputs = (targets, hidden, self.logits.weight, self.logits.bias)
         return cast(Tensor, cast(Any, node).apply(self, torch.is_grad_enabled(), *inputs))
-
-    def of_chunk(self, logits: LogitRows, hidden: Tensor, targets: Tensor) -> Tensor:
-        scores = logits.of(hidden)
-        with self.autocast.entered():
-            return self.likelihood(scores, targets)
 
     def parts(self, positions: int) -> Iterator[slice]:
         """Where each chunk's positions are. Chunks that only repeat are announced as such."""
@@ -192,7 +198,7 @@ def _in_chunks(
         leaves = [rows, logits.weight, logits.bias]
         live = [leaf for leaf, wanted in zip(leaves, sums.wanted) if wanted and leaf is not None]
         with torch.set_grad_enabled(bool(live)):
-            losses = loss.of_chunk(logits, rows, targets[part])
+            losses = loss.of_chunk(loss, logits, rows, targets[part])
         if live:
             if cotangents is None or (cotangents.dim() == 0 and losses.dtype in NARROW):
                 given = torch.ones_like(losses)

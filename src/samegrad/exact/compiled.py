@@ -9,15 +9,13 @@ layer that was replaced or frozen compiles again, up to ``recompile_limit``; bey
    that graph once, before anything is compiled.
 3. Blocks that run again in backward are told to the compiler, node by node, by the module that each came from: only
    what enters a run of blocks is kept. Draws are the same again by their keys.
-4. Each function has code of its own: compilers keep what they made by the code object, and count against its limit.
+4. A head whose loss runs in chunks is left out of the function (``compiled_head.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,42 +25,31 @@ from torch.overrides import TorchFunctionMode
 from samegrad import trees
 from samegrad.declared import checked_loss
 from samegrad.errors import CannotSplit
-from samegrad.exact.losses import Form
+from samegrad.exact.compiled_head import LogitPlace, find_place, own_losses_of_chunk
+from samegrad.exact.compiler import Compiler, CompilerSettings
+from samegrad.exact.find_head import HeadInChunks
+from samegrad.exact.losses import Form, count_of
 from samegrad.exact.pass_programs import ChunkWork, eager_loss
 from samegrad.exact.phases import announce
 from samegrad.exact.program import LossOfChunk
 from samegrad.exact.randomness import keyed
-from samegrad.exact.undisturbed import Generators
 from samegrad.records import Phase
 
-_CHECKED_ROWS = 2
+# Rows on which is tried, before anything is compiled, what it may rest on.
+_TRIED_ROWS = 2
 _ASKED = "compile the loss of a chunk"
-
-
-@dataclasses.dataclass(frozen=True)
-class CompilerSettings:
-    """``mode`` and ``fullgraph`` as in torch.compile, ``backend`` likewise; ``recompile_limit`` of this function.
-
-    ``again``: runs of submodules, each of which keeps only what enters it and runs again in backward.
-    """
-
-    mode: str = "default"
-    fullgraph: bool = False
-    recompile_limit: int = 8
-    backend: str = "inductor"
-    again: tuple[tuple[str, ...], ...] = ()
+# (chunk, ids, key): a chunk's loss and what a COUNTED one is divided by.
+_KeyedLoss = Callable[[Any, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 class CompiledLoss:
-    """Makes the compiled loss of a chunk, and keeps it from step to step."""
+    """Makes the compiled loss of a chunk, and keeps it from step to step. ``head``: one whose loss runs in chunks."""
 
-    def __init__(self, settings: CompilerSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: CompilerSettings, head: HeadInChunks | None = None) -> None:
+        self.compiler = Compiler(settings)
+        self._head = head
         self._network: Any = None
-        self._device = torch.device("cpu")
-        self._compiled: Callable[..., Any] | None = None
-        self.graph_breaks = 0
-        self.compilations = 0
+        self._made: _KeyedLoss | None = None
 
     def __call__(self, work: ChunkWork) -> LossOfChunk:
         if work.forward.state.kept:
@@ -73,74 +60,53 @@ class CompiledLoss:
                 do="leave the lever compile out of the plan",
             )
         if self._network is not work.declared.network:
-            self._network, self._compiled = work.declared.network, None
-        draws, device = work.forward.draws, work.declared.device
-        self._device = device
-        key = None if draws.sites is None else draws.key_on(device)
+            self._network, self._made = work.declared.network, None
+        draws = work.forward.draws
+        key = None if draws.sites is None else draws.key_on(work.declared.device)
 
         def loss_of(chunk: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
             announce(Phase.FORWARD)
-            if self._compiled is None:
-                if work.form is Form.COUNTED:
-                    _check_count(work, chunk, ids, key)
-                self._compiled = torch.compile(
-                    _own_code(_loss_of(work)), mode=self._settings.mode, fullgraph=self._settings.fullgraph,
-                    backend=self._settings.backend, dynamic=False,
-                )  # fmt: skip
-            return self._compiled_loss(chunk, ids if key is not None else None, key)
+            ids = ids if key is not None else None
+            if self._made is None:
+                self._made = self._compiled(work, chunk, ids, key)
+            return self._made(chunk, ids, key)
 
         return loss_of
 
-    def _compiled_loss(self, chunk: Any, ids: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        assert self._compiled is not None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            # Compiled by now, on the run before.
-            return cast(tuple[Tensor, "Tensor | None"], self._compiled(chunk, ids, key))
-        generators, made = Generators(self._device), self.compilations
-        with self._counting():
-            loss, count = self._compiled(chunk, ids, key)
-        if self.compilations != made:
-            # Compilers draw numbers to try kernels on.
-            generators.restore()
-        return loss, count
-
     def notes(self) -> list[str]:
         """How often it was compiled and where it broke, in words."""
-        if not self.compilations:
-            return []
-        return [f"compile: {self.compilations} graphs compiled, {self.graph_breaks} graph breaks"]
+        return self.compiler.notes()
 
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
-        from torch._dynamo import config
-        from torch._dynamo.utils import counters
-
-        breaks, made = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
-        with config.patch(recompile_limit=self._settings.recompile_limit), _running_again(self._settings.again):
-            yield
-        self.graph_breaks += sum(counters["graph_break"].values()) - breaks
-        self.compilations += counters["stats"]["unique_graphs"] - made
-
-
-@contextlib.contextmanager
-def _running_again(runs: tuple[tuple[str, ...], ...]) -> Iterator[None]:
-    """rule 3, for what is compiled inside the block."""
-    if not runs:
-        yield
-        return
-    from torch._inductor import config
-
-    from samegrad.exact.compiled_runs import RunAgain
-
-    with config.patch(joint_custom_pre_pass=RunAgain(runs)):
-        yield
+    def _compiled(self, work: ChunkWork, chunk: Any, ids: Tensor | None, key: Tensor | None) -> _KeyedLoss:
+        few, few_ids = _few(work, chunk, ids)
+        if self._head is not None:
+            with torch.enable_grad():
+                place = find_place(
+                    self._head, lambda declared: _under_draws(declared.forward, work)(few, few_ids, key)
+                )
+            return _loss_outside(self.compiler, work, place)
+        if work.form is Form.COUNTED:
+            _check_count(work, few, few_ids, key)
+        return self.compiler.compiled(_loss_of(work), work.declared.device)
 
 
-def _loss_of(work: ChunkWork) -> Callable[[Any, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]:
-    declared, network, sites = work.declared, work.declared.network, work.forward.draws.sites
-    counted = work.form is Form.COUNTED
-
+def _under_draws(function: Callable[[nn.Module, Any], Any], work: ChunkWork) -> Callable[..., Any]:
+    """function(network, chunk) as (chunk, ids, key): rule 1."""
     # The network is handed on: where a compiled function knows a module from is how rule 3 finds its blocks.
+    network, sites = work.declared.network, work.forward.draws.sites
+
+    def run(chunk: Any, ids: Tensor | None, key: Tensor | None) -> Any:
+        if sites is None or ids is None or key is None:
+            return function(network, chunk)
+        with keyed(key, ids, sites=sites):
+            return function(network, chunk)
+
+    return run
+
+
+def _loss_of(work: ChunkWork) -> _KeyedLoss:
+    declared, counted = work.declared, work.form is Form.COUNTED
+
     def loss_and_count(network: nn.Module, chunk: Any) -> tuple[Tensor, Tensor | None]:
         outputs = declared.forward(network, chunk)
         if not counted:
@@ -150,20 +116,31 @@ def _loss_of(work: ChunkWork) -> Callable[[Any, Tensor | None, Tensor | None], t
             loss = checked_loss(declared.loss_fn(outputs, chunk)).reshape(())
         return loss, counts[-1] if counts else None
 
+    return _under_draws(loss_and_count, work)
+
+
+def _loss_outside(compiler: Compiler, work: ChunkWork, place: LogitPlace) -> _KeyedLoss:
+    """rule 4: the forward compiled up to the head, the user's loss in Python, its chunks compiled."""
+    declared, network = work.declared, work.declared.network
+    hidden_outputs = compiler.compiled(_under_draws(place.hidden_outputs(), work), declared.device)
+    of_chunk = compiler.compiled(own_losses_of_chunk(), declared.device)
+
     def loss_of(chunk: Any, ids: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if sites is None or ids is None or key is None:
-            return loss_and_count(network, chunk)
-        # rule 1
-        with keyed(key, ids, sites=sites):
-            return loss_and_count(network, chunk)
+        with place.without_head(network):
+            outputs = hidden_outputs(chunk, ids, key)
+        announce(Phase.LOSS)
+        outputs = place.with_logits(network, outputs, of_chunk)
+        loss = checked_loss(declared.loss_fn(outputs, chunk)).reshape(())
+        return loss, count_of(loss) if work.form is Form.COUNTED else None
 
     return loss_of
 
 
-def _own_code(function: Any) -> Any:
-    # rule 4
-    function.__code__ = function.__code__.replace()
-    return function
+def _few(work: ChunkWork, chunk: Any, ids: Tensor | None) -> tuple[Any, Tensor | None]:
+    """A few rows of ``chunk``, since Python keeps more of one than the compiler."""
+    layout = work.declared.layout(chunk)
+    rows = min(_TRIED_ROWS, layout.rows)
+    return trees.slice_rows(chunk, layout, 0, rows), None if ids is None else ids[:rows]
 
 
 class _Counting(TorchFunctionMode):
@@ -190,14 +167,11 @@ def _count(input: Tensor, target: Tensor, weight: Tensor | None = None, size_ave
     return torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
 
 
-def _check_count(work: ChunkWork, chunk: Any, ids: Tensor | None, key: Tensor | None) -> None:
-    """rule 2, on a few rows, since Python keeps more of a chunk than the compiler. Raises CannotSplit."""
-    layout = work.declared.layout(chunk)
-    rows = min(_CHECKED_ROWS, layout.rows)
-    chunk, ids = trees.slice_rows(chunk, layout, 0, rows), None if ids is None else ids[:rows]
+def _check_count(work: ChunkWork, few: Any, ids: Tensor | None, key: Tensor | None) -> None:
+    """rule 2. Raises CannotSplit."""
     with torch.enable_grad():
-        _, expected = eager_loss(work)(chunk, ids)
-        _, found = _loss_of(work)(chunk, ids if key is not None else None, key)
+        _, expected = eager_loss(work)(few, ids)
+        _, found = _loss_of(work)(few, ids, key)
     assert expected is not None
     if found is None or not bool(torch.isclose(found.double(), expected.double(), rtol=1e-6, atol=0)):
         raise CannotSplit(

@@ -47,27 +47,35 @@ class Head:
     positions_per_row: float
 
 
-def with_deferred_head(declared: DeclaredStep, head: str, rows: int) -> DeclaredStep:
-    """``declared`` whose forward defers the logits of ``head``, to be made ``rows`` positions at a time.
+@dataclasses.dataclass(frozen=True)
+class HeadInChunks:
+    """The head at ``path`` of ``declared``, whose loss is to run ``rows`` positions at a time."""
 
-    The forward raises CannotSplit where the head was not called with a graph: inside a part that runs in chunks of its
-    own, say.
-    """
+    declared: DeclaredStep
+    path: str
+    rows: int
 
-    def forward(module: nn.Module, batch: Any) -> Any:
-        uses = Uses(head)
-        with deferred_head(named_head(module, head), rows=rows, uses=uses):
-            outputs = declared.forward(module, batch)
-        if torch.is_grad_enabled() and not uses.calls:
-            raise CannotSplit(
-                asked=f"the loss of {head} in chunks",
-                found="that layer was not called where its output reaches the loss; it may stand inside a part of the "
-                "model that runs in chunks itself, or its weight may be used without it",
-                do="leave the lever chunk_loss out of the plan",
-            )
-        return outputs
+    def deferring(self) -> DeclaredStep:
+        """The step whose forward defers the logits.
 
-    return dataclasses.replace(declared, forward=forward)
+        It raises CannotSplit where the head was not called with a graph: inside a part that runs in chunks of its own,
+        say.
+        """
+
+        def forward(module: nn.Module, batch: Any) -> Any:
+            uses = Uses(self.path)
+            with deferred_head(named_head(module, self.path), rows=self.rows, uses=uses):
+                outputs = self.declared.forward(module, batch)
+            if torch.is_grad_enabled() and not uses.calls:
+                raise CannotSplit(
+                    asked=f"the loss of {self.path} in chunks",
+                    found="that layer was not called where its output reaches the loss; it may stand inside a part of "
+                    "the model that runs in chunks itself, or its weight may be used without it",
+                    do="leave the lever chunk_loss out of the plan",
+                )
+            return outputs
+
+        return dataclasses.replace(self.declared, forward=forward)
 
 
 def named_head(module: nn.Module, path: str) -> nn.Linear:

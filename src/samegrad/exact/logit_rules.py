@@ -196,6 +196,7 @@ def _loss(
         reduction=reduction,  # type: ignore[arg-type]  # checked above
         class_weight=weight,
         ignore_index=ignore_index,
+        of_chunk=known.losses,
     )
     known.uses.note_loss(target.numel())
     found = loss(known.hidden.reshape(-1, known.hidden.shape[-1]), target.reshape(-1))

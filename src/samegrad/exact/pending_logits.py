@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from samegrad.errors import CannotSplit
-from samegrad.exact.chunked_head import LogitRows
+from samegrad.exact.chunked_head import ChunkLosses, LogitRows, losses_of_chunk
 
 
 @dataclasses.dataclass
@@ -53,7 +53,10 @@ class Uses:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PendingLogits:
-    """Logits of ``hidden`` (*positions, width) with their classes at ``class_axis``, to be made ``rows`` at a time."""
+    """Logits of ``hidden`` (*positions, width) with their classes at ``class_axis``, to be made ``rows`` at a time.
+
+    ``losses``: what computes the losses of so many.
+    """
 
     hidden: Tensor
     logits: LogitRows
@@ -61,6 +64,7 @@ class PendingLogits:
     dtype: torch.dtype
     rows: int
     uses: Uses
+    losses: ChunkLosses = losses_of_chunk
     _made: dict[bool, Tensor] = dataclasses.field(init=False, default_factory=dict, repr=False)
 
     @property

@@ -12,7 +12,7 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_graphs import CapturedPrograms
 from samegrad.exact.compiled import CompiledLoss
 from samegrad.exact.mapped import ChunkedStep, MappedStep
-from samegrad.exact.pass_programs import EagerPrograms, Programs, eager_loss
+from samegrad.exact.pass_programs import EagerPrograms, LossMaker, Programs, eager_loss
 from samegrad.exact.split import Chunks, SplitStep
 from samegrad.execute.ways import Ways
 from samegrad.levers import Execution, Lever, StandingLever, levers_of
@@ -83,9 +83,14 @@ def check_scaled(execution: Execution, scaler: object) -> None:
         )
 
 
-def programs_of(execution: Execution) -> Programs:
-    """What runs the chunks of ``execution``, as new: nothing is compiled or captured yet."""
-    loss_for = eager_loss if execution.compiler is None else CompiledLoss(execution.compiler)
+def loss_maker_of(execution: Execution) -> LossMaker:
+    """What makes the loss of a chunk of ``execution``, as new: nothing is compiled yet."""
+    return eager_loss if execution.compiler is None else CompiledLoss(execution.compiler, execution.head)
+
+
+def programs_of(execution: Execution, loss_for: LossMaker | None = None) -> Programs:
+    """What runs the chunks of ``execution``: nothing is captured yet. ``loss_for``: one that is kept from before."""
+    loss_for = loss_maker_of(execution) if loss_for is None else loss_for
     return CapturedPrograms(loss_for) if execution.captures else EagerPrograms(loss_for)
 
 
@@ -125,8 +130,6 @@ def _check_programmed(execution: Execution, ways: Ways) -> None:
         found = "parts of the model run in chunks, or the loss of all rows does, and those are not one chunk's work"
     elif ways.by_rows is not None and ways.by_rows.passes == 2:
         found = f"the step takes two passes, with the loss between them ({ways.by_rows.reason})"
-    elif execution.compiler is not None and execution.one_pass_for:
-        found = "a loss in chunks works on a tensor without memory, which a compiler does not follow"
     elif execution.captures and ways.by_rows is not None and ways.by_rows.module_hooks:
         found = f"hooks of the user's run in every chunk, and a replay would not call them: {ways.by_rows.module_hooks}"
     else:

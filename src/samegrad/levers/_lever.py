@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from samegrad.declared import DeclaredStep
-from samegrad.exact.compiled import CompilerSettings
+from samegrad.exact.compiler import CompilerSettings
+from samegrad.exact.find_head import HeadInChunks
 from samegrad.exact.schemes import Scheme, nested
 from samegrad.records import Exactness, Footprint
 
@@ -42,8 +43,8 @@ class Execution:
     through the whole model. ``inside``: what is in force in the model itself, whatever rows it is run on.
     ``calls_submodules``: whether the model's own submodules are what is called then. ``needs_scaler``: gradients
     vanish where the loss is not scaled. ``one_pass_for``: the lever that needs the loss in the pass that computes the
-    outputs. ``again``: blocks that run again in backward. ``compiler``: what the loss of a chunk is compiled with.
-    ``captures``: chunks are captured and replayed.
+    outputs, and ``head`` the head whose loss runs in chunks. ``again``: blocks that run again in backward.
+    ``compiler``: what the loss of a chunk is compiled with. ``captures``: chunks are captured and replayed.
     """
 
     declared: DeclaredStep
@@ -54,6 +55,7 @@ class Execution:
     scheme: Scheme | None = None
     needs_scaler: bool = False
     one_pass_for: str = ""
+    head: HeadInChunks | None = None
     inside: Scheme | None = None
     calls_submodules: bool = True
     again: tuple[tuple[str, ...], ...] = ()

@@ -8,7 +8,8 @@ that the targets alone decide. The gradient of that sum is the sum of the chunks
 the cotangent of the loss over the count. A loss with reduction="none" runs its chunks again in backward instead.
 Refuses: heads whose logits meet anything but views, slices, casts, products with numbers, argmax and cross-entropy
 (named with the operation when the step is examined); targets that are probabilities; two passes, whose first pass has
-logits as its output rows; sharded parameters; compiled models.
+logits as its output rows; sharded parameters; compiled models. Beside the lever compile, models that do more to their
+logits than give them out.
 Source: Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989; Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary
 Language Models", arXiv:2411.09009 (its exact mode).
 """
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 from samegrad.declared import DeclaredStep
-from samegrad.exact.find_head import named_head, with_deferred_head
+from samegrad.exact.find_head import HeadInChunks, named_head
 from samegrad.exact.schemes import unchanged
 from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._variants import check_rows, peaks_by_phase, predicted_at
@@ -93,10 +94,10 @@ class ChunkLoss:
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
-        declared = with_deferred_head(execution.declared, self.head, self.rows)
+        head = HeadInChunks(execution.declared, self.head, self.rows)
         if execution.scheme is None and execution.sizes is None:
             execution = dataclasses.replace(execution, sizes=(execution.batch_rows,), scheme=unchanged)
-        yield dataclasses.replace(execution, declared=declared, one_pass_for=self.name)
+        yield dataclasses.replace(execution, declared=head.deferring(), head=head, one_pass_for=self.name)
 
     def knobs(self) -> dict[str, Any]:
         return {"head": self.head, "rows": self.rows}

@@ -4,7 +4,7 @@ Saves: what fused kernels do not keep for backward, and the temporaries between 
 Costs: compilation, once for each size of chunk: seconds to minutes, which many steps must pay back.
 Why the gradient is the same: the same function of the same rows under the same draws; kernels are fused, so rounding
 and the order of sums are others, and no dtype is narrower.
-Refuses: steps that take two passes, parts in chunks and losses in chunks; a forward that changes state; and on the way
+Refuses: steps that take two passes and parts in chunks; a forward that changes state; and on the way
 whatever the compiler cannot take.
 Source: Ansel et al. 2024, "PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode Transformation and Graph
 Compilation".
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 from samegrad.errors import BadInput
-from samegrad.exact.compiled import CompilerSettings
+from samegrad.exact.compiler import CompilerSettings
 from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._variants import predicted_without
 from samegrad.records import Exactness, Footprint

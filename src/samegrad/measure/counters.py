@@ -11,6 +11,7 @@ import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 
@@ -69,11 +70,27 @@ def release_cached(device: torch.device) -> int:
 def take_workspaces(device: torch.device) -> None:
     """Has cuBLAS take what it keeps for this stream, for the thread of the forward and for that of the backward.
 
-    Taken later it would lie inside a large segment, and small as it is, keep all of it from being given back.
+    Taken later it would lie inside a large segment, and small as it is, keep all of it from being given back. What it
+    holds from before is given back for that reason, but where a graph was captured, which may know its address.
     """
-    if device.type == "cuda":
-        ones = torch.ones(8, 8, device=device, requires_grad=True)
-        torch.autograd.grad((ones @ ones).sum(), ones)
+    if device.type != "cuda":
+        return
+    if not _has_captured(device):
+        torch.cuda.synchronize(device)
+        torch._C._cuda_clearCublasWorkspaces()
+        release_cached(device)
+    ones = torch.ones(8, 8, device=device, requires_grad=True)
+    torch.autograd.grad((ones @ ones).sum(), ones)
+
+
+def _has_captured(device: torch.device) -> bool:
+    """Whether a captured graph holds memory: its segments are of a pool of their own."""
+    index = torch.device(device).index or 0
+    return any(
+        segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
+        # torch has no types here.
+        for segment in cast(Any, torch.cuda).memory_snapshot()
+    )
 
 
 def synchronize(device: torch.device) -> None:

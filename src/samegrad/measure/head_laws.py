@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from samegrad.declared import DeclaredStep
-from samegrad.exact.find_head import Head, with_deferred_head
+from samegrad.exact.find_head import Head, HeadInChunks
 from samegrad.exact.mapped import MappedStep
 from samegrad.measure.laws import fit_head_laws
 from samegrad.measure.probe import probe_split
@@ -38,7 +38,7 @@ def measure_head(
     shapes = [(most / 2, few), (most / 2, min(2 * few, layout.rows)), (most, min(2 * few, layout.rows))]
     positions = [max(1, math.ceil(chunk)) for chunk, _ in shapes]
     probes = [
-        probe_split(step_of(with_deferred_head(declared, head.path, chunk)), batch, layout, [rows])
+        probe_split(step_of(HeadInChunks(declared, head.path, chunk).deferring()), batch, layout, [rows])
         for chunk, (_, rows) in zip(positions, shapes)
     ]
     laws = fit_head_laws(probes, positions, missing_bytes=missing_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from samegrad import trees
@@ -11,8 +11,10 @@ from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.errors import BudgetTooSmall
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.pass_programs import Programs
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step, in_force, programs_of
+from samegrad.levers import Execution
 from samegrad.levers._variants import variant_in
 from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.measure import counters
@@ -84,10 +86,12 @@ def measured(
     plan: Plan,
     counting: Counting,
     most: int,
+    programs_for: Callable[[Execution], Programs] = programs_of,
 ) -> Rung | None:
     """Peak and seconds of a step under ``plan``, which runs in chunks; a few of them stand for all.
 
-    None where it ran out of memory, or had to try again, under a cap of ``most`` bytes.
+    None where it ran out of memory, or had to try again, under a cap of ``most`` bytes. ``programs_for``: what runs the
+    chunks, closed afterwards.
     """
     layout = declared.layout(batch)
     with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):
@@ -102,7 +106,7 @@ def measured(
             # A chunk of another size is another program, with memory of its own.
             parts = [*parts[:-1], min(running.sizes)]
             shown = sum(parts)
-        programs = programs_of(running)
+        programs = programs_for(running)
         chunked = chunked_step(running, aliases, measurement.ways, stream_chunks, programs)
         try:
             rung = measure_rung(chunked, batch, layout, parts, turn=_turn_of(plan, measurement))

@@ -4,12 +4,13 @@ What a compiler keeps and how fast its kernels are is known when it has compiled
 ladder measures its rungs, under the same cap, and taken only where it fits and wins. With fewer bytes a row, more rows
 fit at a time: rows are searched from those of the plan, by a line through what was measured and what stands under
 every plan. Compilation is paid once, so it is tried only where it is known how many steps there will be, and taken
-where they pay it back.
+where they pay it back. A large head's loss runs in chunks then: logits are most of what its compiled step would hold.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -19,11 +20,13 @@ from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.pass_programs import LossMaker, Programs
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.unit_chain import Unit, find_units
-from samegrad.execute.apply import applied, chunked_step
+from samegrad.execute.apply import applied, chunked_step, loss_maker_of, programs_of
 from samegrad.execute.trial import few_rows
-from samegrad.levers import find_levers
+from samegrad.levers import Execution, find_levers
+from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.compile import Compile
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.recompute import Recompute
@@ -36,10 +39,13 @@ from samegrad.units import format_bytes, format_seconds
 
 # A plan that is no faster than this fraction of the settled one is not worth its warm-up.
 _WORTH_FRACTION = 0.97
-# Each size of chunk that is tried is compiled anew.
+# Each size of chunk that is tried is compiled anew; one more where none has fitted yet.
 _MOST_ROWS_TRIED = 2
+# Positions of a chunk of a head's loss: more are no faster.
+_HEAD_POSITIONS = 4096
 # Below this a line through one measurement is no promise.
 _ROOM_FRACTION = 0.97
+_NO_FASTER = "not needed: measured, and no faster within the budget"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,10 @@ class _Tried:
 
 @dataclasses.dataclass
 class _Search:
-    """Measures candidates of one settled plan, and remembers why others are none."""
+    """Measures candidates of one settled plan, and remembers why others are none.
+
+    ``fitted``: the levers of those that fit.
+    """
 
     declared: DeclaredStep
     aliases: ParameterAliases
@@ -61,6 +70,8 @@ class _Search:
     batch: Any
     budget: Budget
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    fitted: set[str] = dataclasses.field(default_factory=set)
+    _compiled: dict[str, LossMaker] = dataclasses.field(default_factory=dict)
 
     @property
     def most(self) -> int:
@@ -71,8 +82,9 @@ class _Search:
         start = time.perf_counter()
         try:
             rung = measured(
-                self.declared, self.aliases, self.measurement, self.batch, plan, self.budget.counting, self.most
-            )
+                self.declared, self.aliases, self.measurement, self.batch, plan, self.budget.counting, self.most,
+                functools.partial(self._programs, plan),
+            )  # fmt: skip
         except CannotSplit as refused:
             self._refuse(plan, refused.found)
             return None
@@ -83,7 +95,15 @@ class _Search:
             return None
         if rung is None or rung.peak_bytes > self.most:
             return None
+        self.fitted |= plan.levers.keys()
         return _Tried(plan, rung, time.perf_counter() - start)
+
+    def _programs(self, plan: Plan, execution: Execution) -> Programs:
+        """What runs ``plan``; what was compiled for it before is captured as it is."""
+        if execution.compiler is None:
+            return programs_of(execution)
+        levers = repr({name: knobs for name, knobs in plan.levers.items() if name != Graphs.name})
+        return programs_of(execution, self._compiled.setdefault(levers, loss_maker_of(execution)))
 
     def _refuse(self, plan: Plan, found: str) -> None:
         # Of both, the one that is tried first by itself is graphs.
@@ -162,24 +182,41 @@ def _candidates(settled: Plan, search: _Search, options: Options) -> Iterator[_T
 
 
 def _compiled(settled: Plan, search: _Search, options: Options) -> Iterator[_Tried]:
-    """Compiled chunks, with blocks run again and without; then the fastest of them captured."""
+    """Compiled chunks; a model that works on its logits keeps them whole."""
+    head = _head(search)
+    yield from _compiled_beside(head, settled, search, options)
+    if head and search.reasons.pop(Compile.name, None) is not None:
+        yield from _compiled_beside({}, settled, search, options)
+
+
+def _compiled_beside(
+    head: dict[str, dict[str, Any]], settled: Plan, search: _Search, options: Options
+) -> Iterator[_Tried]:
+    """Compiled chunks, with blocks run again and without; the fastest of each also captured."""
     again = _again(search)
-    best: _Tried | None = None
-    for levers in ({}, again) if again else ({},):
+    for levers in (head, head | again) if again else (head,):
+        best: _Tried | None = None
         for found in _by_rows(settled, levers, search, pinned=options.rows is not None):
             yield found
             if best is None or found.rung.seconds < best.rung.seconds:
                 best = found
         if Compile.name in search.reasons:
             return
-        if best is not None and Recompute.name not in best.plan.levers and _rows_of(best.plan) == settled.batch_rows:
-            # All rows at once, and nothing twice: running blocks again can only be slower.
-            break
-    if best is not None:
+        if best is None:
+            continue
         captured = search.measured(_with(best.plan, {Graphs.name: {}}))
         if captured is not None:
-            # The compiler's own cache has what it made a moment ago; a new process pays for it again.
+            # What was compiled a moment ago is captured; a new process pays for it again.
             yield dataclasses.replace(captured, once_seconds=captured.once_seconds + best.once_seconds)
+        if _rows_of(best.plan) == settled.batch_rows:
+            # All rows at once, and nothing twice: running blocks again can only be slower.
+            return
+
+
+def _head(search: _Search) -> dict[str, dict[str, Any]]:
+    """The lever that runs the loss of a large head in chunks, where there is one."""
+    head = search.measurement.footprint.head
+    return {} if head is None else {ChunkLoss.name: {"head": head.path, "rows": _HEAD_POSITIONS}}
 
 
 def _in_even_chunks(settled: Plan, options: Options) -> Plan:
@@ -211,11 +248,12 @@ def _by_rows(
     settled: Plan, levers: dict[str, dict[str, Any]], search: _Search, *, pinned: bool
 ) -> Iterator[_Tried]:
     """From the rows of the settled plan to as many as a line through what was measured puts within the budget."""
-    rows, tried = _rows_of(settled), set[int]()
-    while rows not in tried and len(tried) < _MOST_ROWS_TRIED:
+    rows, tried, fitted = _rows_of(settled), set[int](), 0
+    while rows not in tried and len(tried) < _MOST_ROWS_TRIED + (fitted == 0):
         tried.add(rows)
         found = search.measured(_compiled_plan(settled, levers, rows))
         if found is not None:
+            fitted += 1
             yield found
         if pinned or Compile.name in search.reasons:
             return
@@ -290,8 +328,13 @@ def _as_measured(best: _Tried, before: Rung) -> Plan:
 
 def _told(plan: Plan, search: _Search) -> Plan:
     """``plan`` with the reasons of what was not taken."""
-    slower = dict.fromkeys((Compile.name, Graphs.name), "not needed: measured, and no faster within the budget")
-    why = {name: search.reasons.get(name, slower[name]) for name in slower if name not in plan.levers}
-    if search.budget.counting is not Counting.CUDA_ALLOCATOR:
-        why = {name: reason for name, reason in why.items() if name in search.reasons}
+    why = {}
+    for name in (Compile.name, Graphs.name):
+        if name in plan.levers:
+            continue
+        if name in search.reasons:
+            why[name] = search.reasons[name]
+        elif search.budget.counting is Counting.CUDA_ALLOCATOR:
+            fits = name in search.fitted
+            why[name] = _NO_FASTER if fits else "refused: measured, and the budget holds none of it"
     return dataclasses.replace(plan, reasons=plan.reasons | why)
