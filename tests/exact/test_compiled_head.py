@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from samegrad.declared import declare
 from samegrad.errors import CannotSplit
-from samegrad.exact import compiled_head
+from samegrad.exact import find_head
 from samegrad.exact.compiled import CompiledLoss
 from samegrad.exact.compiler import CompilerSettings
 from samegrad.exact.draws import StepKey
@@ -41,9 +41,10 @@ def split_step(model: nn.Module, loss_fn: Any, batch: Any) -> SplitStep:
 
 
 def compiled_step(split: SplitStep, settings: CompilerSettings = TRACED) -> tuple[SplitStep, CompiledLoss]:
-    head = HeadInChunks(split.declared, "head", POSITIONS)
+    head = HeadInChunks("head", POSITIONS)
     loss_for = CompiledLoss(settings, head)
-    return dataclasses.replace(split, declared=head.deferring(), programs=EagerPrograms(loss_for)), loss_for
+    declared = head.deferred_in(split.declared)
+    return dataclasses.replace(split, declared=declared, programs=EagerPrograms(loss_for)), loss_for
 
 
 def totals(split: SplitStep, batch: Any, key: int = KEY) -> tuple[Tensor, list[Tensor | None]]:
@@ -69,6 +70,41 @@ def test_it_is_the_step_without_chunks_under_its_draws(name: str, tied: bool) ->
     assert loss_for.compiler.graph_breaks == 0
     # The forward for each size of chunk, the loss for whole chunks of positions and what is left of them.
     assert len(SIZES) < loss_for.compiler.compilations <= len(SIZES) + 4
+
+
+# Only the compiler that writes kernels chooses what to keep.
+@pytest.mark.parametrize(
+    ("settings", "logits"),
+    [(TRACED, None), pytest.param(CompilerSettings(fullgraph=True), torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["traced", "with kernels"],
+)
+def test_a_chunk_of_the_loss_is_one_graph_under_autocast_and_keeps_its_logits_alone(
+    settings: CompilerSettings, logits: torch.dtype | None
+) -> None:
+    model, batch = Words(), words()
+    declared = declare(model, loss_of(lambda z, y: flat(z.float(), y)), forward=narrowly)
+    aliases, layout = aliases_for(declared), declared.layout(batch)
+    plain = SplitStep(declared, aliases, examine(declared, aliases, batch, layout))
+    mine, loss_for = compiled_step(plain, settings)
+    kept: list[torch.dtype] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: _noted(t, kept), lambda t: t):
+        found = totals(mine, batch)
+    assert loss_for.compiler.graph_breaks == 0
+    assert kept and logits in (None, *set(kept)) and (logits is None or len(set(kept)) == 1)
+    expected = totals(plain, batch)
+    for a, b in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-2 * max(float(t.abs().max()) for t in expected[1]))
+
+
+def narrowly(network: nn.Module, batch: Any) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return network(batch[0])
+
+
+def _noted(tensor: Tensor, kept: list[torch.dtype]) -> Tensor:
+    if tensor.dim() == 2 and tensor.shape[1] == CLASSES:
+        kept.append(tensor.dtype)
+    return tensor
 
 
 @pytest.mark.slow
@@ -128,15 +164,9 @@ def test_the_head_is_itself_again_after_an_error() -> None:
     assert_same(found, totals(plain, batch))
 
 
-def test_planted_place_of_another_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hidden rows taken for logits that the model scaled: the gradient is another one."""
-    right = compiled_head.LogitPlace.hidden_outputs
-
-    def scaled(self: Any) -> Any:
-        made = right(self)
-        return lambda network, chunk: made(network, chunk) * 0.995
-
-    monkeypatch.setattr(compiled_head.LogitPlace, "hidden_outputs", scaled)
+def test_planted_hidden_rows_that_are_not_the_heads_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in the place of the logits was changed on its way out."""
+    monkeypatch.setattr(find_head, "_handed_on", lambda hidden: hidden * 0.995)
     model, batch = Words().double(), words()
     plain = split_step(model, loss_of(flat), batch)
     with pytest.raises(AssertionError):

@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -84,15 +85,23 @@ class Autocast:
                 return factor.to(dtype)
         return factor
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for device_type, dtype, enabled in self.states:
-                if enabled or torch.is_autocast_enabled(device_type):
-                    stack.enter_context(
-                        torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
-                    )
-            yield
+    def entered(self) -> AbstractContextManager[object]:
+        """These blocks, open again."""
+        blocks = [
+            torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+            for device_type, dtype, enabled in self.states
+            if enabled or torch.is_autocast_enabled(device_type)
+        ]
+        # As it is: a compiler knows such a block, but not a stack of them.
+        return blocks[0] if len(blocks) == 1 else _all_of(blocks)
+
+
+@contextlib.contextmanager
+def _all_of(blocks: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block)
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,9 +81,8 @@ class CompiledLoss:
         few, few_ids = _few(work, chunk, ids)
         if self._head is not None:
             with torch.enable_grad():
-                place = find_place(
-                    self._head, lambda declared: _under_draws(declared.forward, work)(few, few_ids, key)
-                )
+                forward = _under_draws(work.declared.forward, work)
+                place = find_place(self._head, self._network, lambda: forward(few, few_ids, key))
             return _loss_outside(self.compiler, work, place)
         if work.form is Form.COUNTED:
             _check_count(work, few, few_ids, key)
@@ -122,11 +121,11 @@ def _loss_of(work: ChunkWork) -> _KeyedLoss:
 def _loss_outside(compiler: Compiler, work: ChunkWork, place: LogitPlace) -> _KeyedLoss:
     """rule 4: the forward compiled up to the head, the user's loss in Python, its chunks compiled."""
     declared, network = work.declared, work.declared.network
-    hidden_outputs = compiler.compiled(_under_draws(place.hidden_outputs(), work), declared.device)
+    hidden_outputs = compiler.compiled(_under_draws(declared.forward, work), declared.device)
     of_chunk = compiler.compiled(own_losses_of_chunk(), declared.device)
 
     def loss_of(chunk: Any, ids: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        with place.without_head(network):
+        with place.head.handing_on(network):
             outputs = hidden_outputs(chunk, ids, key)
         announce(Phase.LOSS)
         outputs = place.with_logits(network, outputs, of_chunk)

@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from samegrad import trees
-from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact.chunk_map import Autocast
 from samegrad.exact.chunked_head import ChunkLosses, HeadLoss, LogitRows, losses_of_chunk
 from samegrad.exact.deferred_logits import DeferredLogits, deferred
 from samegrad.exact.find_head import HeadInChunks, named_head
 from samegrad.exact.pending_logits import PendingLogits, Uses
-from samegrad.exact.replaced_forward import forward_replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +34,8 @@ class LogitPlace:
     dtype: torch.dtype
     autocast: Autocast
 
-    def hidden_outputs(self) -> Callable[[nn.Module, Any], Any]:
-        """forward(network, chunk) with hidden rows in the place of logits; what is to be compiled."""
-        # Only the function of the user's: a compiler would look into all that it is told of.
-        forward = self.head.declared.forward
-
-        def hidden_outputs(network: nn.Module, chunk: Any) -> Any:
-            return forward(network, chunk)
-
-        return hidden_outputs
-
-    def without_head(self, network: nn.Module) -> Any:
-        """A block in which the head hands on what enters it."""
-        return forward_replaced(named_head(network, self.head.path), _handed_on)
-
     def with_logits(self, network: nn.Module, outputs: Any, losses: ChunkLosses) -> Any:
-        """The outputs of ``hidden_outputs`` with deferred logits, whose chunks' losses ``losses`` computes."""
+        """``outputs`` with deferred logits where hidden rows stand for them; ``losses`` computes those of chunks."""
         leaves, spec = trees.flatten(outputs)
         hidden: Tensor = leaves[self.index]
         head = named_head(network, self.head.path)
@@ -72,20 +56,15 @@ def own_losses_of_chunk() -> ChunkLosses:
     return losses
 
 
-def _handed_on(hidden: Tensor) -> Tensor:
-    return hidden
-
-
-def find_place(head: HeadInChunks, forward: Callable[[DeclaredStep], Any]) -> LogitPlace:
-    """Where the logits of ``head`` come out. ``forward``: outputs of a declared step on a few rows, with a graph.
+def find_place(head: HeadInChunks, network: nn.Module, forward: Callable[[], Any]) -> LogitPlace:
+    """Where the logits of ``head`` come out. ``forward``: outputs on a few rows, with a graph and deferred logits.
 
     Raises CannotSplit where they do not come out as they are.
     """
     entered: list[Tensor] = []
-    network = head.declared.network
     hook = named_head(network, head.path).register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
     try:
-        outputs = forward(head.deferring())
+        outputs = forward()
     finally:
         hook.remove()
     found = [

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from samegrad import trees
@@ -23,7 +23,7 @@ from samegrad.exact.deferred_logits import deferred_head
 from samegrad.exact.examine import chosen_rows
 from samegrad.exact.pending_logits import Uses
 from samegrad.exact.probes import PROBE_ROWS
-from samegrad.exact.replaced_forward import has_own_forward
+from samegrad.exact.replaced_forward import forward_replaced, has_own_forward
 from samegrad.exact.sharded import is_sharded
 from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.trees import RowLayout
@@ -49,23 +49,24 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class HeadInChunks:
-    """The head at ``path`` of ``declared``, whose loss is to run ``rows`` positions at a time."""
+    """The head at ``path``, whose loss runs ``rows`` positions at a time."""
 
-    declared: DeclaredStep
     path: str
     rows: int
 
-    def deferring(self) -> DeclaredStep:
-        """The step whose forward defers the logits.
+    def deferred_in(self, declared: DeclaredStep) -> DeclaredStep:
+        """``declared`` whose forward defers the logits.
 
-        It raises CannotSplit where the head was not called with a graph: inside a part that runs in chunks of its own,
-        say.
+        The forward raises CannotSplit where the head was not called with a graph: inside a part that runs in chunks of
+        its own, say.
         """
 
         def forward(module: nn.Module, batch: Any) -> Any:
+            if _handing_on:
+                return declared.forward(module, batch)
             uses = Uses(self.path)
             with deferred_head(named_head(module, self.path), rows=self.rows, uses=uses):
-                outputs = self.declared.forward(module, batch)
+                outputs = declared.forward(module, batch)
             if torch.is_grad_enabled() and not uses.calls:
                 raise CannotSplit(
                     asked=f"the loss of {self.path} in chunks",
@@ -75,7 +76,25 @@ class HeadInChunks:
                 )
             return outputs
 
-        return dataclasses.replace(self.declared, forward=forward)
+        return dataclasses.replace(declared, forward=forward)
+
+    @contextlib.contextmanager
+    def handing_on(self, network: nn.Module) -> Iterator[None]:
+        """A block in which the head gives what enters it, also in forwards that defer its logits."""
+        with forward_replaced(named_head(network, self.path), _handed_on):
+            _handing_on.append(self)
+            try:
+                yield
+            finally:
+                _handing_on.pop()
+
+
+# A list, since a compiler sees that it changed; the blocks that are open.
+_handing_on: list[HeadInChunks] = []
+
+
+def _handed_on(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def named_head(module: nn.Module, path: str) -> nn.Linear:

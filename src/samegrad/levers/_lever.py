@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 from samegrad.declared import DeclaredStep
 from samegrad.exact.compiler import CompilerSettings
 from samegrad.exact.find_head import HeadInChunks
-from samegrad.exact.schemes import Scheme, nested
+from samegrad.exact.schemes import Scheme, nested, unchanged
 from samegrad.records import Exactness, Footprint
 
 
@@ -75,6 +75,8 @@ class Execution:
     @property
     def mapping(self) -> Scheme | None:
         """By what the model runs on the whole batch; None where its rows go through all of it in chunks, or plainly."""
+        if self.programmed and self.scheme is unchanged:
+            return None
         if self.inside is None or (self.scheme is None and (self.splits or self.programmed)):
             return self.scheme
         return self.inside if self.scheme is None else nested(self.scheme, self.inside)

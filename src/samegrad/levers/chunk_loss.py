@@ -94,10 +94,11 @@ class ChunkLoss:
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
-        head = HeadInChunks(execution.declared, self.head, self.rows)
+        head = HeadInChunks(self.head, self.rows)
         if execution.scheme is None and execution.sizes is None:
             execution = dataclasses.replace(execution, sizes=(execution.batch_rows,), scheme=unchanged)
-        yield dataclasses.replace(execution, declared=head.deferring(), head=head, one_pass_for=self.name)
+        declared = head.deferred_in(execution.declared)
+        yield dataclasses.replace(execution, declared=declared, head=head, one_pass_for=self.name)
 
     def knobs(self) -> dict[str, Any]:
         return {"head": self.head, "rows": self.rows}

@@ -59,7 +59,8 @@ def settle(
             continue
         rung = measured(declared, aliases, measurement, batch, plan, budget.counting, most)
         if rung is not None and rung.peak_bytes <= most:
-            return dataclasses.replace(plan, predicted_seconds=rung.seconds), footprint, rung.peak_bytes
+            seconds = rung.seconds + _more_turn_seconds(plan, footprint)
+            return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes
         rows = max(sizes)
         found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
         tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
@@ -149,6 +150,14 @@ def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:
         return measurement.turn
     state_bytes = measurement.footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
     return OptimizerTurn(0, measurement.turn.temporary_bytes + state_bytes)
+
+
+def _more_turn_seconds(plan: Plan, footprint: Footprint) -> float:
+    """What the optimizer's turn takes longer under ``plan``, which no rung shows: its state travels then."""
+    if OptimizerState.name not in plan.levers:
+        return 0.0
+    by_state = {OptimizerState.name in way.levers: way.optimizer_seconds for way in reversed(footprint.traced)}
+    return max(0.0, by_state.get(True, 0.0) - by_state.get(False, 0.0))
 
 
 def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:

@@ -41,8 +41,8 @@ from samegrad.units import format_bytes, format_seconds
 _WORTH_FRACTION = 0.97
 # Each size of chunk that is tried is compiled anew; one more where none has fitted yet.
 _MOST_ROWS_TRIED = 2
-# Positions of a chunk of a head's loss: more are no faster.
-_HEAD_POSITIONS = 4096
+# Logits of a chunk of a head's loss, compiled: they alone are held, in the dtype of the head; more are no faster.
+_HEAD_LOGITS = 2**27
 # Below this a line through one measurement is no promise.
 _ROOM_FRACTION = 0.97
 _NO_FASTER = "not needed: measured, and no faster within the budget"
@@ -216,7 +216,10 @@ def _compiled_beside(
 def _head(search: _Search) -> dict[str, dict[str, Any]]:
     """The lever that runs the loss of a large head in chunks, where there is one."""
     head = search.measurement.footprint.head
-    return {} if head is None else {ChunkLoss.name: {"head": head.path, "rows": _HEAD_POSITIONS}}
+    if head is None:
+        return {}
+    positions = max(ChunkLoss.fewest_positions, 1 << (_HEAD_LOGITS // head.classes).bit_length() - 1)
+    return {ChunkLoss.name: {"head": head.path, "rows": positions}}
 
 
 def _in_even_chunks(settled: Plan, options: Options) -> Plan:
