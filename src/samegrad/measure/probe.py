@@ -15,6 +15,7 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses
+from samegrad.exact.attributes import put_back
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.phases import announce, arriving_chunks, listening
@@ -24,11 +25,12 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.measure import census, counters
 from samegrad.measure.counting import ByteCounter
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Category, Phase, TimelinePoint
 from samegrad.trees import RowLayout
 
 # The shortest of a few runs: whatever else the machine does can only make one longer.
-_TIMED_RUNS = 3
+TIMED_RUNS = 3
 # After which an allocator's segments lie as they will.
 _SETTLING_STEPS = 3
 
@@ -92,18 +94,21 @@ def measure_rung(
 ) -> Rung | None:
     """Peak and time of that run; nothing of the user's changes. What the optimizer will take is counted.
 
-    None where the allocator ran out of memory, or had to give memory back and try again, under a cap.
+    None where memory ran out, or the allocator had to give some back and try again, under a cap.
     """
     few, few_layout = _first_rows(batch, layout, sum(sizes))
-    return _rung(split.declared, batch, lambda: split.totals(few, few_layout, sizes), turn)
+    with WithinMemory(split.declared):
+        return _rung(split.declared, batch, lambda: split.totals(few, few_layout, sizes), turn)
+    return None
 
 
 def measure_whole(
     declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, *, turn: OptimizerTurn
 ) -> Rung | None:
     """The same of the plain step on the whole batch."""
-    with _plain_run(declared, batch, layout, layout.rows, draws) as run:
+    with WithinMemory(declared), _plain_run(declared, batch, layout, layout.rows, draws) as run:
         return _rung(declared, batch, run, turn)
+    return None
 
 
 def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], turn: OptimizerTurn) -> Rung | None:
@@ -117,21 +122,18 @@ def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], turn: O
             return Rung(counter.peak_bytes + turn.missing_state_bytes, seconds)
         counters.release_cached(device)
         state: list[Tensor] = []
-        try:
-            for index in range(_SETTLING_STEPS):
-                gradients = run()
-                # The first step makes the state while its gradients are alive; where it lands decides what fits later.
-                state += _standing_in(declared, 0 if index else turn.missing_state_bytes)
-                _standing_in(declared, turn.temporary_bytes)
-                del gradients
-            before = counters.read_allocator(device)
-            counters.reset_peaks(device)
-            seconds = min(timed(run, device) for _ in range(2))
+        for index in range(_SETTLING_STEPS):
             gradients = run()
+            # The first step makes the state while its gradients are alive; where it lands decides what fits later.
+            state += _standing_in(declared, 0 if index else turn.missing_state_bytes)
             _standing_in(declared, turn.temporary_bytes)
             del gradients
-        except torch.OutOfMemoryError:
-            return None
+        before = counters.read_allocator(device)
+        counters.reset_peaks(device)
+        seconds = min(timed(run, device) for _ in range(2))
+        gradients = run()
+        _standing_in(declared, turn.temporary_bytes)
+        del gradients
         after = counters.read_allocator(device)
         del state
     if before is None or after is None or after.retries > before.retries:
@@ -159,7 +161,7 @@ def probe_plain(
     *,
     batch_rows: int,
     draws: StepDraws | None = None,
-    timed_runs: int = _TIMED_RUNS,
+    timed_runs: int = TIMED_RUNS,
 ) -> Probe:
     """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped.
 
@@ -175,7 +177,7 @@ def time_plain(
     """Seconds of the plain step on the first ``batch_rows`` rows: the shortest of a few runs."""
     with _plain_run(declared, batch, layout, batch_rows, draws) as run, step_undisturbed(declared):
         run()
-        return min(timed(run, declared.device) for _ in range(_TIMED_RUNS))
+        return min(timed(run, declared.device) for _ in range(TIMED_RUNS))
 
 
 @contextlib.contextmanager
@@ -203,8 +205,8 @@ def _plain_run(
         yield run
     finally:
         for leaf, kept in zip(trees.leaves_of(few), trees.leaves_of(before)):
-            if isinstance(leaf, Tensor) and not torch.equal(leaf, kept):
-                leaf.detach().copy_(kept)
+            if isinstance(leaf, Tensor):
+                put_back(leaf, kept)
 
 
 def _first_rows(batch: Any, layout: RowLayout, rows: int) -> tuple[Any, RowLayout]:
@@ -216,7 +218,7 @@ def _probed(
     batch: Any,
     run: Callable[[], object],
     sizes: Sequence[int],
-    timed_runs: int = _TIMED_RUNS,
+    timed_runs: int = TIMED_RUNS,
 ) -> Probe:
     device = declared.device
     with step_undisturbed(declared):

@@ -28,6 +28,7 @@ from samegrad.levers.compile import Compile
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.recompute import Recompute
 from samegrad.measure.probe import Rung, measure_whole
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, KnobOrigin, Plan
 from samegrad.settle.ladder import measured, most_bytes
@@ -195,7 +196,11 @@ def _in_even_chunks(settled: Plan, options: Options) -> Plan:
 def _again(search: _Search) -> dict[str, dict[str, Any]]:
     """Every block of the model run again by itself, where it has blocks."""
     layout = search.declared.layout(search.batch)
-    chain = find_units(search.declared, few_rows(search.declared, search.batch, layout)[0])
+    with WithinMemory(search.declared) as memory:
+        chain = find_units(search.declared, few_rows(search.declared, search.batch, layout)[0])
+    if memory.found:
+        # The settled plan stands, whatever could not be looked at to make it quicker.
+        return {}
     blocks = [part for unit in chain.units for part in _parts_of(unit)]
     runs = [part.paths[0] if len(part.paths) == 1 else list(part.paths) for part in blocks]
     return {Recompute.name: {"blocks": runs}} if runs else {}
