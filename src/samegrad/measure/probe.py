@@ -29,8 +29,9 @@ from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Category, Phase, TimelinePoint
 from samegrad.trees import RowLayout
 
-# The shortest of a few runs: whatever else the machine does can only make one longer.
+# The shortest of a few runs: whatever else the machine does can only make one longer. Long ones are not repeated.
 TIMED_RUNS = 3
+_ENOUGH_SECONDS = 1.0
 # After which an allocator's segments lie as they will.
 _SETTLING_STEPS = 3
 
@@ -66,10 +67,15 @@ class Probe:
         return len(self.sizes)
 
 
-def probe_split(split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> Probe:
-    """The split step in chunks of ``sizes``, the first rows of ``batch``, up to but without the hand-over."""
+def probe_split(
+    split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int], timed_runs: int = TIMED_RUNS
+) -> Probe:
+    """The split step in chunks of ``sizes``, the first rows of ``batch``, up to but without the hand-over.
+
+    ``timed_runs``: 0 where only bytes are asked for; its seconds are then not a number.
+    """
     few, few_layout = _first_rows(batch, layout, sum(sizes))
-    return _probed(split.declared, batch, lambda: split.totals(few, few_layout, sizes), sizes)
+    return _probed(split.declared, batch, lambda: split.totals(few, few_layout, sizes), sizes, timed_runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +183,7 @@ def time_plain(
     """Seconds of the plain step on the first ``batch_rows`` rows: the shortest of a few runs."""
     with _plain_run(declared, batch, layout, batch_rows, draws) as run, step_undisturbed(declared):
         run()
-        return min(timed(run, declared.device) for _ in range(TIMED_RUNS))
+        return _shortest(run, declared.device, TIMED_RUNS)
 
 
 @contextlib.contextmanager
@@ -224,7 +230,7 @@ def _probed(
     with step_undisturbed(declared):
         # The first run creates library handles and workspaces that later ones share.
         run()
-        seconds = min((timed(run, device) for _ in range(timed_runs)), default=math.nan)
+        seconds = _shortest(run, device, timed_runs)
         counter = ByteCounter(device, gradients_of=[declared.network], with_timeline=True)
         claim_residents(counter, declared, batch)
         with counter, listening(counter):
@@ -248,6 +254,14 @@ def _probed(
         seconds=seconds,
         reserved_bytes=reserved,
     )
+
+
+def _shortest(run: Callable[[], object], device: torch.device, runs: int) -> float:
+    """Seconds of the shortest of ``runs``, or of fewer that took long enough together; not a number of none."""
+    seconds: list[float] = []
+    while len(seconds) < runs and sum(seconds) < _ENOUGH_SECONDS:
+        seconds.append(timed(run, device))
+    return min(seconds, default=math.nan)
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:

@@ -22,13 +22,18 @@ MORE_ROOM = "free memory on the device (other processes, tensors kept between st
 
 
 def plain_probes(
-    declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, whole_only: bool = False
+    declared: DeclaredStep,
+    batch: Any,
+    layout: RowLayout,
+    draws: StepDraws,
+    *,
+    whole_only: bool = False,
+    timed_runs: int = TIMED_RUNS,
 ) -> list[Probe]:
     """The plain step at a few rows; ``whole_only`` where it cannot run on fewer than all. Raises OutOfMemory."""
-    if whole_only:
-        return probes_on(declared, batch, layout, [layout.rows], draws)
     rows = min(_PROBE_CHUNK_ROWS // 2, max(fewest_rows(layout), layout.rows // 4))
-    return probes_on(declared, batch, layout, [rows, 2 * rows, 4 * rows], draws)
+    shapes = [layout.rows] if whole_only else [rows, 2 * rows, 4 * rows]
+    return probes_on(declared, batch, layout, shapes, draws, timed_runs)
 
 
 def probes_on(
@@ -63,9 +68,12 @@ def fewest_rows(layout: RowLayout) -> int:
     return min(2, layout.rows)
 
 
-def split_probes(split: SplitStep, batch: Any, layout: RowLayout) -> list[Probe]:
+def split_probes(
+    split: SplitStep, batch: Any, layout: RowLayout, timed_runs: int = TIMED_RUNS
+) -> list[Probe]:
     """Two chunks at two sizes; for two passes more, which tell the rows of a chunk from those of the batch.
 
+    The first and the last are timed, which is what ``times`` asks for.
     Of fewer rows where memory runs out. Raises OutOfMemory where there is none for a row at a time.
     """
     two_passes = split.examination.passes == 2
@@ -73,7 +81,10 @@ def split_probes(split: SplitStep, batch: Any, layout: RowLayout) -> list[Probe]
     while True:
         shapes = _few_shapes(layout, rows) if two_passes else _two_chunks(layout, rows)
         with WithinMemory(split.declared) as memory:
-            return [probe_split(split, batch, layout, trees.even_sizes(n, r)) for r, n in shapes]
+            runs = [timed_runs if index in (0, len(shapes) - 1) else 0 for index in range(len(shapes))]
+            return [
+                probe_split(split, batch, layout, trees.even_sizes(n, r), often) for (r, n), often in zip(shapes, runs)
+            ]
         if rows == 1:
             raise memory.refusal(asked="measure the step in chunks of a row", do=MORE_ROOM)
         rows //= 2
@@ -81,14 +92,17 @@ def split_probes(split: SplitStep, batch: Any, layout: RowLayout) -> list[Probe]
 
 def mapped_probes(step: MappedStep, batch: Any, layout: RowLayout, *, in_chunks: bool) -> list[Probe]:
     """Chunks of few rows, or all rows at once where the parts of the model see all of them; fewer, or OutOfMemory, as
-    in ``split_probes``."""
+    in ``split_probes``. The last is timed."""
     rows = _few_rows(layout)
     while True:
         shapes = _few_shapes(layout, rows)
         if not in_chunks:
             shapes = list(dict.fromkeys((n, n) for _, n in shapes))
         with WithinMemory(step.declared) as memory:
-            return [probe_split(step, batch, layout, trees.even_sizes(n, r)) for r, n in shapes]
+            return [
+                probe_split(step, batch, layout, trees.even_sizes(n, r), TIMED_RUNS if (r, n) == shapes[-1] else 0)
+                for r, n in shapes
+            ]
         if rows == 1:
             raise memory.refusal(asked=f"measure the step on {shapes[-1][1]} of its rows, in parts", do=MORE_ROOM)
         rows //= 2

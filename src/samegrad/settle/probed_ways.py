@@ -71,9 +71,12 @@ def _probed(
     draws, parts = StepDraws(ways.sites), list[Probe]()
     with in_force(plan, declared, layout.rows) as execution:
         changed = execution.declared
-        whole = plain_probes(changed, batch, layout, draws, isinstance(ways.refusal, FailsOnFewRows))
+        # For their bytes alone: a lever's seconds are told by runs in turn with the plain step.
+        whole = plain_probes(
+            changed, batch, layout, draws, whole_only=isinstance(ways.refusal, FailsOnFewRows), timed_runs=0
+        )
         if ways.by_rows is not None:
-            parts = split_probes(SplitStep(changed, aliases, ways.by_rows, stream_chunks), batch, layout)
+            parts = split_probes(SplitStep(changed, aliases, ways.by_rows, stream_chunks), batch, layout, timed_runs=0)
     few = most = whole[-1].batch_rows
     if declared.device.type == "cuda":
         # At a few rows launches hide what its kernels gain.

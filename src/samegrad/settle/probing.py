@@ -32,7 +32,7 @@ from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.head_laws import measure_head
 from samegrad.measure.laws import fit_laws, fit_mapped_laws, peak_of
-from samegrad.measure.probe import OptimizerTurn, Probe, standing_batch_bytes
+from samegrad.measure.probe import TIMED_RUNS, OptimizerTurn, Probe, standing_batch_bytes
 from samegrad.measure.probe_sets import MORE_ROOM, kept_row_bytes, mapped_probes, plain_probes, split_probes, times
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Counting, Footprint, Origin, Phase, PhaseLaw, Variant
@@ -101,7 +101,11 @@ def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> 
     missing = residents.missing_state_bytes
     optimizer_law = _optimizer_law(residents, standing_batch_bytes(batch, declared.device))
     whole_only = isinstance(ways.refusal, FailsOnFewRows)
-    plain = plain_probes(declared, batch, layout, StepDraws(ways.sites), whole_only)
+    # Where rows are split, chunks are what is timed.
+    plain = plain_probes(
+        declared, batch, layout, StepDraws(ways.sites), whole_only=whole_only,
+        timed_runs=TIMED_RUNS if ways.by_rows is None else 0,
+    )  # fmt: skip
     parts: list[Probe] = []
     if ways.by_rows is not None:
         parts = split_probes(_by_rows(declared, aliases, ways.by_rows), batch, layout)
