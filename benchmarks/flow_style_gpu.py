@@ -109,10 +109,7 @@ def run_budgeted(case: Case, budget: str, steps: int) -> dict[str, Any]:
             with cost.counted():
                 step.prepare(case.batch)
             figures["planning_seconds"] = time.perf_counter() - begun
-            figures |= measured(
-                case, model, optimizer, lambda: float(step.backward(case.batch)), steps,
-                lambda: sg.count_bytes(step),
-            )  # fmt: skip
+            figures |= measured(case, model, optimizer, lambda: float(step.backward(case.batch)), steps, step)
             plan = step.plan
         begun = time.perf_counter()
         # Beside the budget: the plain step it is compared with, in float64 too, is not what the budget is for.
@@ -141,7 +138,7 @@ def measured(
     optimizer: torch.optim.Optimizer,
     backward: Callable[[], float],
     steps: int,
-    counter_of: Callable[[], Any] | None = None,
+    step: sg.Step | None = None,
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     loss = backward()
@@ -167,13 +164,12 @@ def measured(
         figures["peak_bytes"] = torch.cuda.max_memory_reserved()
         figures["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
         return figures
-    if counter_of is None:
-        step = sg.Step(model, ENERGY, rows=len(case.batch.source), optimizer=optimizer, forward=case.calling,
-                       batch_axes=ROW_AXES)  # fmt: skip
-        counter_of = lambda: sg.count_bytes(step)
-    with counter_of() as counter:
-        backward()
-    figures["peak_bytes"] = counter.peak_bytes
+    step = step or sg.Step(
+        model, ENERGY, rows=len(case.batch.source), optimizer=optimizer, forward=case.calling, batch_axes=ROW_AXES
+    )
+    # By train, which counts what stands between steps as well.
+    [counted] = sg.train(step, [case.batch], counter=sg.count_bytes(step))
+    figures["peak_bytes"] = counted.peak_allocated_bytes
     return figures
 
 

@@ -186,6 +186,14 @@ def time_plain(
         return _shortest(run, declared.device, TIMED_RUNS)
 
 
+def time_split(split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> float:
+    """The same of the split step in chunks of ``sizes``, up to but without the hand-over."""
+    few, few_layout = _first_rows(batch, layout, sum(sizes))
+    with step_undisturbed(split.declared):
+        split.totals(few, few_layout, sizes)
+        return _shortest(lambda: split.totals(few, few_layout, sizes), split.declared.device, TIMED_RUNS)
+
+
 @contextlib.contextmanager
 def _plain_run(
     declared: DeclaredStep, batch: Any, layout: RowLayout, batch_rows: int, draws: StepDraws | None
