@@ -90,6 +90,18 @@ def test_it_is_taken_where_chunks_take_longer_and_has_the_plain_steps_gradients(
     assert_close(gradients(model), expected)
 
 
+def test_the_floor_is_that_of_blocks_run_again_where_a_row_at_a_time_needs_more() -> None:
+    *_, measurement, limit = measured("one pass", 0.8)
+    way, footprint = again_of(measurement.footprint), measurement.footprint
+    law = dataclasses.replace(way.laws[0], fixed_bytes=100.0, per_chunk_row_bytes=0.0, per_batch_row_bytes=1.0)
+    tiny = dataclasses.replace(limit, total_bytes=10)
+    with pytest.raises(sg.BudgetTooSmall, match="one row and what stays beside it"):
+        choose_plan(footprint, Options(), tiny)
+    footprint = dataclasses.replace(footprint, variants=(dataclasses.replace(way, laws=(law,)),))
+    with pytest.raises(sg.BudgetTooSmall, match=r"the smallest plan needs 137 B.*temporaries with recompute"):
+        choose_plan(footprint, Options(), tiny)
+
+
 def test_it_changes_nothing_of_the_users_and_is_not_tried_where_the_plain_step_fits() -> None:
     step, _, fitting, _ = measured("one pass", 2.0)
     assert fitting.footprint.variants == ()
