@@ -135,9 +135,9 @@ def test_wherever_memory_runs_out_planning_and_verifying_raise_no_raw_error(kind
 @pytest.mark.parametrize("kind", STEPS)
 def test_at_every_place_close_by(kind: str) -> None:
     budget = tight(kind)
-    for at in places(lambda at: planned(kind, budget, at), 500):
+    for at in places(lambda at: planned(kind, budget, at), 150):
         assert planned(kind, budget, at).failed_in
-    for at in places(lambda at: verified(kind, at), 200):
+    for at in places(lambda at: verified(kind, at), 60):
         assert verified(kind, at).failed_in
 
 
