@@ -27,6 +27,7 @@ _PHASES = (
     ("examined_and_probed", samegrad.settle, "measure"),
     ("levers_probed", samegrad.settle, "with_probed_ways"),
     ("followed", samegrad.settle, "followed_beside"),
+    ("blocks_again_probed", samegrad.settle, "with_blocks_again"),
     *(("rungs_measured", module, "settle") for module in (samegrad.settle, samegrad.step)),
     *(("made_quicker", module, "quicker_plan") for module in (samegrad.settle, samegrad.step)),
 )

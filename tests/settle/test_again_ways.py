@@ -90,6 +90,15 @@ def test_it_is_taken_where_chunks_take_longer_and_has_the_plain_steps_gradients(
     assert_close(gradients(model), expected)
 
 
+def test_time_is_never_said_to_be_gained_by_running_blocks_again() -> None:
+    *_, measurement, limit = measured("one pass", 0.8)
+    for factor, words in ((0.5, "plain step's"), (1.2, "a step")):
+        plan = choose_plan(timed(measurement.footprint, factor), Options(), limit)[0]
+        assert "split_rows" not in plan.levers
+        assert (" costs " in plan.reasons[Recompute.name]) is (factor > 1) and words in plan.reasons[Recompute.name]
+        assert " and " not in plan.reasons[Recompute.name]
+
+
 def test_the_floor_is_that_of_blocks_run_again_where_a_row_at_a_time_needs_more() -> None:
     *_, measurement, limit = measured("one pass", 0.8)
     way, footprint = again_of(measurement.footprint), measurement.footprint

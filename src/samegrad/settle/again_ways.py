@@ -23,7 +23,7 @@ from samegrad.measure.probe import time_plain, time_split
 from samegrad.measure.probe_sets import mapped_probes
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.whole_ways import plain_share
-from samegrad.records import Phase, Variant
+from samegrad.records import Footprint, Phase, Variant
 from samegrad.settle.probing import Measurement
 
 _TURNS = 2
@@ -62,16 +62,28 @@ def _probed(declared: DeclaredStep, aliases: ParameterAliases, measurement: Meas
         for _ in range(_TURNS)
     ]
     plain, again = (min(side) for side in zip(*seconds, strict=True))
-    slower = max(1.0, again / plain) * plain_share(footprint)
+    per_row, per_chunk = _seconds(footprint, max(1.0, again / plain) * plain_share(footprint), again / rows)
     turn = tuple(law for law in footprint.plain_laws if law.phase is Phase.OPTIMIZER)
     return Variant(
         lever=lever.name,
         knobs=lever.knobs(),
         laws=(*fit_mapped_laws(probes, missing_bytes=measurement.turn.missing_state_bytes), *turn),
         forwards_per_step=lever.forwards,
-        seconds_per_row=None if footprint.seconds_per_row is None else footprint.seconds_per_row * slower,
-        seconds_per_chunk=None if footprint.seconds_per_chunk is None else footprint.seconds_per_chunk * slower,
+        seconds_per_row=per_row,
+        seconds_per_chunk=per_chunk,
     )
+
+
+def _seconds(footprint: Footprint, slower: float, few_row_seconds: float) -> tuple[float | None, float | None]:
+    """Of a row and of all at once: ``slower`` than rows in chunks are, or as a row of few took, whichever is less.
+
+    Where launches are most of the time, the rows of small chunks seem to take more than those of all at once do.
+    """
+    if footprint.seconds_per_row is None or footprint.seconds_per_chunk is None:
+        return None, None
+    per_row, per_chunk = slower * footprint.seconds_per_row, slower * footprint.seconds_per_chunk
+    rows = footprint.batch_rows
+    return (few_row_seconds, 0.0) if few_row_seconds * rows < per_row * rows + per_chunk else (per_row, per_chunk)
 
 
 def blocks_of(declared: DeclaredStep, batch: Any) -> list[str | list[str]]:
