@@ -90,7 +90,9 @@ def split_probes(
         rows //= 2
 
 
-def mapped_probes(step: MappedStep, batch: Any, layout: RowLayout, *, in_chunks: bool) -> list[Probe]:
+def mapped_probes(
+    step: MappedStep, batch: Any, layout: RowLayout, *, in_chunks: bool, timed_runs: int = TIMED_RUNS
+) -> list[Probe]:
     """Chunks of few rows, or all rows at once where the parts of the model see all of them; fewer, or OutOfMemory, as
     in ``split_probes``. The last is timed."""
     rows = _few_rows(layout)
@@ -100,7 +102,7 @@ def mapped_probes(step: MappedStep, batch: Any, layout: RowLayout, *, in_chunks:
             shapes = list(dict.fromkeys((n, n) for _, n in shapes))
         with WithinMemory(step.declared) as memory:
             return [
-                probe_split(step, batch, layout, trees.even_sizes(n, r), TIMED_RUNS if (r, n) == shapes[-1] else 0)
+                probe_split(step, batch, layout, trees.even_sizes(n, r), timed_runs if (r, n) == shapes[-1] else 0)
                 for r, n in shapes
             ]
         if rows == 1:

@@ -26,8 +26,6 @@ from samegrad.plan.whole_ways import plain_share
 from samegrad.records import Footprint, Phase, Variant
 from samegrad.settle.probing import Measurement
 
-_TURNS = 2
-
 
 def with_blocks_again(
     declared: DeclaredStep, aliases: ParameterAliases, measurement: Measurement, batch: Any
@@ -54,14 +52,11 @@ def _probed(declared: DeclaredStep, aliases: ParameterAliases, measurement: Meas
     lever = Recompute(blocks_of(declared, batch))
     examine_mapped(declared, aliases, batch, layout, lever, ways.sites, ways.rules)
     step = MappedStep(declared, aliases, ways.mapped_examination(), lever.scheme())
-    probes = mapped_probes(step, batch, layout, in_chunks=False)
-    rows, draws = probes[-1].batch_rows, StepDraws(ways.sites)
-    # In turn, since what else the machine does comes and goes.
-    seconds = [
-        (time_plain(declared, batch, layout, batch_rows=rows, draws=draws), time_split(step, batch, layout, [rows]))
-        for _ in range(_TURNS)
-    ]
-    plain, again = (min(side) for side in zip(*seconds, strict=True))
+    probes = mapped_probes(step, batch, layout, in_chunks=False, timed_runs=0)
+    rows = probes[-1].batch_rows
+    # One after the other, since what else the machine does comes and goes.
+    plain = time_plain(declared, batch, layout, batch_rows=rows, draws=StepDraws(ways.sites))
+    again = time_split(step, batch, layout, [rows])
     per_row, per_chunk = _seconds(footprint, max(1.0, again / plain) * plain_share(footprint), again / rows)
     turn = tuple(law for law in footprint.plain_laws if law.phase is Phase.OPTIMIZER)
     return Variant(
