@@ -17,6 +17,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import json
+import os
 import statistics
 import time
 import traceback
@@ -290,6 +292,15 @@ def _difference(model: nn.Module, gradients: list[Tensor]) -> float:
     return (apart / sum(float(b.double().norm()) ** 2 for b in gradients)) ** 0.5
 
 
+def _known() -> dict[str, Any]:
+    for folder in (Path(os.environ.get("OUT", _results.RESULTS)), _results.RESULTS):
+        path = folder / "budget_sweep.json"
+        if path.exists():
+            known: dict[str, Any] = json.loads(path.read_text())["workloads"]
+            return known
+    return {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -297,7 +308,7 @@ def main() -> None:
     parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    known: dict[str, Any] = _results.read("budget_sweep").get("workloads", {})
+    known = _known()
     for name in arguments.workload:
         workload = WORKLOADS[name]
         gradients, facts = reference(workload)
