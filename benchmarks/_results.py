@@ -29,12 +29,53 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def read(name: str) -> dict[str, Any]:
+    """What ``write`` left under ``name``, below $OUT or else in ``results``; nothing where there is nothing."""
+    for folder in (Path(os.environ.get("OUT", RESULTS)), RESULTS):
+        path = folder / f"{name}.json"
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+    return {}
+
+
+class Cells:
+    """The cells of one result, written each as it is measured, so that parts in processes of their own add up.
+
+    A cell that the file holds from the same device and torch is not measured again, unless ``again``.
+    """
+
+    def __init__(self, name: str, facts: dict[str, Any], *, again: bool = False) -> None:
+        self._name, self._facts, self._again = name, facts, again
+        held = read(name)
+        self.cells: dict[str, dict[str, Any]] = held.get("cells", {})
+        self._commands: list[str] = held.get("commands", [])
+        here = machine()
+        self._place = f"{here.get('device', here['processor'])}, torch {here['torch']}"
+
+    def __contains__(self, key: str) -> bool:
+        there = key in self.cells and self.cells[key]["measured_on"] == self._place and not self._again
+        if there:
+            print(f"{key}: there already", flush=True)
+        return there
+
+    def add(self, key: str, figures: dict[str, Any]) -> None:
+        """Writes the cell, and prints it in a line."""
+        self.cells[key] = {**figures, "measured_on": self._place}
+        self._commands = list(dict.fromkeys([*self._commands, command()]))
+        write(self._name, {**self._facts, "commands": self._commands, "cells": self.cells}, quiet=True)
+        print(f"{key}: {json.dumps(figures)}", flush=True)
+
+
+def command() -> str:
+    return f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+
+
 def write(name: str, figures: dict[str, Any], *, quiet: bool = False) -> None:
     """Writes ``results/<name>.json`` (or below $OUT) and prints it, unless ``quiet``."""
     folder = Path(os.environ.get("OUT", RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
-    document = {"command": command, "machine": machine(), **figures}
+    document = {"command": command(), "machine": machine(), **figures}
     text = json.dumps(document, indent=2) + "\n"
     (folder / f"{name}.json").write_text(text)
     if not quiet:

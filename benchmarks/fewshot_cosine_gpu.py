@@ -7,6 +7,10 @@ from those of ours before any lever, beside how far two plain calls are from eac
 while it is planned for and run, so a peak above it would be an out-of-memory error. Where all queries at once do not
 fit, the head takes 16 at a time, and the line says so.
 
+Every cell is printed and written when it is done, and one that the file holds is not measured again, so that parts of
+a few minutes add up: ``--dtypes auto --only samegrad --budgets 4GiB`` is one cell. ``planning`` says where planning
+spent its time, and how many plain steps it ran.
+
 ``--cpu`` is the same on the CPU with Conv4 and 28 pixels and budgets of its own, in counted bytes: to see that it runs.
 """
 
@@ -15,6 +19,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import gc
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,6 +28,7 @@ from typing import Any
 
 import _results
 import torch
+from _planning_cost import PlanningCost
 from torch import Tensor
 
 import samegrad as sg
@@ -48,6 +55,12 @@ class Case:
         self.episode = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.amp = stepping.amp_dtype(self.options, self.device)
 
+    @functools.cached_property
+    def reference(self) -> list[Tensor]:
+        """The gradients of ours before any lever, on the host."""
+        with capped(self.device, None):
+            return gradients_of(self, self.plain())
+
     def loss(self) -> Any:
         whole = dataclasses.replace(self.options, query_rows=0)
         return stepping.make_loss(whole, self.model).to(self.device)
@@ -70,6 +83,7 @@ def capped(device: torch.device, budget: str | None) -> Iterator[None]:
         yield
         return
     torch.cuda.synchronize()
+    gc.collect()
     torch.cuda.empty_cache()
     if budget is not None:
         torch.cuda.set_per_process_memory_fraction(parse_bytes(budget) / torch.cuda.mem_get_info()[1])
@@ -93,9 +107,9 @@ def difference(found: list[Tensor], reference: list[Tensor]) -> float:
     return (apart / sum(float(b.square().sum()) for b in reference)) ** 0.5
 
 
-def measured(case: Case, step: sg.Step, reference: list[Tensor], steps: int) -> dict[str, Any]:
+def measured(case: Case, step: sg.Step, steps: int) -> dict[str, Any]:
     """Gradients first, from the weights of the reference; then timed steps, whose weights are put back."""
-    figures: dict[str, Any] = {"gradient_difference": difference(gradients_of(case, step), reference)}
+    figures: dict[str, Any] = {"gradient_difference": difference(gradients_of(case, step), case.reference)}
     weights = {name: value.to("cpu", copy=True) for name, value in case.model.state_dict().items()}
     counter = None if case.device.type == "cuda" else sg.count_bytes(step)
     results = list(sg.train(step, [case.episode] * (WARM_UP_STEPS + steps), counter=counter))
@@ -110,44 +124,52 @@ def measured(case: Case, step: sg.Step, reference: list[Tensor], steps: int) -> 
     }
 
 
-def attempt(case: Case, budget: str, query_rows: int, reference: list[Tensor], steps: int) -> dict[str, Any]:
+def plain_cell(case: Case, steps: int) -> dict[str, Any]:
+    """Ours before any lever, and how far two calls of it are apart."""
+    twice = difference(gradients_of(case, case.plain()), case.reference)
+    with capped(case.device, None):
+        return {"plain_twice_difference": twice, **measured(case, case.plain(), steps)}
+
+
+def document_cell(case: Case, steps: int) -> dict[str, Any]:
+    _ = case.reference
+    with capped(case.device, None):
+        try:
+            return measured(case, case.document(), steps)
+        except torch.OutOfMemoryError as error:
+            case.optimizer.zero_grad()
+            return {"runs": False, "error": str(error).splitlines()[0]}
+
+
+def attempt(case: Case, budget: str, query_rows: int, steps: int) -> dict[str, Any]:
+    """Planned and run inside ``budget``, the queries ``query_rows`` at a time (0: all at once)."""
+    _ = case.reference
+    # The backbone sees all images of an episode.
+    cost = PlanningCost(type(case.model.backbone), case.options.episode_images)
+    figures: dict[str, Any] = {"budget": budget, "query_rows": query_rows, "planning": cost.phases}
     with capped(case.device, budget):
         start = time.perf_counter()
         try:
-            step = case.budgeted(budget, query_rows)
+            with cost.counted():
+                step = case.budgeted(budget, query_rows)
         except SamegradError as refused:
-            return {"budget": budget, "query_rows": query_rows, "planned": False, "found": refused.found}
-        plan_seconds = time.perf_counter() - start
+            return figures | {"planned": False, "found": refused.found}
+        figures |= {"planned": True, "plan_seconds": time.perf_counter() - start}
         with step:
             try:
-                figures = measured(case, step, reference, steps)
+                return figures | measured(case, step, steps)
             except torch.OutOfMemoryError as error:
                 case.optimizer.zero_grad()
-                figures = {"runs": False, "error": str(error).splitlines()[0]}
-    return {"budget": budget, "query_rows": query_rows, "planned": True, "plan_seconds": plan_seconds, **figures}
+                return figures | {"runs": False, "error": str(error).splitlines()[0]}
 
 
-def run(case: Case, budgets: list[str], steps: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"amp": case.amp, "embedding_width": case.model.head.attention.leave.out_features}
-    with capped(case.device, None):
-        plain = case.plain()
-        reference = gradients_of(case, plain)
-        found["plain_twice_difference"] = difference(gradients_of(case, plain), reference)
-        found["one_forward_gram"] = measured(case, plain, reference, steps)
-    with capped(case.device, None):
-        try:
-            found["document"] = measured(case, case.document(), reference, steps)
-        except torch.OutOfMemoryError as error:
-            case.optimizer.zero_grad()
-            found["document"] = {"runs": False, "error": str(error).splitlines()[0]}
-    for budget in budgets:
-        line = attempt(case, budget, 0, reference, steps)
-        if not line["planned"] or line.get("runs") is False:
-            found.setdefault("all_queries_at_once", []).append(line)
-            line = attempt(case, budget, STREAMED_QUERIES, reference, steps)
-        if "milliseconds" in line:
-            line["times_plain"] = line["milliseconds"] / found["one_forward_gram"]["milliseconds"]
-        found.setdefault("budgets", []).append(line)
+def budget_cell(case: Case, budget: str, steps: int, beside: dict[str, Any]) -> dict[str, Any]:
+    """All queries at once, or, where that does not fit, 16 at a time. ``beside``: the cell of the plain step."""
+    found = attempt(case, budget, 0, steps)
+    if "milliseconds" not in found:
+        found = attempt(case, budget, STREAMED_QUERIES, steps) | {"all_queries_at_once": found}
+    if "milliseconds" in found and "milliseconds" in beside:
+        found["times_plain"] = found["milliseconds"] / beside["milliseconds"]
     return found
 
 
@@ -155,7 +177,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="small, on the CPU")
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--budgets", nargs="+")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "auto"], choices=["float32", "auto"])
+    parser.add_argument("--budgets", nargs="+", help="(4GiB 2560MiB 1792MiB; 90MiB 60MiB with --cpu)")
+    kinds = ["plain", "document", "samegrad"]
+    parser.add_argument("--only", nargs="+", default=kinds, choices=kinds)
+    parser.add_argument("--again", action="store_true", help="measure cells that are there already")
     arguments = parser.parse_args()
     weights: dict[str, Any] = {"lambda_I": 1.0, "lambda_V": 0.5, "lambda_C": 0.1}
     if arguments.cpu:
@@ -164,12 +190,20 @@ def main() -> None:
     else:
         device, size = torch.device("cuda"), {"backbone": "ResNet34", "dataset": "miniImagenet"}
         budgets = arguments.budgets or ["4GiB", "2560MiB", "1792MiB"]
-    figures: dict[str, Any] = {"episode": "5-way 5-shot 16-query", **size, **weights, "runs": []}
-    for dtype in ("float32", "auto"):
-        options = FewShotOptions(dtype=dtype, **size, **weights)
-        figures["runs"].append(run(Case(options, device), budgets, arguments.steps))
-        _results.write("fewshot_cosine_cpu" if arguments.cpu else "fewshot_cosine_gpu", figures, quiet=True)
-    _results.write("fewshot_cosine_cpu" if arguments.cpu else "fewshot_cosine_gpu", figures)
+    facts = {"episode": "5-way 5-shot 16-query", **size, **weights}
+    name = "fewshot_cosine_cpu" if arguments.cpu else "fewshot_cosine_gpu"
+    cells = _results.Cells(name, facts, again=arguments.again)
+    for dtype in arguments.dtypes:
+        case = Case(FewShotOptions(dtype=dtype, **size, **weights), device)
+        about = {"amp": case.amp, "embedding_width": case.model.head.attention.leave.out_features}
+        if "plain" in arguments.only and (key := f"{dtype} plain") not in cells:
+            cells.add(key, about | plain_cell(case, arguments.steps))
+        if "document" in arguments.only and (key := f"{dtype} document") not in cells:
+            cells.add(key, about | document_cell(case, arguments.steps))
+        for budget in budgets if "samegrad" in arguments.only else ():
+            if (key := f"{dtype} samegrad {budget}") not in cells:
+                beside = cells.cells.get(f"{dtype} plain", {})
+                cells.add(key, about | budget_cell(case, budget, arguments.steps, beside))
 
 
 if __name__ == "__main__":

@@ -144,8 +144,9 @@ class Footprint(Record):
 
     ``rows`` of ``batch_rows`` at a time. ``by_category`` is what is live at the peak, ``by_phase`` the peak inside
     each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step;
-    ``variants`` are the ways to run a model in chunks that cannot be split by rows. ``kept_row_bytes``: what a row's
-    graph holds when it is kept from the first of two passes. ``head``: what ``chunk_loss`` would change.
+    ``variants`` are the ways to run a model in chunks that cannot be split by rows, or its blocks again.
+    ``kept_row_bytes``: what a row's graph holds when it is kept from the first of two passes. ``head``: what
+    ``chunk_loss`` would change.
     ``probed`` and ``traced``: the step as probed and as followed under levers that leave its chunks as they are, the
     latter for plans that choose unit by unit too. ``host_bytes``: pinned host memory that levers take.
     ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.

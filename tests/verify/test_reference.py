@@ -161,3 +161,15 @@ def test_its_bytes_are_known_without_timing_the_step() -> None:
     assert reference._laws(declared, batch, layout) == timed
     # For each of three numbers of rows: one run to set up, one that is counted.
     assert len(runs) - with_timing == 6 < with_timing
+
+
+@pytest.mark.parametrize(("seconds", "possible", "rows"), [(3600.0, False, [2]), (1e-6, True, [2, 8, 8])])
+def test_a_cpu_that_takes_too_long_is_seen_on_two_rows(
+    monkeypatch: Patch, seconds: float, possible: bool, rows: list[int]
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(reference, "plain_gradients", lambda declared, few: seen.append(len(few[0])))
+    monkeypatch.setattr(reference, "timed", lambda run, device: (run(), seconds)[1])
+    declared, batch = sg.Step(mlp(), cross_entropy, rows=8).declared, labelled(N)
+    assert reference.cpu_is_possible(declared, batch, declared.layout(batch), N) is possible
+    assert seen == rows

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-import torch
-
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.undisturbed import FailsOnFewRows
 
 # What models raise on rows that they do not fit. Anything else is a fault of another kind.
@@ -21,9 +20,9 @@ def on_few_rows(rows: int, running: Sequence[str]) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         raise FailsOnFewRows(
             asked="split the rows of a step",
             found=f"{running[-1] if running else 'the forward'} fails on {rows} rows of the batch: "

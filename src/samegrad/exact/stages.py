@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from samegrad import trees
 from samegrad.errors import CannotSplit, Untraceable
 from samegrad.exact.batchnorm import coupled_layers, moments_of, normalised, widened
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.recorded import Recorded, agree, filled
 from samegrad.exact.replaced_forward import forward_replaced
 from samegrad.exact.state import StateRule
@@ -110,6 +111,8 @@ def trace_stages(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             with torch.no_grad():
                 graph = tracer.trace(network)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise _untraceable(f"in {tracer.place()}: {type(error).__name__}: {reason[:300]}") from error
         finally:

@@ -24,7 +24,6 @@ import gc
 import logging
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -42,7 +41,8 @@ from samegrad.exact.phases import announce, phase_now
 from samegrad.exact.ranks import Agreement, Outcome, Ranks
 from samegrad.execute.ways import Ways
 from samegrad.measure import counters
-from samegrad.measure.failures import first_line, line_of
+from samegrad.measure.failures import first_line
+from samegrad.measure.within_memory import let_go, place_of
 from samegrad.records import Phase, Plan, Recovery
 from samegrad.report.recoveries import describe_plan_taken, describe_recovery
 from samegrad.units import format_bytes
@@ -124,7 +124,7 @@ class Attempt:
             if self.agreement is not None and not self.agreement.spoken:
                 self.agreement.tell(Outcome.RAISED)
             return False
-        self.failure = Failure(_place_of(error, self._declared), first_line(error))
+        self.failure = Failure(place_of(error, self._declared), first_line(error))
         let_go(error, self._around)
         self._agree(self.failure)
         self.failure.final = self.failure.final or self._kept()
@@ -279,33 +279,6 @@ def attempts_for(
     if waits_inside or ddp._join_config.enable or shared_over_ranks(declared.network):
         return stays(advice=_WAITING, undoable=False)
     return stays(advice=_NO_MORE, smaller=smaller, ranks=Ranks((ddp.process_group,), declared.device))
-
-
-def let_go(error: BaseException, around: BaseException | None = None) -> None:
-    """Frees what the frames of ``error``, and of the errors that led to it, hold; those are over.
-
-    ``around``: an error that was being handled before.
-    """
-    seen: set[int] = {id(around), id(None)}
-    left: list[BaseException | None] = [error]
-    while left:
-        one = left.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        left += [one.__cause__, one.__context__]
-        traceback.clear_frames(one.__traceback__)
-        one.__traceback__ = one.__cause__ = one.__context__ = None
-
-
-def _place_of(error: BaseException, declared: DeclaredStep) -> str:
-    """Phase, innermost module and the user's line, in words: ``backward of encoder.layers.3 (model.py:12)``."""
-    names = {id(part): name for module in declared.modules for name, part in module.named_modules() if name}
-    module = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = names.get(id(frame.f_locals.get("self")), module)
-    phase = phase_now()
-    return f"{'the step' if phase is None else phase.value}{f' of {module}' if module else ''}{line_of(error)}"
 
 
 def _gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int] | None]:

@@ -10,13 +10,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
+from samegrad import trees
 from samegrad.declared import DeclaredStep
-from samegrad.errors import CannotSplit, OverBudget
+from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.batchnorm import by_rows, has_batchnorm, shared_over_ranks
 from samegrad.exact.examine import (
+    chosen_rows,
     draws_or_none,
     examine,
     examine_model,
@@ -37,6 +37,7 @@ from samegrad.execute.trial import MappingLever, examine_mapped, few_rows
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.segments import Segments
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.trees import RowLayout
 
 _MAPPING = (Segments.name, Recompute.name, ExactBatchNorm.name)
@@ -84,19 +85,40 @@ def find_ways(
     """The ways to run the step in chunks; segments that were declared are the only way then.
 
     Raises FalseNormalise, and CannotSplit for what is not the model's: rows of the batch that require grad, parameters
-    of a declared loss that cannot be held back, named segments that are none.
+    of a declared loss that cannot be held back, named segments that are none. OutOfMemory where not two rows fit.
     """
-    segments = declared.segments
     if aliases.sharded:
-        refuse_sharded_segments(segments)
+        refuse_sharded_segments(declared.segments)
         return Ways(examine(declared, aliases, batch, layout))
     refuse_batch_gradients(batch, layout)
+    # On as many rows as there is memory for: eight, or fewer on a card that is nearly full.
+    rows = min(PROBE_ROWS, layout.rows)
+    while True:
+        with WithinMemory(declared) as memory:
+            return _ways_on(declared, aliases, batch, layout)
+        if rows <= _FEWEST_ROWS:
+            raise memory.refusal(
+                asked=f"examine the step on {rows} rows before it is split",
+                do="free memory on the device, or examine the step elsewhere and bring its plan (plan=)",
+            )
+        rows = max(_FEWEST_ROWS, rows // 2)
+        batch, layout = trees.take_rows(batch, layout, chosen_rows(layout.rows, rows)[0]), _of_rows(layout, rows)
+
+
+def _of_rows(layout: RowLayout, rows: int) -> RowLayout:
+    return dataclasses.replace(layout, rows=rows)
+
+
+def _ways_on(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Ways:
+    """The ways that a few rows of ``batch`` show."""
+    segments = declared.segments
     if shared := shared_over_ranks(declared.network):
         return _over_ranks(declared, aliases, batch, layout, shared[0])
     refusals: dict[str, str] = {}
     if segments is None:
         try:
-            examination = _examined(declared, aliases, batch, layout)
+            model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows))
+            examination = examine_loss(declared, model)
         except NotToBeTried as refused:
             return Ways(None, refused)
         except CannotSplit as refused:
@@ -149,23 +171,6 @@ def find_ways(
     elif not any(isinstance(lever, Recompute) for lever in mapped):
         _try_units(declared, batch, layout, fits, refusals)
     return Ways(None, refusal, tuple(mapped), sites, rules or (), refusals)
-
-
-def _examined(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Examination:
-    """On as many rows as there is memory for: eight, or fewer on a card that is nearly full."""
-    rows = min(PROBE_ROWS, layout.rows)
-    while True:
-        try:
-            return examine_loss(declared, examine_model(declared, aliases, batch, layout, rows))
-        except torch.OutOfMemoryError as error:
-            if rows <= _FEWEST_ROWS:
-                raise OverBudget(
-                    asked=f"examine the step on {rows} rows before it is split",
-                    found=f"out of memory ({str(error).splitlines()[0]})",
-                    do="free memory on the device, or examine the step elsewhere and bring its plan (plan=)",
-                ) from error
-        rows = max(_FEWEST_ROWS, rows // 2)
-        torch.cuda.empty_cache()
 
 
 def _try_batchnorm(declared: DeclaredStep, fits: Callable[[MappingLever], bool]) -> None:

@@ -38,7 +38,9 @@ def measure_head(
     shapes = [(most / 2, few), (most / 2, min(2 * few, layout.rows)), (most, min(2 * few, layout.rows))]
     positions = [max(1, math.ceil(chunk)) for chunk, _ in shapes]
     probes = [
-        probe_split(step_of(HeadInChunks(head.path, chunk).deferred_in(declared)), batch, layout, [rows])
+        probe_split(
+            step_of(HeadInChunks(head.path, chunk).deferred_in(declared)), batch, layout, [rows], timed_runs=0
+        )
         for chunk, (_, rows) in zip(positions, shapes)
     ]
     laws = fit_head_laws(probes, positions, missing_bytes=missing_bytes)

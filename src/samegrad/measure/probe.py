@@ -15,6 +15,7 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses
+from samegrad.exact.attributes import put_back
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.phases import announce, arriving_chunks, listening
@@ -24,11 +25,13 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.measure import census, counters
 from samegrad.measure.counting import ByteCounter
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Category, Phase, TimelinePoint
 from samegrad.trees import RowLayout
 
-# The shortest of a few runs: whatever else the machine does can only make one longer.
-_TIMED_RUNS = 3
+# The shortest of a few runs: whatever else the machine does can only make one longer. Long ones are not repeated.
+TIMED_RUNS = 3
+_ENOUGH_SECONDS = 1.0
 # After which an allocator's segments lie as they will.
 _SETTLING_STEPS = 3
 
@@ -64,10 +67,15 @@ class Probe:
         return len(self.sizes)
 
 
-def probe_split(split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> Probe:
-    """The split step in chunks of ``sizes``, the first rows of ``batch``, up to but without the hand-over."""
+def probe_split(
+    split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int], timed_runs: int = TIMED_RUNS
+) -> Probe:
+    """The split step in chunks of ``sizes``, the first rows of ``batch``, up to but without the hand-over.
+
+    ``timed_runs``: 0 where only bytes are asked for; its seconds are then not a number.
+    """
     few, few_layout = _first_rows(batch, layout, sum(sizes))
-    return _probed(split.declared, batch, lambda: split.totals(few, few_layout, sizes), sizes)
+    return _probed(split.declared, batch, lambda: split.totals(few, few_layout, sizes), sizes, timed_runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +100,21 @@ def measure_rung(
 ) -> Rung | None:
     """Peak and time of that run; nothing of the user's changes. What the optimizer will take is counted.
 
-    None where the allocator ran out of memory, or had to give memory back and try again, under a cap.
+    None where memory ran out, or the allocator had to give some back and try again, under a cap.
     """
     few, few_layout = _first_rows(batch, layout, sum(sizes))
-    return _rung(split.declared, batch, lambda: split.totals(few, few_layout, sizes), turn)
+    with WithinMemory(split.declared):
+        return _rung(split.declared, batch, lambda: split.totals(few, few_layout, sizes), turn)
+    return None
 
 
 def measure_whole(
     declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, *, turn: OptimizerTurn
 ) -> Rung | None:
     """The same of the plain step on the whole batch."""
-    with _plain_run(declared, batch, layout, layout.rows, draws) as run:
+    with WithinMemory(declared), _plain_run(declared, batch, layout, layout.rows, draws) as run:
         return _rung(declared, batch, run, turn)
+    return None
 
 
 def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], turn: OptimizerTurn) -> Rung | None:
@@ -117,21 +128,18 @@ def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], turn: O
             return Rung(counter.peak_bytes + turn.missing_state_bytes, seconds)
         counters.release_cached(device)
         state: list[Tensor] = []
-        try:
-            for index in range(_SETTLING_STEPS):
-                gradients = run()
-                # The first step makes the state while its gradients are alive; where it lands decides what fits later.
-                state += _standing_in(declared, 0 if index else turn.missing_state_bytes)
-                _standing_in(declared, turn.temporary_bytes)
-                del gradients
-            before = counters.read_allocator(device)
-            counters.reset_peaks(device)
-            seconds = min(timed(run, device) for _ in range(2))
+        for index in range(_SETTLING_STEPS):
             gradients = run()
+            # The first step makes the state while its gradients are alive; where it lands decides what fits later.
+            state += _standing_in(declared, 0 if index else turn.missing_state_bytes)
             _standing_in(declared, turn.temporary_bytes)
             del gradients
-        except torch.OutOfMemoryError:
-            return None
+        before = counters.read_allocator(device)
+        counters.reset_peaks(device)
+        seconds = min(timed(run, device) for _ in range(2))
+        gradients = run()
+        _standing_in(declared, turn.temporary_bytes)
+        del gradients
         after = counters.read_allocator(device)
         del state
     if before is None or after is None or after.retries > before.retries:
@@ -159,7 +167,7 @@ def probe_plain(
     *,
     batch_rows: int,
     draws: StepDraws | None = None,
-    timed_runs: int = _TIMED_RUNS,
+    timed_runs: int = TIMED_RUNS,
 ) -> Probe:
     """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped.
 
@@ -175,7 +183,15 @@ def time_plain(
     """Seconds of the plain step on the first ``batch_rows`` rows: the shortest of a few runs."""
     with _plain_run(declared, batch, layout, batch_rows, draws) as run, step_undisturbed(declared):
         run()
-        return min(timed(run, declared.device) for _ in range(_TIMED_RUNS))
+        return _shortest(run, declared.device, TIMED_RUNS)
+
+
+def time_split(split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> float:
+    """The same of the split step in chunks of ``sizes``, up to but without the hand-over."""
+    few, few_layout = _first_rows(batch, layout, sum(sizes))
+    with step_undisturbed(split.declared):
+        split.totals(few, few_layout, sizes)
+        return _shortest(lambda: split.totals(few, few_layout, sizes), split.declared.device, TIMED_RUNS)
 
 
 @contextlib.contextmanager
@@ -203,8 +219,8 @@ def _plain_run(
         yield run
     finally:
         for leaf, kept in zip(trees.leaves_of(few), trees.leaves_of(before)):
-            if isinstance(leaf, Tensor) and not torch.equal(leaf, kept):
-                leaf.detach().copy_(kept)
+            if isinstance(leaf, Tensor):
+                put_back(leaf, kept)
 
 
 def _first_rows(batch: Any, layout: RowLayout, rows: int) -> tuple[Any, RowLayout]:
@@ -216,13 +232,13 @@ def _probed(
     batch: Any,
     run: Callable[[], object],
     sizes: Sequence[int],
-    timed_runs: int = _TIMED_RUNS,
+    timed_runs: int = TIMED_RUNS,
 ) -> Probe:
     device = declared.device
     with step_undisturbed(declared):
         # The first run creates library handles and workspaces that later ones share.
         run()
-        seconds = min((timed(run, device) for _ in range(timed_runs)), default=math.nan)
+        seconds = _shortest(run, device, timed_runs)
         counter = ByteCounter(device, gradients_of=[declared.network], with_timeline=True)
         claim_residents(counter, declared, batch)
         with counter, listening(counter):
@@ -246,6 +262,14 @@ def _probed(
         seconds=seconds,
         reserved_bytes=reserved,
     )
+
+
+def _shortest(run: Callable[[], object], device: torch.device, runs: int) -> float:
+    """Seconds of the shortest of ``runs``, or of fewer that took long enough together; not a number of none."""
+    seconds: list[float] = []
+    while len(seconds) < runs and sum(seconds) < _ENOUGH_SECONDS:
+        seconds.append(timed(run, device))
+    return min(seconds, default=math.nan)
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:

@@ -6,65 +6,122 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact.mapped import MappedStep
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
-from samegrad.measure.probe import Probe, probe_plain, probe_split
+from samegrad.measure.probe import TIMED_RUNS, Probe, probe_plain, probe_split
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.trees import RowLayout
 
 # Rows of a probe's chunk; few enough for any card, enough for the law to show.
 _PROBE_CHUNK_ROWS = 8
+# What to do where too little fits to measure anything.
+MORE_ROOM = "free memory on the device (other processes, tensors kept between steps), or raise its allocator's cap"
 
 
 def plain_probes(
-    declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, whole_only: bool = False
+    declared: DeclaredStep,
+    batch: Any,
+    layout: RowLayout,
+    draws: StepDraws,
+    *,
+    whole_only: bool = False,
+    timed_runs: int = TIMED_RUNS,
 ) -> list[Probe]:
-    """The plain step at a few rows; ``whole_only`` where it cannot run on fewer than all."""
-    if whole_only:
-        return [probe_plain(declared, batch, layout, batch_rows=layout.rows, draws=draws)]
-    # Not one row where there are more: batch normalisation in training mode refuses it.
-    rows = min(_PROBE_CHUNK_ROWS // 2, max(min(2, layout.rows), layout.rows // 4))
-    shapes = dict.fromkeys(min(n, layout.rows) for n in (rows, 2 * rows, 4 * rows))
-    probes: list[Probe] = []
-    for n in shapes:
-        try:
-            probes.append(probe_plain(declared, batch, layout, batch_rows=n, draws=draws))
-        except torch.OutOfMemoryError:
-            # Two say what a third would.
-            if len(probes) < 2:
-                raise
-            break
-    return probes
+    """The plain step at a few rows; ``whole_only`` where it cannot run on fewer than all. Raises OutOfMemory."""
+    rows = min(_PROBE_CHUNK_ROWS // 2, max(fewest_rows(layout), layout.rows // 4))
+    shapes = [layout.rows] if whole_only else [rows, 2 * rows, 4 * rows]
+    return probes_on(declared, batch, layout, shapes, draws, timed_runs)
 
 
-def split_probes(split: SplitStep, batch: Any, layout: RowLayout) -> list[Probe]:
-    """Two chunks at two sizes; for two passes more, which tell the rows of a chunk from those of the batch."""
-    rows = max(1, min(_PROBE_CHUNK_ROWS, layout.rows // 4))
-    shapes = dict.fromkeys((r, min(2 * r, layout.rows)) for r in (rows, 2 * rows))
+def probes_on(
+    declared: DeclaredStep,
+    batch: Any,
+    layout: RowLayout,
+    rows: Sequence[int],
+    draws: StepDraws | None = None,
+    timed_runs: int = TIMED_RUNS,
+) -> list[Probe]:
+    """The plain step at each number of ``rows``, or all there are; on fewer where memory runs out.
+
+    Raises OutOfMemory where there is no memory for as many probes as say what rows take: two, or the only one.
+    """
+    wanted = sorted({min(n, layout.rows) for n in rows})
+    enough, fewest = min(2, len(wanted)), fewest_rows(layout)
+    probes: dict[int, Probe] = {}
+    while wanted:
+        n = wanted.pop(0)
+        with WithinMemory(declared) as memory:
+            probes[n] = probe_plain(declared, batch, layout, batch_rows=n, draws=draws, timed_runs=timed_runs)
+            continue
+        fewer = [few for few in (fewest, fewest + 1) if few < n and few not in probes]
+        wanted = fewer[: max(0, enough - len(probes))] if enough > 1 else []
+        if len(probes) + len(wanted) < enough:
+            raise memory.refusal(asked=f"measure the plain step on {n} of its {layout.rows} rows", do=MORE_ROOM)
+    return [probes[n] for n in sorted(probes)]
+
+
+def fewest_rows(layout: RowLayout) -> int:
+    """Not one row where there are more: batch normalisation in training mode refuses it."""
+    return min(2, layout.rows)
+
+
+def split_probes(
+    split: SplitStep, batch: Any, layout: RowLayout, timed_runs: int = TIMED_RUNS
+) -> list[Probe]:
+    """Two chunks at two sizes; for two passes more, which tell the rows of a chunk from those of the batch.
+
+    The first and the last are timed, which is what ``times`` asks for.
+    Of fewer rows where memory runs out. Raises OutOfMemory where there is none for a row at a time.
+    """
     two_passes = split.examination.passes == 2
-    return [
-        probe_split(split, batch, layout, trees.even_sizes(n, r))
-        for r, n in (_few_shapes(layout) if two_passes else shapes)
-    ]
+    rows = _few_rows(layout) if two_passes else max(1, min(_PROBE_CHUNK_ROWS, layout.rows // 4))
+    while True:
+        shapes = _few_shapes(layout, rows) if two_passes else _two_chunks(layout, rows)
+        with WithinMemory(split.declared) as memory:
+            runs = [timed_runs if index in (0, len(shapes) - 1) else 0 for index in range(len(shapes))]
+            return [
+                probe_split(split, batch, layout, trees.even_sizes(n, r), often) for (r, n), often in zip(shapes, runs)
+            ]
+        if rows == 1:
+            raise memory.refusal(asked="measure the step in chunks of a row", do=MORE_ROOM)
+        rows //= 2
 
 
-def mapped_probes(step: MappedStep, batch: Any, layout: RowLayout, *, in_chunks: bool) -> list[Probe]:
-    """Chunks of few rows, or all rows at once where the parts of the model see all of them."""
-    shapes = _few_shapes(layout)
-    if not in_chunks:
-        shapes = list(dict.fromkeys((n, n) for _, n in shapes))
-    return [probe_split(step, batch, layout, trees.even_sizes(n, r)) for r, n in shapes]
+def mapped_probes(
+    step: MappedStep, batch: Any, layout: RowLayout, *, in_chunks: bool, timed_runs: int = TIMED_RUNS
+) -> list[Probe]:
+    """Chunks of few rows, or all rows at once where the parts of the model see all of them; fewer, or OutOfMemory, as
+    in ``split_probes``. The last is timed."""
+    rows = _few_rows(layout)
+    while True:
+        shapes = _few_shapes(layout, rows)
+        if not in_chunks:
+            shapes = list(dict.fromkeys((n, n) for _, n in shapes))
+        with WithinMemory(step.declared) as memory:
+            return [
+                probe_split(step, batch, layout, trees.even_sizes(n, r), timed_runs if (r, n) == shapes[-1] else 0)
+                for r, n in shapes
+            ]
+        if rows == 1:
+            raise memory.refusal(asked=f"measure the step on {shapes[-1][1]} of its rows, in parts", do=MORE_ROOM)
+        rows //= 2
 
 
-def _few_shapes(layout: RowLayout) -> list[tuple[int, int]]:
+def _few_rows(layout: RowLayout) -> int:
+    return max(1, min(_PROBE_CHUNK_ROWS // 2, layout.rows // 8))
+
+
+def _few_shapes(layout: RowLayout, rows: int) -> list[tuple[int, int]]:
     """Rows of a chunk and of the batch: each at several sizes of the other, and three batches for pairs of rows."""
-    rows = max(1, min(_PROBE_CHUNK_ROWS // 2, layout.rows // 8))
     shapes = [(rows, 2 * rows), (rows, 4 * rows), (2 * rows, 4 * rows), (2 * rows, 8 * rows)]
     return list(dict.fromkeys((r, min(n, layout.rows)) for r, n in shapes))
+
+
+def _two_chunks(layout: RowLayout, rows: int) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((r, min(2 * r, layout.rows)) for r in (rows, 2 * rows)))
 
 
 def kept_row_bytes(probes: Sequence[Probe]) -> float | None:

@@ -89,7 +89,7 @@ def _rungs(
         plain = _plan(footprint, [], budget, {})
     measured = _pinned if options.rows is not None else _measured
     plans = measured(footprint, options, budget, usable, host)
-    if footprint.traced or footprint.probed:
+    if footprint.traced or footprint.probed or (footprint.laws and footprint.variants):
         under = [plan for way in footprint.probed for plan in _under(way, footprint, options, budget, usable, host)]
         chosen = _of_candidates(footprint, options, budget, usable, host, followed)
         yield from _fastest_first(plain, [*plans, *under, *chosen])
@@ -179,7 +179,6 @@ def _splits(
     if _may_split(footprint, options):
         for lever in SplitRows.candidates(footprint, usable):
             yield _plan(footprint, [*host, lever], budget, {"split_rows.rows": KnobOrigin.CHOSEN})
-        return
     for mapped in _mapped(footprint, options, usable):
         origins = {f"{mapped.name}.{knob}": KnobOrigin.CHOSEN for knob in mapped.knobs()}
         yield _plan(footprint, [mapped], budget, origins)

@@ -13,7 +13,7 @@ from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.margin import budget_for
 from samegrad.plan.options import Options
 from samegrad.plan.traced import Candidate, plain_peak_bytes, traced_candidates
-from samegrad.records import Budget, Category, Exactness, Footprint, PhaseLaw, Plan
+from samegrad.records import Budget, Category, Exactness, Footprint, PhaseLaw, Plan, Variant
 from samegrad.units import format_bytes, format_seconds
 
 # Of the budget, from which on it is worth saying how less would be kept for the whole batch.
@@ -25,13 +25,17 @@ def floor_bytes(footprint: Footprint) -> int:
     """Bytes of the smallest plan: everything resident and one row at a time, or what else was probed or followed."""
     followed = _smallest_followed(footprint)
     smallest = list(ChunkLoss.smallest(footprint)) + ([] if followed is None else [followed.peak_bytes])
-    if SplitRows.refusal(footprint) is None and footprint.laws:
-        return min([footprint.predicted_peak_bytes(rows=1), *smallest])
-    smallest += [
-        max(law.peak_bytes(rows=1, batch_rows=footprint.batch_rows) for law in variant.laws)
-        for variant in footprint.variants
-    ]
-    return min([footprint.predicted_peak_bytes(rows=footprint.batch_rows), *smallest])
+    smallest += [_smallest_bytes(footprint, variant) for variant in footprint.variants]
+    rows = 1 if _splits(footprint) else footprint.batch_rows
+    return min([footprint.predicted_peak_bytes(rows=rows), *smallest])
+
+
+def _splits(footprint: Footprint) -> bool:
+    return SplitRows.refusal(footprint) is None and bool(footprint.laws)
+
+
+def _smallest_bytes(footprint: Footprint, variant: Variant) -> int:
+    return max(law.peak_bytes(rows=1, batch_rows=footprint.batch_rows) for law in variant.laws)
 
 
 def floor_sentence(footprint: Footprint) -> str:
@@ -44,6 +48,10 @@ def floor_sentence(footprint: Footprint) -> str:
     beside = "one row and what stays beside it"
     if followed is not None and followed.peak_bytes == floor:
         beside = f"activations and temporaries {_by_levers(followed)}"
+    elif _splits(footprint):
+        # Beside a split there is one other way: all rows at once, blocks run again.
+        again = [v.lever for v in footprint.variants if _smallest_bytes(footprint, v) == floor]
+        beside = f"activations and temporaries with {again[0]}" if again else beside
     parts.append(f"{beside} {format_bytes(max(rest, 0))}")
     return f"the smallest plan needs {format_bytes(floor)}: " + ", ".join(parts)
 

@@ -42,6 +42,11 @@ def footprint_under(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> 
     )
 
 
+def plain_share(footprint: Footprint) -> float:
+    """What the plain step takes of the time that rows take in chunks, where the loss lies between two passes."""
+    return 3 / (footprint.forwards_per_step + 2)
+
+
 def is_allowed(way: ProbedWay | TracedWay, allow: Exactness) -> bool:
     """Whether every lever of ``way`` is as exact as that, or more so."""
     return all(find_levers()[name].exactness <= allow for name in way.levers)

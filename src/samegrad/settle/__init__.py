@@ -20,6 +20,7 @@ from samegrad.measure.target import Target
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
+from samegrad.settle.again_ways import with_blocks_again
 from samegrad.settle.beside import followed_beside
 from samegrad.settle.following import follow
 from samegrad.settle.further import smaller_plans
@@ -99,7 +100,8 @@ def measure_for(
     if footprint.predicted_peak_bytes(rows=footprint.batch_rows) <= usable_bytes(budget):
         return measurement
     measurement = with_probed_ways(declared, aliases, measurement, batch, budget, options)
-    return followed_beside(declared, aliases, measurement, batch, budget, options)
+    measurement = followed_beside(declared, aliases, measurement, batch, budget, options)
+    return with_blocks_again(declared, aliases, measurement, batch)
 
 
 def settle_plan(

@@ -20,6 +20,7 @@ from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
 from samegrad.measure.probe import OptimizerTurn, Rung, measure_rung, measure_whole
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
@@ -94,6 +95,20 @@ def measured(
     None where it ran out of memory, or had to try again, under a cap of ``most`` bytes. ``programs_for``: what runs the
     chunks, closed afterwards.
     """
+    with WithinMemory(declared):
+        return _measured(declared, aliases, measurement, batch, plan, counting, most)
+    return None
+
+
+def _measured(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    measurement: Measurement,
+    batch: Any,
+    plan: Plan,
+    counting: Counting,
+    most: int,
+) -> Rung | None:
     layout = declared.layout(batch)
     with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):
         assert running.sizes is not None
@@ -134,14 +149,18 @@ def _whole_if_close(
     if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most_bytes:
         return None
     layout = declared.layout(batch)
-    with in_force(plan, declared, layout.rows) as execution, counters.capped(declared.device, most_bytes):
+    with (
+        WithinMemory(declared),
+        in_force(plan, declared, layout.rows) as execution,
+        counters.capped(declared.device, most_bytes),
+    ):
         rung = measure_whole(
             execution.declared, batch, layout, StepDraws(measurement.ways.sites),
             turn=_turn_of(plan, measurement),
         )  # fmt: skip
-    if rung is None:
-        return "out of memory"
-    return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
+        if rung is not None:
+            return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
+    return "out of memory"
 
 
 def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:

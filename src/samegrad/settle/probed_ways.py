@@ -14,6 +14,7 @@ from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.out_of_memory import OutOfMemory
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import FailsOnFewRows
@@ -22,7 +23,8 @@ from samegrad.levers import Slot, find_levers
 from samegrad.levers._variants import most_rows
 from samegrad.measure.laws import fit_laws
 from samegrad.measure.probe import Probe, time_plain
-from samegrad.measure.probe_sets import kept_row_bytes, plain_probes, split_probes
+from samegrad.measure.probe_sets import MORE_ROOM, kept_row_bytes, plain_probes, split_probes
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Phase, Plan, ProbedWay
@@ -53,7 +55,7 @@ def with_probed_ways(
     for levers in lever_sets(offered, []):
         try:
             found.append(_probed(declared, aliases, measurement, batch, budget, levers))
-        except (CannotSplit, UsageError) as error:
+        except (CannotSplit, UsageError, OutOfMemory) as error:
             if len(levers) == 1:
                 refusals[next(iter(levers))] = error.found
     changed = dataclasses.replace(footprint, probed=tuple(found), refusals=refusals)
@@ -69,14 +71,17 @@ def _probed(
     draws, parts = StepDraws(ways.sites), list[Probe]()
     with in_force(plan, declared, layout.rows) as execution:
         changed = execution.declared
-        whole = plain_probes(changed, batch, layout, draws, isinstance(ways.refusal, FailsOnFewRows))
+        # For their bytes alone: a lever's seconds are told by runs in turn with the plain step.
+        whole = plain_probes(
+            changed, batch, layout, draws, whole_only=isinstance(ways.refusal, FailsOnFewRows), timed_runs=0
+        )
         if ways.by_rows is not None:
-            parts = split_probes(SplitStep(changed, aliases, ways.by_rows, stream_chunks), batch, layout)
-    rows = whole[-1].batch_rows
+            parts = split_probes(SplitStep(changed, aliases, ways.by_rows, stream_chunks), batch, layout, timed_runs=0)
+    few = most = whole[-1].batch_rows
     if declared.device.type == "cuda":
         # At a few rows launches hide what its kernels gain.
-        rows = max(rows, most_rows(footprint.plain_laws, layout.rows, usable_bytes(budget)))
-    slower = _slower(declared, batch, plan, rows, draws)
+        most = max(few, most_rows(footprint.plain_laws, layout.rows, usable_bytes(budget)))
+    slower = _slower_on_rows_that_fit(declared, batch, plan, (few, most), draws)
     missing = measurement.turn.missing_state_bytes
     turn = tuple(law for law in footprint.plain_laws if law.phase is Phase.OPTIMIZER)
     return ProbedWay(
@@ -87,6 +92,19 @@ def _probed(
         seconds_per_row=None if footprint.seconds_per_row is None else footprint.seconds_per_row * slower,
         seconds_per_chunk=None if footprint.seconds_per_chunk is None else footprint.seconds_per_chunk * slower,
     )
+
+
+def _slower_on_rows_that_fit(
+    declared: DeclaredStep, batch: Any, plan: Plan, span: tuple[int, int], draws: StepDraws
+) -> float:
+    """``_slower`` on the most rows of ``span`` that there is memory for: laws of few rows may be a little low."""
+    few, rows = span
+    while True:
+        with WithinMemory(declared) as memory:
+            return _slower(declared, batch, plan, rows, draws)
+        if rows <= few:
+            raise memory.refusal(asked=f"time the step under {', '.join(plan.levers)} on {rows} rows", do=MORE_ROOM)
+        rows = max(few, rows // 2)
 
 
 def _slower(declared: DeclaredStep, batch: Any, plan: Plan, rows: int, draws: StepDraws) -> float:

@@ -17,6 +17,7 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.find_head import Head, find_head
 from samegrad.exact.findings import Examination
 from samegrad.exact.mapped import MappedStep
+from samegrad.exact.out_of_memory import OutOfMemory
 from samegrad.exact.schemes import unchanged
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.softmax_loss import SoftmaxLoss
@@ -31,8 +32,9 @@ from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.head_laws import measure_head
 from samegrad.measure.laws import fit_laws, fit_mapped_laws, peak_of
-from samegrad.measure.probe import OptimizerTurn, Probe, standing_batch_bytes
-from samegrad.measure.probe_sets import kept_row_bytes, mapped_probes, plain_probes, split_probes, times
+from samegrad.measure.probe import TIMED_RUNS, OptimizerTurn, Probe, standing_batch_bytes
+from samegrad.measure.probe_sets import MORE_ROOM, kept_row_bytes, mapped_probes, plain_probes, split_probes, times
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Counting, Footprint, Origin, Phase, PhaseLaw, Variant
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
@@ -63,7 +65,14 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
     """The footprint, and the ways to run in chunks that were probed.
 
     Rows come through buffers that are given back after each run, so that no larger one is still there in the next.
+    Raises OutOfMemory where not even a few rows fit.
     """
+    with WithinMemory(declared) as memory:
+        return _measured(declared, batch, aliases)
+    raise memory.refusal(asked="measure the step on a few of its rows", do=MORE_ROOM)
+
+
+def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Measurement:
     refuse_sharded(
         declared.modules,
         asked="plan a step from a budget",
@@ -92,7 +101,11 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
     missing = residents.missing_state_bytes
     optimizer_law = _optimizer_law(residents, standing_batch_bytes(batch, declared.device))
     whole_only = isinstance(ways.refusal, FailsOnFewRows)
-    plain = plain_probes(declared, batch, layout, StepDraws(ways.sites), whole_only)
+    # Where rows are split, chunks are what is timed.
+    plain = plain_probes(
+        declared, batch, layout, StepDraws(ways.sites), whole_only=whole_only,
+        timed_runs=TIMED_RUNS if ways.by_rows is None else 0,
+    )  # fmt: skip
     parts: list[Probe] = []
     if ways.by_rows is not None:
         parts = split_probes(_by_rows(declared, aliases, ways.by_rows), batch, layout)
@@ -103,7 +116,7 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         mapped = MappedStep(declared, aliases, ways.mapped_examination(), lever.scheme())
         try:
             probes = mapped_probes(mapped, batch, layout, in_chunks="rows" in lever.knobs())
-        except CannotSplit as refused:
+        except (CannotSplit, OutOfMemory) as refused:
             # Its forward could be tried; what stands in the way is the loss or what the forward brings into it.
             refusals[lever.name] = refused.found
             continue
@@ -111,14 +124,17 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         probed += probes
     plain_laws = (*fit_laws(plain, missing_bytes=missing), optimizer_law)
     head = None
-    found = _find_head(declared, batch, layout, ways, peak_of(plain_laws, layout.rows, layout.rows))
-    if isinstance(found, Head):
-        head = measure_head(
-            lambda deferred: MappedStep(deferred, aliases, ways.mapped_examination(), unchanged),
-            declared, batch, layout, found, missing_bytes=missing, optimizer_law=optimizer_law,
-        )  # fmt: skip
-    else:
-        refusals[ChunkLoss.name] = found
+    with WithinMemory(declared) as memory:
+        found = _find_head(declared, batch, layout, ways, peak_of(plain_laws, layout.rows, layout.rows))
+        if isinstance(found, Head):
+            head = measure_head(
+                lambda deferred: MappedStep(deferred, aliases, ways.mapped_examination(), unchanged),
+                declared, batch, layout, found, missing_bytes=missing, optimizer_law=optimizer_law,
+            )  # fmt: skip
+        else:
+            refusals[ChunkLoss.name] = found
+    if memory.found:
+        refusals[ChunkLoss.name] = memory.found
     shown = probed[-1]
     footprint = Footprint(
         device=counters.device_name(declared.device),

@@ -9,6 +9,7 @@ where they pay it back. A large head's loss runs in chunks then: logits are most
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -22,17 +23,17 @@ from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.pass_programs import LossMaker, Programs
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.unit_chain import Unit, find_units
 from samegrad.execute.apply import applied, chunked_step, loss_maker_of, programs_of
-from samegrad.execute.trial import few_rows
 from samegrad.levers import Execution, find_levers
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.compile import Compile
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.recompute import Recompute
 from samegrad.measure.probe import Rung, measure_whole
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, KnobOrigin, Plan
+from samegrad.settle.again_ways import blocks_of
 from samegrad.settle.ladder import measured, most_bytes
 from samegrad.settle.probing import Measurement
 from samegrad.units import format_bytes, format_seconds
@@ -234,17 +235,10 @@ def _in_even_chunks(settled: Plan, options: Options) -> Plan:
 
 def _again(search: _Search) -> dict[str, dict[str, Any]]:
     """Every block of the model run again by itself, where it has blocks."""
-    layout = search.declared.layout(search.batch)
-    chain = find_units(search.declared, few_rows(search.declared, search.batch, layout)[0])
-    blocks = [part for unit in chain.units for part in _parts_of(unit)]
-    runs = [part.paths[0] if len(part.paths) == 1 else list(part.paths) for part in blocks]
-    return {Recompute.name: {"blocks": runs}} if runs else {}
-
-
-def _parts_of(unit: Unit) -> list[Unit]:
-    """The blocks of a unit that is a row of them, or itself where it is one."""
-    inner = [part for part in unit.inner if part.has_parts]
-    return inner or [unit] * unit.has_parts
+    # Where there are none or memory runs out, the settled plan stands all the same.
+    with WithinMemory(search.declared), contextlib.suppress(CannotSplit):
+        return {Recompute.name: {"blocks": blocks_of(search.declared, search.batch)}}
+    return {}
 
 
 def _by_rows(

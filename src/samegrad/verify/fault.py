@@ -21,6 +21,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import SamegradError
 from samegrad.exact import program
 from samegrad.exact.forward import StepForward
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.passes import as_in_first_pass
 from samegrad.exact.row_comparisons import close, same_rows
 from samegrad.exact.split import SplitStep, under_draws
@@ -81,10 +82,10 @@ def _is_plain_call(planned: Planned) -> bool:
 def _passes(planned: Planned, rows: Any, recheck: Recheck) -> bool:
     try:
         return all(check.passed for check in recheck(planned, rows))
-    except torch.OutOfMemoryError:
-        # What runs whole is the plain call, which does not fit.
-        return planned.split is None
-    except (SamegradError, RuntimeError):
+    except (SamegradError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            # What runs whole is the plain call, which does not fit.
+            return planned.split is None
         # A lever that is wrong may fail in other ways without another; the verdict is that it differs, whatever this.
         return False
 

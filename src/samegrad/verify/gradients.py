@@ -18,10 +18,13 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied
 from samegrad.levers import weakest_exactness
+from samegrad.measure.probe_sets import MORE_ROOM, fewest_rows
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Check, Exactness, Plan, Same, Verdict
 from samegrad.trees import RowLayout
 from samegrad.verify import tolerance
@@ -60,33 +63,44 @@ def verify_step(
     ``rows``: compare on the first ``rows`` rows of ``batch``; None means all, or as many as fit. ``reference``: the
     plain step on the "device" or on the "cpu" (in float64); None means the device where the batch fits, else the CPU
     where that takes seconds. ``verdict.reference`` says which it was. Raises UsageError when ``rows`` is more than
-    the batch has, or when the CPU is asked for and cannot be the reference.
+    the batch has, or when the CPU is asked for and cannot be the reference; OutOfMemory where not one row fits.
     """
-    started = time.perf_counter()
     refuse_sharded(
         step.declared.modules,
         asked="verify a step against the plain step",
         do="verify the same model before fully_shard is applied to it, on one process or under "
         "DistributedDataParallel; gradients of sharded parameters exist only after they are reduced",
     )
-    layout = step.declared.layout(batch)
-    asked = checked_rows(layout, rows)
     if reference not in (None, "device", "cpu"):
         raise UsageError(
             asked=f"reference={reference!r}", found="neither 'device' nor 'cpu'", do="leave it out, or give one of them"
         )
+    asked = checked_rows(step.declared.layout(batch), rows)
     sizes = step.sizes_for(batch)
+    with WithinMemory(step.declared) as memory:
+        return _verified(step, batch, sizes, asked, reference)
+    raise memory.refusal(asked="verify the step against the plain step", do=MORE_ROOM)
+
+
+def _verified(
+    step: Verifiable, batch: Any, sizes: tuple[int, ...], asked: int | None, reference: Where | None
+) -> Verdict:
+    started, layout = time.perf_counter(), step.declared.layout(batch)
     # The reference is the step as the user made it.
     step.put_back()
     planned = _planned(step, batch, layout, sizes)
     chosen = on_device(planned, batch, layout, asked)
-    few = _Rows(_shown(planned, sizes, chosen.rows), trees.slice_rows(batch, layout, 0, chosen.rows))
-    compared = compare(few.planned, few.rows)
+    few, compared = _compared(planned, batch, sizes, chosen.rows)
+    if few.planned.layout.rows < chosen.rows:
+        chosen = chosen.on_fewer(few.planned.layout.rows)
     whole = _shown(planned, sizes, layout.rows if asked is None else asked)
     cpu_checks, chosen = _on_cpu(whole, batch, (chosen, compared.draws), reference)
     verdict = _verdict(planned, compared, cpu_checks, (chosen, layout.rows))
     if verdict.answer is Same.DIFFERS:
-        verdict = dataclasses.replace(verdict, fault=_fault(few, compared, _Rows(whole, batch), cpu_checks))
+        with WithinMemory(step.declared) as memory:
+            verdict = dataclasses.replace(verdict, fault=_fault(few, compared, _Rows(whole, batch), cpu_checks))
+        if memory.found:
+            verdict = dataclasses.replace(verdict, fault=f"what is at fault was not found: {memory.found}")
     verdict = dataclasses.replace(verdict, seconds=time.perf_counter() - started)
     step.verdict = verdict
     return verdict
@@ -98,6 +112,17 @@ class _Rows:
 
     planned: Planned
     rows: Any
+
+
+def _compared(planned: Planned, batch: Any, sizes: tuple[int, ...], rows: int) -> tuple[_Rows, Compared]:
+    """The first ``rows`` rows compared on the device; half as many where memory runs out, and so on."""
+    while True:
+        with WithinMemory(planned.declared) as memory:
+            few = _Rows(_shown(planned, sizes, rows), trees.slice_rows(batch, planned.layout, 0, rows))
+            return few, compare(few.planned, few.rows)
+        if rows <= fewest_rows(planned.layout):
+            raise memory.refusal(asked=f"verify the step on {rows} of its rows", do=MORE_ROOM)
+        rows //= 2
 
 
 def _fault(few: _Rows, compared: Compared, whole: _Rows, cpu_checks: Sequence[Check]) -> str:
@@ -155,13 +180,15 @@ def _on_cpu(
     elif not cpu_is_possible(declared, batch, planned.layout, rows):
         refusal = f"{rows} rows in float64 do not fit the host, take too long there, or cannot run there"
     else:
-        try:
-            checks = compare_with_cpu(planned, trees.slice_rows(batch, planned.layout, 0, rows))
-            return checks, chosen.with_cpu(rows)
-        except torch.OutOfMemoryError:
-            refusal = "the planned step in float64 does not fit the device"
-        except (RuntimeError, TypeError) as error:
-            refusal = f"the step cannot run in float64 on the CPU: {error}"
+        with WithinMemory(declared) as memory:
+            try:
+                checks = compare_with_cpu(planned, trees.slice_rows(batch, planned.layout, 0, rows))
+                return checks, chosen.with_cpu(rows)
+            except (RuntimeError, TypeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                refusal = f"the step cannot run in float64 on the CPU: {error}"
+        refusal = refusal or f"the planned step in float64 does not fit the device ({memory.found})"
     if where == "cpu":
         raise UsageError(asked="verify against the plain step on the CPU", found=refusal, do="leave out reference=")
     return [], chosen

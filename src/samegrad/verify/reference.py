@@ -20,7 +20,8 @@ from samegrad.errors import UsageError
 from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.measure import counters
 from samegrad.measure.laws import fit_laws
-from samegrad.measure.probe import probe_plain, timed
+from samegrad.measure.probe import timed
+from samegrad.measure.probe_sets import probes_on
 from samegrad.records import PhaseLaw
 from samegrad.trees import RowLayout
 from samegrad.verify.sides import Planned, plain_gradients
@@ -31,6 +32,8 @@ Where = Literal["device", "cpu"]
 # Up to so many rows a verification takes seconds whatever the step; for more its time is estimated first.
 _USUAL_ROWS = 4096
 _LONGEST_SECONDS = 20.0
+# By a first run, which may take some times as long as the next: more than this is more than the longest.
+_HOPELESS_SECONDS = 200.0
 # Plain steps that a verification is worth, in time: both sides, in two dtypes, a second pass, sizes of small parts.
 _WORTH_STEPS = 12
 # The plain step in float64, and twice more where its own unrest must be known.
@@ -49,6 +52,11 @@ class Reference:
     @property
     def rows_checked(self) -> int:
         return max(self.rows, self.cpu_rows)
+
+    def on_fewer(self, rows: int) -> Reference:
+        """The same on ``rows`` rows, on more of which memory ran out."""
+        words = self.words.partition(", on as many rows")[0]
+        return dataclasses.replace(self, rows=rows, words=f"{words}, on as many rows as fit")
 
     def with_cpu(self, wanted_rows: int) -> Reference:
         words = "the plain step on cpu in float64"
@@ -93,23 +101,25 @@ def cpu_is_possible(declared: DeclaredStep, batch: Any, layout: RowLayout, rows:
     needed += 4 * trees.row_bytes(batch, layout) * rows
     if needed > counters.free_now(torch.device("cpu"))[0]:
         return False
-    few_rows = min(8, rows)
-    few = widened(_copied_rows(batch, layout, few_rows))
     try:
         twin = float64_declared(declared, torch.device("cpu"))
         with step_undisturbed(declared), torch.autocast(declared.device.type, enabled=False):
-            seconds = min(timed(lambda: plain_gradients(twin, few), twin.device) for _ in range(2))
+            # A convolution takes seconds for eight rows there; two rows tell, first runs and all, where it is hopeless.
+            if _CPU_STEPS * rows * _row_seconds(twin, batch, layout, min(2, rows), runs=1) > _HOPELESS_SECONDS:
+                return False
+            return _CPU_STEPS * rows * _row_seconds(twin, batch, layout, min(8, rows), runs=2) <= _LONGEST_SECONDS
     except (RuntimeError, TypeError):
         # Code that fixes a device or a dtype cannot be copied to the CPU in float64.
         return False
-    return _CPU_STEPS * seconds / few_rows * rows <= _LONGEST_SECONDS
+
+
+def _row_seconds(twin: DeclaredStep, batch: Any, layout: RowLayout, rows: int, *, runs: int) -> float:
+    few = widened(_copied_rows(batch, layout, rows))
+    return min(timed(lambda: plain_gradients(twin, few), twin.device) for _ in range(runs)) / rows
 
 
 def _laws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> tuple[PhaseLaw, ...]:
-    # Not one row: batch normalisation in training mode refuses it.
-    shapes = dict.fromkeys(min(n, layout.rows) for n in (2, 4, 8))
-    probes = [probe_plain(declared, batch, layout, batch_rows=n, timed_runs=0) for n in shapes]
-    return fit_laws(probes, missing_bytes=0)
+    return fit_laws(probes_on(declared, batch, layout, (2, 4, 8), timed_runs=0), missing_bytes=0)
 
 
 def _largest_that_fits(laws: tuple[PhaseLaw, ...], wanted: int, free_bytes: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import GradientsDiffer
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.levers import levers_of
 from samegrad.measure.failures import first_line, line_of
@@ -301,9 +302,9 @@ class _Twin:
                     # It would leave gradients there.
                     return "forward or loss_fn closes over the model itself, and not over the one that it is given"
                 again = wide.run(twin.handed_over)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
             # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
             return f"a copy of the step in float64 cannot run: {first_line(error)}{line_of(error)}"
         return cls(oracle, again, seen.dtype, seen.where, twin, wide)
