@@ -19,6 +19,7 @@ from samegrad.errors import CannotSplit
 from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.backward_probe import BackwardProbe
+from samegrad.exact.batchnorm import by_rows
 from samegrad.exact.examine_loss import examine_loss, two_passes
 from samegrad.exact.findings import Examination, ModelFindings
 from samegrad.exact.forward import StepForward
@@ -27,6 +28,7 @@ from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, refuse_known_
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import give_up, ranks_of, refuse_unsafe, reshard
 from samegrad.exact.shared_leaves import stood_in
+from samegrad.exact.state import StateRule
 from samegrad.exact.undisturbed import NotToBeTried, step_undisturbed
 from samegrad.trees import RowLayout
 
@@ -140,6 +142,19 @@ def refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
 def _has_recurrent_layers(network: nn.Module) -> bool:
     """Their kernels without a graph give the same bits for some numbers of rows and not for others (one row, say)."""
     return any(isinstance(part, nn.RNNBase) for part in network.modules())
+
+
+def find_state_rules(declared: DeclaredStep, batch: Any, layout: RowLayout) -> tuple[StateRule, ...]:
+    """How state that the model changes is reduced over chunks that share BatchNorm's statistics; those are left out.
+
+    Raises CannotSplit naming what has no rule, and for draws that cannot be keyed.
+    """
+    rows = min(PROBE_ROWS, layout.rows)
+    few, others = (
+        trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in chosen_rows(layout.rows, rows)
+    )
+    with by_rows(declared.network), step_undisturbed(declared) as (generators, state):
+        return RowProbes(declared, few, dataclasses.replace(layout, rows=rows), generators, state).state_rules(others)
 
 
 def find_draws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:

@@ -8,7 +8,8 @@ only what crosses a cut is there for all rows, and the network's output, so that
 each stage again, chunk by chunk. With ``keep_every=g`` only every g-th cut is kept and the ones between are made again
 together: 2 forwards and a backward for g = 1, at most 3 forwards and a backward for others.
 
-1. Running statistics are updated once, after the whole forward; nothing is changed when something raises before.
+1. Running statistics are updated once, after the whole forward, and so is other state (``rules``) that chunks'
+   contributions add up to: each chunk starts from what it was before. Nothing is changed when something raises before.
 2. Statistics are rows' gradients too: see ``stage_run.py``. Derivatives of any order for keep_every=1, one for others.
 3. Layers in eval mode, and whatever contains no BatchNorm, run as rows within their stage.
 4. A model that calls torch.utils.checkpoint itself is recorded through it. The plain step updates statistics under it
@@ -36,6 +37,7 @@ from samegrad.exact.recorded import Recorded, filled, nodes_in
 from samegrad.exact.replaced_forward import forward_replaced, has_own_forward
 from samegrad.exact.stage_run import ROW_NUMBERS, Call, ChunkContext, Slot, StageRun
 from samegrad.exact.stages import Stage, Stages, is_rows
+from samegrad.exact.state import StateRule, StateTransaction
 from samegrad.exact.tracings import Tracings
 from samegrad.exact.watch import Watch
 
@@ -48,12 +50,14 @@ def lockstep(
     keep_every: int = 1,
     chunk_context: ChunkContext | None = None,
     tracings: Tracings | None = None,
+    rules: Sequence[StateRule] = (),
 ) -> Iterator[None]:
     """Calls of ``network`` run in chunks of ``sizes`` rows with the statistics of all of them.
 
     Tensor arguments with as many rows as ``sizes`` adds up to are cut, others are shared. ``chunk_context``: see
-    ``stage_run.py``. ``tracings``: kept by the caller, so that a network is not cut anew at every step. Raises
-    Untraceable where the network cannot be recorded, CannotSplit where its rows cannot be cut.
+    ``stage_run.py``. ``tracings``: kept by the caller, so that a network is not cut anew at every step. ``rules``: how
+    state that the network changes, running statistics apart, is reduced over chunks. Raises Untraceable where the
+    network cannot be recorded, CannotSplit where its rows cannot be cut.
     """
     check_sizes(sizes)
     if keep_every < 1:
@@ -74,10 +78,15 @@ def lockstep(
         if len(sizes) == 1 and alone:
             return plain(*args, **kwargs)
         check_rows((args, kwargs), sizes)
-        call, values = _begun(network, known.stages_of(network, args, kwargs, rows=sum(sizes)), (args, kwargs), sizes)
+        staged = known.stages_of(network, args, kwargs, rows=sum(sizes))
+        call, values = _begun(network, staged, (args, kwargs), sizes, rules)
         if chunk_context is not None:
             call = dataclasses.replace(call, chunk_context=chunk_context)
         results = _run(call, values, keep_every)
+        for state in call.states.values():
+            state.check()
+        for state in call.states.values():
+            state.commit()
         for stage in call.staged.stages:
             if stage.barrier is not None:
                 batchnorm.commit(call.layer(stage.barrier), call.statistics[stage.barrier])
@@ -103,15 +112,19 @@ def check_rows(arguments: Any, sizes: Sequence[int]) -> None:
         )
 
 
-def watch_beside_batchnorm(network: nn.Module, device: torch.device) -> Watch:
-    """A watch over all of ``network`` but the running statistics, which a forward does change."""
+def watch_beside_batchnorm(network: nn.Module, device: torch.device, rules: Sequence[StateRule] = ()) -> Watch:
+    """A watch over all of ``network`` but the running statistics and state of ``rules``, which a forward does change.
+
+    What runs again in backward is given that state as it was; nobody else's writing into it can be seen there.
+    """
     own = {id(b) for part in network.modules() if batchnorm.uses_batch_statistics(part) for b in part.buffers()}
+    own |= {id(network.get_submodule(rule.path)._buffers.get(rule.key)) for rule in rules}
     watch = Watch.of([network], device)
     return dataclasses.replace(watch, buffers=tuple(kept for kept in watch.buffers if id(kept[1]) not in own))
 
 
 def _begun(
-    network: nn.Module, staged: Stages, arguments: Any, sizes: Sequence[int]
+    network: nn.Module, staged: Stages, arguments: Any, sizes: Sequence[int], rules: Sequence[StateRule]
 ) -> tuple[Call, dict[Slot, Tensor]]:
     """The call and what stands at its beginning: parameters, arguments, row numbers."""
     rows = sum(sizes)
@@ -124,8 +137,11 @@ def _begun(
         aliases=aliases,
         sizes=tuple(sizes),
         autocast=Autocast.now([t.device.type for t in (*tensors, *aliases.parameters)]),
-        watch=watch_beside_batchnorm(network, device),
+        watch=watch_beside_batchnorm(network, device, rules),
         chunk_context=None,
+        states={
+            number: StateTransaction(network, of_stage) for number, of_stage in staged.rules_by_stage(rules).items()
+        },
     )
     values: dict[Slot, Tensor] = {ROW_NUMBERS: torch.arange(rows, device=device)}
     values |= {Slot("parameter", i): p for i, p in enumerate(aliases.parameters)}

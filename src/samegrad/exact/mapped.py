@@ -27,6 +27,7 @@ from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.split import SplitStep
+from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.records import Phase
@@ -38,13 +39,14 @@ class MappedExamination:
     """What is known of a mapped step. ``reason``: what couples its rows, in words. ``sites``: where it draws.
 
     ``by_rows``: how its rows could be split through the whole model, where they could. ``sites_are_all``: it is known
-    to draw nowhere else.
+    to draw nowhere else. ``rules``: how state that it changes, running statistics apart, is reduced over chunks.
     """
 
     reason: str
     sites: DrawSites | None = None
     by_rows: Examination | None = None
     sites_are_all: bool = False
+    rules: tuple[StateRule, ...] = ()
     passes: ClassVar[int] = 1
 
 
@@ -91,12 +93,12 @@ class MappedStep:
     def _summed(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, draws: StepDraws
     ) -> StepTotals:
-        declared, device = self.declared, self.declared.device
+        declared, device, rules = self.declared, self.declared.device, self.examination.rules
         batch, aliases = stood_in(batch, layout, self.aliases)
         [whole] = arriving_chunks([trees.move(trees.slice_rows(batch, layout, 0, layout.rows), device)])
         ids = torch.arange(layout.rows, device=device) if draws.sites is not None else None
         with aliases.swapped() as swapped, kept_magnitudes(self.with_magnitudes) as magnitudes:
-            with torch.enable_grad(), self.scheme(declared.network, sizes=sizes, draws=draws):
+            with torch.enable_grad(), self.scheme(declared.network, sizes=sizes, draws=draws, rules=rules):
                 announce(Phase.FORWARD)
                 with draws.all_rows(ids):
                     outputs = declared.forward(declared.network, whole)

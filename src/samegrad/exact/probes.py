@@ -90,16 +90,10 @@ class RowProbes:
         """What is found. ``others``: as many other rows, to replace with. Raises CannotSplit."""
         refuse_known_layers(self.declared.network)
         with torch.no_grad():
-            sites = self.draw_sites()
-            if sites is not None:
-                check_sites(sites, self.declared.network, self._plain_forward, self.restored)
-            self._draws = StepDraws(sites, StepKey.fixed(0))
+            sites = self._find_draws()
             outputs = self.forward(self.batch)
             refuse_held(self.state)
-            rules = StateProbe(
-                self.declared.network, self._rows, self._forward_rows, lambda: self.forward(others), self.state
-            ).rules()
-            self.restored()
+            rules = self._rules(others)
             for path, leaf in trees.flatten_with_paths(outputs, "outputs"):
                 if isinstance(leaf, Tensor):
                     program.check_row_output(path, leaf, self._rows)
@@ -107,7 +101,31 @@ class RowProbes:
             if self._rows > 1:
                 self._check_replace(outputs, others)
                 self._check_subset(outputs)
-        return Findings(outputs, sites, tuple(rules))
+        return Findings(outputs, sites, rules)
+
+    @torch.no_grad()
+    def state_rules(self, others: Any) -> tuple[StateRule, ...]:
+        """How the state that a forward changes is reduced over chunks, and nothing else. Raises CannotSplit."""
+        self._find_draws()
+        self.forward(self.batch)
+        return self._rules(others)
+
+    def _find_draws(self) -> DrawSites | None:
+        """Where the model draws; from now on it draws by them."""
+        sites = self.draw_sites()
+        if sites is not None:
+            check_sites(sites, self.declared.network, self._plain_forward, self.restored)
+        self._draws = StepDraws(sites, StepKey.fixed(0))
+        return sites
+
+    def _rules(self, others: Any) -> tuple[StateRule, ...]:
+        """Of the forward that just ran; the state is put back."""
+        probe = StateProbe(
+            self.declared.network, self._rows, self._forward_rows, lambda: self.forward(others), self.state
+        )
+        rules = tuple(probe.rules())
+        self.restored()
+        return rules
 
     @property
     def draws(self) -> StepDraws:

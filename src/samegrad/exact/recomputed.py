@@ -35,6 +35,7 @@ from samegrad.exact.chunk_map import Autocast
 from samegrad.exact.part_state import PartPlaces, PartState
 from samegrad.exact.regions import Region, RegionCall
 from samegrad.exact.replaced_forward import forward_replaced
+from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators
 
@@ -49,11 +50,13 @@ def recomputed_blocks(
     *,
     sizes: Sequence[int] = (),
     draws: StepDraws | None = None,
+    rules: Sequence[StateRule] = (),
 ) -> Iterator[None]:
     """Calls of the submodules ``blocks`` of ``network`` run again in backward instead of keeping what they compute.
 
     Without ``blocks``: those of ``find_blocks``. ``draws``: of the step, if it has keyed ones. ``sizes`` make no
-    difference: blocks see what rows they are called on. Raises UsageError for names that are none, or where one block
+    difference: blocks see what rows they are called on; nor do ``rules``: a second run leaves no state behind. Raises
+    UsageError for names that are none, or where one block
     is part of another.
     """
     runs = as_runs(find_blocks(network) if blocks is None else blocks)

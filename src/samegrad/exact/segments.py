@@ -23,6 +23,7 @@ from samegrad.exact.few_rows import on_few_rows
 from samegrad.exact.module_names import entered
 from samegrad.exact.probes import RowProbes
 from samegrad.exact.row_map import RowCall
+from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.trees import RowLayout
@@ -175,9 +176,17 @@ def _no_loss(outputs: Any, batch: Any) -> Tensor:
 
 @contextlib.contextmanager
 def in_segments(
-    network: nn.Module, *, segments: Sequence[Segment], sizes: Sequence[int], draws: StepDraws
+    network: nn.Module,
+    *,
+    segments: Sequence[Segment],
+    sizes: Sequence[int],
+    draws: StepDraws,
+    rules: Sequence[StateRule] = (),
 ) -> Iterator[None]:
-    """``network`` with its segments run in chunks of ``sizes`` rows of the batch; as before on every way out."""
+    """``network`` with its segments run in chunks of ``sizes`` rows of the batch; as before on every way out.
+
+    ``rules`` make no difference: what changes state is no segment, and runs once on the whole batch.
+    """
     with contextlib.ExitStack() as stack:
         for segment in segments:
             stack.enter_context(_patched(network.get_submodule(segment.path), segment, tuple(sizes), draws))

@@ -150,7 +150,7 @@ class SplitStep:
     def _inside(self, sizes: Sequence[int], draws: StepDraws) -> AbstractContextManager[object]:
         if self.inside is None:
             return contextlib.nullcontext()
-        return self.inside(self.declared.network, sizes=sizes, draws=draws)
+        return self.inside(self.declared.network, sizes=sizes, draws=draws, rules=self.examination.rules)
 
     def _summed(
         self, forward: StepForward, batch: Any, layout: RowLayout, sizes: Sequence[int], scale: Tensor

@@ -26,6 +26,7 @@ from samegrad.exact.chunk_map import Autocast, ChunkMap, Magnitudes, magnitudes_
 from samegrad.exact.crossings import Crossing
 from samegrad.exact.recorded import Recorded
 from samegrad.exact.stages import Stage, Stages
+from samegrad.exact.state import StateTransaction
 from samegrad.exact.watch import Watch
 
 # ``chunk_context(row_numbers, stage)``: entered around every run of a chunk, first or again; row_numbers: (rows,)
@@ -47,7 +48,10 @@ ROW_NUMBERS = Slot("row numbers", 0)
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What the stages of one call share. ``crossings`` and ``statistics`` fill up while it runs forward."""
+    """What the stages of one call share. ``crossings`` and ``statistics`` fill up while it runs forward.
+
+    ``states``: for stages that change state, by number, what keeps it apart.
+    """
 
     recorded: Recorded
     staged: Stages
@@ -56,6 +60,7 @@ class Call:
     autocast: Autocast
     watch: Watch
     chunk_context: ChunkContext | None
+    states: Mapping[int, StateTransaction]
     magnitudes: Magnitudes | None = dataclasses.field(default_factory=magnitudes_asked_for)
     crossings: dict[Node, Crossing] = dataclasses.field(default_factory=dict)
     statistics: dict[Node, Statistics] = dataclasses.field(default_factory=dict)
@@ -103,7 +108,7 @@ class StageRun:
         moments = RunningMoments()
 
         def function(chunk: Sequence[Tensor]) -> Sequence[Tensor]:
-            outputs, observed = self._chunk(chunk)
+            outputs, observed = self._chunk(chunk, first=True)
             if observed is not None:
                 moments.add(observed)
             return outputs
@@ -173,8 +178,11 @@ class StageRun:
             magnitudes=call.magnitudes,
         )
 
-    def _chunk(self, chunk: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-        """The stage on one chunk of its slots: what crosses the cut, and what the barrier looks at."""
+    def _chunk(self, chunk: Sequence[Tensor], *, first: bool = False) -> tuple[list[Tensor], Tensor | None]:
+        """The stage on one chunk of its slots: what crosses the cut, and what the barrier looks at.
+
+        State that it changes is what it was before the step, and kept if these rows run for the ``first`` time.
+        """
         call, stage, given = self.call, self.stage, dict(zip(self.slots(), chunk))
         numbers = given[ROW_NUMBERS]
         rows, values = len(numbers), dict[Node, Any]()
@@ -189,7 +197,9 @@ class StageRun:
             parameters[index] = given[Slot("parameter", index)]
         versions = [(t, t._version) for s, t in given.items() if s.kind == "rows"]
         context = contextlib.nullcontext() if call.chunk_context is None else call.chunk_context(numbers, stage.number)
-        with call.aliases.replaced(parameters), context:
+        share = rows / sum(call.sizes) if first else None
+        state = call.states[stage.number].chunk(share) if stage.number in call.states else contextlib.nullcontext()
+        with call.aliases.replaced(parameters), context, state:
             self._run(values, given)
         if any(tensor._version != before for tensor, before in versions):
             raise self._changed_in_place("a value that later parts of the model or its backward need")

@@ -23,10 +23,11 @@ from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from samegrad import trees
-from samegrad.errors import Untraceable
+from samegrad.errors import CannotSplit, Untraceable
 from samegrad.exact.batchnorm import coupled_layers, moments_of, normalised, widened
 from samegrad.exact.recorded import Recorded, agree, filled
 from samegrad.exact.replaced_forward import forward_replaced
+from samegrad.exact.state import StateRule
 from samegrad.exact.undisturbed import undisturbed
 
 _ASKED = "record what the model computes, to cut it at its BatchNorm layers"
@@ -73,6 +74,27 @@ class Stages:
         """The BatchNorm of every barrier in order; one that is called twice stands there twice."""
         return [str(stage.barrier.target) for stage in self.stages if stage.barrier is not None]
 
+    def rules_by_stage(self, rules: Sequence[StateRule]) -> dict[int, list[StateRule]]:
+        """The ``rules`` of the state that each stage changes. Raises CannotSplit for what is not changed in one."""
+        found: dict[int, list[StateRule]] = {}
+        for rule in rules:
+            callers = [
+                stage.number
+                for stage in self.stages
+                for node in stage.nodes
+                if node.op == "call_module" and f"{rule.path}.".startswith(f"{node.target}.")
+            ]
+            if len(callers) != 1:
+                raise CannotSplit(
+                    asked="run BatchNorm exactly a few rows at a time",
+                    found=f"{rule.name} is changed by {len(callers)} calls between BatchNorm layers, and what a chunk "
+                    "adds to it can be told of one alone",
+                    do=f"call {rule.path or 'that module'} once in a forward, recompute blocks of the full batch "
+                    "(recomputed_blocks), or run the step whole",
+                )
+            found.setdefault(callers[0], []).append(rule)
+        return found
+
 
 def trace_stages(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, rows: int) -> Stages:
     """The stages of ``network(*args, **kwargs)``. Tensor leaves of leading length ``rows`` carry rows.
@@ -117,8 +139,9 @@ def _check_few_rows(network: nn.Module, layers: Iterable[_BatchNorm], staged: St
         # The layers' own forward would talk to other ranks, and update buffers.
         for layer in layers:
             stack.enter_context(forward_replaced(layer, functools.partial(_alone, layer)))
-        with undisturbed([network], torch.device("cpu")) as (generators, _):
+        with undisturbed([network], torch.device("cpu")) as (generators, state):
             plain = type(network).forward(network, *args, **kwargs)
+            state.restore()
             generators.restore()
             values = dict(zip(staged.inputs, [x for x in trees.leaves_of(arguments) if isinstance(x, Tensor)]))
             Recorded.of(network, staged.constants).run(staged.graph.nodes, values)

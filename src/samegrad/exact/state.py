@@ -63,19 +63,22 @@ class _Slot:
     key: str
     rule: StateRule
     before: Any
+    # What chunks start from: ``before``, and a copy of it once the commit has written there.
+    start: Any
 
     @classmethod
     def of(cls, network: nn.Module, rule: StateRule) -> _Slot:
         part = network.get_submodule(rule.path)
         holder: dict[str, Any] = part._buffers if rule.key in part._buffers else vars(part)
-        return cls(holder, rule.key, rule, holder[rule.key])
+        return cls(holder, rule.key, rule, holder[rule.key], holder[rule.key])
 
 
 class StateTransaction:
     """The state named by ``rules``, kept apart for the chunks of one step.
 
     ``chunk`` encloses the forward of one chunk; with ``share`` (its rows over the batch's) what it leaves is reduced,
-    without (recomputation) it is dropped. ``commit`` writes the result once.
+    without (recomputation) it is dropped. ``commit`` writes the result once; chunks that run again after it see the
+    state before the step all the same.
     """
 
     def __init__(self, network: nn.Module, rules: Sequence[StateRule]) -> None:
@@ -96,7 +99,8 @@ class StateTransaction:
         if not self._slots:
             yield
             return
-        copies = [_copied(slot.before) for slot in self._slots]
+        copies = [_copied(slot.start) for slot in self._slots]
+        standing = [slot.holder[slot.key] for slot in self._slots]
         try:
             for slot, copy in zip(self._slots, copies):
                 slot.holder[slot.key] = copy
@@ -104,8 +108,8 @@ class StateTransaction:
             if share is not None:
                 self._fold(copies, share)
         finally:
-            for slot in self._slots:
-                slot.holder[slot.key] = slot.before
+            for slot, value in zip(self._slots, standing):
+                slot.holder[slot.key] = value
 
     def _fold(self, copies: Sequence[Any], share: float) -> None:
         for index, (slot, copy) in enumerate(zip(self._slots, copies)):
@@ -146,6 +150,7 @@ class StateTransaction:
             if reduced is None:
                 continue
             if in_place and isinstance(slot.before, Tensor):
+                slot.start = _copied(slot.before)
                 slot.before.copy_(reduced)
             else:
                 slot.holder[slot.key] = reduced.to(dtype) if isinstance(reduced, Tensor) else reduced

@@ -25,6 +25,7 @@ from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import as_runs
 from samegrad.exact.rounding import eps_in_use
 from samegrad.exact.schemes import Scheme
+from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
@@ -67,12 +68,13 @@ def examine_mapped(
     layout: RowLayout,
     lever: MappingLever,
     sites: DrawSites | None,
+    rules: Sequence[StateRule] = (),
 ) -> None:
     """That the lever's scheme computes the plain forward, on a few rows in uneven chunks. Raises CannotSplit."""
     few, few_layout = few_rows(declared, batch, layout)
     first = max(1, 3 * few_layout.rows // 8)
     sizes = [first, few_layout.rows - first] if few_layout.rows > 1 else [1]
-    trial = _Trial(declared, aliases, few, few_layout, sizes, sites)
+    trial = _Trial(declared, aliases, few, few_layout, sizes, sites, rules)
     plain = trial.run(None)
     if different := plain.differing(trial.run(lever.scheme())):
         if isinstance(lever, Recompute):
@@ -136,6 +138,7 @@ class _Trial:
     layout: RowLayout
     sizes: Sequence[int]
     sites: DrawSites | None
+    rules: Sequence[StateRule]
 
     def run(self, scheme: Scheme | None) -> _Found:
         """By ``scheme``, or plainly, under one draw; nothing is left changed."""
@@ -147,7 +150,7 @@ class _Trial:
             standing = stack.enter_context(self.aliases.swapped())
             stack.enter_context(torch.enable_grad())
             if scheme is not None:
-                stack.enter_context(scheme(network, sizes=self.sizes, draws=draws))
+                stack.enter_context(scheme(network, sizes=self.sizes, draws=draws, rules=self.rules))
             with draws.all_rows(ids):
                 outputs = program.seen(declared.forward(network, self.few))
             live = [leaf for leaf in program.tensors_in(outputs) if leaf.requires_grad]

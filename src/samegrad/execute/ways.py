@@ -16,7 +16,13 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, OverBudget
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.batchnorm import by_rows, has_batchnorm, shared_over_ranks
-from samegrad.exact.examine import draws_or_none, examine, examine_model, refuse_batch_gradients
+from samegrad.exact.examine import (
+    draws_or_none,
+    examine,
+    examine_model,
+    find_state_rules,
+    refuse_batch_gradients,
+)
 from samegrad.exact.examine_loss import examine_loss
 from samegrad.exact.findings import Examination
 from samegrad.exact.mapped import MappedExamination
@@ -24,6 +30,7 @@ from samegrad.exact.probes import PROBE_ROWS
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.recomputed import find_blocks
 from samegrad.exact.segments import find_segments
+from samegrad.exact.state import StateRule
 from samegrad.exact.undisturbed import FailsOnFewRows, NotToBeTried, step_undisturbed
 from samegrad.exact.unit_chain import find_units
 from samegrad.execute.trial import MappingLever, examine_mapped, few_rows
@@ -44,21 +51,23 @@ class Ways:
     """What was found: the examination of a step split by rows, or why it cannot be and the other ways there are.
 
     ``mapped``: levers that put parts of the model into chunks, each tried against the plain forward. ``sites``: where
-    the model draws. ``refusals``: lever to why this step cannot take it, or need not. ``collectives``: chunks wait for
-    other ranks.
+    the model draws. ``rules``: how state that it changes, running statistics apart, is reduced over chunks.
+    ``refusals``: lever to why this step cannot take it, or need not. ``collectives``: chunks wait for other ranks.
     """
 
     by_rows: Examination | None
     refusal: CannotSplit | None = None
     mapped: tuple[MappingLever, ...] = ()
     sites: DrawSites | None = None
+    rules: tuple[StateRule, ...] = ()
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     collectives: bool = False
 
     def mapped_examination(self) -> MappedExamination:
         reason = "" if self.refusal is None else self.refusal.found
         # Where rows may be split, what draws without a key was refused.
-        return MappedExamination(reason, self.sites, self.by_rows, sites_are_all=self.by_rows is not None)
+        all_sites = self.by_rows is not None
+        return MappedExamination(reason, self.sites, self.by_rows, sites_are_all=all_sites, rules=self.rules)
 
 
 def find_ways(
@@ -98,11 +107,15 @@ def find_ways(
             asked="split rows through the whole model", found="segments= names parts of it", do="leave segments= out"
         )
     sites = draws_or_none(declared, batch, layout)
+    rules: tuple[StateRule, ...] | None = None
     mapped: list[MappingLever] = []
 
     def fits(lever: MappingLever) -> bool:
+        nonlocal rules
         try:
-            examine_mapped(declared, aliases, batch, layout, lever, sites)
+            if rules is None and isinstance(lever, ExactBatchNorm):
+                rules = find_state_rules(declared, batch, layout)
+            examine_mapped(declared, aliases, batch, layout, lever, sites, rules or ())
         except CannotSplit as refused:
             if segments is not None:
                 raise
@@ -130,7 +143,7 @@ def find_ways(
         refusals[Recompute.name] = "segments= names the parts that run again"
     elif not any(isinstance(lever, Recompute) for lever in mapped):
         _try_units(declared, batch, layout, fits, refusals)
-    return Ways(None, refusal, tuple(mapped), sites, refusals)
+    return Ways(None, refusal, tuple(mapped), sites, rules or (), refusals)
 
 
 def _examined(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Examination:

@@ -5,7 +5,8 @@ Saves: what is kept between BatchNorm layers, of all rows but one chunk's; of th
 Costs: lockstep, a second forward (a third at most where not every boundary is kept) and launches for every chunk;
 rendezvous, no forward but transfers to the host of everything that backward needs.
 Why the gradient is the same: statistics are those of all rows, merged as counts, means and sums of squares, and they
-are differentiated as such: what they contribute reaches every row. Running statistics are updated once.
+are differentiated as such: what they contribute reaches every row. Running statistics are updated once, and in
+lockstep so is other state that chunks' contributions add up to (codebooks, counts).
 Refuses: models without BatchNorm in training mode, and those that lockstep cannot record and rendezvous cannot meet in.
 Source: Ioffe, Szegedy 2015, arXiv:1502.03167; Chan, Golub, LeVeque 1983 for the merge.
 """
@@ -25,6 +26,7 @@ from samegrad.errors import BadInput
 from samegrad.exact.lockstep import lockstep
 from samegrad.exact.rendezvous import rendezvous
 from samegrad.exact.schemes import Scheme
+from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.tracings import Tracings
 from samegrad.levers._lever import Execution, Slot
@@ -93,14 +95,23 @@ class ExactBatchNorm:
 
 
 def _in_lockstep(
-    network: nn.Module, *, sizes: Sequence[int], draws: StepDraws, keep_every: int, tracings: Tracings
+    network: nn.Module,
+    *,
+    sizes: Sequence[int],
+    draws: StepDraws,
+    rules: Sequence[StateRule],
+    keep_every: int,
+    tracings: Tracings,
 ) -> AbstractContextManager[None]:
     return lockstep(
-        network, sizes=sizes, keep_every=keep_every, chunk_context=_by_stage(draws), tracings=tracings
+        network, sizes=sizes, keep_every=keep_every, chunk_context=_by_stage(draws), tracings=tracings, rules=rules
     )
 
 
-def _met(network: nn.Module, *, sizes: Sequence[int], draws: StepDraws) -> AbstractContextManager[None]:
+def _met(
+    network: nn.Module, *, sizes: Sequence[int], draws: StepDraws, rules: Sequence[StateRule]
+) -> AbstractContextManager[None]:
+    # Whatever else a chunk changes is refused there.
     return rendezvous(network, sizes=sizes, chunk_context=_by_stage(draws))
 
 
