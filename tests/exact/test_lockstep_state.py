@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad.exact import tracings
 from samegrad.exact.lockstep import lockstep
 from samegrad.exact.state import Reducer, StateRule, StateTransaction
 
@@ -154,3 +157,39 @@ def test_the_verdict_sees_a_codebook_that_is_updated_every_chunk(monkeypatch: py
     step.prepare(x)
     _every_chunk_sees_the_last_ones_update(monkeypatch)
     assert not sg.verify_step(step, x).same
+
+
+def _counted_recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    recorded, plain = list[int](), tracings.trace_stages
+    monkeypatch.setattr(tracings, "trace_stages", lambda *a, **k: recorded.append(1) or plain(*a, **k))
+    return recorded
+
+
+def test_the_steps_of_a_loop_share_one_recording_until_the_model_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = made()
+    step = sg.Step(network, lambda outputs, _: row_loss(outputs), rows=[9, 10, 4])
+    step.backward(x)
+    recorded = _counted_recordings(monkeypatch)
+    step.backward(x)
+    assert not recorded
+    network.encoder[2] = nn.Tanh()
+    step.backward(x)
+    assert len(recorded) == 1
+
+
+def test_a_hook_that_comes_later_is_not_passed_over_by_an_old_recording() -> None:
+    network, x = made()
+    step = sg.Step(network, lambda outputs, _: row_loss(outputs), rows=[9, 10, 4])
+    step.backward(x)
+    network.encoder.register_forward_hook(lambda *_: None)
+    with pytest.raises(sg.CannotSplit, match="encoder has hooks"):
+        step.backward(x)
+
+
+def test_a_recording_does_not_keep_its_network() -> None:
+    network, x = made()
+    sg.Step(network, lambda outputs, _: row_loss(outputs), rows=[9, 10, 4]).backward(x)
+    kept = weakref.ref(network)
+    del network
+    gc.collect()
+    assert kept() is None

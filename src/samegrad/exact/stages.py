@@ -180,7 +180,7 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         name = self.path_of_module(m)
-        if (m in self._coupled or not self.is_leaf_module(m, name)) and _has_hooks(m):
+        if (m in self._coupled or not self.is_leaf_module(m, name)) and has_hooks(m):
             raise _untraceable(f"{name} has hooks, which would see rows a few at a time or not at all")
         self._entered.append(name)
         result = super().call_module(m, forward, args, kwargs)
@@ -204,7 +204,7 @@ class _Tracer(fx.Tracer):
         return (lambda root: root_fn(root, *args, **kwargs)), [self.root]
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     return any(
         vars(module).get(kind)
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from samegrad import trees
-from samegrad.exact.stages import Stages, is_rows, trace_stages
+from samegrad.exact.replaced_forward import has_own_forward
+from samegrad.exact.stages import Stages, has_hooks, is_rows, trace_stages
 
 _PLAIN = (int, float, str, bool, type(None))
 
@@ -19,11 +21,16 @@ class Tracings:
     """A network is recorded once for each kind of call. Whoever keeps this keeps the stages over many steps.
 
     What the recorded code may branch on is compared at every call: modes, modules, their plain attributes, and the
-    arguments that are no tensors.
+    arguments that are no tensors; and whether a module has hooks or another forward, which a recording cannot show.
     """
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Stages] = {}
+
+    @staticmethod
+    def kept_for(network: nn.Module) -> Tracings:
+        """Those of ``network``, as long as it lives: a plan's levers are made anew in every step."""
+        return _kept.setdefault(network, Tracings())
 
     def stages_of(self, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, rows: int) -> Stages:
         """Raises Untraceable, as ``trace_stages`` does."""
@@ -33,6 +40,9 @@ class Tracings:
             with _no_function_modes():
                 self._made[key] = trace_stages(network, args, kwargs, rows=rows)
         return self._made[key]
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, Tracings] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -52,7 +62,10 @@ def _kind(leaf: Any, rows: int) -> Hashable:
 
 
 def _looks(network: nn.Module) -> Hashable:
-    return tuple((name, id(part), type(part), _plain_attributes(part)) for name, part in network.named_modules())
+    return tuple(
+        (name, id(part), type(part), has_hooks(part), has_own_forward(part), _plain_attributes(part))
+        for name, part in network.named_modules()
+    )
 
 
 def _plain_attributes(part: nn.Module) -> Hashable:

@@ -83,7 +83,7 @@ class ExactBatchNorm:
     def scheme(self) -> Scheme:
         if self.scheme_name == _RENDEZVOUS:
             return _met
-        return functools.partial(_in_lockstep, keep_every=self.keep_every, tracings=Tracings())
+        return functools.partial(_in_lockstep, keep_every=self.keep_every)
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
@@ -101,11 +101,11 @@ def _in_lockstep(
     draws: StepDraws,
     rules: Sequence[StateRule],
     keep_every: int,
-    tracings: Tracings,
 ) -> AbstractContextManager[None]:
     return lockstep(
-        network, sizes=sizes, keep_every=keep_every, chunk_context=_by_stage(draws), tracings=tracings, rules=rules
-    )
+        network, sizes=sizes, keep_every=keep_every, chunk_context=_by_stage(draws),
+        tracings=Tracings.kept_for(network), rules=rules,
+    )  # fmt: skip
 
 
 def _met(
