@@ -27,12 +27,15 @@ class Codebook(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.frozen = False
         self.register_buffer("counts", torch.ones(CODES))
         self.register_buffer("sums", torch.randn(CODES, WIDTH))
 
     def forward(self, z: Tensor) -> Tensor:
         codes = self.sums / self.counts[:, None]
         nearest = torch.cdist(z.detach(), codes).argmin(1)
+        if self.frozen:
+            return z + (codes[nearest] - z).detach()
         with torch.no_grad():
             self.counts.mul_(0.99).index_add_(0, nearest, torch.ones_like(nearest, dtype=z.dtype), alpha=0.01)
             self.sums.mul_(0.99).index_add_(0, nearest, z, alpha=0.01)
@@ -132,6 +135,16 @@ def test_nothing_is_written_when_something_raises_after_the_codebook() -> None:
     with pytest.raises(ZeroDivisionError), lockstep(network, sizes=SIZES[0], rules=RULES):
         network(x)
     assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+
+
+def test_a_codebook_that_is_frozen_after_its_rules_were_found_stays_as_it_is() -> None:
+    network, x = made()
+    step = sg.Step(network, lambda outputs, _: row_loss(outputs), rows=[9, 10, 4])
+    step.backward(x)
+    network.codebook.frozen = True
+    before = network.codebook.sums.clone()
+    step.backward(x)
+    assert torch.equal(network.codebook.sums, before)
 
 
 def test_a_codebook_that_is_called_twice_is_refused_by_name() -> None:

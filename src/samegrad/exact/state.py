@@ -114,6 +114,9 @@ class StateTransaction:
     def _fold(self, copies: Sequence[Any], share: float) -> None:
         for index, (slot, copy) in enumerate(zip(self._slots, copies)):
             now = slot.holder[slot.key]
+            if slot.rule.reducer is Reducer.SUM and now is copy and isinstance(now, Tensor) and not now._version:
+                # Nothing was written: a codebook that is frozen now, say, and not one that decays and gets nothing.
+                continue
             self._in_place[index] = now is copy
             self._dtypes[index] = now.dtype if isinstance(now, Tensor) else None
             self._reduced[index] = self._reduce(slot, self._reduced[index], _detached(now), share)
