@@ -99,6 +99,9 @@ class Program(abc.ABC):
     def start(self) -> None:  # noqa: B027 - most programs have nothing to do
         """What happens once before the first epoch, and not when a run is resumed."""
 
+    def begin_epoch(self, epoch: int) -> None:  # noqa: B027 - most programs have nothing to do
+        """What changes with ``epoch``, before its first batch: stages, rates. A pure function of (options, epoch)."""
+
     def validate(self) -> float | None:
         """The value that early stopping watches (smaller is better), or None."""
         return None
@@ -175,6 +178,7 @@ def _run_epoch(program: Program, counter: Any) -> EpochResult:
     start = time.perf_counter()
     emptying = CacheEmptying()
     steps = []
+    program.begin_epoch(program.next_epoch)
     for result in sg.train(
         program.step,
         program.batches(program.next_epoch),

@@ -1,0 +1,1 @@
+"""The vector-quantised autoencoder of spectrograms; ``samegrad run vq_spectrogram``."""

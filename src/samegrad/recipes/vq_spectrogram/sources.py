@@ -1,0 +1,101 @@
+"""Where the clips come from: recordings under ``--data_root``, made-up fans, or pictures of faces."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+import samegrad as sg
+
+from . import faces
+from .data import Clips, FolderClips, Normalisation, Patching, machines_of, split_validation, subset
+from .generated import generated_clips
+from .options import VQSpectrogramOptions
+
+INSTALL = "pip install 'samegrad[recipes]'"
+LAYOUT = "<data_root>/<machine>/{train,test}/{normal,anomaly}_id_XX_XXXXXXXX.npy, log-mels of 64 bands"
+VALIDATION_FRACTION = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Clips to train on, to choose the best weights by and to judge by; the classes of the machine head."""
+
+    train: Clips
+    validation: Clips
+    test: Clips
+    machines: list[str]
+    patching: Patching
+    described: str
+
+
+def open_splits(options: VQSpectrogramOptions) -> Splits:
+    """The clips that ``options`` ask for. Raises BadInput for files that are not of the layout."""
+    try:
+        known, test, described = _opened(options)
+        if options.subset_fraction is not None:
+            known = subset(known, options.subset_fraction, seed=options.random_seed)
+            test = subset(test, options.subset_fraction, seed=options.random_seed)
+        train, validation = split_validation(known, VALIDATION_FRACTION, seed=options.random_seed)
+        patching = Patching(
+            patch_len=options.patch_len,
+            stride=options.patch_stride,
+            n_patches=options.clip_patches,
+            normalisation=_normalisation(options, train),
+            keeps_original=options.recon_target == "original",
+        )
+        _check_clips(options, train, test)
+    except (FileNotFoundError, ValueError) as error:
+        raise sg.BadInput(
+            asked=f"clips of {', '.join(options.machine_types)}", found=str(error), do=f"give {LAYOUT}",
+            file=str(options.data_root or options.norm_stats_path or ""),
+        ) from None  # fmt: skip
+    return Splits(
+        train=train, validation=validation, test=test, machines=machines_of(known), patching=patching,
+        described=described,
+    )  # fmt: skip
+
+
+def _opened(options: VQSpectrogramOptions) -> tuple[Clips, Clips, str]:
+    if (root := options.data_root) is not None:
+        types = options.machine_types
+        described = f"recordings of {', '.join(types)} under {root}"
+        return FolderClips(root, types, "train"), FolderClips(root, types, "test"), described
+    if options.offline == faces.MACHINE_TYPE:
+        try:
+            return faces.face_clips("train"), faces.face_clips("test"), "pictures of scikit-image: faces are normal"
+        except (ModuleNotFoundError, FileNotFoundError) as error:
+            raise sg.EnvironmentProblem(asked="the pictures of faces", found=str(error), do=INSTALL) from None
+    seed, each = options.random_seed, max(1, round(options.clips_per_id / 3))
+    known = generated_clips("train", seed=seed, normal_per_id=options.clips_per_id)
+    test = generated_clips("test", seed=seed, normal_per_id=each, anomalous_per_id=each)
+    return known, test, "made-up fans, four machines with four kinds of fault"
+
+
+def _normalisation(options: VQSpectrogramOptions, train: Clips) -> Normalisation:
+    if options.norm_stats_path is None:
+        return Normalisation.of(train)
+    with np.load(options.norm_stats_path, allow_pickle=False) as kept:
+        missing = {"mean", "std"} - set(kept)
+        if missing:
+            raise ValueError(f"{options.norm_stats_path} holds no {' and no '.join(sorted(missing))}")
+        return Normalisation(kept["mean"], kept["std"])
+
+
+def _check_clips(options: VQSpectrogramOptions, train: Clips, test: Clips) -> None:
+    """Raises ValueError for what would only fail after training."""
+    if not train.clips:
+        raise ValueError("no clip is left to train on")
+    known, frames = set(machines_of(train)), train.read(0).shape[1]
+    if frames < options.patch_len:
+        raise ValueError(f"a clip of {frames} frames holds no patch of {options.patch_len}")
+    for machine in machines_of(test):
+        labels = {clip.anomalous for clip in test.clips if clip.machine == machine}
+        if len(labels) < 2:
+            raise ValueError(f"the test clips of {machine} are all {'anomalous' if True in labels else 'normal'}")
+        if machine not in known:
+            raise ValueError(f"there are test clips of {machine} and none to train on")
+    wrong = [clip.name for clip in train.clips if clip.anomalous]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is anomalous and among the clips to train on")

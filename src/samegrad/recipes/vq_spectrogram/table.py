@@ -1,0 +1,101 @@
+"""The document's hardware table and its list of options, measured: real steps, counted or allocated bytes.
+
+Bytes do not depend on what is in the patches, so they are drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import samegrad as sg
+from samegrad.recipes._recipe import Cell
+
+from .data import BANDS, TRANSFORMS, Batch
+from .declared import make_model, make_objective, make_optimizer, make_step, narrow_dtype, pinned_plan
+from .options import VQSpectrogramOptions
+
+MACHINE_IDS = 4
+# The document's options are measured against this: its default, at half the patches of its comfortable setting.
+COMPARED = "comfortable: batch 8"
+_PLAIN: dict[str, Any] = {"batch_size": 8, "n_patches": 16, "stride": 16}
+# What is measured; what the document says of it, in its words.
+SETTINGS: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("comfortable: batch 16", {"batch_size": 16}, "6-8 GiB"),
+    (COMPARED, {}, "6-8 GiB"),
+    (
+        "tight",
+        {"batch_size": 1, "n_patches": 8, "stride": 32, "gradient_accumulation_steps": 8, "use_amp": True,
+         "use_gradient_checkpointing": True},
+        "~4 GiB",
+    ),
+    ("minimal: tight without AMP",
+     {"batch_size": 1, "n_patches": 8, "stride": 32, "gradient_accumulation_steps": 8}, "any, on the CPU"),
+    ("1. 8 patches, stride 32", {"n_patches": 8, "stride": 32}, "in proportion"),
+    ("1. 4 patches, stride 32", {"n_patches": 4, "stride": 32}, "in proportion"),
+    ("2. batch 1, accumulation 8", {"batch_size": 1, "gradient_accumulation_steps": 8}, "smaller"),
+    ("3. --use_amp", {"use_amp": True}, "lower"),
+    ("4. --use_gradient_checkpointing", {"use_gradient_checkpointing": True}, "30-50 % less, 20-30 % slower"),
+    ("4. --memory_saver", {"memory_saver": True}, "batch 16 in 24 GB"),
+    (
+        "the example command",
+        {"batch_size": 1, "n_patches": 4, "stride": 32, "gradient_accumulation_steps": 8, "use_amp": True,
+         "use_gradient_checkpointing": True},
+        "~4 GiB or less",
+    ),
+    ("another model: --latent_dim 32", {"latent_dim": 32}, "a smaller model"),
+    ("another model: --channels 16 32 48", {"channels": (16, 32, 48)}, "a smaller model"),
+    ("another model: --num_codes 64", {"num_codes": 64}, "no extra activations"),
+)  # fmt: skip
+
+
+def drawn_batch(options: VQSpectrogramOptions) -> Batch:
+    """A logical batch of noise in the shapes that ``options`` ask for."""
+    draws = torch.Generator().manual_seed(options.random_seed)
+    rows = options.logical_clips
+    return {
+        "patches": torch.randn(rows, options.clip_patches, 1, BANDS, options.patch_len, generator=draws),
+        "machine": torch.randint(MACHINE_IDS, (rows,), generator=draws),
+        "transform": torch.randint(len(TRANSFORMS), (rows,), generator=draws),
+    }
+
+
+def table(options: VQSpectrogramOptions) -> list[Mapping[str, Cell]]:
+    """Every setting of the document: the peak of its second optimizer step and its time, and the document's words."""
+    results: list[tuple[str, str, sg.StepResult]] = []
+    kept = dataclasses.replace(
+        options, budget=None, use_amp=False, use_gradient_checkpointing=False, memory_saver=False,
+        gradient_accumulation_steps=1, batch_size=None, n_patches=None, stride=None,
+    )  # fmt: skip
+    for name, changes, document in SETTINGS:
+        results.append((name, document, measured_step(dataclasses.replace(kept, **(_PLAIN | changes)))))
+    whole = next(result for name, _, result in results if name == COMPARED)
+    return [
+        {
+            "setting": name,
+            "measured_peak_bytes": result.peak_allocated_bytes,
+            "measured_seconds": result.seconds,
+            "bytes_of_batch_8": (result.peak_allocated_bytes or 0) / (whole.peak_allocated_bytes or 1),
+            "time_of_batch_8": result.seconds / whole.seconds,
+            "document": document,
+        }
+        for name, document, result in results
+    ]
+
+
+def measured_step(options: VQSpectrogramOptions) -> sg.StepResult:
+    """The second step of ``options`` by its pins alone: by then the optimizer's state is there."""
+    device = sg.find_device(options.device)
+    batch = drawn_batch(options)
+    model = make_model(options, MACHINE_IDS).to(device)
+    optimizer = make_optimizer(options, model)
+    plan = pinned_plan(options, model, len(batch["machine"]))
+    step = make_step(options, model, make_objective(options), optimizer, batch, plan=plan)
+    narrow = narrow_dtype(options, device)
+    scaler = torch.amp.GradScaler(device.type) if narrow is torch.float16 else None
+    with step:
+        counter = sg.count_bytes(step) if device.type == "cpu" else None
+        return list(sg.train(step, [batch, batch], scaler=scaler, counter=counter))[-1]
