@@ -164,6 +164,19 @@ def test_a_step_finds_the_rules_and_is_verified() -> None:
     assert step.plan is not None and "exact_batchnorm" in step.plan.levers
 
 
+@pytest.mark.parametrize("scheme_name", ["lockstep", "rendezvous"])
+def test_of_a_mapping_the_model_is_given_what_its_own_forward_takes(scheme_name: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).to(D)
+    batch = {"input": torch.randn(ROWS, 6, dtype=D), "weight": torch.rand(ROWS, dtype=D)}
+    plan = sg.Plan(
+        levers={"exact_batchnorm": {"rows": 9, "scheme_name": scheme_name}}, exactness=sg.Exactness.SAME_SUM,
+        batch_rows=ROWS,
+    )  # fmt: skip
+    step = sg.Step(network, lambda outputs, b: (outputs.square().sum(1) * b["weight"]).mean(), plan=plan)
+    assert sg.verify_step(step, batch).same
+
+
 def test_the_verdict_sees_a_codebook_that_is_updated_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = made()
     step = sg.Step(network, lambda outputs, _: row_loss(outputs), rows=[9, 10, 4])

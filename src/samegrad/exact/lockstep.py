@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -74,6 +75,8 @@ def lockstep(
     # Other ranks may have more chunks, and wait for the collectives of this scheme.
     alone = not batchnorm.shared_over_ranks(network)
 
+    # Whoever looks which arguments the network takes sees its own.
+    @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if len(sizes) == 1 and alone:
             return plain(*args, **kwargs)

@@ -19,6 +19,7 @@ saved by that, and memory is that of the plain step. On the device: one operatio
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -55,6 +56,8 @@ def rendezvous(
     check_sizes(sizes)
     layers, plain, here = batchnorm.coupled_layers(network), network.forward, threading.local()
 
+    # Whoever looks which arguments the network takes sees its own.
+    @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if len(sizes) == 1:
             with contextlib.ExitStack() as stack:
