@@ -17,6 +17,7 @@ import torch
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import GradientsDiffer
+from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.levers import levers_of
 from samegrad.measure.failures import first_line, line_of
@@ -43,7 +44,7 @@ from samegrad.verify.precision import uses_batch_statistics
 from samegrad.verify.sides import Bench, Planned, parameter_names, plain_gradients
 from samegrad.verify.state import LeftBehind
 from samegrad.verify.tolerance import Precision
-from samegrad.verify.twin import NarrowestSeen, float64_declared, float64_twin, widened
+from samegrad.verify.twin import NarrowestSeen, float64_twin
 from samegrad.verify.unrest import own_unrest, unrest_of
 
 PLAIN_TWICE = "plain run twice"
