@@ -42,7 +42,7 @@ from samegrad.verify.fewer import promising_bits
 from samegrad.verify.kept import Kept
 from samegrad.verify.precision import uses_batch_statistics
 from samegrad.verify.sides import Bench, Planned, parameter_names, plain_gradients
-from samegrad.verify.state import LeftBehind
+from samegrad.verify.state import LeftBehind, judged_again
 from samegrad.verify.tolerance import Precision
 from samegrad.verify.twin import NarrowestSeen, float64_twin
 from samegrad.verify.unrest import own_unrest, unrest_of
@@ -92,7 +92,7 @@ def compare(planned: Planned, rows: Any) -> Compared:
             )
             departure = _departure(planned, bench, ours)
             judged = _judge(planned, bench, (plain, ours), precision)
-            checks = judged.checks + behind
+            checks = judged.checks + _directly(behind, judged, precision)
         except GradientsDiffer as difference:
             judged = _Judged([bits_check(SECOND_PASS, [difference.found], _REPEATS)], precision)
             checks = judged.checks
@@ -101,6 +101,14 @@ def compare(planned: Planned, rows: Any) -> Compared:
     return Compared(
         checks, judged.precision, len(plain.by_name), buffers, draws, judged.narrowed_by, exactly, departure
     )
+
+
+def _directly(behind: Sequence[Check], judged: _Judged, precision: Precision) -> list[Check]:
+    """The state that the step left in ``precision``: rounding may have decided what was added up, if nothing else did.
+    """
+    if not judged.state_proven or all(check.passed for check in behind):
+        return [*behind]
+    return judged_again(behind, precision, judged.direct or precision, least=tolerance.LARGEST_DIRECT_UNREST)
 
 
 def _with_reference(planned: Planned, bench: Bench) -> tuple[Planned, Gradients]:
@@ -148,11 +156,17 @@ def compare_with_cpu(planned: Planned, rows: Any) -> list[Check]:
 
 @dataclasses.dataclass(frozen=True)
 class _Judged:
-    """The checks of a step's gradients, the precision that its logic was judged in, and why not in float64."""
+    """The checks of a step's gradients, the precision that its logic was judged in, and why not in float64.
+
+    ``state_proven``: sums that the step updates were those of the plain step in that precision. ``direct``: the
+    coarsest precision that was seen inside the step as it runs, where that was looked for.
+    """
 
     checks: list[Check]
     precision: Precision
     narrowed_by: str = ""
+    state_proven: bool = False
+    direct: Precision | None = None
 
     def beside(self, *, before: Sequence[Check] = (), after: Sequence[Check] = ()) -> _Judged:
         return dataclasses.replace(self, checks=[*before, *self.checks, *after])
@@ -220,18 +234,44 @@ def _judge_by_tiers(
     if precision.dtype is torch.float64:
         handed = twin.checks(dataclasses.replace(allowance, place=", as handed over"))
         return _Judged([*checks, *_widened_if_needed(plain, ours, allowance, twin.unrest), *handed], precision)
-    judged_in, narrowed_by = tolerance.precision_of(torch.float64), ""
+    judged_in, narrowed_by, behind = tolerance.precision_of(torch.float64), "", twin.behind
     logic = twin.checks(_allowance(1, judged_in, planned))
-    if twin.narrowest is not torch.float64 and not all(check.passed for check in logic):
+    if twin.narrowest is not torch.float64 and not all(check.passed for check in (*logic, *behind)):
         # Something inside computes in a narrower dtype whatever it is given, so its rounding is to be expected.
         judged_in, narrowed_by = tolerance.precision_of(twin.narrowest), twin.narrowed_by
         logic = twin.checks(_allowance(1 if tolerance.proves_logic(judged_in) else 2, judged_in, planned))
+        behind = judged_again(behind, tolerance.precision_of(torch.float64), judged_in)
+    direct, seen = _direct_checks(planned, bench, sides, precision), None
+    if not all(check.passed for check in direct):
+        seen = _coarsest_inside(planned, bench, precision)
+        direct = _direct_checks(planned, bench, sides, seen)
+    noise = no_further_from_float64(plain, ours, twin.plain, _allowance(2, precision, planned))
+    proven = bool(behind) and all(check.passed for check in behind)
+    return _Judged([*checks, *logic, *behind, *direct, noise], judged_in, narrowed_by, proven, seen)
+
+
+def _direct_checks(
+    planned: Planned, bench: Bench, sides: tuple[Gradients, Gradients], precision: Precision
+) -> list[Check]:
+    """The two sides as they run, after their logic was judged."""
+    plain, ours = sides
     allowance = dataclasses.replace(
         _allowance(2, precision, planned), largest_unrest=tolerance.LARGEST_DIRECT_UNREST
     )
-    direct = _widened_if_needed(plain, ours, allowance, lambda: own_unrest(planned, bench, plain))
-    noise = no_further_from_float64(plain, ours, twin.plain, allowance)
-    return _Judged([*checks, *logic, *direct, noise], judged_in, narrowed_by)
+    return _widened_if_needed(plain, ours, allowance, lambda: own_unrest(planned, bench, plain))
+
+
+def _coarsest_inside(planned: Planned, bench: Bench, precision: Precision) -> Precision:
+    """The precision that the plain step computes in where it is coarsest: the user's forward may open autocast."""
+    seen = NarrowestSeen()
+
+    def watched(rows: Any) -> Gradients:
+        with seen:
+            return planned.reference(rows)
+
+    bench.run(watched)
+    inside = tolerance.precision_of(seen.dtype)
+    return inside if inside.roundoff > precision.roundoff else precision
 
 
 def _allowance(tier: int, precision: Precision, planned: Planned) -> Allowance:
@@ -264,6 +304,7 @@ class _Twin:
     narrowed_by: str
     planned: Planned
     bench: Bench
+    behind: list[Check]
 
     @classmethod
     def run(cls, planned: Planned, bench: Bench, plain: Gradients) -> _Twin | str:
@@ -291,13 +332,15 @@ class _Twin:
                 if oracle.by_name.keys() != plain.by_name.keys():
                     # It would leave gradients there.
                     return "forward or loss_fn closes over the model itself, and not over the one that it is given"
+                left = LeftBehind.after(twin.declared, wide.state)
                 again = wide.run(twin.handed_over)
+                behind = left.sum_checks(tolerance.precision_of(torch.float64))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:
             # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
             return f"a copy of the step in float64 cannot run: {first_line(error)}{line_of(error)}"
-        return cls(oracle, again, seen.dtype, seen.where, twin, wide)
+        return cls(oracle, again, seen.dtype, seen.where, twin, wide, behind)
 
     def unrest(self) -> Unrest:
         with _no_autocast(self.planned.declared):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from samegrad import trees
 from samegrad.exact.undisturbed import ModuleState
 from samegrad.levers import Slot, levers_of
+from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.verify import tolerance
 from samegrad.verify.compare import Gradients, Unrest, differences_of, norm_of
 from samegrad.verify.sides import Bench, Planned
@@ -54,7 +55,11 @@ def unrest_of(twin: Planned, bench: Bench, reference: Gradients) -> Unrest:
 
 
 def _takes_other_kernels(planned: Planned) -> bool:
-    return any(lever.slot in (Slot.LAYOUT, Slot.COMPILE) for lever in levers_of(planned.plan))
+    # BatchNorm in chunks has its statistics, and their gradients, by operations of its own.
+    return any(
+        lever.slot in (Slot.LAYOUT, Slot.COMPILE) or isinstance(lever, ExactBatchNorm)
+        for lever in levers_of(planned.plan)
+    )
 
 
 class _MovedResults(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
