@@ -205,17 +205,17 @@ RECIPE = Recipe(
         "memory_saver": "recompute.blocks",
     },
     troubleshooting=(
-        "1. Fewer patches a clip (--stride 32, --n_patches 8 or 4) need less memory in proportion, and are another "
-        "data set: the same gradient with fewer bytes is --budget, or 2.",
-        "2. --batch_size 1 --gradient_accumulation_steps 8 is one batch of 8 clips, one at a time: BatchNorm over all "
+        "Fewer patches a clip (--stride 32, --n_patches 8 or 4) need less memory in proportion, and are another "
+        "data set: the same gradient with fewer bytes is --budget, or the next line.",
+        "--batch_size 1 --gradient_accumulation_steps 8 is one batch of 8 clips, one at a time: BatchNorm over all "
         "8, one codebook update, one dropout mask. What is left are the layers' inputs; --use_gradient_checkpointing "
         "keeps a quarter of them.",
-        "3. --use_amp halves activations, not weights: those stay float32. Statistics, distances to codes and losses "
+        "--use_amp halves activations, not weights: those stay float32. Statistics, distances to codes and losses "
         "are never taken in half precision.",
-        "4. --use_gradient_checkpointing runs encoder and decoder again in backward; running statistics and the "
+        "--use_gradient_checkpointing runs encoder and decoder again in backward; running statistics and the "
         "codebook are updated once all the same.",
-        "5. --device cpu has no GPU limit. --budget bounds counted tensor bytes there.",
-        "6. torch.cuda.empty_cache() after validation lowers no peak of the step; --empty_cache validation measures "
+        "--device cpu has no GPU limit. --budget bounds counted tensor bytes there.",
+        "torch.cuda.empty_cache() after validation lowers no peak of the step; --empty_cache validation measures "
         "what it costs and gives back.",
         "If that still does not fit: a smaller model (--channels 16 32 48, --latent_dim 32, --num_codes 64), which is "
         "another model. plan --table shows the bytes of each.",
