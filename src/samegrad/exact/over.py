@@ -20,8 +20,8 @@ from samegrad.exact import collectives, losses
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
 from samegrad.exact.held import arrays_held_in
-from samegrad.exact.probes import close
 from samegrad.exact.ranks import Ranks, SplitItems, largest_over_ranks, sum_over_ranks
+from samegrad.exact.rounding import close
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.softmax_mean import checked, softmax_mean
 from samegrad.exact.undisturbed import Generators, ModuleState

@@ -32,7 +32,7 @@ from samegrad.exact.few_rows import on_few_rows
 from samegrad.exact.module_names import entered, looked_at
 from samegrad.exact.replaced_forward import has_own_forward
 from samegrad.exact.replaced_rows import ShapesSeen, replacements
-from samegrad.exact.rounding import eps_in_use
+from samegrad.exact.rounding import close, eps_in_use
 from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.state import StateRule
 from samegrad.exact.state_probe import StateProbe
@@ -394,17 +394,3 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     if a.is_floating_point() or a.is_complex():
         return close(a, b)
     return bool((a != b).sum() <= a.numel() // 4)
-
-
-def close(a: Tensor, b: Tensor, allowed: float | None = None) -> bool:
-    """Whether ``a`` and ``b`` agree in half their digits: other shapes take other kernels, so bits may differ.
-
-    ``allowed``: the difference that is allowed instead, relative to the largest entry.
-    """
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    allowed = eps_in_use(a) ** 0.5 if allowed is None else allowed
-    finite = a[a.isfinite()]
-    scale = max(finite.abs().max().item(), 1e-30) if finite.numel() else 1.0
-    near = (a == b) | ((a - b).abs() <= scale * allowed)
-    return bool(near.all() | (a != a).any())

@@ -21,10 +21,10 @@ from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import chosen_rows
 from samegrad.exact.float64 import float64_declared, widened
-from samegrad.exact.probes import PROBE_ROWS, close
+from samegrad.exact.probes import PROBE_ROWS
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import as_runs
-from samegrad.exact.rounding import eps_in_use
+from samegrad.exact.rounding import close, eps_in_use
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws
