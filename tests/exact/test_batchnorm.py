@@ -31,6 +31,8 @@ SCHEMES: dict[str, Callable[[nn.Module, list[int]], Any]] = {
     "lockstep": lambda network, sizes: lockstep(network, sizes=sizes),
     "every second cut": lambda network, sizes: lockstep(network, sizes=sizes, keep_every=2),
     "only the input": lambda network, sizes: lockstep(network, sizes=sizes, keep_every=99),
+    "three together": lambda network, sizes: lockstep(network, sizes=sizes, together=3),
+    "all together": lambda network, sizes: lockstep(network, sizes=sizes, together=99),
     "rendezvous": lambda network, sizes: rendezvous(network, sizes=sizes),
 }
 

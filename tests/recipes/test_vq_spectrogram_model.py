@@ -104,6 +104,16 @@ def test_what_the_options_pin_leaves_what_one_plain_step_leaves(options: VQSpect
     assert distance(left_by(model, by_step(options)), left_by(model, plain)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("together", [3, 5, 99])
+def test_layers_taken_together_leave_what_one_plain_step_leaves(together: int) -> None:
+    model = made()
+    plan = sg.Plan(
+        levers={"exact_batchnorm": {"rows": 3, "together": together}}, exactness=sg.Exactness.SAME_SUM,
+        batch_rows=CLIPS,
+    )  # fmt: skip
+    assert distance(left_by(model, by_step(SMALL, plan=plan)), left_by(model, plain)) <= TOLERANCE
+
+
 def test_dropout_is_the_same_mask_however_many_clips_run_at_a_time() -> None:
     model = made(dropout=True)
     whole = left_by(model, by_step(SMALL, rows=CLIPS))
