@@ -112,14 +112,14 @@ def draw_roc(
 
 
 def draw_codebook(normal: npt.NDArray[np.int64], anomalous: npt.NDArray[np.int64]) -> Figure:
-    """How often each code is used in normal and anomalous test clips, (clips, K) counts; the most used first."""
+    """How often each code is used in normal and in anomalous test clips, (K,) counts; the most used first."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    order = np.argsort(-normal.sum(axis=0), kind="stable")
-    for counts, colour, label in ((normal, _NORMAL, "normal"), (anomalous, _ANOMALOUS, "anomalous")):
-        shares = counts.sum(axis=0) / max(1, counts.sum())
-        told = f"{label}: perplexity {perplexity(counts):.1f} of {counts.shape[1]}"
+    order = np.argsort(-normal, kind="stable")
+    for usage, colour, label in ((normal, _NORMAL, "normal"), (anomalous, _ANOMALOUS, "anomalous")):
+        shares = usage / max(1, usage.sum())
+        told = f"{label}: perplexity {perplexity(usage):.1f} of {len(usage)}"
         axes.step(np.arange(len(order)), shares[order], where="mid", color=colour, linewidth=1.6, label=told)
     axes.set_xlabel("codes, by their use in normal clips", color=_INK)
     axes.set_ylabel("share of all places", color=_INK)
