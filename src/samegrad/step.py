@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -310,6 +311,8 @@ class Step:
         plan, footprint, _ = settle(
             self.declared, self._aliases, measurement, batch, budget=self.budget, options=options
         )
+        # Refusals hold the frames they came from, in cycles, and those hold rows and graphs of the trials.
+        gc.collect()
         # What the probes left in the allocator's cache lies as suited them, not the step.
         counters.release_cached(device)
         if self._enforce and not self._capped:

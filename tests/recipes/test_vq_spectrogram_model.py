@@ -176,6 +176,15 @@ def test_a_dropout_mask_that_is_drawn_again_would_be_seen() -> None:
     assert distance(left_by(model, redrawn), whole) > 1e-6
 
 
+def test_planning_leaves_nothing_of_its_trials_behind() -> None:
+    model = made()
+    step = sg.Step(model, make_objective(SMALL), budget="1GiB", optimizer=make_optimizer(SMALL, model))
+    with sg.count_bytes(step) as counter:
+        step.prepare(drawn_batch())
+        left_bytes = counter.live_bytes
+    assert left_bytes < 1e6, "a batch of rows, and no graph: one alone is ten times that"
+
+
 def test_the_default_model_has_the_documents_size() -> None:
     model = VQSpectrogram(4)
     sizes = {
