@@ -176,6 +176,7 @@ def test_a_dropout_mask_that_is_drawn_again_would_be_seen() -> None:
     assert distance(left_by(model, redrawn), whole) > 1e-6
 
 
+@pytest.mark.slow
 def test_planning_leaves_nothing_of_its_trials_behind() -> None:
     model = made()
     step = sg.Step(model, make_objective(SMALL), budget="1GiB", optimizer=make_optimizer(SMALL, model))
