@@ -27,7 +27,7 @@ from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.settle import aliases_for
 from samegrad.settle.following import follow
-from samegrad.settle.on_card import settle_on_card
+from samegrad.settle.on_card import settle_on_card, with_levers_on_card
 
 LIMIT_SOLVE_SECONDS = 0.2
 LIMIT_HOST_BYTES = 2 * 2**30
@@ -67,6 +67,7 @@ def planned(name: str) -> dict[str, Any]:
     assert footprint.steady_cap_bytes is not None
     budget = target.budget(int(asked.share * footprint.steady_cap_bytes))
     figures: dict[str, Any] = {"budget_share": asked.share, "budget_bytes": budget.total_bytes}
+    footprint = with_levers_on_card(followed, footprint, budget=budget, options=Options())
     try:
         plan, predicted = settle_on_card(followed, footprint, budget=budget, options=Options())
         figures |= {"plan": plan.levers, "steady_cap_bytes": predicted.steady_cap_bytes}

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from samegrad.recipes.autoencoder.data import fit_principal, principal_mse
+from samegrad.recipes.autoencoder.documented import train_with_gradient_accumulation
 from samegrad.recipes.autoencoder.model import Autoencoder
 from samegrad.recipes.autoencoder.options import AutoencoderOptions
-from samegrad.recipes.autoencoder.recipe import train_with_gradient_accumulation
 from samegrad.recipes.autoencoder.results import row_errors, write_results
 from samegrad.recipes.autoencoder.splits import open_splits
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from samegrad.recipes.autoencoder.data import fit_principal, principal_mse
+from samegrad.recipes.autoencoder.documented import MemoryEfficientAutoencoder
 from samegrad.recipes.autoencoder.options import AutoencoderOptions
-from samegrad.recipes.autoencoder.recipe import MemoryEfficientAutoencoder
 from samegrad.recipes.autoencoder.results import row_errors, write_results
 from samegrad.recipes.autoencoder.splits import open_splits
 

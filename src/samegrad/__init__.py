@@ -38,6 +38,7 @@ _HOMES = {
     "choose_plan": "plan.choose",
     "count_bytes": "measure.counting",
     "find_device": "measure.counters",
+    "format_bytes": "units",
     "measure_step": "settle",
     "open_rows": "data.readers",
     "over": "exact.over",

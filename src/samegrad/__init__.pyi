@@ -35,6 +35,7 @@ from samegrad.report import render_report as render_report
 from samegrad.settle import measure_step as measure_step
 from samegrad.settle import settle_plan as settle_plan
 from samegrad.step import Step as Step
+from samegrad.units import format_bytes as format_bytes
 from samegrad.verify.gradients import verify_step as verify_step
 
 __version__: str

@@ -18,8 +18,8 @@ from samegrad.kinds import Category, Counting, Exactness, KnobOrigin, Origin, Ph
 from samegrad.unit_tables import TracedWay
 
 __all__ = [
-    "Budget", "Category", "Check", "Counting", "Departure", "Effect", "Exactness", "Footprint", "HeadLaws",
-    "KnobOrigin", "Origin", "Phase", "PhaseLaw", "Plan", "Same", "StepResult", "TimelinePoint", "Variant", "Verdict",
+    "Budget", "Category", "Check", "Counting", "Departure", "Exactness", "Footprint", "HeadLaws", "KnobOrigin",
+    "Origin", "Phase", "PhaseLaw", "Plan", "ProbedWay", "Same", "StepResult", "TimelinePoint", "Variant", "Verdict",
 ]  # fmt: skip
 
 
@@ -109,33 +109,19 @@ class Variant(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Effect(Record):
-    """What a lever that leaves the chunks as they are changes, as traced: a lever's name, its knobs, what it gives.
+class ProbedWay(Record):
+    """The step as probed on its device under some ``levers`` that leave its chunks as they are.
 
-    ``saved_fixed_bytes`` and ``saved_row_bytes`` (for each row at a time) are fewer at the peak of each of ``phases``;
-    below 0 they are more. ``added_seconds_per_row`` and ``added_seconds_per_chunk``: below 0 it is faster.
-    ``host_buffer_bytes`` and ``host_buffer_row_bytes``: of each buffer that it holds on the host, those of one size
-    and those that grow with the rows at a time.
+    The other fields are those of a Footprint, of the step under these levers. Seconds are those of the plain step, in
+    the proportion in which the two were measured in turn.
     """
 
-    lever: str
-    knobs: dict[str, Any]
-    phases: tuple[Phase, ...] = tuple(Phase)
-    saved_fixed_bytes: float = 0.0
-    saved_row_bytes: float = 0.0
-    added_seconds_per_row: float = 0.0
-    added_seconds_per_chunk: float = 0.0
-    host_buffer_bytes: tuple[int, ...] = ()
-    host_buffer_row_bytes: tuple[float, ...] = ()
-
-    def saved_bytes(self, phase: Phase, *, rows: int) -> float:
-        """What is fewer at the peak of ``phase``."""
-        return self.saved_fixed_bytes + self.saved_row_bytes * rows if phase in self.phases else 0.0
-
-    def host_bytes(self, *, rows: int) -> int:
-        """Pinned host memory, every buffer rounded up to a power of two as the pinned allocator does."""
-        sizes = [*self.host_buffer_bytes, *(math.ceil(each * rows) for each in self.host_buffer_row_bytes)]
-        return sum(1 << (size - 1).bit_length() for size in sizes if size > 0)
+    levers: dict[str, dict[str, Any]]
+    plain_laws: tuple[PhaseLaw, ...]
+    laws: tuple[PhaseLaw, ...] = ()
+    kept_row_bytes: float | None = None
+    seconds_per_row: float | None = None
+    seconds_per_chunk: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,9 +145,9 @@ class Footprint(Record):
     ``rows`` of ``batch_rows`` at a time. ``by_category`` is what is live at the peak, ``by_phase`` the peak inside
     each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step;
     ``variants`` are the ways to run a model in chunks that cannot be split by rows. ``kept_row_bytes``: what a row's
-    graph holds when it is kept from the first of two passes. ``head``: what ``chunk_loss`` would change. ``effects``:
-    what levers change that leave the chunks as they are, ``host_bytes`` the pinned host memory that they take.
-    ``traced``: the step followed under some levers, for those that are chosen unit by unit.
+    graph holds when it is kept from the first of two passes. ``head``: what ``chunk_loss`` would change.
+    ``probed`` and ``traced``: the step as probed and as followed under levers that leave its chunks as they are, the
+    latter for plans that choose unit by unit too. ``host_bytes``: pinned host memory that levers take.
     ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.
     ``resident_bytes`` (parameters, gradients, optimizer
     state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
@@ -193,7 +179,7 @@ class Footprint(Record):
     variants: tuple[Variant, ...] = ()
     head: HeadLaws | None = None
     kept_row_bytes: float | None = None
-    effects: tuple[Effect, ...] = ()
+    probed: tuple[ProbedWay, ...] = ()
     host_bytes: int | None = None
     traced: tuple[TracedWay, ...] = ()
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -256,10 +242,31 @@ class Front(Record):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Recovery(Record):
+    """One attempt of a step that ran out of memory and was undone, and the plan that ran the same batch after it.
+
+    ``place``: phase, module and line where memory ran out, as far as they are known, and ``found`` the error's first
+    line. ``seconds`` went into the attempt and into undoing it. ``left`` and ``taken`` are the levers of both plans,
+    with the peaks that they were predicted to need. ``rank``: the rank that ran out, None where there is only one.
+    """
+
+    place: str
+    found: str
+    seconds: float
+    left: dict[str, dict[str, Any]]
+    taken: dict[str, dict[str, Any]]
+    left_predicted_bytes: int | None = None
+    taken_predicted_bytes: int | None = None
+    rank: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepResult(Record):
     """One optimizer step: its loss, time and memory. Peaks are absent where nothing was counting.
 
-    ``driver_process_bytes``: what the driver says this process holds, context and libraries included.
+    ``allocator_retries``: how often in this step the allocator had to empty its cache and ask again; a step that fits
+    does so never. ``driver_process_bytes``: what the driver says this process holds, context and libraries included.
+    ``recoveries``: the attempts that ran out of memory before the one that counts.
     """
 
     index: int
@@ -273,6 +280,7 @@ class StepResult(Record):
     peak_reserved_bytes: int | None = None
     allocator_retries: int | None = None
     driver_process_bytes: int | None = None
+    recoveries: tuple[Recovery, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,10 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +26,32 @@ from samegrad.exact.loop import agreed_cut
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import ranks_of
+from samegrad.exact.softmax_loss import reduced_loss
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.whole import WholeStep, reduces_in_backward
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
 from samegrad.execute.given import check_allowed, check_batch, check_levers, check_model
+from samegrad.execute.kept_programs import KeptPrograms
 from samegrad.execute.pinned import checked_rows, pinned_plan
+from samegrad.execute.recover import Attempt, Attempts, attempts_for
 from samegrad.execute.row_counts import RowCounts
 from samegrad.execute.ways import Ways, find_ways
 from samegrad.levers import Execution
 from samegrad.measure import counters
 from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Exactness, Footprint, Plan, Verdict
+from samegrad.records import Budget, Exactness, Footprint, Plan, Recovery, Verdict
 from samegrad.report.verdicts import judge
-from samegrad.settle import Measurement, aliases_for, check_one_of, measure_for, settle
+from samegrad.settle import (
+    Measurement,
+    aliases_for,
+    check_one_of,
+    measure_for,
+    quicker_plan,
+    settle,
+    smaller_plans,
+)
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
@@ -53,14 +64,18 @@ class Step:
     ``loss_fn(outputs, batch)`` is the ordinary full-batch loss. At most one of ``budget`` (bytes, "6GiB", "80%"),
     ``rows`` (an int, or a list that adds up to the batch) and ``plan``; none means what is free now. ``forward``
     defaults to ``model(batch[0])`` for tuples and lists, matching keywords for mappings, ``model(batch)`` for a
-    tensor. ``normalise`` declares the loss a sum over rows over a count (single pass; audited).  ``batch_axes`` says
-    where rows are. ``enforce`` caps the CUDA allocator at the budget until ``close``. ``allow`` is the weakest
+    tensor. ``normalise`` declares the loss a sum over rows over a count (single pass; audited). ``batch_axes`` says
+    where rows are. ``reduce="softmax_mean"``: the model returns ``(scores, values)``, scores (rows, B) and values
+    (rows, B, ...), and ``loss_fn((lse, means), batch)`` takes the scores' log-sum-exp over the rows (B,) and the values
+    averaged with their softmax (B, ...); rows are then streamed through the softmax and never kept.
+    ``enforce`` caps the CUDA allocator at the budget until ``close``. ``allow`` is the weakest
     exactness a plan may have.
 
     ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere; without it they are
     found. ``head`` names the nn.Linear whose logits only the loss takes, where it is not the last one: a plan may then
-    run that loss in chunks, and with ``rows`` it does. ``groups`` is refused until the lever behind it exists;
-    ``expected_steps`` and ``host_budget`` are recorded for the levers that will use them.
+    run that loss in chunks, and with ``rows`` it does. ``expected_steps``: how many steps the plan is for, which
+    decides whether compiling pays. ``groups`` is refused until the lever behind it exists. ``host_budget``: what plans
+    may pin on the host, by default what is free there.
     """
 
     def __init__(
@@ -75,6 +90,7 @@ class Step:
         optimizer: torch.optim.Optimizer | None = None,
         forward: Forward | None = None,
         normalise: Normalise | None = None,
+        reduce: Literal["softmax_mean"] | None = None,
         groups: Any = None,
         segments: Sequence[str] | None = None,
         batch_axes: Any = None,
@@ -86,6 +102,7 @@ class Step:
     ) -> None:
         check_one_of(budget=budget, rows=rows, plan=plan)
         _refuse_not_there(groups=groups)
+        loss_fn = reduced_loss(loss_fn, reduce=reduce, normalise=normalise)
         self.declared: DeclaredStep = declare(
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
             segments=segments, head=head, device=device,
@@ -103,6 +120,7 @@ class Step:
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
         self._aliases = aliases_for(self.declared)
+        self._waits_for_ranks = self._aliases.sharded or reduces_in_backward(self.declared)
         self._ways: dict[tuple[str, str], Ways] = {}
         self._draws: dict[tuple[str, str], DrawSites | None] = {}
         self._given = plan
@@ -111,7 +129,10 @@ class Step:
         self._accepted_levers: set[tuple[str, str]] = set()
         self._row_counts = RowCounts(self.declared)
         self._standing = Standing(self.declared)
+        self._programs = KeptPrograms()
         self._closed = False
+        # Of the last backward: attempts that ran out of memory before the one that counted.
+        self.recoveries: tuple[Recovery, ...] = ()
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor:
         """The step's loss, () detached and unscaled; ``.grad`` grows by the plain step's gradients.
@@ -120,7 +141,9 @@ class Step:
         on through the graph it came from, once.
 
         ``scaler``: a GradScaler; it scales the loss only, unscale, step and update stay yours. If anything raises
-        before the gradients are handed over, ``.grad`` is as it was.
+        before the gradients are handed over, ``.grad`` is as it was. Where memory runs out, the attempt is undone and
+        the next smaller plan runs the same batch (``recoveries`` says what happened, and so does a warning); with a
+        plan that was pinned, or none left, OutOfMemory is raised.
         """
         self._check_open()
         if not torch.is_grad_enabled():
@@ -131,17 +154,15 @@ class Step:
                 do="call it outside that block",
             )
         layout, execution = self._agreed_execution(batch)
-        check_scaled(execution, scaler)
-        # Examined first: what levers put on the model is not the user's.
-        chunked = self._chunked(execution, batch, layout)
-        draws = self.draws_for(batch, layout) if chunked is None else None
         assert self.plan is not None
-        self._standing.bring(self.plan)
-        with applied(self.plan, self.declared, layout.rows) as running:
-            if chunked is None or execution.sizes is None:
-                return plain_backward(running.declared, batch, layout, scaler, draws)
-            chunked = dataclasses.replace(chunked, declared=running.declared)
-            return chunked.backward(batch, layout, execution.sizes, scaler)
+        attempts = self._attempts(batch, layout, self.plan)
+        for attempt in attempts:
+            with attempt:
+                self.recoveries = tuple(attempts.recoveries)
+                if self.recoveries:
+                    execution = self._fall_to(attempt.plan, batch, layout)
+                return self._run(execution, batch, layout, scaler, attempt)
+        raise AssertionError("attempts end by an error")
 
     def prepare(self, worst_batch: Any) -> Plan:
         """The plan for batches up to ``worst_batch``'s rows, made now instead of at the first backward."""
@@ -157,7 +178,8 @@ class Step:
         """
         if self.plan is None:
             return "No plan yet: it is made at the first backward, or by prepare(batch)."
-        found = [*self._row_counts.notes, *([] if self.verdict is None else [judge(self.verdict).text])]
+        verdict = [] if self.verdict is None else [judge(self.verdict).text]
+        found = [*self._row_counts.notes, *self._programs.notes(), *verdict]
         if self.footprint is not None:
             return "\n".join([explain_plan(self.plan, self.footprint), *found])
         facts = [
@@ -177,6 +199,7 @@ class Step:
         What levers put in place between steps (strides of weights, optimizer state on the host) is put back.
         """
         self.put_back()
+        self._programs.close()
         self._prefetcher.close()
         if self._capped:
             counters.uncap_allocator(self.declared.device)
@@ -207,7 +230,7 @@ class Step:
         execution = self._execution(batch, layout)
         if execution.runs_whole:
             execution = dataclasses.replace(execution, sizes=(1,) * layout.rows)
-        return self._in_chunks(execution, batch, layout)
+        return self._in_chunks(execution, batch, layout, kept=False)
 
     def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
         """The draws of the next step: the same for every plan."""
@@ -221,12 +244,38 @@ class Step:
                 self._draws[key] = None if self._aliases.sharded else find_draws(self.declared, batch, layout)
         return StepDraws(self._draws[key])
 
-    def _chunked(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep | None:
-        if execution.runs_whole:
-            return None
-        return self._in_chunks(execution, batch, layout)
+    def _run(self, execution: Execution, batch: Any, layout: RowLayout, scaler: Any, attempt: Attempt) -> Tensor:
+        check_scaled(execution, scaler)
+        # Examined first: what levers put on the model is not the user's.
+        chunked = None if execution.runs_whole else self._in_chunks(execution, batch, layout, kept=True)
+        draws = self.draws_for(batch, layout) if chunked is None else None
+        assert self.plan is not None
+        self._standing.bring(self.plan)
+        with applied(self.plan, self.declared, layout.rows) as running:
+            if chunked is not None and execution.sizes is not None:
+                chunked = dataclasses.replace(chunked, declared=running.declared, agreement=attempt.agreement)
+                return chunked.backward(batch, layout, execution.sizes, scaler)
+            if not attempt.undoable:
+                return plain_backward(running.declared, batch, layout, scaler, draws)
+            whole = WholeStep(running.declared, attempt.parameters, draws, attempt.examination, attempt.agreement)
+            return whole.backward(batch, layout, scaler)
 
-    def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout) -> ChunkedStep:
+    def _attempts(self, batch: Any, layout: RowLayout, plan: Plan) -> Attempts:
+        pinned = "rows=" if self._rows is not None else "plan=" if self._given is not None else ""
+        further = () if pinned or self.footprint is None else smaller_plans(self.footprint, plan, self.allow)
+        return attempts_for(
+            self.declared, batch, plan, iter(further), self._ways.get((layout.signature(batch), self.declared.mode())),
+            pinned=pinned, sharded=self._waits_for_ranks,
+        )  # fmt: skip
+
+    def _fall_to(self, plan: Plan, batch: Any, layout: RowLayout) -> Execution:
+        """The execution of a smaller plan, which stays in the place of the one that ran out of memory."""
+        assert self.footprint is not None
+        self._plans[layout.signature(batch), self.declared.mode()] = plan, self.footprint
+        return self._execution(batch, layout)
+
+    def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout, *, kept: bool) -> ChunkedStep:
+        """``kept``: by what was compiled and captured for the batches before."""
         ways = self._ways_for(batch, layout)
         key = (layout.signature(batch), self.declared.mode())
         assert self.plan is not None
@@ -234,7 +283,8 @@ class Step:
             check_levers(self.plan, self.declared, self._aliases, batch, layout, ways)
             self._accepted_levers.add(key)
         self._row_counts.check(self.plan, execution, ways, batch, layout)
-        return chunked_step(execution, self._aliases, ways, self._chunks)
+        programs = self._programs.of(self.plan, execution) if kept else None
+        return chunked_step(execution, self._aliases, ways, self._chunks, programs)
 
     def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
         self._refresh_aliases()
@@ -292,6 +342,7 @@ class Step:
             known = self._plans.get(key)
             if known is None or layout.rows > known[0].batch_rows:
                 self._standing.close()
+                self._programs.close()
                 known = self._plans[key] = self._planned(batch, layout)
             self.plan, self.footprint = known
         assert self.plan is not None
@@ -306,14 +357,12 @@ class Step:
             # A warning, so that it is seen without any logging set up: nobody declared this number.
             _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)
         self._refresh_aliases()
-        measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget)
-        options = Options(allow=self.allow)
-        plan, footprint, _ = settle(
-            self.declared, self._aliases, measurement, batch, budget=self.budget, options=options
-        )
-        # Refusals hold the frames they came from, in cycles, and those hold rows and graphs of the trials.
-        gc.collect()
-        # What the probes left in the allocator's cache lies as suited them, not the step.
+        options = Options(allow=self.allow, expected_steps=self.expected_steps)
+        measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget, options)
+        given = self.declared, self._aliases, measurement, batch
+        plan, footprint, _ = settle(*given, budget=self.budget, options=options)
+        plan = quicker_plan(*given, plan, budget=self.budget, options=options)
+        # What the probes left, in cycles and in the allocator's cache, lies as suited them, not the step.
         counters.release_cached(device)
         if self._enforce and not self._capped:
             # Not before: the examination takes rows of its own.

@@ -65,6 +65,9 @@ class TracedWay(Record):
     weights that its kernels want in one piece, and ``arriving_row_bytes`` for each row of the next chunk on its way.
     Two passes hold ``output_bytes`` of all rows' outputs and their gradients, and their loss peaks at ``loss_bytes``
     above what is resident. ``optimizer_bytes`` and ``optimizer_seconds``: the optimizer's turn.
+
+    ``host_buffer_bytes``: of each buffer that the forward of the whole batch fills in pinned host memory, and
+    ``host_state_bytes`` of each that holds optimizer state there.
     """
 
     levers: dict[str, dict[str, Any]]
@@ -78,3 +81,11 @@ class TracedWay(Record):
     loss_bytes: int = 0
     optimizer_bytes: int
     optimizer_seconds: float
+    host_buffer_bytes: tuple[int, ...] = ()
+    host_state_bytes: tuple[int, ...] = ()
+
+    def pinned_bytes(self, *, rows: int) -> int:
+        """Pinned host memory at ``rows`` at a time: the allocator rounds every buffer up to a power of two."""
+        most = self.tables[0].rows
+        sizes = [*(-(-size * rows // most) for size in self.host_buffer_bytes), *self.host_state_bytes]
+        return sum(1 << (size - 1).bit_length() for size in sizes)

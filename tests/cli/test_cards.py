@@ -213,6 +213,14 @@ def test_a_recipe_is_planned_for_a_card(cli: Cli) -> None:
     assert document["card"]["name"] == "RTX 4070 Laptop"
 
 
+@pytest.mark.parametrize(
+    "recipe", [("autoencoder", "--patch_rows", "300"), ("fewshot_cosine", "--dataset", "digits", "--n_way", "3")]
+)
+def test_a_recipes_budget_is_the_cards(recipe: tuple[str, ...], cli: Cli) -> None:
+    document = planned(cli, *recipe, *CARD, "--budget", "250MiB")
+    assert document["plan"]["budget"]["total_bytes"] == 250 * 2**20
+
+
 def test_measure_on_a_card_is_predicted_only(cli: Cli, folder: Path) -> None:
     ran = cli("measure", "cards.py:train", *CARD, "--output", "out", "--json")
     assert ran.code == 0

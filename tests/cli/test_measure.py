@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from samegrad.measure import trace_reading
-from samegrad.records import Footprint, Plan, TimelinePoint
+from samegrad.records import Footprint, Phase, Plan, TimelinePoint
 from tests.cli.conftest import Cli
 
 STEPS = '''
@@ -77,7 +77,9 @@ def test_what_is_followed_is_what_is_measured(cli: Cli, folder: Path, name: str)
     # Here both count tensor bytes of the same operations: every byte is the same one.
     assert predicted.peak_allocated_bytes == measured.peak_allocated_bytes
     assert settled(predicted) == settled(measured)
-    assert predicted.by_phase.keys() == measured.by_phase.keys()
+    # Followed is the plain call; what runs under a budget sets its gradients apart and hands them over.
+    extra = {Phase.HANDOFF} if name == "whole" else set()
+    assert predicted.by_phase.keys() | extra == measured.by_phase.keys()
     assert predicted.rows == measured.rows and predicted.batch_rows == measured.batch_rows == 300
     for footprint in (predicted, measured):
         assert max(map(total, footprint.timeline)) == footprint.peak_allocated_bytes

@@ -193,7 +193,7 @@ def test_a_verified_plan_of_both_levers() -> None:
 def from_the_first(self: step_draws.StepDraws) -> Any:
     """Planted: what runs again makes the first draws of the model, not its own."""
     running = getattr(self._here, "running", None) or self._running
-    return lambda: keyed(self.key, running.ids, sites=running.sites, first_call=0)
+    return lambda: keyed(self._key, running.ids, sites=running.sites, first_call=0)
 
 
 def test_planted_draws_of_another_place_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,13 @@ Work = Callable[[int], dict[str, Any]]
 # Ranks that wait for each other forever are an error that a test is to show, and soon.
 _TIMEOUT = datetime.timedelta(seconds=60)
 
+# DistributedDataParallel imports dynamo, which takes longer than torch itself.
+_PRELOADED = ["torch._dynamo", "torch.distributed", "samegrad.exact.mapped", __name__]
+
 
 def on_ranks(work: Work, count: int, backend: str = "gloo") -> list[dict[str, Any]]:
     """What ``work(rank)`` found on each of ``count`` ranks."""
-    context = mp.get_context("spawn")
+    context = _context(backend)
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         # A file to meet at, since a port that is free now may be another's in a moment.
@@ -39,6 +42,15 @@ def on_ranks(work: Work, count: int, backend: str = "gloo") -> list[dict[str, An
     failed = [text for text in found.values() if isinstance(text, str)]
     assert not failed, "\n".join(failed)
     return [found[rank] for rank in range(count)]
+
+
+def _context(backend: str) -> Any:
+    """How ranks start: from a process that has imported what all of them need, or each anew where they use cards."""
+    if backend == "nccl":
+        # What is forked from a process that has asked for cards cannot use them.
+        return mp.get_context("spawn")
+    mp.set_forkserver_preload(_PRELOADED)
+    return mp.get_context("forkserver")
 
 
 def on_two_ranks(work: Work) -> dict[str, Any]:

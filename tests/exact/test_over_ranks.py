@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.exact import ranks
+from samegrad.exact.softmax_mean import Streamed
 from samegrad.verify import tolerance
 
 from .processes import here, on_ranks
 from .test_over import ITEMS, PLAIN, net, points, score
+from .test_softmax_mean import USES, kernels
+from .test_softmax_mean import plain as plain_softmax
 
 D = torch.float64
 MINE = ([31, 19], [45, 5])
@@ -70,6 +73,38 @@ def compared(reduce: str, order: int, counts: list[int], rank: int) -> dict[str,
 
 def _error(ours: Tensor, plain: Tensor) -> float:
     return float((ours.cpu() - plain).abs().max() / plain.abs().max())
+
+
+def softmax_compared(use: str, counts: list[int], rank: int) -> float:
+    """The largest error of values and gradients of a softmax mean over both ranks' items."""
+    everything, start = points(ITEMS, 1).detach(), sum(counts[:rank])
+    mine = slice(start, start + counts[rank])
+
+    def gradients(reduced: Callable[..., Any], centers: Tensor) -> list[Tensor | None]:
+        network, x = net().to(here()), points(11, 2).detach().to(here()).requires_grad_()
+        loss = USES[use](*reduced(kernels, centers, (x, network)))
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in network.parameters()), x.grad, centers.grad]
+
+    def split(fn: Any, centers: Tensor, shared: Any) -> Any:
+        group = dist.group.WORLD
+        return sg.over(fn, centers, shared=shared, reduce="softmax_mean", rows=(4, 7)[rank], process_group=group)
+
+    plain = gradients(plain_softmax, everything.clone().to(here()).requires_grad_())
+    ours = gradients(split, everything[mine].clone().to(here()).requires_grad_())
+    plain[-1] = plain[-1][mine]  # type: ignore[index]
+    assert [g is None for g in ours] == [g is None for g in plain]
+    return max(_error(a, b.cpu()) for a, b in zip(ours, plain) if a is not None and b is not None)
+
+
+def restricted(rank: int) -> float:
+    """A softmax over each rank's own items, only added up afterwards."""
+    right = Streamed.of_all_ranks
+    Streamed.of_all_ranks = lambda self, group: self  # type: ignore[method-assign]
+    try:
+        return softmax_compared("all", MINE[0], rank)
+    finally:
+        Streamed.of_all_ranks = right  # type: ignore[method-assign]
 
 
 def raised(run: Callable[[], Any]) -> str:
@@ -132,7 +167,14 @@ def _rank(rank: int) -> dict[str, Any]:
         for order in (1, 2, 3)
         for counts in MINE
     }
-    return {"same": found, "refused": refused(rank), "planted": planted(rank), "infinities": infinities(rank)}
+    return {
+        "same": found,
+        "softmax": {(use, tuple(counts)): softmax_compared(use, counts, rank) for use in USES for counts in MINE},
+        "restricted": restricted(rank),
+        "refused": refused(rank),
+        "planted": planted(rank),
+        "infinities": infinities(rank),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +188,12 @@ def test_split_items_give_the_values_and_gradients_of_all_items_to_any_order(fou
             assert step["error"] <= tolerance.entry_allowed(D), (name, step)
             assert step["pattern"], name
         assert rank["infinities"]
+
+
+def test_softmax_means_over_ranks_are_those_of_all_items(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert max(rank["softmax"].values()) <= tolerance.entry_allowed(D), rank["softmax"]
+        assert rank["restricted"] > 1e-3
 
 
 def test_a_forgotten_sum_over_ranks_is_outside_the_contract(found: list[dict[str, Any]]) -> None:

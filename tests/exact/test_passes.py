@@ -233,10 +233,9 @@ def test_a_program_reads_only_what_it_is_bound_to() -> None:
     share = torch.tensor(8 / zoo.ROWS, dtype=torch.float64)
     with split.aliases.swapped() as standing:
         sums = program.LossSums(torch.device("cpu"))
-        body = program.single_pass_body(lambda c, _: model(c["x"]), zoo.LOSSES["mse"][0], Form.ROW_MEAN, sums)
+        body = program.single_pass_body(lambda c, _: (zoo.LOSSES["mse"][0](model(c["x"]), c), None), sums)
         gradients = passes.GradientTotals(standing)
         one = program.ChunkProgram(body, gradients)
-        one.preallocate()
         static = {k: v[:8].clone() for k, v in rows.items()}
         one.bind(static, None, share, share)
         one.run()

@@ -223,3 +223,33 @@ def test_a_unit_follows_only_on_what_the_one_before_returned() -> None:
     chain = chain_of(Kept().to(zoo.D), torch.randn(4, 6, dtype=zoo.D))
     # b works on a new tensor; d also on one that would have to be kept.
     assert named(chain) == [["a"], ["b", "c"], ["d"]]
+
+
+class HandedStep(nn.Module):
+    """A step without weights: the network is handed to it."""
+
+    def forward(self, network: nn.Module, x: Tensor) -> Tensor:
+        return x + 0.1 * network(x)
+
+
+class Integration(nn.Module):
+    """One network called by every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.steps = nn.ModuleList(HandedStep() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(self.network, x)
+        return x
+
+
+def test_steps_that_are_handed_their_network_are_blocks() -> None:
+    model, x = Integration(), torch.randn(5, 6)
+    chain = chain_of(model, x)
+    assert named(chain) == [["steps.0", "steps.1", "steps.2"]]
+    # What each runs is not below it, and is its inside all the same.
+    assert all(unit.has_parts for unit in chain.units)
+    assert same(left_by(model, x, lambda twin: recomputed_blocks(twin, ["steps.0", "steps.1"])), left_by(model, x))

@@ -53,6 +53,43 @@ def test_a_step_is_yielded_after_it_with_gradients_cleared_and_its_index() -> No
         assert result.seconds > 0 and result.peak_allocated_bytes is None
 
 
+def plain_weights_of_means(divisors: tuple[int, int]) -> dict[str, Tensor]:
+    """After a step on two batches and one on what is left, their summed gradients divided by ``divisors``."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for group, divisor in zip((BATCHES[:2], BATCHES[2:]), divisors):
+        for batch in group:
+            (cross_entropy(model(batch[0]), batch) / divisor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.named_parameters())
+
+
+def test_several_batches_a_step_are_the_mean_of_their_losses_also_where_they_run_out() -> None:
+    step = stepped(optimizer=torch.optim.SGD)
+    results = list(sg.train(step, BATCHES, batches_per_step=2))
+    assert [r.batch_rows for r in results] == [49, 11] and [r.index for r in results] == [0, 1]
+    model = mlp()
+    losses = [float(cross_entropy(model(batch[0]), batch)) for batch in BATCHES[:2]]
+    assert results[0].loss == pytest.approx(sum(losses) / 2, rel=1e-12)
+    trained = dict(step.declared.model.named_parameters())
+    assert_close(trained, plain_weights_of_means((2, 1)))
+    # What a mean over the batches that should have been there would have given.
+    short = plain_weights_of_means((2, 2))
+    assert max(float((short[name] - trained[name]).abs().max()) for name in short) > 1e-6
+    with pytest.raises(sg.UsageError, match="not a positive number"):
+        next(sg.train(step, BATCHES, batches_per_step=0))
+
+
+def test_several_batches_a_step_are_unscaled_before_they_are_averaged() -> None:
+    scaled, plainly = (stepped(optimizer=torch.optim.SGD) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    found = list(sg.train(scaled, BATCHES, batches_per_step=2, scaler=scaler))
+    expected = list(sg.train(plainly, BATCHES, batches_per_step=2))
+    assert [r.grad_norm for r in found] == pytest.approx([r.grad_norm for r in expected], rel=1e-12)
+    assert_close(*(dict(step.declared.model.named_parameters()) for step in (scaled, plainly)))
+
+
 def test_nothing_runs_before_it_is_asked_for() -> None:
     step = stepped()
     asked: list[int] = []

@@ -15,8 +15,8 @@ import samegrad.levers as folder
 from samegrad.declared import DeclaredStep, declare
 from samegrad.errors import BadInput
 from samegrad.execute.apply import applied
-from samegrad.levers import Execution, Lever, Slot, find_levers, levers_of, weakest_exactness
-from samegrad.records import Effect, Exactness, HeadLaws, Phase, Plan, Variant
+from samegrad.levers import Execution, Lever, Slot, find_levers, find_whole_levers, levers_of, weakest_exactness
+from samegrad.records import Exactness, HeadLaws, Phase, Plan, Variant
 
 from ..contract.lever_zoo import cnn
 from ..contract.plain import cross_entropy
@@ -42,24 +42,20 @@ VARIANTS = tuple(
         ("recompute", {"blocks": ["0", "2"]}, 0.0),
     )
 )
-# What those that leave the chunks as they are were traced to change.
-EFFECTS = tuple(
-    Effect(lever=name, knobs=knobs, saved_row_bytes=MIB / 4)
-    for name, knobs in (
-        ("autocast", {"dtype": "bfloat16", "full_precision": []}),
-        ("autocast", {"dtype": "float16", "full_precision": ["0", "4"]}),
-        ("layout", {}),
-        ("offload_saved", {"smallest_bytes": MIB, "modules": None}),
-        ("offload_saved", {"smallest_bytes": 0, "modules": ["0"]}),
-        ("optimizer_state", {}),
-    )
-)
+# Those that leave the chunks as they are: settings beside that of their defaults.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "autocast": [{"dtype": "float16", "full_precision": ["0", "4"]}],
+    "offload_saved": [{"smallest_bytes": 0, "modules": ["0"]}],
+}
 HEAD = HeadLaws(path="2", classes=3, positions_per_row=9.0, laws=(law(Phase.LOSS, 25 * MIB, MIB / 100, MIB / 5),))
-STEP = footprint(refusals={}, variants=VARIANTS, effects=EFFECTS, head=HEAD)
+STEP = footprint(refusals={}, variants=VARIANTS, head=HEAD)
 
 
 def examples(lever: type[Lever]) -> list[Lever]:
-    """A few settings of its knobs, as the lever itself proposes them."""
+    """A few settings of its knobs: its defaults, or as the lever itself proposes them."""
+    if lever.name in find_whole_levers():
+        return [lever(), *(lever(**knobs) for knobs in SETTINGS.get(lever.name, []))]
+    assert hasattr(lever, "candidates")
     return list(itertools.islice(lever.candidates(STEP, 300 * MIB), 3))
 
 
@@ -138,7 +134,7 @@ def standing_of(step: DeclaredStep) -> list[Any]:
     ]
 
 
-@EVERY
+@pytest.mark.parametrize("lever", [lever for name, lever in LEVERS.items() if name not in find_whole_levers()])
 def test_a_lever_predicts_a_footprint_and_changes_none(lever: Any) -> None:
     step = STEP
     whole = step.predicted_peak_bytes(rows=step.batch_rows)

@@ -165,6 +165,18 @@ def test_counting_changes_no_bit_of_a_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
 
 
+def test_the_course_of_a_step_is_kept_where_it_is_asked_for() -> None:
+    model = mlp()
+    step = sg.Step(model, cross_entropy, rows=4, optimizer=torch.optim.Adam(model.parameters()))
+    plainly, kept = sg.count_bytes(step), sg.count_bytes(step, with_timeline=True)
+    for counter in (plainly, kept):
+        list(sg.train(step, [labelled(29)], counter=counter))
+    assert plainly.timeline() == ()
+    course = kept.timeline()
+    assert max(sum(point.live_bytes.values()) for point in course) == kept.peak_bytes
+    assert {point.phase.value for point in course} >= {"forward", "backward", "optimizer"}
+
+
 def test_the_counter_returns_to_its_level_after_every_step() -> None:
     model = mlp()
     step = sg.Step(model, cross_entropy, rows=4, optimizer=torch.optim.Adam(model.parameters()))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samegrad.declared import DeclaredStep
+from samegrad.declared import DeclaredStep, declare
 from samegrad.errors import CannotTrace
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.mapped import MappedStep
@@ -20,7 +20,8 @@ from samegrad.execute.ways import find_ways
 from samegrad.measure import trace_reading
 from samegrad.measure.recorder import Recorder
 from samegrad.measure.trace import LossScale, Run, in_chunks, plainly, trace_step
-from samegrad.records import Category, Exactness, Plan
+from samegrad.measure.units import units_of
+from samegrad.records import Category, Exactness, Phase, Plan
 
 from .traced import (
     OPTIMIZERS,
@@ -92,7 +93,9 @@ def test_two_passes_to_the_byte(kept: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"loss_fn": ignoring}, {"normalise": lambda batch: torch.ones_like(batch[1]).sum()}], ids=str
+    "options",
+    [{"loss_fn": ignoring}, {"normalise": lambda batch: torch.ones_like(batch[1]).sum()}],
+    ids=["loss_fn", "normalise"],
 )
 def test_counts_that_cannot_be_read_do_not_stop_a_trace(options: dict[str, Any]) -> None:
     declared, batch = declared_on(Words(), **options), words(ROWS)
@@ -177,3 +180,34 @@ def test_a_tensor_that_the_step_makes_on_the_host_is_named_by_its_line() -> None
     with pytest.raises(CannotTrace, match=r"(?s)traced\.py:\d+\) takes a tensor of the host.*device=x\.device"):
         trace_step(declared, words(ROWS))
     trace_step(declared, words(ROWS), device="cpu")
+
+
+class HandedStep(nn.Module):
+    """A step without weights: the network is handed to it."""
+
+    def forward(self, network: nn.Module, x: Tensor) -> Tensor:
+        return x + network(x)
+
+
+class Integration(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.steps = nn.ModuleList(HandedStep() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(self.network, x)
+        return x
+
+
+def test_a_network_that_is_handed_on_is_written_down_behind_the_module_it_runs_for() -> None:
+    declared = declare(Integration(), lambda outputs, batch: outputs.std(0).sum())
+    trace = trace_step(declared, torch.randn(5, 6))
+    names = [f"steps.{k}" for k in range(3)]
+    linear = {f"{name}.network.{k}" for name in names for k in (0, 2)}
+    for phase in (Phase.FORWARD, Phase.BACKWARD):
+        assert linear <= {operation.module for operation in trace.operations if operation.phase is phase}
+    assert not any(operation.module.startswith("network") for operation in trace.operations)
+    units = units_of(trace, names, [1.0] * len(trace.operations)).units
+    assert [(unit.name, unit.recomputable) for unit in units if unit.name] == [(name, True) for name in names]

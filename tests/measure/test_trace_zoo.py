@@ -11,7 +11,7 @@ from torch import nn
 
 from samegrad.declared import declare
 from samegrad.errors import CannotTrace
-from samegrad.measure import trace_reading, wide_results
+from samegrad.measure import cuda_dispatch, shared_storages, trace_reading
 from samegrad.measure.trace import plainly, trace_step
 
 from ..exact import batchnorm_zoo
@@ -65,7 +65,7 @@ def test_a_module_is_traced_to_the_byte_or_refused(name: str) -> None:
 
 
 def test_a_loss_counted_by_its_shape_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide_results, "STAND_INS", {})
+    monkeypatch.setattr(cuda_dispatch, "_EVERYWHERE", shared_storages.STAND_INS)
     model, rows, options = by_name(next(iter(BY_ROWS.values())))()
     declared = declare(model, **options)
     trace = trace_step(declared, rows, device="cpu")

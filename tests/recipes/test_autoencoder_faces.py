@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import samegrad as sg
-from samegrad.recipes.autoencoder.model import Autoencoder
-from samegrad.recipes.autoencoder.recipe import (
+from samegrad.recipes.autoencoder.documented import (
     History,
     MemoryEfficientAutoencoder,
     train_with_gradient_accumulation,
 )
+from samegrad.recipes.autoencoder.model import Autoencoder
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 WIDTH = 10

@@ -47,9 +47,18 @@ def levers_of(candidate: Candidate) -> dict[str, dict[str, Any]]:
     return {lever.name: lever.knobs() for lever in candidate.levers}
 
 
-def some(candidates: list[Candidate], most: int = 5) -> list[Candidate]:
-    """Evenly spread; of many chunks in two passes all are followed, which takes long."""
-    few = [c for c in candidates if all(lever.name != "split_rows" or lever.knobs()["rows"] > 4 for lever in c.levers)]
+# Of more chunks in two passes all are followed, which takes long and shows nothing that these do not.
+MOST_CHUNKS = 24
+
+
+def worth_following(step: FollowedStep, rows: int) -> bool:
+    two_passes = step.ways.by_rows is not None and step.ways.by_rows.passes == 2
+    return rows * MOST_CHUNKS >= step.layout.rows if two_passes else rows > 4
+
+
+def some(step: FollowedStep, candidates: list[Candidate], most: int = 5) -> list[Candidate]:
+    """Evenly spread over those that take no long time to follow."""
+    few = [c for c in candidates if worth_following(step, levers_of(c).get("split_rows", {"rows": 2**30})["rows"])]
     return [*few[:: -(-len(few) // most)], few[-1]]
 
 
@@ -70,13 +79,23 @@ def errors(step: FollowedStep, footprint: Footprint, candidates: list[Candidate]
     return found
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("name", CASES)
+# Twins have no data wherever the model is: what is drawn and where the batch stands are each seen without the other.
+SLOW = {("words with dropout", "meta")}
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        pytest.param(name, device, marks=[pytest.mark.slow] if (name, device) in SLOW else [])
+        for name in CASES
+        for device in ("cpu", "meta")
+    ],
+)
 def test_a_plan_is_predicted_to_hold_what_its_own_trace_holds(name: str, device: str) -> None:
     step, footprint = followed(name, device)
     candidates = traced_candidates(footprint, Options())
     assert candidates[0].levers == () and len(candidates) > 1
-    assert max(errors(step, footprint, some(candidates))) <= WITHIN
+    assert max(errors(step, footprint, some(step, candidates))) <= WITHIN
 
 
 def test_what_a_search_says_of_a_plan_is_what_is_predicted_of_it() -> None:
@@ -84,14 +103,16 @@ def test_what_a_search_says_of_a_plan_is_what_is_predicted_of_it() -> None:
         _, footprint = followed(name)
         for candidate in traced_candidates(footprint, Options()):
             predicted = predict_traced(footprint, levers_of(candidate))
-            assert predicted == (candidate.peak_bytes, pytest.approx(candidate.seconds))
+            assert predicted is not None
+            assert predicted[:2] == (candidate.peak_bytes, pytest.approx(candidate.seconds))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "no optimizer"])
 @pytest.mark.parametrize("name", ["words", "perceptron", "contrast"])
 def test_where_no_optimizers_turn_hides_it_the_rest_is_predicted_as_well(name: str, optimizer: str) -> None:
     step, footprint = followed(name, "cpu", optimizer)
-    assert max(errors(step, footprint, some(traced_candidates(footprint, Options())))) <= WITHIN
+    candidates = some(step, traced_candidates(footprint, Options()))
+    assert max(errors(step, footprint, candidates)) <= WITHIN
 
 
 def planted(footprint: Footprint, **changes: Any) -> Footprint:
@@ -115,7 +136,8 @@ def planted(footprint: Footprint, **changes: Any) -> Footprint:
 )
 def test_the_check_finds_what_a_prediction_forgets(name: str, optimizer: str, forgotten: dict[str, Any]) -> None:
     step, footprint = followed(name, "cpu", optimizer)
-    candidates = [Candidate(0.0, 0, (SplitRows(footprint.traced[0].tables[k].rows),)) for k in (5, -5)]
+    rows = [table.rows for table in footprint.traced[0].tables if worth_following(step, table.rows)]
+    candidates = [Candidate(0.0, 0, (SplitRows(few),)) for few in (rows[5], rows[-1])]
     assert max(errors(step, footprint, candidates)) <= WITHIN
     assert max(errors(step, planted(footprint, **forgotten), candidates)) > WITHIN
 
@@ -185,10 +207,10 @@ def test_blocks_may_run_again_beside_rows_that_an_examination_split() -> None:
 
 
 @pytest.mark.parametrize("card", ["H200", "RTX 4090 Laptop", "T4"])
-@pytest.mark.parametrize("name", ["words", "pictures", "sequences"])
-def test_a_plan_is_settled_for_a_card_and_the_same_each_time(name: str, card: str) -> None:
+@pytest.mark.parametrize(("name", "times"), [("words", 10), ("pictures", 20), ("sequences", 20)])
+def test_a_plan_is_settled_for_a_card_and_the_same_each_time(name: str, times: int, card: str) -> None:
     # Libraries and the allocator's margin take 64 MiB each, whatever the step.
-    case = dataclasses.replace(CASES[name], rows=20 * CASES[name].rows)
+    case = dataclasses.replace(CASES[name], rows=times * CASES[name].rows)
     plain = sg.measure_step(case.step(), case.batch(), device=card)
     assert plain.steady_cap_bytes is not None
     budget = int(plain.steady_cap_bytes * 0.9)
@@ -201,11 +223,11 @@ def test_a_plan_is_settled_for_a_card_and_the_same_each_time(name: str, card: st
 @pytest.mark.parametrize("name", ["words", "pictures", "u-net", "perceptron", "contrast"])
 def test_a_plan_made_for_a_card_keeps_the_gradients_where_it_runs(name: str) -> None:
     case = CASES[name]
-    _, footprint = followed(name)
+    followed_step, footprint = followed(name)
     batch = case.batch(dtype=torch.float64)
     model = case.step(dtype=torch.float64).declared.model
     _, expected = plain_step(model, case.loss_fn, batch)
-    for candidate in some(traced_candidates(footprint, Options()), 4)[1:]:
+    for candidate in some(followed_step, traced_candidates(footprint, Options()), 4)[1:]:
         levers = levers_of(candidate)
         plan = Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=case.rows)
         with case.step(dtype=torch.float64, plan=plan) as step:
@@ -330,5 +352,5 @@ def test_batches_of_names_are_planned() -> None:
         optimizer=torch.optim.Adam(model.parameters()),
     )
     tokens, labels = CASES["words"].batch()
-    ahead = plan_ahead(step, {"tokens": tokens, "labels": labels}, CARD, budget="100MiB")
+    ahead = plan_ahead(step, {"tokens": tokens, "labels": labels}, CARD, budget="125MiB")
     assert {"recompute", "split_rows", "chunk_loss"} & set(ahead.plan.levers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 import samegrad as sg
+from samegrad.exact import batchnorm
+from samegrad.recipes.fewshot_cosine.model import EpisodeLoss, EpisodeShape, Head, make_backbone
 
 from ..contract.lever_zoo import Mean, forced
 from ..contract.plain import cross_entropy, spread
@@ -110,3 +113,56 @@ def test_what_other_kernels_may_round_hides_no_fault(norm: Any, monkeypatch: pyt
     )  # fmt: skip
     verdict = sg.verify_step(forced(model, spread, layout={}), batch)
     assert not verdict.same and verdict.fault.startswith("lever layout")
+
+
+@pytest.mark.parametrize("pixels", [16, 28])
+def test_batchnorm_in_chunks_under_a_loss_with_parameters(pixels: int) -> None:
+    """Rows around zero, so that running means are what is left of values that cancel; so are some gradients."""
+    torch.manual_seed(0)
+    shape = EpisodeShape(n_way=3, k_shot=2, n_query=3)
+    model = make_backbone("Conv4", channels=1).double()
+    head = Head(shape, 64 * (pixels // 16) ** 2, method="FSCT_cosine").double()
+    rows = torch.randn(shape.images, 1, pixels, pixels).double()
+    verdict = sg.verify_step(sg.Step(model, EpisodeLoss(head, shape, weights=(1.0, 0.5, 0.1)), rows=[7, 8]), rows)
+    assert verdict.same, [check for check in verdict.checks if not check.passed]
+
+
+def signs_on_paper(count: int, pixels: int) -> torch.Tensor:
+    """Pictures of which most places are of one colour, where one rounding is made again and again."""
+    rows = torch.full((count, 1, pixels, pixels), -0.483)
+    rows[:, :, 8:-8, 8:-8] += torch.randn(count, 1, pixels - 16, pixels - 16).clamp_min(0)
+    return rows.double()
+
+
+def batchnorm_net() -> nn.Module:
+    layers = (nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, momentum=0.9), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    return nn.Sequential(*layers, nn.ReLU(), nn.Flatten()).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_statistics_that_the_plain_kernel_adds_up_one_after_another(dtype: torch.dtype) -> None:
+    """Those of a step in float32 are looked at in float64 as well."""
+    torch.manual_seed(0)
+    step = sg.Step(
+        batchnorm_net().to(dtype), lambda outputs, batch: outputs.square().mean().log(), rows=[20, 20, 13]
+    )
+    verdict = sg.verify_step(step, signs_on_paper(53, 40).to(dtype))
+    assert verdict.same, [check for check in verdict.checks if not check.passed]
+
+
+@pytest.mark.parametrize("rows", [signs_on_paper(15, 24), torch.randn(15, 1, 24, 24).double()], ids=["paper", "noise"])
+@pytest.mark.parametrize("what", ["mean", "variance"])
+def test_what_batchnorm_in_chunks_may_round_hides_no_fault(
+    what: str, rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    statistics = batchnorm.RunningMoments.statistics
+
+    def off(self: batchnorm.RunningMoments, *given: Any) -> Any:
+        found = statistics(self, *given)
+        return dataclasses.replace(found, **{what: getattr(found, what) + 1e-6})
+
+    step = sg.Step(batchnorm_net(), lambda outputs, batch: outputs.square().mean().log(), rows=[7, 8])
+    step.split_for(rows, step.declared.layout(rows))
+    monkeypatch.setattr(batchnorm.RunningMoments, "statistics", off)
+    assert not sg.verify_step(step, rows).same

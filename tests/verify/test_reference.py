@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import samegrad as sg
 from samegrad.execute.row_counts import RowCounts
 from samegrad.measure import counters
+from samegrad.measure.laws import fit_laws
+from samegrad.measure.probe import probe_plain
 from samegrad.records import Same, Verdict
 from samegrad.verify import gradients, reference
 
@@ -147,3 +149,15 @@ def test_and_differs_where_nobody_looked(monkeypatch: Patch) -> None:
     monkeypatch.setattr(RowCounts, "check", lambda *_: None)
     step = sg.Step(_AboveSixteenRows(6, 3).double(), cross_entropy, rows=8)
     assert sg.verify_step(step, labelled(61)).answer is Same.DIFFERS
+
+
+def test_its_bytes_are_known_without_timing_the_step() -> None:
+    model, runs = mlp(), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    declared, batch = sg.Step(model, cross_entropy, rows=8).declared, labelled(N)
+    layout = declared.layout(batch)
+    timed = fit_laws([probe_plain(declared, batch, layout, batch_rows=n) for n in (2, 4, 8)], missing_bytes=0)
+    with_timing = len(runs)
+    assert reference._laws(declared, batch, layout) == timed
+    # For each of three numbers of rows: one run to set up, one that is counted.
+    assert len(runs) - with_timing == 6 < with_timing

@@ -1,7 +1,7 @@
 """Config files, read strictly: YAML or JSON, one mapping of option names, every value with its line.
 
 1. Only plain scalars and lists of them: no tags, anchors, aliases; nothing in a file can run code or grow.
-2. A key stands once. JSON is JSON: no NaN, no comments.
+2. A key stands once. JSON is JSON: no NaN. A comment from // to the end of its line is passed over.
 3. Nested mappings become dotted names (``optim: {name: x}`` is ``optim.name``).
 4. What is wrong is wrong with ``file:line``.
 """
@@ -21,6 +21,7 @@ LARGEST_FILE_BYTES = 64 * 2**10
 DEEPEST_LEVEL = 16
 _KINDS = {"str": Kind.TEXT, "int": Kind.INT, "float": Kind.FLOAT, "bool": Kind.BOOL, "null": Kind.NULL}
 _TAG = "tag:yaml.org,2002:"
+_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 _CORE_TAG = re.compile(re.escape(_TAG) + "(str|int|float|bool|null)")
 
 
@@ -28,6 +29,7 @@ def read_config(path: Path) -> dict[str, Written]:
     """Options written in ``path``, by dotted name. Raises UsageError naming file and line."""
     text = _read_text(path)
     if path.suffix == ".json":
+        text = _without_comments(text)
         _check_json(path, text)
         # Between JSON tokens a tab is white space; YAML, which gives us the lines, does not take it.
         text = text.replace("\t", " ")
@@ -56,6 +58,11 @@ def _read_text(path: Path) -> str:
         _refuse(path, None, f"not UTF-8 text (byte {error.start})")
     except OSError as error:
         _refuse(path, None, f"cannot be read: {error.strerror}")
+
+
+def _without_comments(text: str) -> str:
+    """JSON ``text`` with blanks for // and what follows it on a line, unless it stands in a string."""
+    return _STRING_OR_COMMENT.sub(lambda m: m[0] if m[0].startswith('"') else " " * len(m[0]), text)
 
 
 def _check_json(path: Path, text: str) -> None:

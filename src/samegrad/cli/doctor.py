@@ -15,7 +15,8 @@ from samegrad import __version__
 from samegrad.cli.console import Console
 from samegrad.cli.devices import list_cards
 from samegrad.cli.options import Switch, parse_line
-from samegrad.cli.run_health import Answer, Finding, examine_run
+from samegrad.cli.run_health import examine_run
+from samegrad.recipes import Answer, Finding
 from samegrad.units import format_bytes
 
 # What each extra brings, as it is imported.

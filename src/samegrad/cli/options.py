@@ -91,7 +91,8 @@ def parse_call(
     switches = {name for kind in kinds for name in _switches(kind)}
     settable = {name: hint for name, hint in hints.items() if name not in switches and name != "config"}
     files = [*below, *(Path(word.text) for word in words.get("config", []))]
-    for layer in (*(_file_layer(path, target) for path in files), _environment_layer(settable)):
+    sections = [name for kind in kinds for name in getattr(kind, "config_sections", ())]
+    for layer in (*(_file_layer(path, target, sections) for path in files), _environment_layer(settable)):
         problems += _lay_over(layer, settable, values, origins)
     for name, found in words.items():
         # What lies below a flag must be whole with it, or `--tied` could not rescue a file's `weight_penalty`; but
@@ -160,8 +161,21 @@ def _as_one(found: list[Written], hint: Any) -> Written:
     return Written(text="", kind=Kind.LIST, where=found[0].where, items=tuple(found))
 
 
-def _file_layer(path: Path, target: str | None) -> dict[str, Written]:
-    layer = read_config(path)
+def _file_layer(path: Path, target: str | None, sections: Sequence[str] = ()) -> dict[str, Written]:
+    """The options in ``path``; ``sections``: mappings in it whose keys are options like those beside them."""
+    layer: dict[str, Written] = {}
+    for dotted, written in read_config(path).items():
+        section, _, inner = dotted.partition(".")
+        name = inner if inner and section in sections else dotted
+        if name in layer:
+            raise UsageError(
+                asked=f"--config {path}",
+                found=f"{written.where}: {name!r} stands here and at {layer[name].where}",
+                do="write an option once",
+                file=str(path),
+                option="config",
+            )
+        layer[name] = written
     named = layer.get("target")
     if named is not None and target is not None and named.text != target:
         raise UsageError(

@@ -103,6 +103,8 @@ def _plan_here(training: Training, given: Plan | None, console: Console) -> Answ
     if plan.budget is not None:
         console.result(f"Budget: {describe_budget(plan.budget)}.")
     console.show(plan_table(plan, predicted))
+    if planned.told:
+        console.result(planned.told)
     console.detail(planned.explanation)
     if given is None or plan.budget is None:
         return Answer(fits=True, document=document, records=records)

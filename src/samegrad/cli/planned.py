@@ -20,13 +20,15 @@ from samegrad.units import format_bytes
 class Planned:
     """The plan that will run, complete with budget and predicted peak; what it came from; and in words.
 
-    ``predicted`` is of measured origin where nothing predicts a lever of the plan.
+    ``predicted`` is of measured origin where nothing predicts a lever of the plan. ``told``: what the program itself
+    has to say of the plan, which is the end of ``explanation``.
     """
 
     plan: Plan
     footprint: Footprint
     predicted: Footprint
     explanation: str
+    told: str = ""
 
 
 def plan_step(training: Training, given: Plan | None = None) -> Planned:
@@ -49,8 +51,9 @@ def plan_step(training: Training, given: Plan | None = None) -> Planned:
         predicted_seconds=predicted.seconds if known and plan.predicted_seconds is None else plan.predicted_seconds,
     )
     _check_fits(training, plan, predicted)
-    explanation = "\n".join(filter(None, (explain_plan(plan, footprint), note)))
-    return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explanation)
+    told = "\n".join(training.told_of(plan, footprint))
+    explanation = "\n".join(filter(None, (explain_plan(plan, footprint), note, told)))
+    return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explanation, told=told)
 
 
 def declare_again(training: Training, given: Plan | None) -> None:

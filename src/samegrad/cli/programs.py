@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # Its import draws from Python's generator: here that comes before the seeds, and is none of the program's draws.
-import rich.console  # noqa: F401
+import rich.console  # noqa: F401 - for what its import does
 import torch
 
 import samegrad as sg
@@ -23,9 +23,9 @@ from samegrad.cli.run_story import PictureFile
 from samegrad.cli.target import FunctionTarget, Target
 from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, counting_of
 from samegrad.errors import BudgetTooSmall, CannotSplit, OverBudget, SamegradError, UsageError
-from samegrad.recipes import Program, Recipe, find_recipe, run_epochs
+from samegrad.recipes import Program, Recipe, find_health, find_recipe, run_epochs
 from samegrad.recipes._recipe import CacheEmptying
-from samegrad.records import Counting
+from samegrad.records import Counting, Footprint, Plan
 from samegrad.store import (
     Checkpoint,
     model_into,
@@ -67,8 +67,10 @@ def load_training(target: Target, call: Call) -> Training:
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
     if find_card_asked(options.device) is not None:
-        # A card may be elsewhere; the model is made here.
-        options = dataclasses.replace(options, device="cpu")
+        # A card may be elsewhere; the model is made here, and the budget is the card's: nothing is measured for
+        # it here.
+        here = dataclasses.replace(options, device="cpu", budget=None)
+        return RecipeTraining(recipe, recipe.build(here), budget=options.budget)
     return RecipeTraining(recipe, recipe.build(options))
 
 
@@ -95,10 +97,9 @@ class RecipeTraining:
     """A recipe's program, one epoch a tick."""
 
     unit = "epoch"
-    budget: str | None = None
 
-    def __init__(self, recipe: Recipe, program: Program) -> None:
-        self.title, self.recipe, self.program = recipe.name, recipe, program
+    def __init__(self, recipe: Recipe, program: Program, *, budget: str | None = None) -> None:
+        self.title, self.recipe, self.program, self.budget = recipe.name, recipe, program, budget
         self._batch = next(iter(program.batches(0)))
         self._emptied = CacheEmptying()
 
@@ -126,6 +127,9 @@ class RecipeTraining:
     def steps_done(self) -> int:
         return self.program.steps_done
 
+    def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
+        return self.program.told_of(plan, footprint)
+
     def limit(self, ticks: int) -> None:
         self.program.epochs = min(self.program.epochs, ticks)
 
@@ -135,7 +139,12 @@ class RecipeTraining:
             self._emptied.seconds += epoch.empty_cache_seconds
             self._emptied.given_back_bytes += epoch.given_back_bytes
             last = epoch.stopped or self.done >= self.program.epochs
-            yield Tick(results=epoch.steps, validation_loss=epoch.validation, last=last)
+            yield Tick(
+                results=epoch.steps,
+                validation_loss=epoch.validation,
+                last=last,
+                validation_parts=epoch.validation_parts,
+            )
 
     def tensors(self) -> Mapping[str, Mapping[str, Any]]:
         optimizer, _ = optimizer_to_tensors(self.program.optimizer)
@@ -154,6 +163,9 @@ class RecipeTraining:
 
     def finish(self, folder: Path) -> Outcome:
         written = self.program.write(folder)
+        health = find_health(self.recipe.name)
+        # Where a recipe knows what its figures speak for, that is told, and not all there is to say.
+        advice = self.recipe.troubleshooting if health is None else health.advise(folder)
         return Outcome(
             metrics=self.program.evaluate(),
             pictures=tuple(
@@ -162,7 +174,7 @@ class RecipeTraining:
                 if path.suffix in (".png", ".svg")
             ),
             notes=(*self.program.describe(), *self._told_of_emptying()),
-            troubleshooting=self.recipe.troubleshooting,
+            troubleshooting=advice,
         )
 
     def _told_of_emptying(self) -> list[str]:

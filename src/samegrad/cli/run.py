@@ -19,6 +19,7 @@ from samegrad.cli.config import values_of
 from samegrad.cli.console import Console
 from samegrad.cli.devices import refuse_card
 from samegrad.cli.options import Call, Switch
+from samegrad.cli.ranks import own_folder, own_rank
 from samegrad.cli.target import Target, asked_device, target_call
 from samegrad.errors import UsageError
 
@@ -68,9 +69,13 @@ def main(argv: Sequence[str], console: Console) -> int:
     refuse_card("run", asked_device(target, call))
     from samegrad.cli.run_session import run_session, tell
 
+    first = own_rank() == 0
+    # Under torchrun the first rank speaks for all of them; errors are told by each.
+    heard = console if first else Console(quiet=True)
     with open_folder(target, call.part(RunOptions)) as folder:
-        finished = run_session(target, call, folder, console)
-    tell(finished, finished.folder / "report.html", console)
+        finished = run_session(target, call, folder, heard)
+    if first:
+        tell(finished, finished.folder / "report.html", console)
     return finished.exit_code
 
 
@@ -89,7 +94,8 @@ def open_folder(target: Target, options: RunOptions) -> RunFolder:
     from samegrad.store import RunFolder
 
     if options.output is not None:
-        return RunFolder.resume(options.output) if options.resume else RunFolder.create(options.output)
+        own = own_folder(options.output)
+        return RunFolder.resume(own) if options.resume else RunFolder.create(own)
     return RunFolder.create(_new_folder(Path("runs"), target.name))
 
 

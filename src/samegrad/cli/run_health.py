@@ -5,45 +5,25 @@ Fails are facts that a run should not show; UNKNOWN says what is missing to tell
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from samegrad.cli.run_memory import SMALLER, WARM_UP_STEPS
 from samegrad.cli.run_story import read_metrics, read_object, read_record
 from samegrad.errors import BadInput
+from samegrad.recipes import Answer, Finding, find_health
 from samegrad.records import Plan, StepResult
 from samegrad.units import format_bytes, format_seconds
 
-# Fewer steps say nothing about a trend: the first two pay for warm-up and the optimizer's state.
+# Fewer steps say nothing about a trend.
 FEWEST_STEPS = 6
-WARM_UP_STEPS = 2
 STABLE_FRACTION = 0.02
 SLOWER_FRACTION = 0.5
 # Below this a step is launches and clocks, which no prediction is about.
 SLOWER_SECONDS = 0.02
-
-
-class Answer(enum.Enum):
-    OK = "ok"
-    FAILS = "fails"
-    UNKNOWN = "unknown"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One check: its answer, the numbers behind it, and what to do when it fails."""
-
-    name: str
-    answer: Answer
-    detail: str
-    do: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        return {"name": self.name, "answer": self.answer.value, "detail": self.detail, "do": self.do}
 
 
 def examine_run(folder: Path) -> tuple[Finding, ...]:
@@ -58,6 +38,7 @@ def examine_run(folder: Path) -> tuple[Finding, ...]:
         )
     lines = read_metrics(folder / "metrics.jsonl")
     plan = read_record(folder / "plan.json", Plan)
+    health = find_health(str(status.get("name")))
     return (
         _ended(status),
         _out_of_memory(status, lines.results),
@@ -66,6 +47,7 @@ def examine_run(folder: Path) -> tuple[Finding, ...]:
         _finite(lines.results),
         _falling(lines.results),
         _in_time(lines.results, plan),
+        *(() if health is None else health.examine(folder)),
     )
 
 
@@ -79,12 +61,15 @@ def _ended(status: Mapping[str, Any]) -> Finding:
 
 def _out_of_memory(status: Mapping[str, Any], results: Sequence[StepResult]) -> Finding:
     retries = sum(result.allocator_retries or 0 for result in results)
+    undone = sum(len(result.recoveries) for result in results)
     over = status.get("error_code") == "over-budget"
+    short = over or retries or undone
+    ended = "the run ended out of memory" if over else "none that ended the run"
     return Finding(
         name="no out-of-memory",
-        answer=Answer.FAILS if over or retries else Answer.OK,
-        detail=f"{'the run ended out of memory' if over else 'none'}; {retries} allocator retries",
-        do="give a smaller --budget, so that the plan takes fewer rows at a time" if over or retries else "",
+        answer=Answer.FAILS if short else Answer.OK,
+        detail=f"{ended}; {undone} attempts undone and run again under a smaller plan; {retries} allocator retries",
+        do=SMALLER if short else "",
     )
 
 

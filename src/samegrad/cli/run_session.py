@@ -20,8 +20,10 @@ from samegrad.cli.measured import measured_footprint
 from samegrad.cli.options import Call
 from samegrad.cli.planned import Planned, plan_step
 from samegrad.cli.programs import advised, load_training
+from samegrad.cli.ranks import first_folder
 from samegrad.cli.run import RunOptions, config_text
 from samegrad.cli.run_health import peaks_of
+from samegrad.cli.run_memory import memory_notes, thrashing_line
 from samegrad.cli.run_story import Summary, read_metrics, read_plan, read_record, read_story, verdict_text
 from samegrad.cli.stopping import StopFlag, Stopped, listening
 from samegrad.cli.target import Target
@@ -147,7 +149,7 @@ def _given_plan(folder: RunFolder, options: RunOptions) -> Plan | None:
 
 
 def _resume(training: Training, folder: RunFolder, console: Console) -> None:
-    checkpoint = load_checkpoint(folder.checkpoints)
+    checkpoint = load_checkpoint(first_folder(folder.path) / folder.checkpoints.name)
     for sentence in (*checkpoint.warnings, *training.restore(checkpoint)):
         console.note(f"warning: {sentence}")
     dropped = folder.rewind_metrics(step=training.steps_done - 1)
@@ -196,9 +198,13 @@ def _train(
     if options.steps is not None:
         training.limit(options.steps)
     saved_at = training.done if options.resume else None
+    thrashing = False
     with stop.hold(), console.progress(training.title, training.total) as bar:
         for tick in training.ticks():
             told = _record(tick, training, folder)
+            if not thrashing and (line := thrashing_line(tick.results)):
+                thrashing = True
+                bar.say(line)
             bar.advance(told, done=training.done)
             if training.done % options.log_every == 0 or training.done == 1 or tick.last:
                 _log_memory(tick, told, training, folder, plan.budget, bar)
@@ -216,15 +222,21 @@ def _save(training: Training, folder: RunFolder, stop: StopFlag) -> None:
 
 
 def _record(tick: Tick, training: Training, folder: RunFolder) -> str:
-    """Writes the tick's lines of metrics.jsonl; returns its losses in words."""
+    """Writes the tick's lines of metrics.jsonl, and the plan where another one came; returns its losses in words."""
+    if any(result.recoveries for result in tick.results) and training.step.plan is not None:
+        # A resumed run goes on as this one does.
+        folder.write_text("plan.json", training.step.plan.to_json())
     for result in tick.results:
         record = {k: v for k, v in result.to_dict().items() if k not in ("schema_version", "record")}
         folder.append_metrics({"kind": "step", "step": result.index, **record})
     last = tick.results[-1]
     if tick.validation_loss is None:
         return f"loss {last.loss:.6g}"
-    folder.append_metrics({"kind": "validation", "step": last.index, "loss": tick.validation_loss})
-    return f"loss {last.loss:.6g}, validation {tick.validation_loss:.6g}"
+    parts = dict(tick.validation_parts)
+    told = {"parts": parts} if parts else {}
+    folder.append_metrics({"kind": "validation", "step": last.index, "loss": tick.validation_loss, **told})
+    of = ", ".join(f"{name} {value:.6g}" for name, value in parts.items())
+    return f"loss {last.loss:.6g}, validation {tick.validation_loss:.6g}" + (f" ({of})" if of else "")
 
 
 def _log_memory(
@@ -248,7 +260,7 @@ def _write_summary(training: Training, folder: RunFolder, planned: Planned, outc
         metrics=dict(outcome.metrics),
         explanation=planned.explanation,
         troubleshooting=outcome.troubleshooting,
-        notes=outcome.notes,
+        notes=(*outcome.notes, *memory_notes(read_metrics(folder.path / "metrics.jsonl").results)),
         pictures=outcome.pictures,
     )
     folder.write_text("summary.json", summary.to_json())

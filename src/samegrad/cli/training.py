@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
 import samegrad as sg
 from samegrad.cli.run_story import PictureFile
 from samegrad.errors import BadInput
-from samegrad.records import Counting, StepResult
+from samegrad.records import Counting, Footprint, Plan, StepResult
 from samegrad.store import (
     Checkpoint,
     model_into,
@@ -32,12 +32,14 @@ from samegrad.store import (
 class Tick:
     """One unit of training done: its optimizer steps, the validation loss where there was one, and whether it is last.
 
+    ``validation_parts``: what that loss is made of, by name, where the program says it.
     After the last tick a program may put its best weights in place, so what resumes is saved at that tick.
     """
 
     results: tuple[StepResult, ...]
     validation_loss: float | None = None
     last: bool = False
+    validation_parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,9 @@ class Training(Protocol):
 
     @property
     def steps_done(self) -> int: ...
+
+    def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
+        """What the program has to say of its plan, in lines for people."""
 
     def limit(self, ticks: int) -> None:
         """Makes the tick number ``ticks`` the last one."""
@@ -123,6 +128,9 @@ class FunctionTraining:
     @property
     def steps_done(self) -> int:
         return self._done
+
+    def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
+        return ()
 
     def limit(self, ticks: int) -> None:
         self._total = ticks if self._total is None else min(ticks, self._total)

@@ -105,14 +105,6 @@ class GradientTotals:
         self._aliases = list(aliases)
         self._wide: dict[int, Tensor] = {}
 
-    def preallocate(self) -> None:
-        """Static zero accumulators, as a captured chunk needs them: replays add into the same memory."""
-        for index, alias in enumerate(self._aliases):
-            if alias.dtype in NARROW:
-                self._wide[index] = torch.zeros_like(alias, dtype=torch.float32)
-            else:
-                alias.grad = torch.zeros_like(alias)
-
     def fold(self) -> None:
         """Moves the last chunk's narrow gradients into their float32 sums. Wide ones already add up in place."""
         for index, alias in enumerate(self._aliases):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from samegrad.exact.dataless import has_data
+from samegrad.exact.out_of_memory import is_out_of_memory
 
 # What counts or switches something.
 PLAIN = (int, float, str, bool, type(None))
@@ -126,14 +128,28 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach(), b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def put_back(value: Tensor, content: Tensor) -> None:
+    """Writes ``content`` where ``value`` differs from it; where no memory is left to compare, without looking."""
+    if not _known_same(lambda: same_tensor(value, content)):
+        value.detach().copy_(content)
+
+
+def _known_same(compare: Callable[[], bool]) -> bool:
+    try:
+        return compare()
+    except Exception as error:  # of many types; all but one kind go on
+        if not is_out_of_memory(error):
+            raise
+        return False
+
+
 def _restore(value: Any, content: Any) -> None:
     if isinstance(content, Tensor):
-        if not same_tensor(value, content):
-            value.detach().copy_(content)
+        put_back(value, content)
     elif isinstance(content, np.ndarray):
         if not _same_array(value, content):
             value[...] = content
-    elif isinstance(content, _Entries) and not _same(value, value, content):
+    elif isinstance(content, _Entries) and not _known_same(lambda: _same(value, value, content)):
         for entry, copied in content.entries:
             _restore(entry, copied)
         if isinstance(value, list):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from samegrad.exact.held import global_names, of_a_library
+from samegrad.exact.softmax_loss import SoftmaxLoss
 
 
 def in_float64(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -40,6 +41,9 @@ class _Widening:
         try:
             if type(value) is functools.partial:
                 return self._partial(value)
+            if type(value) is SoftmaxLoss:
+                function = self.widened(value.function)
+                return value if function is value.function else SoftmaxLoss(function)
             return self._function(value) if type(value) is FunctionType else value
         finally:
             self._open.discard(id(value))

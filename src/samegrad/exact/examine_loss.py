@@ -17,6 +17,7 @@ from samegrad.exact.audit import audit
 from samegrad.exact.findings import Examination, ModelFindings
 from samegrad.exact.losses import Form, LossForm
 from samegrad.exact.sharded import refuse_in_loss
+from samegrad.exact.softmax_loss import SoftmaxLoss, checked
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.trees import RowLayout
 
@@ -39,6 +40,8 @@ def examine_loss(declared: DeclaredStep, model: ModelFindings) -> Examination:
 
 def _of_loss(declared: DeclaredStep, model: ModelFindings, state: ModuleState) -> Examination:
     aliases, outputs, few, layout = model.aliases, model.outputs, model.few, model.layout
+    if isinstance(declared.loss_fn, SoftmaxLoss):
+        return _of_softmax(declared, aliases, outputs)
     try:
         with collectives.watched():
             if aliases.sharded:
@@ -59,6 +62,17 @@ def _of_loss(declared: DeclaredStep, model: ModelFindings, state: ModuleState) -
             "in the batch as a tensor without axes, divide by it and declare normalise='sum'",
         ) from None
     return Examination(form.form, form.reason, count_per_row=count / layout.rows)
+
+
+def _of_softmax(declared: DeclaredStep, aliases: ParameterAliases, outputs: Any) -> Examination:
+    if aliases.sharded:
+        raise CannotSplit(
+            asked="reduce='softmax_mean' in a step whose parameters are sharded (fully_shard)",
+            found="chunks that run for other ranks' sake have no place in the softmax",
+            do="run the step whole, or share the rows out: over(..., reduce='softmax_mean', process_group=...)",
+        )
+    checked(outputs)
+    return Examination(Form.COUPLED, "a softmax over all rows, declared by reduce=; rows are not kept")
 
 
 def _refuse_sharded_in_loss(declared: DeclaredStep, aliases: ParameterAliases, outputs: Any, few: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ class StepForward:
             with torch.no_grad():
                 self.first(chunk, ids)
 
-    def commit(self) -> None:
-        self.state.commit()
+    def committed(self) -> AbstractContextManager[None]:
+        return self.state.committed()
 
     def _run(self, chunk: Any, ids: Tensor | None, share: float | None) -> Any:
         with self.draws.rows(ids) as running, self.draws.drawn_by(running), self.state.chunk(share):

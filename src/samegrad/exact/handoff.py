@@ -64,7 +64,8 @@ def hand_over(model: nn.Module, parameters: Sequence[nn.Parameter], totals: list
     """Adds ``totals[i]`` to ``parameters[i].grad`` through one backward. ``totals`` is emptied.
 
     Parameters whose total is None keep ``.grad`` as it is. ``model`` may be a DistributedDataParallel: then the
-    gradients are reduced over the ranks exactly once.
+    gradients are reduced over the ranks exactly once. Should it raise, it is taken back where nothing but new ``.grad``
+    can have come of it (``can_be_taken_back``).
     """
     reached = [p for p, total in zip(parameters, totals) if total is not None]
     given = [total for total in totals if total is not None]
@@ -76,9 +77,32 @@ def hand_over(model: nn.Module, parameters: Sequence[nn.Parameter], totals: list
     with torch.enable_grad():
         root = _through_reducer(model, stub) if isinstance(model, DistributedDataParallel) else stub()
     del stub
-    # What a shared leaf came from is behind it, and runs as after the user's autocast block.
-    with torch.autocast(root.device.type, enabled=False):
-        root.backward()
+    undoes = can_be_taken_back(model, reached)
+    try:
+        # What a shared leaf came from is behind it, and runs as after the user's autocast block.
+        with torch.autocast(root.device.type, enabled=False):
+            root.backward()
+    except BaseException:
+        if undoes:
+            for parameter in reached:
+                parameter.grad = None
+        raise
+
+
+def can_be_taken_back(model: nn.Module, parameters: Sequence[Tensor]) -> bool:
+    """Whether handing gradients to ``parameters`` only makes new ``.grad``: nothing is added to, hooked or reduced."""
+    return not isinstance(model, DistributedDataParallel) and all(
+        p.is_leaf and p.grad is None and not has_hooks(p) for p in parameters
+    )
+
+
+def has_hooks(leaf: Tensor) -> bool:
+    return bool(leaf._backward_hooks or _post_accumulate_hooks(leaf))
+
+
+def _post_accumulate_hooks(leaf: Tensor) -> Any:
+    # Absent until the first one is registered.
+    return getattr(leaf, "_post_accumulate_grad_hooks", None)
 
 
 def _through_reducer(ddp: DistributedDataParallel, stub: _Stub) -> Tensor:
@@ -92,6 +116,28 @@ def _through_reducer(ddp: DistributedDataParallel, stub: _Stub) -> Tensor:
         return cast(Tensor, ddp(None))
     finally:
         ddp._modules["module"] = network
+
+
+@contextlib.contextmanager
+def gradients_apart(leaves: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+    """A block whose backward leaves the gradients of ``leaves`` in the list, and ``.grad`` and hooks unaware of it."""
+    before = [leaf.grad for leaf in leaves]
+    post = [(leaf, hooks) for leaf in leaves if (hooks := _post_accumulate_hooks(leaf))]
+    found: list[Tensor | None] = []
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        for leaf, _ in post:
+            # None would leave them in force.
+            cast(Any, leaf)._post_accumulate_grad_hooks = {}
+        with hooks_silenced([leaf for leaf in leaves if leaf._backward_hooks]):
+            yield found
+        found += [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, hooks in post:
+            cast(Any, leaf)._post_accumulate_grad_hooks = hooks
+        for leaf, gradient in zip(leaves, before):
+            leaf.grad = gradient
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from samegrad.declared import DeclaredStep, Within
 from samegrad.errors import UsageError
 from samegrad.exact.attributes import Attribute, arrays_in, can_hold_state
+from samegrad.exact.softmax_loss import SoftmaxLoss
 
 # Tables and data sets are held as well, and hardly ever written; copies of them are not what memory is for.
 _LARGEST_BYTES = 2**28
@@ -136,7 +137,7 @@ class _Search:
         if isinstance(value, nn.Module):
             self.modules.append(value)
             self._seen |= {id(part) for part in value.modules()}
-        elif isinstance(value, Within):
+        elif isinstance(value, (Within, SoftmaxLoss)):
             self.look(value.function, name, depth)
         elif isinstance(value, functools.partial):
             for at, held in ((value.func, ""), *((part, f"({i})") for i, part in enumerate(value.args))):

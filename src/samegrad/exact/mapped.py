@@ -24,12 +24,13 @@ from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
 from samegrad.exact.passes import StepTotals, owned_parameter
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import DrawSites, StepKey
+from samegrad.exact.ranks import Agreement
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.split import SplitStep
 from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.exact.undisturbed import Before, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
 
@@ -52,13 +53,14 @@ class MappedExamination:
 
 @dataclasses.dataclass(frozen=True)
 class MappedStep:
-    """A step under ``scheme``."""
+    """A step under ``scheme``. ``agreement``: where ranks go on together or not at all."""
 
     declared: DeclaredStep
     aliases: ParameterAliases
     examination: MappedExamination
     scheme: Scheme
     with_magnitudes: bool = False
+    agreement: Agreement | None = None
 
     def keeping_magnitudes(self) -> MappedStep:
         """The same step, whose totals bring the sums of the chunks' absolute gradients."""
@@ -68,17 +70,18 @@ class MappedStep:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
     ) -> StepTotals:
         """The step's gradients, not handed over. Buffers are written; when anything raises they are put back."""
-        device = self.declared.device
-        state = ModuleState.of(self.declared)
-        with Generators(device).restored_on_failure():
-            examined = self.examination
-            draws = StepDraws(examined.sites, StepKey() if key is None else key, are_all=examined.sites_are_all)
-            draws.take()
-            try:
-                return self._summed(batch, layout, sizes, scaler, draws)
-            except BaseException:
-                state.restore()
-                raise
+        before = Before(self.declared.device, ModuleState.of(self.declared))
+        with before.restored_on_failure():
+            totals = self._totals(batch, layout, sizes, scaler, key)
+        return dataclasses.replace(totals, committed=before.restored_on_failure)
+
+    def _totals(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, key: StepKey | None
+    ) -> StepTotals:
+        examined = self.examination
+        draws = StepDraws(examined.sites, StepKey() if key is None else key, are_all=examined.sites_are_all)
+        draws.take()
+        return self._summed(batch, layout, sizes, scaler, draws)
 
     def backward(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
@@ -86,8 +89,11 @@ class MappedStep:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
         begin_step(self.declared.model)
         totals = self.totals(batch, layout, sizes, scaler, key)
-        announce(Phase.HANDOFF)
-        hand_over(self.declared.model, totals.parameters, totals.totals)
+        with totals.committed():
+            if self.agreement is not None:
+                self.agreement.ready()
+            announce(Phase.HANDOFF)
+            hand_over(self.declared.model, totals.parameters, totals.totals)
         return totals.loss
 
     def _summed(

@@ -21,9 +21,10 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
 from samegrad.exact.held import arrays_held_in
 from samegrad.exact.ranks import Ranks, SplitItems, largest_over_ranks, sum_over_ranks
-from samegrad.exact.rounding import close
+from samegrad.exact.row_comparisons import close
 from samegrad.exact.sharded import refuse_sharded
-from samegrad.exact.softmax_mean import checked, softmax_mean
+from samegrad.exact.softmax_loss import checked
+from samegrad.exact.softmax_mean import softmax_mean
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.exact.watch import Watch
 
@@ -50,17 +51,18 @@ def over(
     tensors and modules in it receive gradients. Raises CannotSplit when ``fn`` uses parameters that are not in
     ``shared``, draws random numbers or changes state.
 
-    ``process_group``: every rank of it holds items of its own, any number of them, and the same ``shared``; "sum" and
-    "logsumexp" reduce over the ranks too. Every rank is to compute the same loss from the result: then each holds the
-    whole gradient of what is shared (summed over ranks, not averaged) and that of its own items, to any order.
+    ``process_group``: every rank of it holds items of its own, any number of them, and the same ``shared``; the
+    reductions are over the ranks too. Every rank is to compute the same loss from the result: then each holds the
+    whole gradient of what is shared (summed over ranks, not averaged) and that of its own items, to any order but for
+    "softmax_mean".
     """
     if reduce not in get_args(Reduce):
         raise UsageError(asked=f"reduce={reduce!r}", found="not a reduction", do=f"use one of {get_args(Reduce)}")
-    if process_group is not None and reduce not in ("sum", "logsumexp"):
+    if process_group is not None and reduce == "cat":
         raise UsageError(
-            asked=f"reduce={reduce!r} with process_group=",
+            asked="reduce='cat' with process_group=",
             found="it is no sum over the items of all ranks",
-            do="use 'sum' or 'logsumexp', or leave process_group out: each rank keeps what its own items give",
+            do="use a reduction, or leave process_group out: each rank keeps what its own items give",
         )
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UsageError(asked=f"rows={rows!r}", found="not a positive whole number", do="give items at a time")
@@ -139,8 +141,12 @@ class _Over:
 
     def softmax_mean(self, fn: Callable[[Any, Any], Any]) -> Any:
         spec: list[Any] = []
-        chunks = self._chunks(lambda items, shared: checked(fn(items, shared)), None, spec)
-        return trees.unflatten(softmax_mean(chunks, self._inputs()), spec[0])
+        chunks, tensors = self._chunks(lambda items, shared: checked(fn(items, shared)), None, spec), self._inputs()
+        if self._split is None:
+            return trees.unflatten(softmax_mean(chunks, tensors), spec[0])
+        items = len(self._items)
+        entering = [*tensors[:items], *self._split.entering(tensors[items:])]
+        return trees.unflatten(softmax_mean(chunks, entering, self._split.group), spec[0])
 
     def _chunks(self, fn: Callable[[Any, Any], Any], out_axis: int | None, spec: list[Any]) -> ChunkMap:
         """``fn`` by chunks of items; ``spec`` will hold how what it returned was nested."""

@@ -15,6 +15,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from samegrad.exact.aliases import GradientTotals, ParameterAliases
 from samegrad.exact.forward import StepForward
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.losses import Form
+from samegrad.exact.pass_programs import EAGER, ChunkWork, GradientSums, Inside, Programs
 from samegrad.exact.phases import announce
 from samegrad.exact.sharded import refuse_in_loss
 from samegrad.records import Phase
@@ -40,17 +42,14 @@ class FirstPass(enum.Enum):
     WITH_GRAPH = "with graph"
 
 
-GradientSums = Callable[[Sequence[nn.Parameter]], GradientTotals]
-
-
 @dataclasses.dataclass
 class StepTotals:
     """What a split step hands over: its loss, and a gradient per parameter (None where there is none).
 
     loss: () on the device, detached, not scaled. parameters: the model's, then those the loss owns.
     mismatches: () int64 on the device, entries whose second-pass bits differ; None after a single pass.
-    magnitudes: sums of the chunks' absolute gradients, where the sums kept them. commit: writes the state that the
-    forward changes, once.
+    magnitudes: sums of the chunks' absolute gradients, where the sums kept them. committed: a block for which
+    the state that the forward changes is written, once; it is taken back should the block raise.
     """
 
     loss: Tensor
@@ -58,7 +57,7 @@ class StepTotals:
     totals: list[Tensor | None]
     mismatches: Tensor | None = None
     magnitudes: list[Tensor | None] | None = None
-    commit: Callable[[], None] = lambda: None
+    committed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def single_pass(
@@ -72,8 +71,10 @@ def single_pass(
     scale: Tensor,
     sums_of: GradientSums = GradientTotals,
     divisor: float = 1.0,
+    programs: Programs = EAGER,
+    inside: Inside = lambda _: contextlib.nullcontext(),
 ) -> StepTotals:
-    """Totals of a step whose loss is a sum over rows.
+    """Totals of a step whose loss is a sum over rows, its chunks run by ``programs``.
 
     ``shares[k]`` is chunk k's part of the loss: its rows or its count over the batch's for a mean, 1 for a sum. A
     chunk whose share is 0 (no valid target) adds nothing; it is run only when its forward changes state or other
@@ -82,43 +83,32 @@ def single_pass(
     dtypes.
     """
     device = declared.device
-    sums = program.LossSums(device)
     weights = torch.tensor(shares, dtype=torch.float64, device=device)
     # A multiple of a power of two is exact where the loss is narrow, n / rows is not; every row of a chunk would carry
     # that rounding, so what is left of the divisor is made up for on the wide sums.
     rest = 2.0 ** round(math.log2(divisor)) / divisor
     cotangents = weights * scale / rest
     factor = None if rest == 1 else torch.tensor(rest, dtype=torch.float64, device=device)
-    loss_dtype: torch.dtype | None = None
-
-    def loss_of_chunk(outputs: Any, chunk: Any) -> Tensor:
-        nonlocal loss_dtype
-        loss = checked_loss(declared.loss_fn(outputs, chunk))
-        loss_dtype = loss.dtype
-        return loss
-
-    with aliases.swapped() as swapped:
-        body = program.single_pass_body(forward.first, loss_of_chunk, form, sums)
-        gradients = sums_of(swapped)
-        chunk_program = program.ChunkProgram(body, gradients)
-        idle = program.ChunkProgram(program.idle_body(forward.idle, _used_by(declared)), gradients)
+    with programs.single_pass(ChunkWork(declared, aliases, forward, form, sums_of, inside)) as running:
         for index, chunk, part in numbered(chunks, sizes):
             if shares[index] == 0:
                 if aliases.sharded:
-                    idle.run_once(chunk)
+                    running.idle(chunk, _used_by(declared))
                 else:
                     forward.only_state(chunk, forward.ids(part))
                 continue
-            chunk_program.run_once(chunk, forward.ids(part), weights[index], cotangents[index])
-        loss = sums.loss
+            running.run_once(chunk, forward.ids(part), weights[index], cotangents[index])
+        sums = running.sums
+        loss = sums.loss.clone()
         if form is Form.COUNTED:
             loss = sums.loss / sums.count
             # Chunks ran with cotangents for the count they were expected to have; the true count is known now.
             factor = torch.where(sums.count == 0, torch.zeros_like(sums.count), 1 / (weights[0] * sums.count))
-        totals, magnitudes = chunk_program.totals(factor), gradients.magnitudes()
+        totals, magnitudes = running.totals(factor), running.magnitudes()
     return StepTotals(
-        loss.to(loss_dtype), list(aliases.parameters), totals, magnitudes=magnitudes, commit=forward.commit
-    )
+        loss if sums.dtype is None else loss.to(sums.dtype), list(aliases.parameters), totals, magnitudes=magnitudes,
+        committed=forward.committed,
+    )  # fmt: skip
 
 
 def parts_of(sizes: Sequence[int]) -> Iterator[slice]:
@@ -162,7 +152,7 @@ def two_passes(
     with aliases.swapped() as swapped:
         gradients = sums_of(swapped)
         outputs, graphs = _first_pass(declared, forward, chunks(sizes), sizes, first_pass, kept)
-        loss, cotangents, owned, owned_totals = _loss_gradients(
+        loss, cotangents, owned, owned_totals = loss_gradients(
             declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters)),
             aliases.sharded_names(),
         )  # fmt: skip
@@ -183,18 +173,29 @@ def two_passes(
             mine = [None if c is None else c[part] for c in cotangents]
             second.run_once(chunk, forward.ids(part), [leaf[part] for leaf in rows], mine)
         totals, magnitudes = second.totals(), gradients.magnitudes()
-    parameters = list(aliases.parameters)
-    place = {id(p): i for i, p in enumerate(parameters)}
+    parameters = with_owned(aliases.parameters, totals, owned, owned_totals)
+    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.committed)
+
+
+def with_owned(
+    parameters: Sequence[nn.Parameter],
+    totals: list[Tensor | None],
+    owned: Sequence[nn.Parameter],
+    owned_totals: Sequence[Tensor | None],
+) -> list[nn.Parameter]:
+    """``parameters`` and after them those that only the loss owns, whose gradients are put into ``totals``."""
+    all_of_them = list(parameters)
+    place = {id(p): i for i, p in enumerate(all_of_them)}
     for parameter, total in zip(owned, owned_totals):
         index = place.get(id(parameter))
         if index is None:
-            parameters.append(parameter)
+            all_of_them.append(parameter)
             totals.append(total)
         else:
             # A parameter of the model that the loss uses as well: its gradient is the sum of both ways.
             before = totals[index]
             totals[index] = total if before is None else before.add_(total) if total is not None else before
-    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.commit)
+    return all_of_them
 
 
 def _first_pass(
@@ -220,7 +221,7 @@ def _first_pass(
                 continue
             announce(Phase.FORWARD)
             with torch.set_grad_enabled(index >= again or torch.is_grad_enabled()):
-                made = forward.first(_lasting(chunk) if index >= again else chunk, forward.ids(part))
+                made = forward.first(lasting(chunk) if index >= again else chunk, forward.ids(part))
             if index == 0:
                 outputs.allocate(made, sizes[0])
             _write(outputs, part, made)
@@ -236,12 +237,12 @@ def _write(outputs: program.OutputRows, part: slice, made: Any) -> None:
         place[part].copy_(leaf.detach())
 
 
-def _lasting(chunk: Any) -> Any:
+def lasting(chunk: Any) -> Any:
     """``chunk`` in memory of its own where the next one would be read into its place."""
     return trees.map_tensors(chunk, lambda leaf: leaf.clone() if leaf.device.type == "cuda" else leaf)
 
 
-def _loss_gradients(
+def loss_gradients(
     declared: DeclaredStep,
     outputs: program.OutputRows,
     batch: Any,

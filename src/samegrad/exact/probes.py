@@ -32,7 +32,7 @@ from samegrad.exact.few_rows import on_few_rows
 from samegrad.exact.module_names import entered, looked_at
 from samegrad.exact.replaced_forward import has_own_forward
 from samegrad.exact.replaced_rows import ShapesSeen, replacements
-from samegrad.exact.rounding import close, eps_in_use
+from samegrad.exact.row_comparisons import alike, leaf_pairs, rounded_alike, row_pairs, same_bits, same_rows
 from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.state import StateRule
 from samegrad.exact.state_probe import StateProbe
@@ -41,9 +41,7 @@ from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried
 from samegrad.trees import RowLayout
 
 PROBE_ROWS = 8
-# What a forward raises for rows of a number that it cannot take.
-_ROUNDING_UNITS = 64
-_WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
+WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
 
 def refuse_known_layers(module: nn.Module) -> None:
@@ -54,13 +52,13 @@ def refuse_known_layers(module: nn.Module) -> None:
             raise CannotSplit(
                 asked="split the rows of a step",
                 found=f"{name or 'the model'} is a FullyShardedDataParallel, with parts of one flat parameter",
-                do=f"{_WAYS_OUT}, or shard with torch.distributed.fsdp.fully_shard",
+                do=f"{WAYS_OUT}, or shard with torch.distributed.fsdp.fully_shard",
             )
         if uses_batch_statistics(part) and not has_own_forward(part):
             raise CannotSplit(
                 asked="split the rows of a step",
                 found=f"{name or 'the model'} ({kind} in training mode) normalises with the statistics of all rows",
-                do=f"{_WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
+                do=f"{WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
             )
 
 
@@ -172,7 +170,7 @@ class RowProbes:
                 asked="split the rows of a step",
                 found=f"{running[-1] if running else 'the forward'} calls a collective ({seen}): it would see a "
                 "chunk's rows, and ranks with other chunk counts would wait for each other",
-                do=f"{_WAYS_OUT}, or move the collective into loss_fn, which sees all rows of this rank once a step",
+                do=f"{WAYS_OUT}, or move the collective into loss_fn, which sees all rows of this rank once a step",
             ) from None
 
     def _plain_forward(self) -> None:
@@ -198,7 +196,7 @@ class RowProbes:
             asked="split the rows of a step",
             found=f"{place} gives other outputs when the same rows run again: it keeps state where that is not seen, "
             "or a kernel adds in an order that varies",
-            do=f"{_WAYS_OUT}, keep state in buffers and attributes of the module, or choose kernels that repeat "
+            do=f"{WAYS_OUT}, keep state in buffers and attributes of the module, or choose kernels that repeat "
             "(torch.use_deterministic_algorithms(True, warn_only=True) names those that do not)",
         )
 
@@ -206,16 +204,16 @@ class RowProbes:
         for kept, replaced in replacements(self.batch, others, self.layout, self.kept):
             again = self.forward(replaced)
             self.restored()
-            pairs = [(x[kept], y[kept]) for _, x, y in _row_pairs(outputs, again)]
-            if all(_same_bits(x, y) for x, y in pairs):
+            pairs = [(x[kept], y[kept]) for _, x, y in row_pairs(outputs, again)]
+            if all(same_bits(x, y) for x, y in pairs):
                 continue
-            if all(_rounded_alike(x, y) for x, y in pairs) and self._shapes(self.batch) != self._shapes(replaced):
+            if all(rounded_alike(x, y) for x, y in pairs) and self._shapes(self.batch) != self._shapes(replaced):
                 continue
             raise CannotSplit(
                 asked="split the rows of a step",
                 found=f"{self._first_difference(replaced, kept)} mixes rows: other rows were replaced and rows {kept} "
                 "changed",
-                do=f"{_WAYS_OUT}, or take the mixing out of the model and into loss_fn, which sees all rows",
+                do=f"{WAYS_OUT}, or take the mixing out of the model and into loss_fn, which sees all rows",
             )
 
     def _check_subset(self, outputs: Any) -> None:
@@ -223,19 +221,19 @@ class RowProbes:
         with entered(self.declared.network) as running, on_few_rows(len(self.kept), running):
             alone = self.forward(few, self.kept)
         self.restored()
-        for path, among, apart in _leaf_pairs(outputs, alone):
+        for path, among, apart in leaf_pairs(outputs, alone):
             if not isinstance(among, Tensor):
                 # Such as len(x): the loss would be given the length of a chunk.
                 if isinstance(among, program.Unseen) or among == apart:
                     continue
             else:
                 chosen = among[torch.tensor(self.kept, device=among.device)]
-                if chosen.shape == apart.shape and _alike(chosen, apart):
+                if chosen.shape == apart.shape and alike(chosen, apart):
                     continue
             raise CannotSplit(
                 asked="split the rows of a step",
                 found=f"{path} of a row depends on how many rows run with it, or on its position",
-                do=f"{_WAYS_OUT}, or make the model's rows independent of the batch's length",
+                do=f"{WAYS_OUT}, or make the model's rows independent of the batch's length",
             )
 
     def restored(self) -> None:
@@ -261,7 +259,7 @@ class RowProbes:
             first.append(seen)
         for (name, a), (_, b) in zip(first[0], first[1]):
             by_rows = a.dim() > 0 and a.shape == b.shape and a.shape[0] == self._rows
-            if by_rows and not _same_bits(a[list(rows)], b[list(rows)]):
+            if by_rows and not same_bits(a[list(rows)], b[list(rows)]):
                 return name
         return "code outside its modules"
 
@@ -274,44 +272,13 @@ def _collector(seen: list[tuple[str, Tensor]]) -> Callable[[str, Tensor | None],
     return look
 
 
-def check_alone(
-    declared: DeclaredStep, alone: Any, among: Any, rows: int, generators: Generators, state: ModuleState
-) -> None:
-    """Raises CannotSplit unless the first ``rows`` rows give ``alone`` what they give ``among`` others."""
-    refuse_known_layers(declared.network)
-    with torch.no_grad():
-        outputs = [declared.forward(declared.network, batch) for batch in (alone, among)]
-    drew, changed = generators.advanced(), state.changed()
-    if drew or changed:
-        raise CannotSplit(
-            asked="split groups of rows",
-            found=f"the forward draws random numbers ({', '.join(drew)})" if drew else f"it changes {changed[:3]}",
-            do=_WAYS_OUT,
-        )
-    for (path, mine), whole in zip(trees.flatten_with_paths(outputs[0], "outputs"), trees.leaves_of(outputs[1])):
-        if not isinstance(mine, Tensor) and mine != whole:
-            raise CannotSplit(
-                asked="split groups of rows",
-                found=f"{path} is {mine!r} for one group and {whole!r} for two, so no chunk has the batch's",
-                do=f"{_WAYS_OUT}, or compute it outside the function",
-            )
-    for path, mine, whole in _row_pairs(outputs[0], outputs[1]):
-        program.check_row_output(path, mine, rows)
-        if mine.is_floating_point() and not close(whole[:rows], mine):
-            raise CannotSplit(
-                asked="split groups of rows",
-                found=f"{path} of a group depends on the groups that run with it",
-                do=f"{_WAYS_OUT}, or put what must see each other into one group",
-            )
-
-
 def refuse_held(state: ModuleState) -> None:
     """Raises CannotSplit naming what the function holds outside modules and has changed."""
     if changed := state.held_changed():
         raise CannotSplit(
             asked="split the rows of a step",
             found=f"the forward changes {', '.join(changed[:3])}, which would happen once a chunk and not once a step",
-            do=f"{_WAYS_OUT}, or update that outside the forward",
+            do=f"{WAYS_OUT}, or update that outside the forward",
         )
 
 
@@ -331,7 +298,7 @@ def check_reach(aliases: ParameterAliases, outputs: Any, standing: Sequence[nn.P
                 else f"the forward uses a tensor of shape {tuple(leaf.shape)} that requires grad and is not a "
                 "registered parameter",
                 do="register it (nn.Parameter, nn.ParameterList, nn.ModuleList) and use it from there, "
-                "or " + _WAYS_OUT,
+                "or " + WAYS_OUT,
             )
 
 
@@ -343,14 +310,14 @@ def _check_weights(weights: Sequence[tuple[str, Tensor, Tensor]]) -> None:
     """Raises CannotSplit, the weights as they were, when a forward changed some: set from its first batch, say."""
     changed = []
     for name, now, before in weights:
-        if not _same_bits(local(now), before):
+        if not same_bits(local(now), before):
             changed.append(name)
             local(now).copy_(before)
     if changed:
         raise NotToBeTried(
             asked="split the rows of a step",
             found=f"the forward changes its parameters {', '.join(changed[:3])}: from a chunk, not from the batch",
-            do=f"{_WAYS_OUT}, or run one forward on a whole batch before the first step",
+            do=f"{WAYS_OUT}, or run one forward on a whole batch before the first step",
         )
 
 
@@ -360,37 +327,5 @@ def _check_untouched(versions: Sequence[tuple[str, Tensor, int]]) -> None:
             raise CannotSplit(
                 asked="split the rows of a step",
                 found=f"the forward writes on its input {path}: a second forward would see other values",
-                do=f"{_WAYS_OUT}, or use the operation that is not in place",
+                do=f"{WAYS_OUT}, or use the operation that is not in place",
             )
-
-
-def _leaf_pairs(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
-    pairs = zip(trees.flatten_with_paths(a, "outputs"), trees.leaves_of(b))
-    return [(path, x, y) for (path, x), y in pairs]
-
-
-def _row_pairs(a: Any, b: Any) -> list[tuple[str, Tensor, Tensor]]:
-    return [(path, x, y) for path, x, y in _leaf_pairs(a, b) if isinstance(x, Tensor)]
-
-
-def same_rows(a: Any, b: Any) -> bool:
-    """Whether two outputs of the model are bit for bit the same."""
-    return all(_same_bits(x, y) for _, x, y in _row_pairs(a, b))
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _rounded_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether rounding explains what differs: a few units in the last place of the largest entry."""
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    return close(a, b, _ROUNDING_UNITS * eps_in_use(a))
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """``close``, or whole numbers most of which are equal: rounding decides ties, it does not count rows."""
-    if a.is_floating_point() or a.is_complex():
-        return close(a, b)
-    return bool((a != b).sum() <= a.numel() // 4)

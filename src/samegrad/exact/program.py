@@ -1,8 +1,8 @@
 """The work of one chunk, in a shape that can run eagerly or be captured once and replayed.
 
-A program is bound to its inputs, run, and asked for totals at the end of the step. ``run`` reads tensors and writes
+A program is bound to its inputs, run, and asked for totals at the end of the step. Bodies read tensors and write
 tensors: no Python numbers that change from chunk to chunk and no transfers to the host, so that what was captured
-for one chunk is right for every chunk of that shape. Weights and counters are device tensors.
+(``chunk_graphs.py``) for one chunk is right for every chunk of that shape. Weights and counters are device tensors.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from samegrad import trees
 from samegrad.errors import CannotSplit
-from samegrad.exact import losses
 from samegrad.exact.aliases import GradientTotals
-from samegrad.exact.losses import Form
 from samegrad.exact.phases import announce
 from samegrad.records import Phase
 
 # forward(chunk, ids): the model's outputs; ids (rows,) int64 on the device, each row's place in the batch, or None
 # where nothing is drawn.
 Forward = Callable[[Any, Tensor | None], Any]
+# loss_of(chunk, ids): the loss of a chunk's rows alone, () with its graph, and what a COUNTED one is divided by.
+LossOfChunk = Callable[[Any, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def backward_outside_autocast(roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
@@ -50,20 +50,15 @@ def _no_autocast(device_type: str) -> torch.autocast:
 
 
 class ChunkProgram:
-    """One chunk's forward, loss and backward into the sums of the step. Eager backend.
+    """One chunk's forward, loss and backward into the sums of the step, run by Python.
 
-    ``bind`` names the inputs of the next ``run``. Under capture, bind once and copy the next chunk into the bound
-    tensors instead. ``totals`` ends the step: gradients in the order of the aliases.
+    ``bind`` names the inputs of the next ``run``. ``totals`` ends the step: gradients in the order of the aliases.
     """
 
     def __init__(self, body: Callable[..., None], gradients: GradientTotals) -> None:
         self._body = body
         self._gradients = gradients
         self._inputs: tuple[Any, ...] = ()
-
-    def preallocate(self) -> None:
-        """Static accumulators, for capture (a parameter size that eager programs do not need)."""
-        self._gradients.preallocate()
 
     def bind(self, *inputs: Any) -> None:
         self._inputs = inputs
@@ -86,16 +81,27 @@ class ChunkProgram:
 
 
 class LossSums:
-    """Sums over chunks that a single pass keeps on the device: the loss, and the count that divides it."""
+    """Sums over chunks that a single pass keeps on the device: the loss, and the count that divides it.
+
+    ``dtype``: of the chunks' losses, which is the step's.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.dtype: torch.dtype | None = None
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
 
+    def zero(self) -> None:
+        """Back to nothing, in place."""
+        self.loss.zero_()
+        self.count.zero_()
+
     def add(self, loss: Tensor, weight: Tensor) -> None:
+        self.dtype = loss.dtype
         self.loss.add_(loss.detach() * weight)
 
     def add_counted(self, loss: Tensor, weight: Tensor) -> None:
+        self.dtype = loss.dtype
         # A chunk without a valid target has loss 0/0 and weight 0; its share is nothing, not NaN.
         share = torch.where(weight == 0, torch.zeros_like(self.loss), loss.detach().to(self.loss.dtype) * weight)
         self.loss.add_(share)
@@ -103,7 +109,7 @@ class LossSums:
 
 
 def single_pass_body(
-    forward: Forward, loss_fn: Callable[[Any, Any], Tensor], form: Form, sums: LossSums
+    loss_of: LossOfChunk, sums: LossSums
 ) -> Callable[[Any, Tensor | None, Tensor, Tensor], None]:
     """Body of one chunk when the loss is a sum over rows: ``(chunk, ids, weight, cotangent)``.
 
@@ -113,13 +119,9 @@ def single_pass_body(
     """
 
     def body(chunk: Any, ids: Tensor | None, weight: Tensor, cotangent: Tensor) -> None:
-        announce(Phase.FORWARD)
-        outputs = forward(chunk, ids)
-        announce(Phase.LOSS)
-        loss = loss_fn(outputs, chunk).reshape(())
-        del outputs
-        if form is Form.COUNTED:
-            weight = losses.count_of(loss).to(weight.dtype)
+        loss, count = loss_of(chunk, ids)
+        if count is not None:
+            weight = count.to(weight.dtype)
             cotangent = cotangent * weight
             sums.add_counted(loss, weight)
         else:
@@ -258,6 +260,11 @@ def _bits(values: Tensor) -> Tensor:
     return torch.view_as_real(values).view(torch.int64) if whole is None else values.view(whole)
 
 
+def different_bits(again: Tensor, before: Tensor) -> Tensor:
+    """() int64: how many entries differ in any bit."""
+    return (_bits(again.detach()) != _bits(before)).sum()
+
+
 def second_pass_body(
     forward: Forward, mismatches: Tensor
 ) -> Callable[[Any, Tensor | None, Sequence[Tensor], Sequence[Tensor | None]], None]:
@@ -272,7 +279,7 @@ def second_pass_body(
         announce(Phase.FORWARD)
         leaves = tensors_in(forward(chunk, ids))
         for again, before in zip(leaves, first):
-            mismatches.add_((_bits(again.detach()) != _bits(before)).sum())
+            mismatches.add_(different_bits(again, before))
         backward_of_rows(leaves, cotangents)
 
     return body

@@ -7,6 +7,7 @@ them are ready, before the first one that depends on it.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samegrad.errors import CannotSplit
+from samegrad.exact.out_of_memory import OutOfMemory
 
 T = TypeVar("T")
 
@@ -48,12 +50,69 @@ class Ranks:
             raise
         failed, largest = self.largest(0, number)
         if failed:
-            raise CannotSplit(
-                asked="a step that every rank takes",
-                found=f"rank {failed - 1} raised an error, and this rank did not",
-                do=f"see the message of rank {failed - 1}; nothing was run and no gradient was handed over",
-            )
+            _refuse_alone(failed - 1)
         return value, largest
+
+
+class Outcome(enum.IntEnum):
+    """How an attempt ended on one rank; the largest over the ranks is how it ended."""
+
+    READY = 0
+    OUT_OF_MEMORY = 1
+    RAISED = 2
+
+
+class OutOfMemoryElsewhere(OutOfMemory):
+    """This rank was ready to hand its gradients over; another one ran out of memory."""
+
+
+class Agreement:
+    """What the ranks of one step tell each other before gradients are reduced: exactly once an attempt, on every rank.
+
+    Its few bytes are taken when it is made, since there may be none when they are needed. It waits for the slowest
+    rank, at most for the time-out of the process group.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._told = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.spoken = False
+        self.worst: tuple[Outcome, int] | None = None
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all ranks were ready: then gradients are being reduced."""
+        return self.worst is not None and self.worst[0] is Outcome.READY
+
+    def ready(self) -> None:
+        """To be called where all that may still fail is the hand-over. Raises on every rank when one failed."""
+        outcome, rank = self.tell(Outcome.READY)
+        if outcome is Outcome.OUT_OF_MEMORY:
+            raise OutOfMemoryElsewhere(
+                asked="a step that every rank takes",
+                found=f"rank {rank} ran out of memory",
+                do=f"see the message of rank {rank}; no gradient was handed over",
+            )
+        if outcome is Outcome.RAISED:
+            _refuse_alone(rank)
+
+    def tell(self, outcome: Outcome) -> tuple[Outcome, int]:
+        """The worst outcome over the ranks and a rank that had it; ``outcome`` is this one's."""
+        self.spoken = True
+        self._told.fill_((int(outcome) << 32) + dist.get_rank())
+        for group in self._ranks.groups:
+            dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=group)
+        worst, rank = divmod(int(self._told), 1 << 32)
+        self.worst = Outcome(worst), rank
+        return self.worst
+
+
+def _refuse_alone(rank: int) -> NoReturn:
+    raise CannotSplit(
+        asked="a step that every rank takes",
+        found=f"rank {rank} raised an error, and this rank did not",
+        do=f"see the message of rank {rank}; no gradient was handed over",
+    )
 
 
 class _SumOverRanks(torch.autograd.Function):

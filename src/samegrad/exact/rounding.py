@@ -1,4 +1,4 @@
-"""How coarse numbers are where they were computed, which their dtype alone does not say; and which are close then."""
+"""How coarse numbers are where they were computed, which their dtype alone does not say."""
 
 from __future__ import annotations
 
@@ -23,20 +23,6 @@ def eps_in_use(of: Tensor) -> float:
     if device_type == "cuda" and of.dtype is torch.float32 and _tf32_allowed():
         eps = max(eps, _TF32_EPS)
     return eps
-
-
-def close(a: Tensor, b: Tensor, allowed: float | None = None) -> bool:
-    """Whether ``a`` and ``b`` agree in half their digits: other shapes take other kernels, so bits may differ.
-
-    ``allowed``: the difference that is allowed instead, relative to the largest entry.
-    """
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    allowed = eps_in_use(a) ** 0.5 if allowed is None else allowed
-    finite = a[a.isfinite()]
-    scale = max(finite.abs().max().item(), 1e-30) if finite.numel() else 1.0
-    near = (a == b) | ((a - b).abs() <= scale * allowed)
-    return bool(near.all() | (a != a).any())
 
 
 def _tf32_allowed() -> bool:

@@ -21,8 +21,9 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.backward_probe import BackwardProbe
+from samegrad.exact.group_probe import check_alone
 from samegrad.exact.held import arrays_held_in
-from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_alone, check_reach, refuse_held
+from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach, refuse_held
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.row_map import RowCall
 from samegrad.exact.sharded import refuse_sharded
@@ -80,7 +81,7 @@ class Rowwise(nn.Module):
         draws = StepDraws(self._sites(batch, layout, len(sizes) > 1))
         ids = None
         if draws.sites is not None:
-            draws.key.take()
+            draws.take()
             device = next(leaf.device for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor))
             ids = torch.arange(layout.rows, device=device)
         if len(sizes) < 2:

@@ -12,42 +12,29 @@ so backward is one more pass over the items: 2F + B in all, one chunk of items a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from samegrad import trees
 from samegrad.errors import UsageError
 from samegrad.exact.chunk_map import ChunkMap, Results
+from samegrad.exact.ranks import largest_over_ranks, sum_over_ranks
+from samegrad.exact.softmax_loss import beside, wide
 
 
-def softmax_mean(chunks: ChunkMap, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def softmax_mean(chunks: ChunkMap, inputs: Sequence[Tensor], group: Any = None) -> tuple[Tensor, ...]:
     """``(lse, *means)``: log-sum-exp over items () + B, and of each value (items, B, ...) its mean (B, ...).
 
     ``chunks.function`` returns ``[scores, *values]`` of a chunk. Dtypes are those of scores and values; sums are kept
     in float32 at least. Where every score is -inf, lse is -inf and the means are 0, without a gradient.
+
+    ``group``: its ranks hold items of their own; the result is that of all of them, the same on every rank, and each
+    rank's items get their gradient there. Only the state of a pass crosses.
     """
     # autograd.Function.apply carries no types.
-    return cast(tuple[Tensor, ...], cast(Any, _Node).apply(chunks, *inputs))
-
-
-def checked(result: Any) -> tuple[Tensor, Any]:
-    """``result`` if it is ``(scores, values)`` as the reduction needs them; raises UsageError otherwise."""
-    asked = 'over(..., reduce="softmax_mean") with fn(items, shared) -> (scores, values)'
-    do = "return scores (items, B) and values, nested as you like, of shape (items, B, ...)"
-    if not isinstance(result, (tuple, list)) or len(result) != 2 or not isinstance(result[0], Tensor):
-        raise UsageError(asked=asked, found=f"it returned a {type(result).__name__}", do=do)
-    scores, values = result
-    for path, leaf in trees.flatten_with_paths(values, "values"):
-        if not isinstance(leaf, Tensor) or leaf.shape[: scores.dim()] != scores.shape:
-            found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise UsageError(asked=asked, found=f"{path} is {found}, scores are {tuple(scores.shape)}", do=do)
-    whole = [leaf.dtype for leaf in (scores, *trees.leaves_of(values)) if not leaf.is_floating_point()]
-    if whole:
-        raise UsageError(asked=asked, found=f"one of them is {whole[0]}, which has no mean", do="make it float")
-    return scores, values
+    return cast(tuple[Tensor, ...], cast(Any, _Node).apply(chunks, group, *inputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,28 +51,57 @@ class Streamed:
 
     @classmethod
     def of(cls, scores: Tensor, values: Sequence[Tensor]) -> Streamed:
-        wide = scores.to(_wide(scores.dtype))
-        maximum = wide.amax(0)
-        terms = (wide - _shift(maximum)).exp()
-        return cls(maximum, terms.sum(0), tuple((_beside(terms, v) * v).sum(0) for v in values))
+        wider = scores.to(wide(scores.dtype))
+        maximum = wider.amax(0)
+        terms = (wider - _shift(maximum)).exp()
+        return cls(maximum, terms.sum(0), tuple((beside(terms, v) * v).sum(0) for v in values))
 
     def raised(self, maximum: Tensor) -> Streamed:
         """The same state relative to ``maximum``, which is at least its own."""
         # Equal maxima may both be infinite, whose difference is no number.
         factor = torch.where(self.maximum == maximum, torch.ones_like(maximum), (self.maximum - maximum).exp())
-        return Streamed(maximum, self.total * factor, tuple(_beside(factor, w) * w for w in self.weighted))
+        return Streamed(maximum, self.total * factor, tuple(beside(factor, w) * w for w in self.weighted))
 
     def merged(self, other: Streamed) -> Streamed:
         maximum = torch.maximum(self.maximum, other.maximum)
         a, b = self.raised(maximum), other.raised(maximum)
         return Streamed(maximum, a.total + b.total, tuple(x + y for x, y in zip(a.weighted, b.weighted, strict=True)))
 
+    def of_all_ranks(self, group: Any) -> Streamed:
+        """The state after the items of every rank of ``group``, each of which brings its own."""
+        [maximum] = largest_over_ranks([self.maximum], group)
+        mine = self.raised(maximum)
+        total, *weighted = sum_over_ranks([mine.total, *mine.weighted], group)
+        return Streamed(maximum, total, tuple(weighted))
+
     def log_sum_exp(self) -> Tensor:
         return torch.where(self.maximum.isfinite(), self.maximum + self.total.log(), self.maximum)
 
     def means(self) -> tuple[Tensor, ...]:
         divisor = _divisor(self.total)
-        return tuple(w / _beside(divisor, w) for w in self.weighted)
+        return tuple(w / beside(divisor, w) for w in self.weighted)
+
+    @torch.no_grad()
+    def pulled_back(
+        self, scores: Tensor, values: Sequence[Tensor], means: Sequence[Tensor], cotangents: Mapping[int, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Some items' scores and values, each with its cotangent. ``cotangents``: by place, 0 of the log-sum-exp.
+
+        Only ``maximum`` and ``total`` are looked at, those of all items.
+        """
+        shares = _softmax(scores, self.maximum, self.total)
+        of_scores = torch.zeros_like(shares)
+        if 0 in cotangents:
+            of_scores += cotangents[0].to(shares.dtype)
+        pairs = []
+        for place, (value, mean) in enumerate(zip(values, means, strict=True), start=1):
+            if place not in cotangents:
+                continue
+            cotangent = cotangents[place].to(mean.dtype)
+            of_scores += _inner((value - mean) * cotangent, scores.dim())
+            pairs.append((value, (beside(shares, value) * cotangent).to(value.dtype)))
+        pairs.append((scores, (shares * of_scores).to(scores.dtype)))
+        return pairs
 
 
 def _softmax(scores: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
@@ -102,15 +118,6 @@ def _divisor(total: Tensor) -> Tensor:
     return torch.where(total == 0, torch.ones_like(total), total)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _beside(weights: Tensor, values: Tensor) -> Tensor:
-    """``weights`` with as many axes as ``values``, to be multiplied with."""
-    return weights.reshape(*weights.shape, *(1 for _ in range(values.dim() - weights.dim())))
-
-
 def _inner(products: Tensor, dims: int) -> Tensor:
     """The sum over all axes past the first ``dims``."""
     return products.flatten(dims).sum(-1) if products.dim() > dims else products
@@ -118,7 +125,7 @@ def _inner(products: Tensor, dims: int) -> Tensor:
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: ChunkMap, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: ChunkMap, group: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         state: list[Streamed] = []
         dtypes: list[torch.dtype] = []
 
@@ -130,7 +137,7 @@ class _Node(torch.autograd.Function):
             return ()
 
         dataclasses.replace(plan, function=take, out_axes=()).run(inputs)
-        [last] = state
+        last = state[0] if group is None else state[0].of_all_ranks(group)
         means = last.means()
         ctx.plan, ctx.count = plan, len(inputs)
         ctx.save_for_backward(*inputs, last.maximum, last.total, *means)
@@ -141,7 +148,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: ChunkMap = ctx.plan
         inputs, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         gradients: list[Tensor | None] = [None] * len(inputs)
         if wanted and given:
@@ -157,7 +164,7 @@ class _Node(torch.autograd.Function):
             found = cast(Any, _FirstOrder).apply(product, *inputs, *kept, *(cotangents[i] for i in given))
             for index, gradient in zip(wanted, found):
                 gradients[index] = gradient
-        return (None, *gradients)
+        return (None, None, *gradients)
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -185,24 +192,13 @@ def _vector_jacobian(
     def product(arguments: Sequence[Tensor]) -> Results:
         inputs, (maximum, total, *rest) = list(arguments[:count]), arguments[count:]
         means, cotangents = rest[: -len(given)], dict(zip(given, rest[-len(given) :]))
+        state = Streamed(maximum, total, ())
         with torch.enable_grad():
             for index in wanted:
                 inputs[index] = inputs[index].detach().requires_grad_()
             with plan.autocast.entered():
                 scores, *values = (cast(Tensor, result) for result in plan.function(inputs))
-        with torch.no_grad():
-            shares = _softmax(scores, maximum, total)
-            of_scores = torch.zeros_like(shares)
-            if 0 in cotangents:
-                of_scores += cotangents[0].to(shares.dtype)
-            pairs = []
-            for place, (value, mean) in enumerate(zip(values, means, strict=True), start=1):
-                if place not in cotangents:
-                    continue
-                cotangent = cotangents[place].to(mean.dtype)
-                of_scores += _inner((value - mean) * cotangent, scores.dim())
-                pairs.append((value, (_beside(shares, value) * cotangent).to(value.dtype)))
-            pairs.append((scores, (shares * of_scores).to(scores.dtype)))
+        pairs = state.pulled_back(scores, values, means, cotangents)
         pairs = [(result, cotangent) for result, cotangent in pairs if result.requires_grad]
         if not pairs:
             return [None] * len(wanted)

@@ -1,14 +1,15 @@
 """One whole backward: plain when it is not split, in chunks when it is, handed over in one go.
 
 ``backward`` is a transaction up to the hand-over: if anything raises before, ``.grad``, state and generators are those
-before the call. A model that begins to change its buffers after it was examined is refused with the buffer's name,
-but what it wrote stays.
+before the call; so they are where the hand-over raises and can be taken back. A model that begins to change its buffers
+after it was examined is refused with the buffer's name, but what it wrote stays.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from samegrad import trees
-from samegrad.declared import DeclaredStep, plain_loss
+from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.errors import BadInput, CannotSplit, GradientsDiffer
 from samegrad.exact import passes, program
 from samegrad.exact.aliases import NARROW, GradientMagnitudes, GradientTotals, ParameterAliases
@@ -30,14 +31,18 @@ from samegrad.exact.held import Held, held_by
 from samegrad.exact.loop import with_idle_chunks
 from samegrad.exact.losses import Form
 from samegrad.exact.on_use import arriving
-from samegrad.exact.passes import GradientSums, StepTotals
+from samegrad.exact.pass_programs import EAGER, GradientSums, Programs
+from samegrad.exact.passes import StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import StepKey
+from samegrad.exact.ranks import Agreement
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.shared_leaves import stood_in
+from samegrad.exact.softmax_loss import SoftmaxLoss
+from samegrad.exact.softmax_passes import softmax_passes
 from samegrad.exact.step_draws import StepDraws
-from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.exact.undisturbed import Before, Generators, ModuleState
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
 
@@ -60,10 +65,13 @@ def plain_backward(
 
     ``draws``: what the model draws, where the step is one that may be split.
     """
-    whole = trees.slice_rows(batch, layout, 0, layout.rows) if _needs_reading(batch) else batch
-    [whole] = arriving_chunks([trees.move(whole, declared.device)])
+    [whole] = arriving_chunks([whole_on_device(declared, batch, layout)])
+    drawing = under_draws(declared, draws)
     announce(Phase.FORWARD)
-    loss = plain_loss(under_draws(declared, draws), whole)
+    outputs = drawing.forward(drawing.model, whole)
+    announce(Phase.LOSS)
+    loss = checked_loss(drawing.loss_fn(outputs, whole))
+    del outputs
     announce(Phase.BACKWARD)
     scaled = loss if scaler is None else scaler.scale(loss)
     program.backward_outside_autocast([scaled], [torch.ones_like(scaled)])
@@ -83,6 +91,12 @@ def under_draws(declared: DeclaredStep, draws: StepDraws | None) -> DeclaredStep
     return dataclasses.replace(declared, forward=forward)
 
 
+def whole_on_device(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Any:
+    """``batch`` on the device, read where it is no tensor yet."""
+    whole = trees.slice_rows(batch, layout, 0, layout.rows) if _needs_reading(batch) else batch
+    return trees.move(whole, declared.device)
+
+
 def _needs_reading(batch: Any) -> bool:
     return any(trees.is_row_source(leaf) for leaf in trees.leaves_of(batch))
 
@@ -91,7 +105,8 @@ def _needs_reading(batch: Any) -> bool:
 class SplitStep:
     """A step that runs in chunks, as examined. ``chunks`` brings them to the device, ``sums_of`` adds them up.
 
-    ``inside``: what is in force in the model while chunks run.
+    ``inside``: what is in force in the model while chunks run. ``programs``: what runs the chunks of a single pass.
+    ``agreement``: where ranks go on together or not at all.
     """
 
     declared: DeclaredStep
@@ -101,6 +116,8 @@ class SplitStep:
     sums_of: GradientSums = GradientTotals
     kept: int = 0
     inside: Scheme | None = None
+    programs: Programs = EAGER
+    agreement: Agreement | None = None
 
     def keeping_magnitudes(self) -> SplitStep:
         """The same step, whose totals bring the sums of the chunks' absolute gradients."""
@@ -113,41 +130,43 @@ class SplitStep:
 
         Raises GradientsDiffer when the second pass is not the first.
         """
+        owned = [] if self.declared.loss_module is None else [self.declared.loss_module]
+        # In one pass the loss was seen to change nothing. All else is not touched before the hand-over.
+        held = held_by(self.declared) if self.examination.passes == 2 else Held()
+        before = Before(self.declared.device, ModuleState(owned, held))
+        with before.restored_on_failure():
+            totals = self._totals(batch, layout, sizes, scaler, key)
+        return dataclasses.replace(totals, committed=functools.partial(before.around, totals.committed))
+
+    def _totals(
+        self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, key: StepKey | None
+    ) -> StepTotals:
         device = self.declared.device
         scale = torch.ones((), dtype=torch.float64, device=device)
         if scaler is not None:
             scale = scaler.scale(torch.ones((), device=device)).to(torch.float64)
         versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
-        owned = [] if self.declared.loss_module is None else [self.declared.loss_module]
-        # In one pass the loss was seen to change nothing.
-        held = held_by(self.declared) if self.examination.passes == 2 else Held()
-        loss_state = ModuleState(owned, held)
         batch, aliases = stood_in(batch, layout, self.aliases)
         standing = dataclasses.replace(self, aliases=aliases)
-        with Generators(device).restored_on_failure():
-            draws = StepDraws(self.examination.sites, StepKey() if key is None else key, are_all=True)
-            draws.take()
-            generators = Generators(device)
-            forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
-            try:
-                with self._inside(sizes, draws):
-                    totals = standing._summed(forward, batch, layout, sizes, scale)
+        draws = StepDraws(self.examination.sites, StepKey() if key is None else key, are_all=True)
+        draws.take()
+        generators = Generators(device)
+        forward = StepForward.of(self.declared, layout.rows, draws, self.examination.rules)
+        totals = standing._summed(forward, batch, layout, sizes, scale)
 
-                def checked() -> tuple[None, int]:
-                    self._check_untouched(generators, versions)
-                    forward.state.check()
-                    _check_repeated(totals)
-                    return None, 0
+        def checked() -> tuple[None, int]:
+            self._check_untouched(generators, versions)
+            forward.state.check()
+            _check_repeated(totals)
+            return None, 0
 
-                ranks = ranks_of(self.declared.modules)
-                # A rank that raised alone would leave the others with gradients that it does not have.
-                checked() if ranks is None else ranks.together(checked)
-            except BaseException:
-                loss_state.restore()
-                raise
+        ranks = ranks_of(self.declared.modules)
+        # A rank that raised alone would leave the others with gradients that it does not have.
+        checked() if ranks is None else ranks.together(checked)
         return totals
 
     def _inside(self, sizes: Sequence[int], draws: StepDraws) -> AbstractContextManager[object]:
+        """What is in force in the model while chunks run that make ``draws``."""
         if self.inside is None:
             return contextlib.nullcontext()
         return self.inside(self.declared.network, sizes=sizes, draws=draws, rules=self.examination.rules)
@@ -160,12 +179,16 @@ class SplitStep:
             shares = self._agreed_shares(batch, layout, sizes)
             chunks = arriving_chunks(self._all_chunks(batch, layout, sizes))
             form = self.examination.form
-            narrow = any(p.dtype in NARROW for p in self.aliases.parameters)
+            if len(sizes) == 1 and not self.aliases.sharded:
+                # The loss of all rows is the loss: no share of it is to be rounded.
+                form, shares = Form.ROW_SUM, [1.0]
+            narrow = any(p.dtype in NARROW for p in self.aliases.parameters) and len(sizes) > 1
             by_rows = form is Form.ROW_MEAN or (self.examination.declared and self.declared.normalise == "mean")
             return passes.single_pass(
                 self.declared, self.aliases, forward, form, chunks, sizes, shares, scale, self.sums_of,
                 # What is left of the divisor is this rank's own, and sharded gradients are summed over ranks by then.
                 divisor=layout.rows if narrow and by_rows and not self.aliases.sharded else 1.0,
+                programs=self.programs, inside=functools.partial(self._inside, sizes),
             )  # fmt: skip
 
         def first_chunks(some: Sequence[int]) -> Iterable[Any]:
@@ -173,10 +196,12 @@ class SplitStep:
             head = trees.first_rows(batch, layout, rows)
             return arriving_chunks(self._all_chunks(head, dataclasses.replace(layout, rows=rows), some))
 
-        return passes.two_passes(
-            self.declared, self.aliases, forward, arriving(batch, layout, device), first_chunks, sizes, scale,
-            self.sums_of, first_pass=self.examination.first_pass, kept=min(self.kept, len(sizes)),
-        )  # fmt: skip
+        softmax = isinstance(self.declared.loss_fn, SoftmaxLoss)
+        with self._inside(sizes, forward.draws):
+            return (softmax_passes if softmax else passes.two_passes)(
+                self.declared, self.aliases, forward, arriving(batch, layout, device), first_chunks, sizes, scale,
+                self.sums_of, first_pass=self.examination.first_pass, kept=min(self.kept, len(sizes)),
+            )  # fmt: skip
 
     def _all_chunks(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> Iterable[Any]:
         if all(sizes):
@@ -189,9 +214,11 @@ class SplitStep:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
         begin_step(self.declared.model)
         totals = self.totals(batch, layout, sizes, scaler, key)
-        announce(Phase.HANDOFF)
-        totals.commit()
-        hand_over(self.declared.model, totals.parameters, totals.totals)
+        with totals.committed():
+            if self.agreement is not None:
+                self.agreement.ready()
+            announce(Phase.HANDOFF)
+            hand_over(self.declared.model, totals.parameters, totals.totals)
         return totals.loss
 
     def _agreed_shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:

@@ -94,6 +94,10 @@ class StateTransaction:
         """Whether there is any state to keep."""
         return bool(self._slots)
 
+    @property
+    def names(self) -> list[str]:
+        return [slot.rule.name for slot in self._slots]
+
     @contextlib.contextmanager
     def chunk(self, share: float | None) -> Iterator[None]:
         if not self._slots:
@@ -157,6 +161,30 @@ class StateTransaction:
                 slot.before.copy_(reduced)
             else:
                 slot.holder[slot.key] = reduced.to(dtype) if isinstance(reduced, Tensor) else reduced
+
+    @contextlib.contextmanager
+    def committed(self) -> Iterator[None]:
+        """A block for which the step's state is written; should it raise, or the writing, all of it is taken back."""
+        with self.undone_on_failure():
+            self.commit()
+            yield
+
+    @contextlib.contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """A block after which the state is as before, should it raise."""
+        before = [_copied(slot.before) for slot in self._slots]
+        try:
+            yield
+        except BaseException:
+            self._take_back(before)
+            raise
+
+    @torch.no_grad()
+    def _take_back(self, before: Sequence[Any]) -> None:
+        for slot, value in zip(self._slots, before):
+            slot.holder[slot.key] = slot.before
+            if isinstance(slot.before, Tensor):
+                slot.before.copy_(value)
 
 
 def _copied(value: Any) -> Any:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 
 from samegrad.exact.draw_sites import DrawSites
@@ -21,15 +22,16 @@ from samegrad.exact.randomness import keyed
 class StepDraws:
     """The draws of one step, the same for every split. ``sites`` None: the model has no draws that are keyed.
 
-    ``are_all``: whether the model is known to draw nothing else.
+    ``key``: the step's, or a () int64 tensor on the device into which each step's is written. ``are_all``: whether the
+    model is known to draw nothing else.
     """
 
     def __init__(
-        self, sites: DrawSites | None = None, key: StepKey | None = None, *, are_all: bool = False
+        self, sites: DrawSites | None = None, key: StepKey | Tensor | None = None, *, are_all: bool = False
     ) -> None:
         self.sites = sites
         self.are_all = are_all or sites is not None
-        self.key = StepKey() if key is None else key
+        self._key: StepKey | Tensor = StepKey() if key is None else key
         self._running: Draws | None = None
         # What draws in this thread: some rows, perhaps inside the forward of all.
         self._here = threading.local()
@@ -38,12 +40,16 @@ class StepDraws:
         """A forward of the rows ``ids``, (rows,) int64 on the device: their places in the batch."""
         if self.sites is None or ids is None:
             return contextlib.nullcontext()
-        return keyed(self.key, ids, sites=self.sites)
+        return keyed(self._key, ids, sites=self.sites)
 
     def take(self) -> None:
         """Takes the key now, where there is anything to draw; whatever advances a generator later is something else."""
-        if self.sites is not None:
-            self.key.take()
+        if self.sites is not None and isinstance(self._key, StepKey):
+            self._key.take()
+
+    def key_on(self, device: torch.device) -> Tensor:
+        """() int64 on ``device``: the step's key."""
+        return self._key.tensor(device) if isinstance(self._key, StepKey) else self._key.to(device)
 
     @contextlib.contextmanager
     def all_rows(self, ids: Tensor | None) -> Iterator[None]:
@@ -51,7 +57,7 @@ class StepDraws:
         if self.sites is None or ids is None:
             yield
             return
-        with keyed(self.key, ids, sites=self.sites.for_all_rows()) as running:
+        with keyed(self._key, ids, sites=self.sites.for_all_rows()) as running:
             self._running = running
             try:
                 yield
@@ -63,7 +69,7 @@ class StepDraws:
 
         To be entered by the frame that runs all of it again.
         """
-        running, key = getattr(self._here, "running", None) or self._running, self.key
+        running, key = getattr(self._here, "running", None) or self._running, self._key
         if running is None:
             return contextlib.nullcontext
         ids, sites, first_call = running.ids, running.sites, running.calls
@@ -84,7 +90,7 @@ class StepDraws:
 
         The first chunk moves the whole forward's count of draws past the part.
         """
-        running, sites, key = self._running, self.sites, self.key
+        running, sites, key = self._running, self.sites, self._key
         if running is None or sites is None:
             return lambda _: contextlib.nullcontext()
         first_call = running.calls

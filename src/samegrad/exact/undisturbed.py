@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
-from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, same_tensor
+from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, put_back, same_tensor
 from samegrad.exact.dataless import computing
 from samegrad.exact.held import Held, held_by
 from samegrad.exact.module_hooks import ModuleHooks
@@ -155,8 +155,7 @@ class ModuleState:
     def restore(self) -> None:
         for part, _, key, buffer, before in self._buffers:
             part._buffers[key] = buffer
-            if not same_tensor(buffer, before):
-                buffer.copy_(before)
+            put_back(buffer, before)
         for part, _, attributes in self._attributes:
             mine = vars(part)
             for key in _new_keys(mine, attributes):
@@ -197,6 +196,33 @@ def undisturbed(
     finally:
         state.restore()
         generators.restore()
+
+
+class Before:
+    """Generators and module state as they are now, for blocks after which they are so again, should they raise."""
+
+    def __init__(self, device: torch.device, state: ModuleState) -> None:
+        self._generators, self._state = Generators(device), state
+
+    @contextlib.contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        with self._generators.restored_on_failure():
+            try:
+                yield
+            except BaseException:
+                self._state.restore()
+                raise
+
+    @contextlib.contextmanager
+    def around(self, block: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+        """``block()``, inside one of these."""
+        with self.restored_on_failure(), block():
+            yield
+
+
+def undone_on_failure(declared: DeclaredStep) -> contextlib.AbstractContextManager[None]:
+    """A block after which generators, buffers, attributes and what functions hold are as before, should it raise."""
+    return Before(declared.device, ModuleState.of(declared)).restored_on_failure()
 
 
 def step_undisturbed(declared: DeclaredStep) -> contextlib.AbstractContextManager[tuple[Generators, ModuleState]]:

@@ -112,6 +112,7 @@ class _Call:
     """One call of a submodule, as it was entered and as it was left.
 
     ``strange``: kinds of objects among what it was handed or returned. ``written``: ids of inputs changed in place.
+    ``calls_others``: it ran other submodules, its own or such as were handed to it.
     """
 
     order: int
@@ -119,6 +120,7 @@ class _Call:
     strange: list[str]
     outputs: _Seen = dataclasses.field(default_factory=list)
     written: set[int] = dataclasses.field(default_factory=set)
+    calls_others: bool = False
 
     def leave(self, output: Any) -> None:
         leaves = trees.leaves_of(output)
@@ -149,6 +151,8 @@ def _watched(network: nn.Module) -> Iterator[dict[str, list[_Call]]]:
             inputs = [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor)]
             call = _Call(next(order), inputs, _strange(leaves))
             calls[path].append(call)
+            for outer in running:
+                outer.calls_others = True
             running.append(call)
 
         return hook
@@ -282,7 +286,7 @@ class _Chain:
                 units[-1] = Unit((*units[-1].paths, path), units[-1].follows, has_parts=True)
             else:
                 follows = before is not None and _follows(call, before, kept)
-                units.append(Unit((path,), follows, bool(self._children(path)), self._inner(path)))
+                units.append(Unit((path,), follows, call.calls_others, self._inner(path)))
             before = call
         return tuple(units)
 

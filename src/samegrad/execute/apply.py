@@ -9,7 +9,10 @@ from typing import Any
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.chunk_graphs import CapturedPrograms
+from samegrad.exact.compiled import CompiledLoss
 from samegrad.exact.mapped import ChunkedStep, MappedStep
+from samegrad.exact.pass_programs import EagerPrograms, Programs, eager_loss
 from samegrad.exact.split import Chunks, SplitStep
 from samegrad.execute.ways import Ways
 from samegrad.levers import Execution, Lever, StandingLever, levers_of
@@ -80,13 +83,21 @@ def check_scaled(execution: Execution, scaler: object) -> None:
         )
 
 
+def programs_of(execution: Execution) -> Programs:
+    """What runs the chunks of ``execution``, as new: nothing is compiled or captured yet."""
+    loss_for = eager_loss if execution.compiler is None else CompiledLoss(execution.compiler)
+    return CapturedPrograms(loss_for) if execution.captures else EagerPrograms(loss_for)
+
+
 def chunked_step(
-    execution: Execution, aliases: ParameterAliases, ways: Ways, chunks: Chunks
+    execution: Execution, aliases: ParameterAliases, ways: Ways, chunks: Chunks, programs: Programs | None = None
 ) -> ChunkedStep:
-    """What runs ``execution`` in chunks. ``chunks`` brings rows to the device.
+    """What runs ``execution`` in chunks. ``chunks`` brings rows to the device, ``programs`` may be kept from before.
 
     Raises CannotSplit when the step was examined and cannot run that way, or for levers that exclude each other.
     """
+    if execution.programmed:
+        _check_programmed(execution, ways)
     if execution.inside is not None:
         _check_inside(execution, aliases)
     if (scheme := execution.mapping) is not None:
@@ -101,8 +112,26 @@ def chunked_step(
             do=f"leave {execution.one_pass_for} or the split out, or declare normalise= if the loss is a sum over rows",
         )
     return SplitStep(
-        execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks, inside=execution.inside
-    )
+        execution.declared, aliases, ways.by_rows, chunks, kept=execution.kept_chunks, inside=execution.inside,
+        programs=programs_of(execution) if programs is None else programs,
+    )  # fmt: skip
+
+
+def _check_programmed(execution: Execution, ways: Ways) -> None:
+    """Raises CannotSplit where a chunk's forward, loss and backward are not one piece of work."""
+    names = [name for name, taken in (("compile", execution.compiler), ("graphs", execution.captures)) if taken]
+    asked, do = f"take {' and '.join(names)} in this step", f"leave {' and '.join(names)} out of the plan"
+    if execution.mapping is not None:
+        found = "parts of the model run in chunks, or the loss of all rows does, and those are not one chunk's work"
+    elif ways.by_rows is not None and ways.by_rows.passes == 2:
+        found = f"the step takes two passes, with the loss between them ({ways.by_rows.reason})"
+    elif execution.compiler is not None and execution.one_pass_for:
+        found = "a loss in chunks works on a tensor without memory, which a compiler does not follow"
+    elif execution.captures and ways.by_rows is not None and ways.by_rows.module_hooks:
+        found = f"hooks of the user's run in every chunk, and a replay would not call them: {ways.by_rows.module_hooks}"
+    else:
+        return
+    raise CannotSplit(asked=asked, found=found, do=do)
 
 
 def _check_inside(execution: Execution, aliases: ParameterAliases) -> None:

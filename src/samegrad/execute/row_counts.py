@@ -24,8 +24,8 @@ from samegrad.exact.calls import Calls
 from samegrad.exact.compare_calls import Difference, first_difference
 from samegrad.exact.probes import PROBE_ROWS
 from samegrad.exact.randomness import StepKey
-from samegrad.exact.rounding import close
 from samegrad.exact.row_blind import is_row_blind
+from samegrad.exact.row_comparisons import close
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed

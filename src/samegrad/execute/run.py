@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from samegrad.exact.phases import announce, listening
 from samegrad.measure import counters
 from samegrad.measure.counting import ByteCounter
 from samegrad.measure.probe import claim_residents
-from samegrad.records import Phase, StepResult
+from samegrad.records import Phase, Recovery, StepResult
 
 
 class Trainable(Protocol):
@@ -29,6 +30,11 @@ class Trainable(Protocol):
 
     @property
     def declared(self) -> DeclaredStep: ...
+
+    @property
+    def recoveries(self) -> tuple[Recovery, ...]:
+        """Attempts of the last backward that ran out of memory before the one that counted."""
+        ...
 
     def backward(self, batch: Any, *, scaler: Any = None) -> Tensor: ...
 
@@ -40,9 +46,12 @@ def train(
     scaler: Any = None,
     first_index: int = 0,
     counter: ByteCounter | None = None,
+    batches_per_step: int = 1,
 ) -> Iterator[StepResult]:
     """One optimizer step a batch; yields after each, with gradients already cleared.
 
+    ``batches_per_step``: so many batches one after another for one optimizer step, on the mean of their losses; where
+    they run out, the last step's mean is over those that are left. Each is a step's worth of memory by itself.
     ``scaler``: a GradScaler, used as PyTorch's own recipe does. ``counter`` (from ``count_bytes``): counts the tensor
     bytes of every step, which is what a peak means where there is no CUDA allocator. Raises NonFinite before the
     optimizer steps, weights unchanged, and UsageError when the step was declared without an optimizer.
@@ -54,20 +63,28 @@ def train(
             found="the step was declared without an optimizer",
             do="Step(model, loss_fn, optimizer=optimizer)",
         )
+    if batches_per_step < 1:
+        raise UsageError(
+            asked=f"train(..., batches_per_step={batches_per_step})", found="not a positive number", do="give 1 or more"
+        )
     device = step.declared.device
-    for index, batch in enumerate(batches, start=first_index):
+    reading = counters.read_allocator(device)
+    upcoming = iter(batches)
+    groups = iter(lambda: list(itertools.islice(upcoming, batches_per_step)), [])
+    for index, group in enumerate(groups, start=first_index):
         counters.reset_peaks(device)
         start = time.perf_counter()
-        rows = step.declared.layout(batch).rows
+        rows = sum(step.declared.layout(batch).rows for batch in group)
         if counter is None:
-            loss, norm = _one_step(step, optimizer, batch, scaler, index)
+            loss, norm = _one_step(step, optimizer, group, scaler, index)
         else:
-            claim_residents(counter, step.declared, batch)
+            claim_residents(counter, step.declared, group)
             counter.reset_peaks()
             with counter, listening(counter):
-                loss, norm = _one_step(step, optimizer, batch, scaler, index)
-            counter.forget([leaf for leaf in trees.leaves_of(batch) if isinstance(leaf, Tensor)])
+                loss, norm = _one_step(step, optimizer, group, scaler, index)
+            counter.forget([leaf for leaf in trees.leaves_of(group) if isinstance(leaf, Tensor)])
         counters.synchronize(device)
+        retries_before = reading.retries if reading else 0
         reading = counters.read_allocator(device)
         yield StepResult(
             index=index,
@@ -79,16 +96,22 @@ def train(
             reserved_bytes=reading.reserved_bytes if reading else None,
             peak_allocated_bytes=reading.peak_allocated_bytes if reading else counter.peak_bytes if counter else None,
             peak_reserved_bytes=reading.peak_reserved_bytes if reading else None,
-            allocator_retries=reading.retries if reading else None,
+            allocator_retries=reading.retries - retries_before if reading else None,
+            recoveries=step.recoveries,
         )
 
 
 def _one_step(
-    step: Trainable, optimizer: torch.optim.Optimizer, batch: Any, scaler: Any, index: int
+    step: Trainable, optimizer: torch.optim.Optimizer, batches: Sequence[Any], scaler: Any, index: int
 ) -> tuple[float, float]:
-    loss = float(step.backward(batch, scaler=scaler))
+    losses = [step.backward(batch, scaler=scaler) for batch in batches]
+    loss = math.fsum(map(float, losses)) / len(losses)
     if scaler is not None:
         scaler.unscale_(optimizer)
+    if len(batches) > 1:
+        # What was added up was their sum. Divided once: a loss divided before would be another declared loss.
+        for gradient in _gradients(optimizer):
+            gradient.div_(len(batches))
     norm = gradient_norm(optimizer)
     # With a scaler a gradient that is not finite is the scaler's affair: it skips the step and lowers the scale.
     if not math.isfinite(loss) or (scaler is None and not math.isfinite(norm)):
@@ -110,8 +133,12 @@ def _one_step(
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
     """The 2-norm of all gradients the optimizer is about to use."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = _gradients(optimizer)
     return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 class BestWeights:

@@ -24,7 +24,8 @@ from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.probes import PROBE_ROWS
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import as_runs
-from samegrad.exact.rounding import close, eps_in_use
+from samegrad.exact.rounding import eps_in_use
+from samegrad.exact.row_comparisons import close
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws

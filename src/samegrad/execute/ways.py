@@ -66,6 +66,11 @@ class Ways:
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     collectives: bool = False
 
+    @property
+    def waits_inside(self) -> bool:
+        """Whether the step waits for other ranks before its gradients are there."""
+        return self.collectives or (self.by_rows is not None and self.by_rows.collectives)
+
     def mapped_examination(self) -> MappedExamination:
         reason = "" if self.refusal is None else self.refusal.found
         # Where rows may be split, what draws without a key was refused.

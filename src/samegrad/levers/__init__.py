@@ -11,17 +11,23 @@ from typing import cast
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import BadInput
-from samegrad.levers._lever import ChoosyLever, Execution, Lever, Slot, StandingLever
+from samegrad.levers._lever import ChoosyLever, Execution, Lever, PredictedLever, Slot, StandingLever
 from samegrad.records import Exactness, Plan
 
 __all__ = [
-    "Execution", "Lever", "Slot", "StandingLever", "find_levers", "levers_of", "unsuited_levers", "weakest_exactness",
+    "Execution", "Lever", "PredictedLever", "Slot", "StandingLever", "find_levers", "find_whole_levers", "levers_of",
+    "unsuited_levers", "weakest_exactness",
 ]  # fmt: skip
 
 
 def find_levers() -> dict[str, type[Lever]]:
     """Every lever by name, in slot order."""
     return dict(_scanned(tuple(__path__)))
+
+
+def find_whole_levers() -> dict[str, type[Lever]]:
+    """Those of the levers that leave the chunks of a step as they are, by name, in slot order."""
+    return {name: lever for name, lever in find_levers().items() if not hasattr(lever, "predict")}
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from samegrad.declared import DeclaredStep
+from samegrad.exact.compiled import CompilerSettings
 from samegrad.exact.schemes import Scheme, nested
 from samegrad.records import Exactness, Footprint
 
@@ -29,6 +30,7 @@ class Slot(enum.IntEnum):
     STATE = 6
     LAYOUT = 7
     COMPILE = 8
+    CAPTURE = 9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class Execution:
     through the whole model. ``inside``: what is in force in the model itself, whatever rows it is run on.
     ``calls_submodules``: whether the model's own submodules are what is called then. ``needs_scaler``: gradients
     vanish where the loss is not scaled. ``one_pass_for``: the lever that needs the loss in the pass that computes the
-    outputs.
+    outputs. ``again``: blocks that run again in backward. ``compiler``: what the loss of a chunk is compiled with.
+    ``captures``: chunks are captured and replayed.
     """
 
     declared: DeclaredStep
@@ -53,6 +56,9 @@ class Execution:
     one_pass_for: str = ""
     inside: Scheme | None = None
     calls_submodules: bool = True
+    again: tuple[tuple[str, ...], ...] = ()
+    compiler: CompilerSettings | None = None
+    captures: bool = False
 
     @property
     def maps(self) -> bool:
@@ -67,18 +73,27 @@ class Execution:
     @property
     def mapping(self) -> Scheme | None:
         """By what the model runs on the whole batch; None where its rows go through all of it in chunks, or plainly."""
-        if self.inside is None or (self.scheme is None and self.splits):
+        if self.inside is None or (self.scheme is None and (self.splits or self.programmed)):
             return self.scheme
         return self.inside if self.scheme is None else nested(self.scheme, self.inside)
 
     @property
     def runs_whole(self) -> bool:
         """Whether this is the plain call."""
-        return not self.maps and not self.splits
+        return not self.maps and not self.splits and not self.programmed
+
+    @property
+    def programmed(self) -> bool:
+        """Whether chunks are more than Python's calls, be there only one of them."""
+        return self.captures or self.compiler is not None
 
 
 class Lever(Protocol):
-    """What every lever file brings, as a frozen dataclass."""
+    """What every lever file brings, as a frozen dataclass.
+
+    One that changes the chunks also predicts itself, a ``PredictedLever``. One that leaves them as they are is followed
+    or probed under the knobs that it has by default, and predicted by that.
+    """
 
     name: ClassVar[str]
     slot: ClassVar[Slot]
@@ -89,6 +104,17 @@ class Lever(Protocol):
         """Why this step cannot take the lever, with the place, or None."""
         ...
 
+    def apply(self, execution: Execution) -> AbstractContextManager[Execution]:
+        """The execution with this lever in force; leaving the block undoes everything, on every way out."""
+        ...
+
+    def knobs(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class PredictedLever(Lever, Protocol):
+    """A lever that is predicted by laws of its own, on top of those of the plain step."""
+
     @classmethod
     def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
         """Knob settings worth trying under a budget, fastest first."""
@@ -97,12 +123,6 @@ class Lever(Protocol):
     def predict(self, footprint: Footprint) -> Footprint:
         """The footprint with this lever taken."""
         ...
-
-    def apply(self, execution: Execution) -> AbstractContextManager[Execution]:
-        """The execution with this lever in force; leaving the block undoes everything, on every way out."""
-        ...
-
-    def knobs(self) -> dict[str, Any]: ...
 
 
 @runtime_checkable

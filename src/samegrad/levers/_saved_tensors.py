@@ -22,9 +22,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samegrad.errors import UsageError
+from samegrad.exact.dataless import has_data, is_torchs_own, memory_of
 
 # Copies to the host that may be on their way.
 _MOST_LEAVING = 2
@@ -35,7 +36,7 @@ class SavedTensors:
 
     def __init__(self, smallest_bytes: int, resident: Iterable[Tensor]) -> None:
         self._smallest_bytes = max(1, smallest_bytes)
-        self._resident = {t.untyped_storage().data_ptr() for t in resident if _is_plain(t)}
+        self._resident = {memory_of(t) for t in resident if _is_plain(t)}
         self._copies: dict[tuple[int, int, int], _HostCopy] = {}
         # Storages are held until the computation has waited for their copies.
         self._leaving: deque[tuple[torch.UntypedStorage, _HostCopy]] = deque()
@@ -55,23 +56,23 @@ class SavedTensors:
             self._let_go(0)
 
     def _pack(self, tensor: Tensor) -> _Staying | _Travelling:
-        if not _is_plain(tensor) or not self._is_worth_it(tensor.untyped_storage()):
+        if not _is_plain(tensor) or not self._is_worth_it(tensor):
             return _Staying.of(tensor)
         return _Travelling.of(tensor, self._copy_of(tensor))
 
-    def _is_worth_it(self, storage: torch.UntypedStorage) -> bool:
-        return storage.nbytes() >= self._smallest_bytes and storage.data_ptr() not in self._resident
+    def _is_worth_it(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().nbytes() >= self._smallest_bytes and memory_of(tensor) not in self._resident
 
     def _copy_of(self, tensor: Tensor) -> _HostCopy:
         storage = tensor.untyped_storage()
         # Written in place between two times that it is saved, it holds something else. Parts of a storage may be
         # counted apart (recurrent layers write gates so), and what one count says is nothing about the others.
         counted = tensor if tensor._base is None else tensor._base
-        key = (storage.data_ptr(), id(counted), tensor._version)
+        key = (memory_of(tensor), id(counted), tensor._version)
         copy = self._copies.get(key)
         # Once a storage is freed, another may stand at its address.
         if copy is None or not copy.is_of(storage, counted):
-            copy = self._copies[key] = _HostCopy(storage, counted)
+            copy = self._copies[key] = _HostCopy(tensor, counted)
             self._leaving.append((storage, copy))
             self._let_go(_MOST_LEAVING)
         return copy
@@ -121,7 +122,7 @@ class _Travelling:
     def unpacked(self) -> Tensor:
         _check_unwritten(self.counter, self.version, self.shape)
         storage = self.copy.brought_back()
-        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        empty = torch.empty(0, dtype=self.dtype, device=self.copy.device)
         return empty.set_(storage, self.offset, self.shape, self.stride)
 
 
@@ -132,12 +133,15 @@ def _unpack(packed: _Staying | _Travelling) -> Tensor:
 class _HostCopy:
     """The bytes of a storage on the host; while somebody else holds it, also the storage or what it came back as."""
 
-    def __init__(self, storage: torch.UntypedStorage, counted: Tensor) -> None:
-        self._device = storage.device
+    def __init__(self, tensor: Tensor, counted: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.device = tensor.device
+        # What only stands for CUDA's has no streams and is not pinned.
+        self._beside = self.device.type == "cuda" and has_data(tensor)
         self._storage, self._counted = weakref.ref(storage), weakref.ref(counted)
-        self._bytes = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self._bytes = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu", pin_memory=self._beside)
         self._left: torch.cuda.Event | None = None
-        self._send(_bytes_of(storage))
+        self._send(torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage))
 
     def is_of(self, storage: torch.UntypedStorage, counted: Tensor) -> bool:
         """Whether these are bytes of ``storage`` as ``counted`` counts what is written on it."""
@@ -146,12 +150,12 @@ class _HostCopy:
     def wait_until_left(self) -> None:
         """What is computed from now on comes after the copy to the host."""
         if self._left is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._left)
+            torch.cuda.current_stream(self.device).wait_event(self._left)
 
     def brought_back(self) -> torch.UntypedStorage:
         storage = self._storage()
         if storage is None:
-            there = torch.empty(self._bytes.shape, dtype=torch.uint8, device=self._device)
+            there = torch.empty(self._bytes.shape, dtype=torch.uint8, device=self.device)
             self.wait_until_left()
             there.copy_(self._bytes, non_blocking=True)
             storage = there.untyped_storage()
@@ -159,11 +163,11 @@ class _HostCopy:
         return storage
 
     def _send(self, there: Tensor) -> None:
-        if self._device.type != "cuda":
+        if not self._beside:
             self._bytes.copy_(there)
             return
-        stream = _stream_to_host(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream = _stream_to_host(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._bytes.copy_(there, non_blocking=True)
         self._left = stream.record_event()
@@ -174,16 +178,12 @@ def _stream_to_host(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is its dtype, shape and strides over a storage, and nothing else."""
     return (
-        type(tensor) in (Tensor, nn.Parameter)
+        is_torchs_own(tensor)
         and tensor.layout is torch.strided
-        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_meta)
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.device.type == "meta")
     )
 
 

@@ -102,6 +102,11 @@ def predicted_whole(footprint: Footprint) -> Footprint:
     return predicted_at(footprint, rows, by_phase, footprint.predicted_seconds(rows=rows))
 
 
+def predicted_without(footprint: Footprint) -> Footprint:
+    """What is predicted without a lever of which only a measurement can tell what it changes."""
+    return footprint if footprint.origin is Origin.PREDICTED else predicted_whole(footprint)
+
+
 def predicted(name: str, knobs: dict[str, Any], footprint: Footprint, rows: int) -> Footprint:
     """The footprint with lever ``name`` taken at ``rows`` at a time, by its variant's laws."""
     variant = variant_of(name, knobs, footprint)

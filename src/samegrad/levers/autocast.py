@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.declared import DeclaredStep, Within
 from samegrad.errors import BadInput, UsageError
-from samegrad.levers._effects import effects_of, with_effect_of
 from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._parts import parts_called
 from samegrad.records import Exactness, Footprint
@@ -60,14 +59,6 @@ class Autocast:
     @classmethod
     def refusal(cls, footprint: Footprint) -> str | None:
         return footprint.refusals.get(cls.name)
-
-    @classmethod
-    def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
-        for effect in effects_of(cls.name, footprint):
-            yield cls(**effect.knobs)
-
-    def predict(self, footprint: Footprint) -> Footprint:
-        return with_effect_of(self.name, self.knobs(), footprint)
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:

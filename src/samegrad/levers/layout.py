@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from samegrad import trees
 from samegrad.declared import DeclaredStep, Forward
 from samegrad.errors import UsageError
-from samegrad.levers._effects import effects_of, with_effect_of
+from samegrad.exact.dataless import is_torchs_own
 from samegrad.levers._lever import Execution, Slot
 from samegrad.records import Exactness, Footprint
 
@@ -48,14 +48,6 @@ class Layout:
     @classmethod
     def refusal(cls, footprint: Footprint) -> str | None:
         return footprint.refusals.get(cls.name)
-
-    @classmethod
-    def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
-        for effect in effects_of(cls.name, footprint):
-            yield cls(**effect.knobs)
-
-    def predict(self, footprint: Footprint) -> Footprint:
-        return with_effect_of(self.name, self.knobs(), footprint)
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
@@ -109,7 +101,7 @@ def _weights_of(declared: DeclaredStep) -> list[nn.Parameter]:
 
 def _has_memory_of_its_own(weight: nn.Parameter) -> bool:
     """Whether other strides would part it from nothing: no view of a flat buffer, no part of a sharded weight."""
-    plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.layout is torch.strided
+    plain = is_torchs_own(weight) and is_torchs_own(weight.data) and weight.layout is torch.strided
     return plain and weight.untyped_storage().nbytes() == weight.nbytes
 
 
@@ -131,5 +123,7 @@ def _align_state(optimizer: Optimizer) -> None:
         if not isinstance(weight, Tensor) or weight.dim() not in _FORMATS:
             continue
         for key, value in state.items():
-            if type(value) is Tensor and value.shape == weight.shape and value.stride() != weight.stride():
+            if not isinstance(value, Tensor) or not is_torchs_own(value):
+                continue
+            if value.shape == weight.shape and value.stride() != weight.stride():
                 state[key] = _copied(value, weight.stride())

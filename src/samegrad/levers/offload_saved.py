@@ -15,14 +15,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep, Within
 from samegrad.errors import BadInput
-from samegrad.levers._effects import effects_of, with_effect_of
 from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._parts import parts_called
 from samegrad.levers._saved_tensors import SavedTensors
@@ -57,14 +56,6 @@ class OffloadSaved:
     @classmethod
     def refusal(cls, footprint: Footprint) -> str | None:
         return footprint.refusals.get(cls.name)
-
-    @classmethod
-    def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
-        for effect in effects_of(cls.name, footprint):
-            yield cls(**effect.knobs)
-
-    def predict(self, footprint: Footprint) -> Footprint:
-        return with_effect_of(self.name, self.knobs(), footprint)
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
-from samegrad.levers._effects import effects_of, with_effect_of
+from samegrad.exact.dataless import computing, has_data, is_torchs_own, memory_of
 from samegrad.levers._lever import Execution, Slot
 from samegrad.records import Exactness, Footprint
 
@@ -45,14 +45,6 @@ class OptimizerState:
     @classmethod
     def refusal(cls, footprint: Footprint) -> str | None:
         return footprint.refusals.get(cls.name)
-
-    @classmethod
-    def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
-        for effect in effects_of(cls.name, footprint):
-            yield cls(**effect.knobs)
-
-    def predict(self, footprint: Footprint) -> Footprint:
-        return with_effect_of(self.name, self.knobs(), footprint)
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
@@ -97,7 +89,7 @@ class _TravellingState:
         for parameter in self._parameters():
             self._replace(parameter, functools.partial(self._sent, parameter.device, shared, copies))
         for device in {parameter.device for parameter in self._parameters()}:
-            if device.type != "cpu":
+            if device.type != "cpu" and computing():
                 # A checkpoint may read the copies at any time from now on.
                 torch.accelerator.current_stream(device).synchronize()
 
@@ -112,9 +104,9 @@ class _TravellingState:
     ) -> Tensor:
         if id(leaf) in copies:
             return copies[id(leaf)][1]
-        if id(leaf) in self._away or not _can_travel(leaf, home) or leaf.untyped_storage().data_ptr() in shared:
+        if id(leaf) in self._away or not _can_travel(leaf, home) or memory_of(leaf) in shared:
             return leaf
-        host = torch.empty_like(leaf, device="cpu", pin_memory=home.type == "cuda")
+        host = torch.empty_like(leaf, device="cpu", pin_memory=home.type == "cuda" and has_data(leaf))
         host.copy_(leaf, non_blocking=True)
         copies[id(leaf)] = (leaf, host)
         self._away[id(host)] = (host, home)
@@ -124,8 +116,8 @@ class _TravellingState:
         if id(leaf) not in self._away:
             return leaf
         if id(leaf) not in copies:
-            home = self._away[id(leaf)][1]
-            copies[id(leaf)] = (leaf, leaf.to(home, non_blocking=True, copy=True))
+            there = torch.empty_like(leaf, device=self._away[id(leaf)][1])
+            copies[id(leaf)] = (leaf, there.copy_(leaf, non_blocking=True))
         return copies[id(leaf)][1]
 
     def _parameters(self) -> list[Tensor]:
@@ -144,16 +136,17 @@ class _TravellingState:
 
 def _can_travel(leaf: Tensor, home: torch.device) -> bool:
     # Counters of one entry are left where the optimizer wants them, and so is what it keeps on the host by itself.
-    return type(leaf) is Tensor and leaf.layout is torch.strided and leaf.numel() > 1 and leaf.device == home
+    return is_torchs_own(leaf) and leaf.layout is torch.strided and leaf.numel() > 1 and leaf.device == home
 
 
 def _in_shared_memory(tensors: list[Tensor]) -> set[int]:
-    """Addresses of storages that several of the tensors, or more than one tensor, lie in: copies would part them."""
+    """Storages, by ``memory_of``, in which several tensors lie or a part of one: copies would part them."""
     seen: dict[int, int] = {}
     shared: set[int] = set()
     for tensor in tensors:
-        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            if seen.setdefault(storage.data_ptr(), id(tensor)) != id(tensor) or storage.nbytes() != tensor.nbytes:
-                shared.add(storage.data_ptr())
+        if is_torchs_own(tensor) and tensor.layout is torch.strided:
+            memory = memory_of(tensor)
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            if seen.setdefault(memory, id(tensor)) != id(tensor) or not whole:
+                shared.add(memory)
     return shared

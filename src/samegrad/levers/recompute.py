@@ -69,7 +69,8 @@ class Recompute:
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
         sizes = (execution.batch_rows,) if execution.sizes is None else execution.sizes
-        yield dataclasses.replace(execution, sizes=sizes, inside=self.scheme())
+        again = tuple(tuple(run) for run in as_runs(self.blocks))
+        yield dataclasses.replace(execution, sizes=sizes, inside=self.scheme(), again=again)
 
     def knobs(self) -> dict[str, Any]:
         return {"blocks": self.blocks}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -54,13 +55,25 @@ def reset_peaks(device: torch.device) -> None:
 
 
 def release_cached(device: torch.device) -> int:
-    """Gives cached, unused memory back to the driver; returns the bytes given back."""
+    """Frees what only cycles hold, and gives unused memory back to the driver; returns the bytes given back."""
+    # Errors and the frames that they hold are cycles: what they keep would count against whatever is measured next.
+    gc.collect()
     before = read_allocator(device)
     if before is None:
         return 0
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     return before.reserved_bytes - torch.cuda.memory_reserved(device)
+
+
+def take_workspaces(device: torch.device) -> None:
+    """Has cuBLAS take what it keeps for this stream, for the thread of the forward and for that of the backward.
+
+    Taken later it would lie inside a large segment, and small as it is, keep all of it from being given back.
+    """
+    if device.type == "cuda":
+        ones = torch.ones(8, 8, device=device, requires_grad=True)
+        torch.autograd.grad((ones @ ones).sum(), ones)
 
 
 def synchronize(device: torch.device) -> None:
@@ -102,6 +115,9 @@ def read_budget(asked: str | int | None, device: torch.device, *, host: str | in
     else:
         amount, source = asked_bytes(asked, lambda: total_bytes(device))
     host_bytes = parse_bytes(host, option="host_budget") if isinstance(host, str) else host
+    if host_bytes is None and device.type == "cuda":
+        # What plans pin there cannot be swapped out.
+        host_bytes = int(read_host_memory().available_bytes * (1 - _FREE_MARGIN))
     name = device_name(device)
     return Budget(total_bytes=amount, device=name, counting=counting, source=source, host_bytes=host_bytes)
 

@@ -35,9 +35,12 @@ class _Declares(Protocol):
     def declared(self) -> DeclaredStep: ...
 
 
-def count_bytes(step: _Declares) -> ByteCounter:
-    """A counter for ``train(step, batches, counter=...)``: live tensor bytes on the step's device."""
-    return ByteCounter(step.declared.device, gradients_of=[step.declared.network])
+def count_bytes(step: _Declares, *, with_timeline: bool = False) -> ByteCounter:
+    """A counter for ``train(step, batches, counter=...)``: live tensor bytes on the step's device.
+
+    ``with_timeline``: also keep the course of what is counted, for ``timeline()``; meant for a step or two.
+    """
+    return ByteCounter(step.declared.device, gradients_of=step.declared.modules, with_timeline=with_timeline)
 
 
 class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here

@@ -32,6 +32,7 @@ from samegrad.measure import (
     fused_attention,
     fused_kernels,
     recurrent_kernels,
+    shared_storages,
     wide_results,
 )
 from samegrad.measure.replaced import replaced
@@ -48,8 +49,9 @@ _COMPOSITES: dict[str, Callable[..., Any]] = {
     **fused_kernels.COMPOSITES,
     **recurrent_kernels.COMPOSITES,
 }
+_EVERYWHERE: dict[str, Callable[..., Any]] = {**shared_storages.STAND_INS, **wide_results.STAND_INS}
 _STAND_INS: dict[str, Callable[..., Any]] = {
-    **wide_results.STAND_INS,
+    **_EVERYWHERE,
     **fused_attention.STAND_INS,
     **fused_kernels.STAND_INS,
     **recurrent_kernels.STAND_INS,
@@ -62,7 +64,7 @@ class CpuDispatch:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self._stand_ins = dict(_named(wide_results.STAND_INS))
+        self._stand_ins = dict(_named(_EVERYWHERE))
 
     def call(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _only_writes(operation, args):

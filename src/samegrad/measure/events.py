@@ -57,7 +57,8 @@ class Operation(NamedTuple):
     code; in backward the module whose forward it differentiates. ``step``: 0 for the first step, 1 for the second,
     which has the optimizer's state. ``moved_bytes``: read and written, each tensor once. ``dtype``: the one its
     arithmetic runs in, as "bfloat16". ``kernels``: how many launches it takes, 0 for views. ``shape``: of
-    convolutions, recurrent layers and their backwards, where it is known.
+    convolutions, recurrent layers and their backwards, where it is known. ``bus_bytes``: copied in place from the host
+    to the device, or to the host (below 0).
     """
 
     name: str
@@ -69,6 +70,7 @@ class Operation(NamedTuple):
     dtype: str
     kernels: int
     shape: Convolution | Recurrence | None = None
+    bus_bytes: int = 0
 
 
 class MemoryEvent(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -152,11 +153,29 @@ def _standing_in(declared: DeclaredStep, amount_bytes: int) -> list[Tensor]:
 
 
 def probe_plain(
-    declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int, draws: StepDraws | None = None
+    declared: DeclaredStep,
+    batch: Any,
+    layout: RowLayout,
+    *,
+    batch_rows: int,
+    draws: StepDraws | None = None,
+    timed_runs: int = _TIMED_RUNS,
 ) -> Probe:
-    """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped."""
+    """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped.
+
+    ``timed_runs``: 0 where only bytes are asked for; its seconds are then not a number.
+    """
     with _plain_run(declared, batch, layout, batch_rows, draws) as run:
-        return _probed(declared, batch, run, [batch_rows])
+        return _probed(declared, batch, run, [batch_rows], timed_runs)
+
+
+def time_plain(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int, draws: StepDraws | None = None
+) -> float:
+    """Seconds of the plain step on the first ``batch_rows`` rows: the shortest of a few runs."""
+    with _plain_run(declared, batch, layout, batch_rows, draws) as run, step_undisturbed(declared):
+        run()
+        return min(timed(run, declared.device) for _ in range(_TIMED_RUNS))
 
 
 @contextlib.contextmanager
@@ -192,12 +211,18 @@ def _first_rows(batch: Any, layout: RowLayout, rows: int) -> tuple[Any, RowLayou
     return trees.first_rows(batch, layout, rows), dataclasses.replace(layout, rows=rows)
 
 
-def _probed(declared: DeclaredStep, batch: Any, run: Callable[[], object], sizes: Sequence[int]) -> Probe:
+def _probed(
+    declared: DeclaredStep,
+    batch: Any,
+    run: Callable[[], object],
+    sizes: Sequence[int],
+    timed_runs: int = _TIMED_RUNS,
+) -> Probe:
     device = declared.device
     with step_undisturbed(declared):
         # The first run creates library handles and workspaces that later ones share.
         run()
-        seconds = min(timed(run, device) for _ in range(_TIMED_RUNS))
+        seconds = min((timed(run, device) for _ in range(timed_runs)), default=math.nan)
         counter = ByteCounter(device, gradients_of=[declared.network], with_timeline=True)
         claim_residents(counter, declared, batch)
         with counter, listening(counter):

@@ -59,6 +59,15 @@ class Failure:
     operation: str = ""
 
 
+def _path_within(caller: str, owner: str, path: str) -> str:
+    """The path to write down for the module ``path``, run by ``owner``, which itself is written down as ``caller``."""
+    if path == owner:
+        return caller
+    if not owner:
+        return path
+    return caller + path[len(owner) :] if path.startswith(f"{owner}.") else f"{caller}.{path}"
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
     """Operations and memory events of whatever runs inside.
 
@@ -72,10 +81,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self._dispatch = dispatch
         self._device_type = dispatch.device.type
-        self._twins = twins
+        self.twins = twins
         self._paths = paths
         self._gradients_of = list(gradients_of)
         self._modules = [""]
+        self._own_paths = [""]
         self._module_of_node: dict[int, str] = {}
         self._known: dict[int, tuple[Any, int]] = {}
         self._stood_before: list[tuple[int, int, int]] = []
@@ -115,7 +125,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             self.claim([p.grad for p in part.parameters() if p.grad is not None], Category.GRADIENTS)
 
     def module(self) -> str:
-        """Path of the module that runs now; in backward of the one whose forward is differentiated."""
+        """Path of the module that runs now; in backward of the one whose forward is differentiated.
+
+        One that runs for a module it is no part of (a network handed to a step, say) has its path behind that one's.
+        """
         if len(self._modules) > 1:
             return self._modules[-1]
         node = torch._C._current_autograd_node()
@@ -133,13 +146,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         """A block in which calls of modules are seen."""
 
         def enters(part: nn.Module, _: Any) -> None:
-            self._modules.append(self._paths.get(id(part), self._modules[-1]))
+            caller, owner = self._modules[-1], self._own_paths[-1]
+            path = self._paths.get(id(part), owner)
+            self._own_paths.append(path)
+            self._modules.append(_path_within(caller, owner, path))
 
         def leaves(*_: Any) -> None:
             error = sys.exception()
             if isinstance(error, Exception) and (self.failure is None or self.failure.error != id(error)):
                 self.failure = Failure(id(error), self._place())
             self._modules.pop()
+            self._own_paths.pop()
 
         handles = [
             module_hooks.register_module_forward_pre_hook(enters),
@@ -150,7 +167,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         finally:
             for handle in handles:
                 handle.remove()
-            del self._modules[1:]
+            del self._modules[1:], self._own_paths[1:]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,8 +221,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         """``tensor``, or its twin where it has data; on the device such a twin has stood before the step."""
         if isinstance(tensor, FakeTensor):
             return tensor
-        known = self._twins.known(tensor)
-        twin = self._twins.of(tensor, "a tensor that the step brings from elsewhere") if known is None else known
+        known = self.twins.known(tensor)
+        twin = self.twins.of(tensor, "a tensor that the step brings from elsewhere") if known is None else known
         storage = twin.untyped_storage()
         if known is None and twin.device.type == self._device_type and storage._cdata not in self._known:
             number = self._number(storage.nbytes(), Category.BUFFERS)
@@ -235,6 +252,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
                 cost.dtype,
                 cost.kernels,
                 kernel_shapes.shape_of(func, args),
+                _bus_bytes(func, given),
             )
         )
         category = _BORN_IN[self.phase]
@@ -283,6 +301,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
     def _free(self, key: int) -> None:
         _, number = self._known.pop(key)
         self._events.append((number, -self._sizes_bytes[number], len(self.operations) - 1))
+
+
+def _bus_bytes(func: Any, given: list[Tensor]) -> int:
+    """What a copy in place brings to the device, or, below 0, to the host. Rows that arrive come in other ways."""
+    if func is not torch.ops.aten.copy_.default or len(given) < 2 or given[0].device.type == given[1].device.type:
+        return 0
+    size = given[0].numel() * given[0].itemsize
+    return -size if given[0].device.type == "cpu" else size
 
 
 def _memory_of(tensors: Iterable[Tensor]) -> set[int]:

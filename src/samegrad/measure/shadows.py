@@ -107,6 +107,11 @@ class Twins:
     def known(self, tensor: Tensor) -> Tensor | None:
         return self._of[id(tensor)][1] if id(tensor) in self._of else None
 
+    def forget_replaced(self) -> None:
+        """Memory in whose place every twin that lay in it has been given other memory goes."""
+        used = {twin.untyped_storage()._cdata for _, twin in self._of.values()}
+        self._memory = {key: whole for key, whole in self._memory.items() if whole.untyped_storage()._cdata in used}
+
     def restore_gradients(self) -> None:
         """A parameter that is reached past its slot has received one without data."""
         for tensor, gradient in self._gradients:
@@ -209,7 +214,7 @@ def shadow_optimizer(optimizer: torch.optim.Optimizer, twins: Twins, numbers: Nu
 
 
 def copied_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A shallow copy without state, whose groups are still the original's."""
+    """A shallow copy without state and without hooks (the user's are not called), whose groups are the original's."""
     copied = copy.copy(optimizer)
     # Copying leaves out what a user's optimizer keeps of its own, and must leave out a step that a scheduler wrapped.
     own = {key: value for key, value in vars(optimizer).items() if key not in vars(copied) and key != "step"}

@@ -50,6 +50,8 @@ from samegrad.records import Category, Phase
 
 # run(declared, batch): forward, loss and backward, which leaves gradients in ``.grad``.
 Run = Callable[[DeclaredStep, Any], object]
+# stands(declared): a block in which stands what a plan needs between steps as well.
+Stands = Callable[[DeclaredStep], contextlib.AbstractContextManager[None]]
 
 STEPS = 2
 # Operations that keep memory of a size that only their libraries know.
@@ -100,6 +102,7 @@ def trace_step(
     device: str = "cuda",
     run: Run | None = None,
     sizes: Sequence[int] | None = None,
+    stands: Stands | None = None,
 ) -> Trace:
     """Two steps of ``declared`` on ``batch``: ``run``, the optimizer's step, gradients cleared.
 
@@ -107,13 +110,14 @@ def trace_step(
     the batch that are where the model is are there as a whole, and so are leaves on meta; but a model on the CPU that
     is followed on CUDA leaves its batch on the host. For as long as this takes, torch's CUDA kernels for autocast and a
     few layers are replaced, in other threads too. ``run``: by default the plain step. ``sizes``: written down as the
-    chunks' rows.
+    chunks' rows. ``stands``: what stands on the twins before the first step and until after the last.
     Raises CannotTrace, with the module and the operation, for what needs values, and for what the step raises.
     """
     dispatch, notes = _dispatch(device)
     layout = declared.layout(batch)
     notes |= _notes_on(declared, named_modules(declared))
-    operations, events = _followed(declared, batch, dispatch, plainly() if run is None else run, notes)
+    run = plainly() if run is None else run
+    operations, events = _followed(declared, batch, dispatch, run, stands or _nothing_stands, notes)
     unsure = sorted({operation.name for operation in operations} & _UNSURE.keys())
     return Trace(
         operations=operations,
@@ -150,10 +154,22 @@ def look_at(
         return look(standing, rows)
 
 
+def _nothing_stands(_: DeclaredStep) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 def _followed(
-    declared: DeclaredStep, batch: Any, dispatch: CpuDispatch | CudaDispatch, run: Run, notes: dict[str, str]
+    declared: DeclaredStep,
+    batch: Any,
+    dispatch: CpuDispatch | CudaDispatch,
+    run: Run,
+    stands: Stands,
+    notes: dict[str, str],
 ) -> tuple[tuple[Operation, ...], tuple[MemoryEvent, ...]]:
-    with _in_place(declared, batch, dispatch) as (recorder, standing, rows):
+    with _in_place(declared, batch, dispatch) as (recorder, standing, rows), stands(standing):
+        # What was put in another's place is for what that was for.
+        recorder.twins.forget_replaced()
+        _claim_residents(recorder, standing, rows)
         for index in range(STEPS):
             recorder.step = index
             _one_step(standing, rows, recorder, run, notes)

@@ -75,7 +75,11 @@ def _interpolated(low: Trace, high: Trace, rows: int) -> Trace:
         return value_at(rows, (low.batch_rows, few), (high.batch_rows, many))
 
     operations = tuple(
-        more._replace(flops=at(less.flops, more.flops), moved_bytes=at(less.moved_bytes, more.moved_bytes))
+        more._replace(
+            flops=at(less.flops, more.flops),
+            moved_bytes=at(less.moved_bytes, more.moved_bytes),
+            bus_bytes=at(less.bus_bytes, more.bus_bytes),
+        )
         for less, more in zip(low.operations, high.operations)
     )
     events = tuple(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from samegrad.errors import BudgetTooSmall, CannotSplit
-from samegrad.levers import Lever, find_levers
+from samegrad.levers import Lever, PredictedLever, find_levers, levers_of
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.host_rows import HostRows
 from samegrad.levers.split_rows import SplitRows
@@ -21,7 +21,8 @@ from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.plan.reasons import Reasons, fastest_by_lever
 from samegrad.plan.traced import Candidate, traced_candidates
-from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
+from samegrad.plan.whole_ways import footprint_under, is_allowed, whole_levers_of
+from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan, ProbedWay
 from samegrad.units import format_bytes
 
 
@@ -32,7 +33,7 @@ def choose_plan(footprint: Footprint, options: Options, budget: Budget) -> tuple
     split would fit and the step cannot be split.
     """
     usable = usable_bytes(budget)
-    followed = traced_candidates(footprint, options)
+    followed = traced_candidates(footprint, options, budget)
     rungs = tuple(_rungs(footprint, options, budget, usable, followed))
     if rungs:
         reasons = Reasons(footprint, options.allow, fastest_by_lever(followed))
@@ -83,27 +84,66 @@ def _rungs(
     footprint: Footprint, options: Options, budget: Budget, usable: int, followed: list[Candidate]
 ) -> Iterator[Plan]:
     host = [HostRows()] if HostRows.refusal(footprint) is None else []
+    plain = None
     if _runs_whole(footprint, options) and _plain_peak(footprint) <= usable:
-        yield _plan(footprint, [], budget, {})
+        plain = _plan(footprint, [], budget, {})
     measured = _pinned if options.rows is not None else _measured
     plans = measured(footprint, options, budget, usable, host)
-    if footprint.traced:
-        yield from _fastest_first(footprint, options, budget, usable, host, followed, plans)
+    if footprint.traced or footprint.probed:
+        under = [plan for way in footprint.probed for plan in _under(way, footprint, options, budget, usable, host)]
+        chosen = _of_candidates(footprint, options, budget, usable, host, followed)
+        yield from _fastest_first(plain, [*plans, *under, *chosen])
     else:
+        yield from [] if plain is None else [plain]
         yield from plans
 
 
-def _fastest_first(
+def _fastest_first(plain: Plan | None, plans: list[Plan]) -> Iterator[Plan]:
+    """What was measured and what was followed, by predicted time; each next one is smaller, but for the plain step's.
+
+    Where that fits, nothing comes before it but what is faster by a lever that leaves the chunks as they are.
+    """
+    # Of equally fast ones the one with fewer levers, then the larger, does less.
+    plans.sort(key=lambda plan: (plan.predicted_seconds or 0.0, len(plan.levers), -(plan.predicted_peak_bytes or 0)))
+    if plain is not None:
+        quickest = next((plan for plan in plans if whole_levers_of(plan.levers)), None)
+        if quickest is not None and (quickest.predicted_seconds or 0.0) < (plain.predicted_seconds or 0.0):
+            plans.remove(quickest)
+            yield quickest
+        yield plain
+    smallest = None
+    for plan in plans:
+        if smallest is None or cast(int, plan.predicted_peak_bytes) < smallest:
+            smallest = plan.predicted_peak_bytes
+            yield plan
+
+
+def _under(
+    way: ProbedWay, footprint: Footprint, options: Options, budget: Budget, usable: int, host: list[HostRows]
+) -> Iterator[Plan]:
+    """The plans that laws of probes under ``way`` predict, on all rows or some at a time."""
+    if not is_allowed(way, options.allow):
+        return
+    under = footprint_under(footprint, way.levers)
+    own = [find_levers()[name](**knobs) for name, knobs in way.levers.items()]
+    if _runs_whole(under, options) and _plain_peak(under) <= usable:
+        yield _plan(footprint, own, budget, {})
+    if options.rows is None and not _may_split(under, options):
+        return
+    measured = _pinned if options.rows is not None else _splits
+    for plan in measured(under, options, budget, usable, host):
+        yield _plan(footprint, [*own, *levers_of(plan)], budget, plan.knob_origins)
+
+
+def _of_candidates(
     footprint: Footprint,
     options: Options,
     budget: Budget,
     usable: int,
     host: list[HostRows],
     followed: list[Candidate],
-    measured: Iterator[Plan],
 ) -> Iterator[Plan]:
-    """What was measured and what was followed, by predicted time; each next one is smaller."""
-    plans = list(measured)
+    """The plans of followed steps that fit."""
     for candidate in followed:
         names = {lever.name for lever in candidate.levers}
         # The plain step is there already; a split alone is predicted better by its own laws.
@@ -113,13 +153,7 @@ def _fastest_first(
             origins = dict.fromkeys(knobs, KnobOrigin.CHOSEN)
             if options.rows is not None and SplitRows.name in names:
                 origins[f"{SplitRows.name}.rows"] = options.rows_origin
-            plans.append(_plan(footprint, levers, budget, origins))
-    smallest = None
-    # Of equally fast ones the larger does less.
-    for plan in sorted(plans, key=lambda plan: (plan.predicted_seconds or 0.0, -(plan.predicted_peak_bytes or 0))):
-        if smallest is None or cast(int, plan.predicted_peak_bytes) < smallest:
-            smallest = plan.predicted_peak_bytes
-            yield plan
+            yield _plan(footprint, levers, budget, origins)
 
 
 def _measured(
@@ -164,7 +198,7 @@ def _pinned(
         return
     rows = options.rows if isinstance(options.rows, int) else list(options.rows)
     for lever in _with_rows(footprint, options, rows, usable):
-        if lever.predict(footprint).peak_allocated_bytes <= usable:
+        if predict_plan(footprint, {lever.name: lever.knobs()}).peak_allocated_bytes <= usable:
             yield _plan(footprint, [*host, lever], budget, {f"{lever.name}.rows": options.rows_origin})
 
 
@@ -189,16 +223,16 @@ def _mapped(footprint: Footprint, options: Options, usable: int) -> list[Lever]:
     for lever in {variant.lever: find_levers()[variant.lever] for variant in footprint.variants}.values():
         if lever.refusal(footprint) is not None or lever.exactness > options.allow:
             continue
-        for candidate in lever.candidates(footprint, usable):
+        for candidate in cast(type[PredictedLever], lever).candidates(footprint, usable):
             predicted = candidate.predict(footprint)
             if predicted.peak_allocated_bytes <= usable:
                 fitting.append((predicted.seconds or 0.0, predicted.peak_allocated_bytes, candidate))
     ladder: list[Lever] = []
     smallest = None
-    for _, peak, candidate in sorted(fitting, key=lambda entry: entry[:2]):
+    for _, peak, smaller in sorted(fitting, key=lambda entry: entry[:2]):
         if smallest is None or peak < smallest:
             smallest = peak
-            ladder.append(candidate)
+            ladder.append(smaller)
     return ladder
 
 

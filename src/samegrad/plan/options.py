@@ -11,9 +11,11 @@ from samegrad.records import Exactness, KnobOrigin
 class Options:
     """``rows``: pinned rows at a time (a number or the size of every chunk), with who set them.
 
-    ``allow``: the weakest exactness a plan may have.
+    ``allow``: the weakest exactness a plan may have. ``expected_steps``: how many will run under the plan, which what
+    it costs once must pay for; None where nobody said.
     """
 
     rows: int | tuple[int, ...] | None = None
     rows_origin: KnobOrigin = KnobOrigin.PINNED
     allow: Exactness = Exactness.SAME_SUM
+    expected_steps: int | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from samegrad.levers import find_levers
+from samegrad.levers import PredictedLever, find_levers
 from samegrad.plan.traced import predict_traced
+from samegrad.plan.whole_ways import footprint_under, whole_levers_of
 from samegrad.records import Footprint, Origin
 
 
@@ -15,24 +16,34 @@ def predict_plan(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> Foo
 
     Peaks are those that ``footprint`` counts: counted bytes, or what is allocated.
     """
-    known = find_levers()
     followed = predict_traced(footprint, levers)
+    whole = whole_levers_of(levers)
     # Of a split alone the bytes are known better from its own laws.
-    split_alone = bool(footprint.laws) and set(levers) <= {"host_rows", "split_rows"}
+    split_alone = levers.keys() - whole.keys() <= {"host_rows", "split_rows"} and _has_laws(footprint, whole)
     if followed is not None and levers and not split_alone:
-        peak_bytes, seconds = followed
         rows = levers.get("split_rows", {}).get("rows", footprint.batch_rows)
-        return _predicted(footprint, rows if isinstance(rows, int) else max(rows), peak_bytes, seconds)
-    predicted = footprint
-    for name in sorted(levers, key=lambda name: known[name].slot):
-        predicted = known[name](**levers[name]).predict(predicted)
-    if predicted is not footprint and predicted.origin is Origin.PREDICTED and levers:
-        return predicted if followed is None else dataclasses.replace(predicted, seconds=followed[1])
+        most = rows if isinstance(rows, int) else max(rows)
+        found = _predicted(footprint, most, followed.peak_bytes, followed.seconds)
+        return dataclasses.replace(found, host_bytes=followed.host_bytes)
+    under = predicted = footprint_under(footprint, whole)
+    known = find_levers()
+    for name in sorted(levers.keys() - whole.keys(), key=lambda name: known[name].slot):
+        lever = known[name](**levers[name])
+        assert isinstance(lever, PredictedLever)
+        predicted = lever.predict(predicted)
+    if predicted is not under and predicted.origin is Origin.PREDICTED:
+        return predicted if followed is None else dataclasses.replace(predicted, seconds=followed.seconds)
     rows = footprint.batch_rows
     return _predicted(
-        footprint, rows, footprint.predicted_peak_bytes(rows=rows), footprint.predicted_seconds(rows=rows),
-        {law.phase: law.peak_bytes(rows=rows, batch_rows=rows) for law in footprint.plain_laws},
+        under, rows, under.predicted_peak_bytes(rows=rows), under.predicted_seconds(rows=rows),
+        {law.phase: law.peak_bytes(rows=rows, batch_rows=rows) for law in under.plain_laws},
     )  # fmt: skip
+
+
+def _has_laws(footprint: Footprint, whole: dict[str, dict[str, Any]]) -> bool:
+    """Whether the step was probed in chunks, under those levers that leave chunks as they are."""
+    probed = [way.laws for way in footprint.probed if way.levers == whole]
+    return bool(footprint.laws if not whole else probed and probed[0])
 
 
 def _predicted(

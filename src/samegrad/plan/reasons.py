@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
+from typing import cast
 
 from samegrad.errors import BadInput
-from samegrad.levers import find_levers
-from samegrad.levers._lever import Lever
+from samegrad.levers import Lever, PredictedLever, find_levers, find_whole_levers
 from samegrad.levers.host_rows import HostRows
 from samegrad.plan.predict import predict_plan
-from samegrad.plan.traced import Candidate
+from samegrad.plan.traced import Candidate, predict_traced
 from samegrad.records import Exactness, Footprint, Plan
 from samegrad.units import format_bytes, format_seconds
 
@@ -57,20 +57,44 @@ class Reasons:
         saved_bytes = max(0, other.peak_allocated_bytes - (plan.predicted_peak_bytes or 0))
         plain = f" of the plain step's {format_bytes(other.peak_allocated_bytes)}"
         beside = f" beside {' and '.join(without)}" if without else plain
-        return f"saves {format_bytes(saved_bytes)}{beside}{_cost(other.seconds, plan.predicted_seconds)}"
+        share = f"saves {format_bytes(saved_bytes)}{beside}{_cost(other.seconds, plan.predicted_seconds)}"
+        if name not in find_whole_levers():
+            return share
+        if saved_bytes == 0 and (more := (plan.predicted_peak_bytes or 0) - other.peak_allocated_bytes) > 0:
+            share = f"takes {format_bytes(more)} more{beside}{_cost(other.seconds, plan.predicted_seconds)}"
+        pinned = predict_plan(self.footprint, plan.levers).host_bytes
+        return f"{share}{f', pins {format_bytes(pinned)} on the host' if pinned else ''} (predicted)"
 
     def _not_needed(self, plan: Plan, lever: type[Lever]) -> str:
         beside = " and ".join(other for other in plan.levers if other != HostRows.name)
         reason = f"the plan fits with {beside}" if beside else "the plain step fits"
         if lever.name not in self.fastest:
             # "Not needed" must not read as "compared and slower" where nothing of the lever could be compared.
-            tried = any(True for _ in lever.candidates(self.footprint, sys.maxsize))
+            if lever.name in find_whole_levers():
+                return f"{reason}; {self._alone(lever)}"
+            tried = any(True for _ in cast(type[PredictedLever], lever).candidates(self.footprint, sys.maxsize))
             return reason if tried else f"{reason}; what it would save was not measured"
         fastest = self.fastest[lever.name]
         saved_bytes = max(0, self._plain.peak_allocated_bytes - fastest.peak_bytes)
         how = " and ".join(lever.name for lever in fastest.levers)
         cost = _cost(self._plain.seconds, fastest.seconds)
         return f"{reason}; the fastest plan with it ({how}) saves {format_bytes(saved_bytes)}{cost}"
+
+
+    def _alone(self, lever: type[Lever]) -> str:
+        """What the step gains and pays by a lever that leaves its chunks as they are, with nothing else."""
+        levers = {lever.name: lever().knobs()}
+        try:
+            found = predict_plan(self.footprint, levers)
+        except BadInput:
+            return "what it would save was not measured"
+        # Traces count tensors; what the plain step is said to need has its libraries' workspaces in it.
+        plain = predict_traced(self.footprint, {}) if predict_traced(self.footprint, levers) is not None else None
+        plain_bytes = self._plain.peak_allocated_bytes if plain is None else plain.peak_bytes
+        less = plain_bytes - found.peak_allocated_bytes
+        saves = f"saves {format_bytes(less)}" if less >= 0 else f"takes {format_bytes(-less)} more"
+        basis = "measured" if any(way.levers == levers for way in self.footprint.probed) else "predicted"
+        return f"by itself it {saves}{_cost(self._plain.seconds, found.seconds)} ({basis})"
 
 
 def fastest_by_lever(candidates: list[Candidate]) -> dict[str, Candidate]:

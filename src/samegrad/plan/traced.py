@@ -17,7 +17,8 @@ from samegrad.plan.chain import ChainChoice, plain_stages, predict_chain
 from samegrad.plan.heights import Stage, Way
 from samegrad.plan.options import Options
 from samegrad.plan.solve import pareto
-from samegrad.records import Footprint
+from samegrad.plan.whole_ways import has_room, is_allowed
+from samegrad.records import Budget, Footprint
 from samegrad.unit_tables import TracedWay, UnitTable
 
 
@@ -29,13 +30,24 @@ class Candidate(NamedTuple):
     levers: tuple[Lever, ...]
 
 
-def traced_candidates(footprint: Footprint, options: Options) -> list[Candidate]:
-    """The plans that are worth trying at some budget, fastest first, each next one smaller."""
+class FollowedPlan(NamedTuple):
+    """What a plan is predicted to hold, on the device and pinned on the host, and to take."""
+
+    peak_bytes: int
+    seconds: float
+    host_bytes: int
+
+
+def traced_candidates(footprint: Footprint, options: Options, budget: Budget | None = None) -> list[Candidate]:
+    """The plans that are worth trying at some budget, fastest first, each next one smaller.
+
+    ``budget``: whose host memory the plans keep within, for any amount on the device.
+    """
     found = [
         candidate
         for way in footprint.traced
-        if all(find_levers()[name].exactness <= options.allow for name in way.levers)
-        for candidate in _of_way(way, footprint, options)
+        if is_allowed(way, options.allow)
+        for candidate in _of_way(way, footprint, options, budget)
     ]
     front: list[Candidate] = []
     for candidate in sorted(found, key=lambda c: (c.seconds, c.peak_bytes, len(c.levers))):
@@ -44,8 +56,8 @@ def traced_candidates(footprint: Footprint, options: Options) -> list[Candidate]
     return front
 
 
-def predict_traced(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> tuple[int, float] | None:
-    """Peak bytes and seconds of a plan with these levers; None where it was not followed."""
+def predict_traced(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> FollowedPlan | None:
+    """What a plan with these levers is predicted to hold and take; None where it was not followed."""
     own = {SplitRows.name, Recompute.name, "host_rows"}
     base = {name: knobs for name, knobs in levers.items() if name not in own}
     way = next((way for way in footprint.traced if way.levers == base), None)
@@ -55,15 +67,19 @@ def predict_traced(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> t
     blocks = levers[Recompute.name]["blocks"] if Recompute.name in levers else []
     sizes = chunk_sizes(rows, footprint.batch_rows)
     stages = _stages_of(way.tables[0], blocks)
-    return None if stages is None else _predicted(way, footprint, sizes, stages)
+    if stages is None or (len(sizes) > 1 and not _has_chunks(way)):
+        return None
+    return FollowedPlan(*_predicted(way, footprint, sizes, stages), way.pinned_bytes(rows=max(sizes)))
 
 
-def _of_way(way: TracedWay, footprint: Footprint, options: Options) -> Iterator[Candidate]:
+def _of_way(
+    way: TracedWay, footprint: Footprint, options: Options, budget: Budget | None
+) -> Iterator[Candidate]:
     splits = SplitRows.refusal(footprint) is None and options.allow >= SplitRows.exactness
     recomputes = Recompute.refusal(footprint) is None
     for rows in _rows_to_try(way, footprint, options):
         sizes = chunk_sizes(rows, footprint.batch_rows)
-        if len(sizes) > 1 and not splits:
+        if (len(sizes) > 1 and not (splits and _has_chunks(way))) or not has_room(way, budget, max(sizes)):
             continue
         tables = way.later_tables if len(sizes) > 1 and way.later_tables else way.tables
         table = _table_for(tables, max(sizes))
@@ -72,6 +88,11 @@ def _of_way(way: TracedWay, footprint: Footprint, options: Options) -> Iterator[
             peak_bytes, seconds = _predicted(way, footprint, sizes, choice.stages, solved)
             split = [SplitRows(rows)] if len(sizes) > 1 else []
             yield Candidate(seconds, peak_bytes, (*_levers_of(way), *split, *_recompute(table, choice)))
+
+
+def _has_chunks(way: TracedWay) -> bool:
+    """Whether it was followed on fewer rows than the batch's as well."""
+    return len(way.tables) > 1
 
 
 def _rows_to_try(way: TracedWay, footprint: Footprint, options: Options) -> list[int | list[int]]:

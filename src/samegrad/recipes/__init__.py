@@ -10,13 +10,26 @@ import importlib
 from pathlib import Path
 
 import samegrad as sg
-from samegrad.recipes._recipe import CommonOptions, EpochResult, Program, Recipe, run_epochs
+from samegrad.recipes._recipe import (
+    Answer,
+    CommonOptions,
+    EpochResult,
+    Finding,
+    Health,
+    Program,
+    Recipe,
+    run_epochs,
+)
 
 __all__ = [
+    "Answer",
     "CommonOptions",
     "EpochResult",
+    "Finding",
+    "Health",
     "Program",
     "Recipe",
+    "find_health",
     "find_options",
     "find_recipe",
     "recipe_names",
@@ -41,6 +54,14 @@ def find_recipe(name: str) -> Recipe:
     _check_name(name)
     recipe: Recipe = importlib.import_module(f"{__name__}.{name}.recipe").RECIPE
     return recipe
+
+
+def find_health(name: str) -> Health | None:
+    """The checks that the recipe ``name`` has on its own runs; None where it has none, or for another name."""
+    if name not in recipe_names() or not (Path(__file__).parent / name / "health.py").is_file():
+        return None
+    health: Health = importlib.import_module(f"{__name__}.{name}.health")
+    return health
 
 
 def _check_name(name: str) -> None:

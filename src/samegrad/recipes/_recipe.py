@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import enum
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import samegrad as sg
 
@@ -53,7 +54,8 @@ class CommonOptions:
 class EpochResult:
     """One epoch: its optimizer steps, the validation value after them, and whether training ends here.
 
-    ``improved``: the validation value is the best so far. ``empty_cache_seconds`` and ``given_back_bytes`` are what
+    ``improved``: the validation value is the best so far. ``validation_parts``: what that value is made of, by name,
+    where the program says it. ``empty_cache_seconds`` and ``given_back_bytes`` are what
     ``--empty_cache`` cost and gave back to the driver.
     """
 
@@ -63,6 +65,7 @@ class EpochResult:
     improved: bool
     stopped: bool
     seconds: float
+    validation_parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
     empty_cache_seconds: float = 0.0
     given_back_bytes: int = 0
 
@@ -77,8 +80,8 @@ class EpochResult:
 class Program(abc.ABC):
     """A training program, live: the step, what feeds it, and what is judged and written at the end.
 
-    ``next_epoch``, ``steps_done`` and ``stopped`` are where it stands; ``state`` and ``load_state`` carry them over a
-    restart, tensors apart.
+    ``batches_per_step``: batches whose mean loss makes one optimizer step. ``next_epoch``, ``steps_done`` and
+    ``stopped`` are where it stands; ``state`` and ``load_state`` carry them over a restart, tensors apart.
     """
 
     step: sg.Step
@@ -87,6 +90,7 @@ class Program(abc.ABC):
     best: sg.BestWeights
     epochs: int
     scaler: Any = None
+    batches_per_step: int = 1
     empty_cache: EmptyCache = "never"
     next_epoch: int = 0
     steps_done: int = 0
@@ -94,7 +98,7 @@ class Program(abc.ABC):
 
     @abc.abstractmethod
     def batches(self, epoch: int) -> Iterable[Any]:
-        """The epoch's batches, one optimizer step each: a pure function of (options, epoch)."""
+        """The epoch's batches, ``batches_per_step`` for an optimizer step: a pure function of (options, epoch)."""
 
     def start(self) -> None:  # noqa: B027 - most programs have nothing to do
         """What happens once before the first epoch, and not when a run is resumed."""
@@ -105,6 +109,10 @@ class Program(abc.ABC):
     def validate(self) -> float | None:
         """The value that early stopping watches (smaller is better), or None."""
         return None
+
+    def validation_parts(self) -> Mapping[str, float]:
+        """What the latest validation value is made of, by name; empty where it is one thing."""
+        return {}
 
     @abc.abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -117,6 +125,10 @@ class Program(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> list[str]:
         """The program in a few lines for people: data, model, objective, optimizer."""
+
+    def told_of(self, plan: sg.Plan, footprint: sg.Footprint) -> list[str]:
+        """What the program's document would say of the plan, in lines for people; asked once it is in force."""
+        return []
 
     def state(self) -> dict[str, Any]:
         """All that resuming needs beside the tensors of model, optimizer and ``best.weights()``; goes to JSON."""
@@ -156,6 +168,37 @@ class Recipe:
     troubleshooting: tuple[str, ...]
 
 
+class Answer(enum.Enum):
+    OK = "ok"
+    FAILS = "fails"
+    UNKNOWN = "unknown"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One check: its answer, the numbers behind it, and what to do when it fails."""
+
+    name: str
+    answer: Answer
+    detail: str
+    do: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return {"name": self.name, "answer": self.answer.value, "detail": self.detail, "do": self.do}
+
+
+class Health(Protocol):
+    """The module ``health.py`` of a recipe that can judge its own runs; without torch, for ``doctor --run``."""
+
+    def examine(self, folder: Path) -> tuple[Finding, ...]:
+        """The findings of the recipe's own document on the run in ``folder``."""
+        ...
+
+    def advise(self, folder: Path) -> tuple[str, ...]:
+        """What the run's measurements give reason to change, each with the figure that does."""
+        ...
+
+
 def run_epochs(
     program: Program, *, first_epoch: int | None = None, counter: Any = None
 ) -> Iterator[EpochResult]:
@@ -185,6 +228,7 @@ def _run_epoch(program: Program, counter: Any) -> EpochResult:
         scaler=program.scaler,
         first_index=program.steps_done,
         counter=counter,
+        batches_per_step=program.batches_per_step,
     ):
         steps.append(result)
         program.steps_done += 1
@@ -203,6 +247,7 @@ def _run_epoch(program: Program, counter: Any) -> EpochResult:
         improved=value is not None and program.best.waited == 0,
         stopped=program.stopped,
         seconds=time.perf_counter() - start,
+        validation_parts=program.validation_parts(),
         empty_cache_seconds=emptying.seconds,
         given_back_bytes=emptying.given_back_bytes,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
-from samegrad.records import Front, FrontPoint, Plan
+from samegrad.records import Front, FrontPoint
 from samegrad.report.axes import byte_ticks, even_ticks
 from samegrad.report.palette import BLUE
 from samegrad.report.plot import Plot, draw_x_axis, draw_y_axis, lay_out
@@ -38,16 +40,16 @@ def front_rows(front: Front) -> list[tuple[str, str, str, str, str]]:
             format_bytes(point.budget_bytes),
             format_seconds(point.seconds),
             f"{point.seconds / fastest:.2f}x" if fastest else "",
-            describe_levers(point.plan),
+            describe_levers(point.plan.levers),
         )
         for number, point in enumerate(front.points, start=1)
     ]
 
 
-def describe_levers(plan: Plan) -> str:
-    """The plan's levers in a few words, with how much: ``"split_rows 8 rows, recompute 4 blocks"``."""
+def describe_levers(levers: Mapping[str, Mapping[str, Any]]) -> str:
+    """A plan's levers in a few words, with how much: ``"split_rows 8 rows, recompute 4 blocks"``."""
     told = []
-    for name, knobs in plan.levers.items():
+    for name, knobs in levers.items():
         if name == "host_rows":
             continue
         how = []

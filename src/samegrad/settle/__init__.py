@@ -22,9 +22,12 @@ from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan
 from samegrad.settle.beside import followed_beside
 from samegrad.settle.following import follow
+from samegrad.settle.further import smaller_plans
 from samegrad.settle.ladder import settle
-from samegrad.settle.on_card import footprint_of, settle_on_card
+from samegrad.settle.on_card import footprint_of, settle_on_card, with_levers_on_card
+from samegrad.settle.probed_ways import with_probed_ways
 from samegrad.settle.probing import Measurement, aliases_for, measure
+from samegrad.settle.quicker import quicker_plan
 
 __all__ = [
     "Ahead",
@@ -36,8 +39,10 @@ __all__ = [
     "measure_step",
     "plan_ahead",
     "plan_followed",
+    "quicker_plan",
     "settle",
     "settle_plan",
+    "smaller_plans",
 ]
 
 
@@ -84,13 +89,17 @@ def _is_card(device: torch.device | str | None, declared: DeclaredStep) -> bool:
     )
 
 
-def measure_for(declared: DeclaredStep, batch: Any, aliases: ParameterAliases, budget: Budget) -> Measurement:
-    """The measurement that a plan within ``budget`` is chosen from: followed too where the plain step is too much."""
+def measure_for(
+    declared: DeclaredStep, batch: Any, aliases: ParameterAliases, budget: Budget, options: Options
+) -> Measurement:
+    """The measurement that a plan within ``budget`` is chosen from: where the plain step is too much, the step is also
+    probed under levers that leave its chunks as they are, and followed."""
     measurement = measure(declared, batch, aliases)
     footprint = measurement.footprint
     if footprint.predicted_peak_bytes(rows=footprint.batch_rows) <= usable_bytes(budget):
         return measurement
-    return followed_beside(declared, aliases, measurement, batch)
+    measurement = with_probed_ways(declared, aliases, measurement, batch, budget, options)
+    return followed_beside(declared, aliases, measurement, batch, budget, options)
 
 
 def settle_plan(
@@ -102,8 +111,11 @@ def settle_plan(
     rows_origin: KnobOrigin = KnobOrigin.PINNED,
     allow: Exactness = Exactness.SAME_SUM,
     device: torch.device | str | None = None,
+    expected_steps: int | None = None,
 ) -> tuple[Plan, Footprint]:
     """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
+
+    On a card at hand its chunks may be captured, and compiled where ``expected_steps`` pay for that.
 
     ``rows`` pins the rows at a time (a number, or the size of every chunk) and the plan works round it. ``device``: a
     card's name as in ``measure_step``; then every plan is followed instead of measured, and judged by its steady cap.
@@ -115,10 +127,11 @@ def settle_plan(
         return ahead.plan, ahead.footprint
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
-    options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
-    measurement = measure_for(declared, batch, aliases_for(declared), limit)
-    plan, footprint, _ = settle(declared, aliases_for(declared), measurement, batch, budget=limit, options=options)
-    return plan, footprint
+    options = Options(rows=pinned, rows_origin=rows_origin, allow=allow, expected_steps=expected_steps)
+    measurement = measure_for(declared, batch, aliases_for(declared), limit, options)
+    given = declared, aliases_for(declared), measurement, batch
+    plan, footprint, _ = settle(*given, budget=limit, options=options)
+    return quicker_plan(*given, plan, budget=limit, options=options), footprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +159,7 @@ def plan_ahead(
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
     followed, footprint = follow(declared, aliases_for(declared), batch, target)
+    footprint = with_levers_on_card(followed, footprint, budget=limit, options=options)
     plan, predicted = settle_on_card(followed, footprint, budget=limit, options=options)
     return Ahead(dataclasses.replace(plan, signature=declared.signature(batch)), footprint, predicted)
 

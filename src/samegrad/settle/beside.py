@@ -12,41 +12,79 @@ from typing import Any
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotTrace, UsageError
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.levers.recompute import Recompute
+from samegrad.measure.events import Trace
 from samegrad.measure.target import Target
 from samegrad.measure.trace_reading import CUDA_BLOCK_BYTES, peak_bytes
+from samegrad.plan.options import Options
+from samegrad.plan.traced import plain_peak_bytes
+from samegrad.plan.whole_ways import footprint_under
+from samegrad.records import Budget, Footprint
 from samegrad.settle.followed_step import FollowedStep, look_at_step
+from samegrad.settle.lever_ways import with_lever_ways
 from samegrad.settle.probing import Measurement
 from samegrad.settle.traced_ways import traced_ways
 from samegrad.unit_tables import TracedWay, UnitTable
 
 
 def followed_beside(
-    declared: DeclaredStep, aliases: ParameterAliases, measurement: Measurement, batch: Any
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    measurement: Measurement,
+    batch: Any,
+    budget: Budget | None = None,
+    options: Options | None = None,
 ) -> Measurement:
-    """``measurement`` with what following the step adds; as it is where the step cannot be followed, which it says."""
+    """``measurement`` with what following the step adds; as it is where the step cannot be followed, which it says.
+
+    ``budget``: with ``options``, the step is followed as well under levers that leave its chunks as they are.
+    """
     if declared.device.type != "cuda":
         return measurement
     footprint, layout = measurement.footprint, declared.layout(batch)
     try:
-        step = FollowedStep(declared, aliases, batch, layout, Target.at_hand(declared.device), measurement.ways)
-        look = look_at_step(declared, batch, layout)
+        target, look = Target.at_hand(declared.device), look_at_step(declared, batch, layout)
+        step = FollowedStep(declared, aliases, batch, layout, target, measurement.ways, look)
         plain = step.trace_whole({})
-        ways, refusals = traced_ways(step, plain, look)
+        ways, refusals = traced_ways(step, plain)
+        known = {name: why for name, why in refusals.items() if name not in footprint.refusals}
+        kept = {n: why for n, why in footprint.refusals.items() if n != Recompute.name or Recompute.name in refusals}
+        followed = dataclasses.replace(footprint, traced=ways, refusals=kept | known)
+        if budget is not None and options is not None:
+            followed = with_lever_ways(step, followed, options, budget)
     except (CannotTrace, UsageError) as error:
         facts = footprint.facts | {"not followed": f"{error.found}; only what was probed is planned"}
         return dataclasses.replace(measurement, footprint=dataclasses.replace(footprint, facts=facts))
-    beyond = footprint.predicted_peak_bytes(rows=layout.rows) - peak_bytes(plain, round_to=CUDA_BLOCK_BYTES)
-    followed = sum(s for o, s in zip(plain.operations, step.target.seconds_of(plain)) if o.step == 1)
-    turn = sum(w.optimizer_seconds for w in ways[:1])
-    measured = footprint.predicted_seconds(rows=layout.rows)
-    # Probes end before the optimizer's turn.
-    slower = 1.0 if measured is None else measured / max(followed - turn, 1e-9)
-    scaled = tuple(_scaled(way, max(0, beyond), slower) for way in ways)
-    known = {name: why for name, why in refusals.items() if name not in footprint.refusals}
-    kept = {name: why for name, why in footprint.refusals.items() if name != "recompute" or "recompute" in refusals}
-    return dataclasses.replace(
-        measurement, footprint=dataclasses.replace(footprint, traced=scaled, refusals=kept | known)
-    )
+    scales = _Scales(footprint, step, plain, ways[0].optimizer_seconds)
+    scaled = tuple(_scaled(way, *scales.of(way)) for way in followed.traced)
+    return dataclasses.replace(measurement, footprint=dataclasses.replace(followed, traced=scaled))
+
+
+class _Scales:
+    """By what the device holds and takes more than traces say: of the plain step, or of one under levers probed too."""
+
+    def __init__(self, footprint: Footprint, step: FollowedStep, plain: Trace, turn_seconds: float) -> None:
+        self._footprint, self._rows = footprint, step.layout.rows
+        self._plain_beyond = self._measured_bytes({}) - peak_bytes(plain, round_to=CUDA_BLOCK_BYTES)
+        followed = sum(s for o, s in zip(plain.operations, step.target.seconds_of(plain)) if o.step == 1)
+        # Probes end before the optimizer's turn.
+        self._plain_slower = self._ratio(footprint, followed - turn_seconds)
+
+    def of(self, way: TracedWay) -> tuple[int, float]:
+        """Bytes beyond those of ``way``, and the factor of its seconds."""
+        table = way.tables[0]
+        if not way.levers or all(probed.levers != way.levers for probed in self._footprint.probed):
+            return max(0, self._plain_beyond), self._plain_slower
+        beyond = self._measured_bytes(way.levers) - max(way.optimizer_bytes, plain_peak_bytes(table))
+        followed = sum(unit.forward_seconds + unit.backward_seconds for unit in table.units)
+        return max(0, beyond), self._ratio(footprint_under(self._footprint, way.levers), followed)
+
+    def _measured_bytes(self, levers: dict[str, dict[str, Any]]) -> int:
+        return footprint_under(self._footprint, levers).predicted_peak_bytes(rows=self._rows)
+
+    def _ratio(self, footprint: Footprint, followed_seconds: float) -> float:
+        measured = footprint.predicted_seconds(rows=self._rows)
+        return 1.0 if measured is None else measured / max(followed_seconds, 1e-9)
 
 
 def _scaled(way: TracedWay, beyond_bytes: int, slower: float) -> TracedWay:

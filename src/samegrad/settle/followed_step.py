@@ -6,9 +6,11 @@ Nothing of the user's changes, and no data is needed: a model on the meta device
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from samegrad import trees
@@ -22,7 +24,7 @@ from samegrad.exact.losses import LossForm
 from samegrad.exact.split import sliced_chunks
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.unit_chain import UnitChain, find_units
-from samegrad.execute.apply import chunked_step, in_force
+from samegrad.execute.apply import applied, chunked_step, standing
 from samegrad.execute.ways import Ways
 from samegrad.measure.events import Trace
 from samegrad.measure.target import Target
@@ -30,6 +32,7 @@ from samegrad.measure.trace import in_chunks, look_at, plainly, trace_step
 from samegrad.records import Exactness, Plan
 from samegrad.trees import RowLayout
 
+_CUDA = torch.device("cuda", 0)
 # Rows that a look at the step has.
 LOOKED_AT_ROWS = 8
 # Chunks of a planned step that are followed: what the later ones do repeats.
@@ -77,7 +80,10 @@ def _look(declared: DeclaredStep, rows: Any) -> Look:
 
 @dataclasses.dataclass(frozen=True)
 class FollowedStep:
-    """A step that is planned for ``target``. ``ways``: to run it in chunks, as examined or, without data, assumed."""
+    """A step that is planned for ``target``. ``ways``: to run it in chunks, as examined or, without data, assumed.
+
+    ``look``: what one look at it shows.
+    """
 
     declared: DeclaredStep
     aliases: ParameterAliases
@@ -85,6 +91,12 @@ class FollowedStep:
     layout: RowLayout
     target: Target
     ways: Ways
+    look: Look
+
+    @property
+    def blocks(self) -> list[str]:
+        """The modules that may run again in backward, each by itself."""
+        return [unit.paths[0] for unit in self.look.units.units if len(unit.paths) == 1 and unit.has_parts]
 
     @property
     def batch_stands_on_device(self) -> bool:
@@ -98,13 +110,18 @@ class FollowedStep:
 
         A batch on the device stands there as a whole, of which the rows that are followed are a part.
         """
-        with in_force(plan, self.declared, self.layout.rows) as execution:
+        # Levers are asked for the device that is planned for; what stands between steps stands on the twins alone.
+        there = dataclasses.replace(self.declared, device=_CUDA)
+        stands = functools.partial(standing, plan)
+        with applied(plan, there, self.layout.rows) as execution:
+            declared = dataclasses.replace(execution.declared, device=self.declared.device)
             if execution.runs_whole or execution.sizes is None:
-                return trace_step(execution.declared, self.batch, run=plainly(StepDraws(self.ways.sites)))
+                plain = plainly(StepDraws(self.ways.sites))
+                return trace_step(declared, self.batch, run=plain, stands=stands)
             sizes = self._followed_sizes(execution.sizes, whole=execution.scheme is not None)
             batch = trees.first_rows(self.batch, self.layout, sum(sizes))
             step = chunked_step(execution, self.aliases, self.ways, stream_chunks)
-            return trace_step(execution.declared, batch, run=in_chunks(step, sizes), sizes=sizes)
+            return trace_step(declared, batch, run=in_chunks(step, sizes), sizes=sizes, stands=stands)
 
     def trace_whole(self, levers: dict[str, dict[str, Any]], rows: int | None = None) -> Trace:
         """The step with ``levers`` on its first ``rows`` rows (None: all of them) at once. Raises CannotTrace."""

@@ -57,10 +57,10 @@ def follow(
     look = look_at_step(declared, batch, layout)
     plain = trace_step(declared, batch)
     ways, examined = _ways(declared, aliases, batch, layout, look, total_flops(plain) / layout.rows)
-    step = FollowedStep(declared, aliases, batch, layout, target, ways)
+    step = FollowedStep(declared, aliases, batch, layout, target, ways, look)
     if ways.sites is not None:
         plain = step.trace_whole({})
-    traced, refusals = traced_ways(step, plain, look)
+    traced, refusals = traced_ways(step, plain)
     # Levers are asked about the step on the card, wherever the model is.
     unsuited = unsuited_levers(dataclasses.replace(declared, device=torch.device("cuda", 0)))
     # Where rows are apart, an examination does not try blocks, which may run again beside a split too.

@@ -12,14 +12,15 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import BudgetTooSmall
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.step_draws import StepDraws
-from samegrad.execute.apply import applied, chunked_step, in_force
+from samegrad.execute.apply import applied, chunked_step, in_force, programs_of
 from samegrad.levers._variants import variant_in
+from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
-from samegrad.measure.probe import measure_rung, measure_whole
+from samegrad.measure.probe import OptimizerTurn, Rung, measure_rung, measure_whole
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Counting, Footprint, PhaseLaw, Plan
+from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
 from samegrad.settle.probing import Measurement
 from samegrad.units import format_bytes
 
@@ -43,46 +44,79 @@ def settle(
     """As ``settle_plan``, with a measurement at hand; also the measured peak of the rung (None if not split)."""
     layout = declared.layout(batch)
     footprint = measurement.footprint
+    most = most_bytes(budget)
     tried: list[str] = []
     for plan in choose_plan(footprint, options, budget):
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
-        # Counted bytes are what they are; an allocator's segments still shift as a run goes on.
-        allocator = budget.counting is Counting.CUDA_ALLOCATOR
-        most = int(budget.total_bytes * _STEADY_FRACTION) if allocator else budget.total_bytes
         if sizes is None or execution.runs_whole:
             found = _whole_if_close(declared, batch, measurement, plan, most)
             if found is None:
                 return plan, footprint, None
             tried.append(f"all rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
             continue
-        chunked = chunked_step(execution, aliases, measurement.ways, stream_chunks)
+        rung = measured(declared, aliases, measurement, batch, plan, budget.counting, most)
+        if rung is not None and rung.peak_bytes <= most:
+            return dataclasses.replace(plan, predicted_seconds=rung.seconds), footprint, rung.peak_bytes
         rows = max(sizes)
-        # A graph that is kept shows beside one that is not.
-        chunks = max(_MEASURED_CHUNKS[budget.counting], execution.kept_chunks + 2 if execution.kept_chunks else 0)
-        # What sees the whole batch is measured on it.
-        shown = layout.rows if execution.scheme is not None else min(chunks * rows, layout.rows)
-        parts = sizes if shown == layout.rows else trees.even_sizes(shown, rows)
-        with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):
-            chunked = dataclasses.replace(chunked, declared=running.declared)
-            rung = measure_rung(chunked, batch, layout, parts, turn=measurement.turn)
-        # Not there to be measured: what the loss keeps of rows that were left out.
-        laws = _laws_of(plan, footprint)
-        unseen = 0
-        if shown < layout.rows:
-            unseen = peak_of(laws, rows, layout.rows) - peak_of(laws, rows, shown)
-        if rung is not None and rung.peak_bytes + unseen <= most:
-            seconds = rung.seconds * layout.rows / shown
-            return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes + unseen
-        found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes + unseen)}"
+        found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
         tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
         if options.rows is not None:
             break
     raise BudgetTooSmall(
         asked=f"a plan within {format_bytes(budget.total_bytes)}",
-        found="every rung measured more than that: " + "; ".join(tried[:4]),
+        found="every rung measured more than that: " + "; ".join(tried[-4:]),
         do="raise the budget; please report the step, since its prediction was wrong",
     )
+
+
+def most_bytes(budget: Budget) -> int:
+    """What a plan may be measured to need. Counted bytes are what they are; segments still shift as a run goes on."""
+    allocator = budget.counting is Counting.CUDA_ALLOCATOR
+    return int(budget.total_bytes * _STEADY_FRACTION) if allocator else budget.total_bytes
+
+
+def measured(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    measurement: Measurement,
+    batch: Any,
+    plan: Plan,
+    counting: Counting,
+    most: int,
+) -> Rung | None:
+    """Peak and seconds of a step under ``plan``, which runs in chunks; a few of them stand for all.
+
+    None where it ran out of memory, or had to try again, under a cap of ``most`` bytes.
+    """
+    layout = declared.layout(batch)
+    with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):
+        assert running.sizes is not None
+        rows = max(running.sizes)
+        # A graph that is kept shows beside one that is not.
+        chunks = max(_MEASURED_CHUNKS[counting], running.kept_chunks + 2 if running.kept_chunks else 0)
+        # What sees the whole batch is measured on it.
+        shown = layout.rows if running.scheme is not None else min(chunks * rows, layout.rows)
+        parts = list(running.sizes) if shown == layout.rows else trees.even_sizes(shown, rows)
+        if running.programmed and min(running.sizes) < min(parts):
+            # A chunk of another size is another program, with memory of its own.
+            parts = [*parts[:-1], min(running.sizes)]
+            shown = sum(parts)
+        programs = programs_of(running)
+        chunked = chunked_step(running, aliases, measurement.ways, stream_chunks, programs)
+        try:
+            rung = measure_rung(chunked, batch, layout, parts, turn=_turn_of(plan, measurement))
+        finally:
+            # Graphs would hold their pools until somebody collects cycles.
+            programs.close()
+    if rung is None:
+        return None
+    # Not there to be measured: what the loss keeps of rows that were left out.
+    laws = _laws_of(plan, measurement.footprint)
+    unseen = 0
+    if shown < layout.rows:
+        unseen = peak_of(laws, rows, layout.rows) - peak_of(laws, rows, shown)
+    return Rung(rung.peak_bytes + unseen, rung.seconds * layout.rows / shown)
 
 
 def _whole_if_close(
@@ -98,11 +132,19 @@ def _whole_if_close(
     with in_force(plan, declared, layout.rows) as execution, counters.capped(declared.device, most_bytes):
         rung = measure_whole(
             execution.declared, batch, layout, StepDraws(measurement.ways.sites),
-            turn=measurement.turn,
+            turn=_turn_of(plan, measurement),
         )  # fmt: skip
     if rung is None:
         return "out of memory"
     return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
+
+
+def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:
+    """What the optimizer takes under ``plan``: where its state waits on the host, all of it comes for its turn."""
+    if OptimizerState.name not in plan.levers:
+        return measurement.turn
+    state_bytes = measurement.footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
+    return OptimizerTurn(0, measurement.turn.temporary_bytes + state_bytes)
 
 
 def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:

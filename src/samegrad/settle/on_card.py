@@ -24,12 +24,24 @@ from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.records import Budget, Footprint, Origin, Phase, Plan
 from samegrad.settle.followed_step import FollowedStep
+from samegrad.settle.lever_ways import with_lever_ways
 from samegrad.units import format_bytes
 
 # What a followed plan's cap may be short by: of 33 steps on one H200 the worst was 5.4 % (benchmarks/prediction.py).
 _UNSEEN_FRACTION = 0.055
 # A plan is passed over only where it is clearly too large by what was learnt of those before it.
 _CLEARLY = 0.98
+
+
+def with_levers_on_card(step: FollowedStep, footprint: Footprint, *, budget: Budget, options: Options) -> Footprint:
+    """``footprint``, with the step followed under more levers where its plain steady cap is above ``budget``."""
+    if (footprint.steady_cap_bytes or 0) <= _most_bytes(budget):
+        return footprint
+    return with_lever_ways(step, footprint, options, budget)
+
+
+def _most_bytes(budget: Budget) -> int:
+    return int(budget.total_bytes * (1 - _UNSEEN_FRACTION))
 
 
 def settle_on_card(
@@ -39,7 +51,7 @@ def settle_on_card(
 
     Raises BudgetTooSmall or CannotSplit when nothing fits.
     """
-    most = int(budget.total_bytes * (1 - _UNSEEN_FRACTION))
+    most = _most_bytes(budget)
     ladder = _ladder(footprint, options, budget)
     above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
     tried: list[str] = []

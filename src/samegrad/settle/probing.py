@@ -19,6 +19,7 @@ from samegrad.exact.findings import Examination
 from samegrad.exact.mapped import MappedStep
 from samegrad.exact.schemes import unchanged
 from samegrad.exact.sharded import refuse_sharded
+from samegrad.exact.softmax_loss import SoftmaxLoss
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import FailsOnFewRows, NotToBeTried
@@ -69,6 +70,7 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         do="say how many rows run at a time: rows= or plan=; ranks would each measure and choose for themselves, and "
         "wait for each other where they chose differently",
     )
+    counters.take_workspaces(declared.device)
     layout = declared.layout(batch)
     residents = count_residents(declared)
     one_row = CannotSplit(asked="split the rows of a step", found="the batch has one row", do="nothing is to be done")
@@ -143,7 +145,7 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
         if ways.by_rows is not None and ways.by_rows.passes == 2
         else None,
         refusals=refusals,
-        facts=_facts(ways, residents),
+        facts=_facts(ways, residents, streamed=isinstance(declared.loss_fn, SoftmaxLoss)),
         timeline=shown.timeline,
     )
     turn = OptimizerTurn(missing, residents.optimizer_temporary_bytes)
@@ -208,7 +210,7 @@ def _optimizer_law(residents: Residents, standing_bytes: int) -> PhaseLaw:
     return PhaseLaw(phase=Phase.OPTIMIZER, fixed_bytes=float(fixed), per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0)
 
 
-def _facts(ways: Ways, residents: Residents) -> dict[str, str]:
+def _facts(ways: Ways, residents: Residents, *, streamed: bool) -> dict[str, str]:
     facts = {}
     examination = ways.by_rows
     if ways.mapped and ways.refusal is not None:
@@ -222,10 +224,9 @@ def _facts(ways: Ways, residents: Residents) -> dict[str, str]:
         if examination.passes == 1:
             facts["loss"] = f"one pass: {examination.reason}"
         else:
-            facts["loss"] = (
-                f"two passes, exact for every loss, at the cost of a second forward ({examination.reason}); if the "
-                "loss is a mean over rows, normalise='mean' removes it"
-            )
+            facts["loss"] = f"two passes, exact for every loss, at the cost of a second forward ({examination.reason})"
+            if not streamed:
+                facts["loss"] += "; if the loss is a mean over rows, normalise='mean' removes it"
         if examination.module_hooks:
             facts["module hooks, run once a chunk"] = ", ".join(examination.module_hooks)
     if residents.note:

@@ -8,7 +8,7 @@ numbers of rows each.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from samegrad import trees
 from samegrad.errors import BadInput
 from samegrad.exact.find_head import Head
+from samegrad.exact.softmax_loss import SoftmaxLoss
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.recompute import Recompute
 from samegrad.measure.events import Trace
@@ -25,7 +26,7 @@ from samegrad.measure.trace_laws import trace_at
 from samegrad.measure.trace_reading import CUDA_BLOCK_BYTES, find_peak, loss_peak_bytes, peak_by_phase
 from samegrad.measure.units import units_of
 from samegrad.records import Phase
-from samegrad.settle.followed_step import FollowedStep, Look
+from samegrad.settle.followed_step import FollowedStep
 from samegrad.unit_tables import TracedWay, UnitTable
 from samegrad.units import format_bytes
 
@@ -43,11 +44,11 @@ _WORTH_FRACTION = 0.05
 _NARROW_BYTES = 4
 
 
-def traced_ways(step: FollowedStep, plain: Trace, look: Look) -> tuple[tuple[TracedWay, ...], dict[str, str]]:
+def traced_ways(step: FollowedStep, plain: Trace) -> tuple[tuple[TracedWay, ...], dict[str, str]]:
     """The step followed plainly and with the loss of its head in chunks, and why levers were not followed."""
-    blocks = [unit.paths[0] for unit in look.units.units if len(unit.paths) == 1 and unit.has_parts]
-    refusals = {} if blocks else {Recompute.name: look.units.reason or "single layers keep little inside"}
-    found = [_way(step, {}, dict(_plain_traces(step, plain)), blocks, look)]
+    look = step.look
+    refusals = {} if step.blocks else {Recompute.name: look.units.reason or "single layers keep little inside"}
+    found = [way_of(step, {}, traces_under(step, {}, plain), step.blocks)]
     if isinstance(look.head, str):
         return tuple(found), refusals | {ChunkLoss.name: look.head}
     parts = _positions(look.head, step, find_peak(plain).live_bytes)
@@ -56,7 +57,7 @@ def traced_ways(step: FollowedStep, plain: Trace, look: Look) -> tuple[tuple[Tra
     for positions in parts:
         levers = {ChunkLoss.name: {"head": look.head.path, "rows": positions}}
         traces = {rows: step.trace_whole(levers, rows) for rows in _rows_of(step.layout.rows, _TRACED_CHUNK_COUNTS)}
-        found.append(_way(step, levers, traces, blocks, look))
+        found.append(way_of(step, levers, traces, step.blocks))
     return tuple(found), refusals
 
 
@@ -76,34 +77,39 @@ def _rows_of(batch_rows: int, chunk_counts: Sequence[int]) -> list[int]:
     return sorted({*rows, max(1, batch_rows // 2)}, reverse=True)
 
 
-def _plain_traces(step: FollowedStep, plain: Trace) -> Iterator[tuple[int, Trace]]:
-    """The plain step on the rows of a chunk, for each number of rows that is planned for."""
+def traces_under(step: FollowedStep, levers: dict[str, dict[str, Any]], whole: Trace) -> dict[int, Trace]:
+    """The step under ``levers`` on the rows of a chunk, for each number of rows that is planned for.
+
+    ``whole``: on the whole batch. A step that is not split is looked at on one other number of rows.
+    """
     batch_rows = step.layout.rows
-    yield batch_rows, plain
     low_rows = max(1, batch_rows // _FEWER)
     if low_rows == batch_rows:
-        return
-    low = step.trace_whole({}, low_rows)
-    yield low_rows, low
+        return {batch_rows: whole}
+    low = step.trace_whole(levers, low_rows)
+    traces = {batch_rows: whole, low_rows: low}
+    if step.ways.by_rows is None:
+        return traces
     traced_one_by_one = _rows_of(batch_rows, _TRACED_CHUNK_COUNTS)
     for rows in _rows_of(batch_rows, _CHUNK_COUNTS):
-        if rows in (batch_rows, low_rows):
+        if rows in traces:
             continue
         try:
-            yield rows, trace_at(low, plain, rows)
+            traces[rows] = trace_at(low, whole, rows)
         except BadInput:
             # It does something else on other rows.
             if rows in traced_one_by_one:
-                yield rows, step.trace_whole({}, rows)
+                traces[rows] = step.trace_whole(levers, rows)
+    return traces
 
 
-def _way(
-    step: FollowedStep,
-    levers: dict[str, dict[str, Any]],
-    traces: dict[int, Trace],
-    blocks: Sequence[str],
-    look: Look,
+def way_of(
+    step: FollowedStep, levers: dict[str, dict[str, Any]], traces: dict[int, Trace], blocks: Sequence[str]
 ) -> TracedWay:
+    """The step as it was followed under ``levers``: ``traces`` by their rows, the whole batch among them.
+
+    ``blocks``: those of its modules that may run again.
+    """
     parameters = [p for part in step.declared.modules for p in part.parameters() if p.requires_grad]
     gradient_bytes = sum(p.nbytes for p in parameters)
     tables = [_table(step, traces[rows], blocks) for rows in sorted(traces, reverse=True)]
@@ -116,7 +122,11 @@ def _way(
             _table(step, with_summed_gradients(traces[table.rows], lasting_bytes=shared), blocks) for table in tables
         ]
     whole = traces[step.layout.rows]
+    # Rows that go through a softmax leave nothing behind, and what the loss sees is as small as for one row.
+    streamed = isinstance(step.declared.loss_fn, SoftmaxLoss)
     last = max(operation.step for operation in whole.operations)
+    seconds = step.target.seconds_of(whole)
+    output_bytes = step.look.output_row_bytes * step.layout.rows
     return TracedWay(
         levers=levers,
         tables=tuple(tables),
@@ -125,13 +135,23 @@ def _way(
         chunk_seconds=_folding_seconds(step, gradient_bytes, len(parameters)),
         copied_bytes=_recurrent_bytes(step.declared.modules),
         arriving_row_bytes=0 if step.batch_stands_on_device else trees.row_bytes(step.batch, step.layout),
-        output_bytes=2 * look.output_row_bytes * step.layout.rows,
-        loss_bytes=loss_peak_bytes(whole, round_to=CUDA_BLOCK_BYTES) + look.output_row_bytes * step.layout.rows,
+        output_bytes=0 if streamed else 2 * output_bytes,
+        loss_bytes=0 if streamed else loss_peak_bytes(whole, round_to=CUDA_BLOCK_BYTES) + output_bytes,
         optimizer_bytes=peak_by_phase(whole, round_to=CUDA_BLOCK_BYTES).get(Phase.OPTIMIZER, 0),
         optimizer_seconds=sum(
-            seconds
-            for operation, seconds in zip(whole.operations, step.target.seconds_of(whole))
+            taken
+            for operation, taken in zip(whole.operations, seconds)
             if operation.step == last and operation.phase is Phase.OPTIMIZER
+        ),
+        host_buffer_bytes=tuple(
+            -operation.bus_bytes
+            for operation in whole.operations
+            if operation.step == last and operation.bus_bytes < 0 and operation.phase is not Phase.OPTIMIZER
+        ),
+        host_state_bytes=tuple(
+            -operation.bus_bytes
+            for operation in whole.operations
+            if operation.step == last and operation.bus_bytes < 0 and operation.phase is Phase.OPTIMIZER
         ),
     )
 

@@ -23,8 +23,7 @@ from samegrad.exact import program
 from samegrad.exact.float64 import widened
 from samegrad.exact.forward import StepForward
 from samegrad.exact.passes import as_in_first_pass
-from samegrad.exact.probes import same_rows
-from samegrad.exact.rounding import close
+from samegrad.exact.row_comparisons import close, same_rows
 from samegrad.exact.split import SplitStep, under_draws
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed

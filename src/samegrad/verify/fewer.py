@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from samegrad import trees
 from samegrad.exact.mapped import MappedExamination, MappedStep
 from samegrad.exact.split import SplitStep, sliced_chunks
-from samegrad.execute.apply import applied
+from samegrad.execute.apply import applied, programs_of
 from samegrad.levers import Lever, Slot, levers_of
 from samegrad.records import Exactness
 from samegrad.verify.sides import Planned
@@ -51,7 +51,10 @@ def only(planned: Planned, levers: Sequence[Lever]) -> Planned:
     if execution.mapping is not None:
         split = MappedStep(planned.declared, split.aliases, _mapped_examination(planned), execution.mapping)
     elif isinstance(split, SplitStep):
-        split = dataclasses.replace(split, inside=execution.inside, chunks=sliced_chunks if stays else split.chunks)
+        split = dataclasses.replace(
+            split, inside=execution.inside, chunks=sliced_chunks if stays else split.chunks,
+            programs=programs_of(execution),
+        )  # fmt: skip
     return dataclasses.replace(planned, plan=plan, split=split, parts=parts_of(sizes, rows, planned.plan_rows))
 
 

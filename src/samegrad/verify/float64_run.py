@@ -18,7 +18,7 @@ from samegrad.verify.compare import Allowance, Gradients, Unrest, same_function
 from samegrad.verify.sides import Bench, Planned, parameter_names
 from samegrad.verify.state import LeftBehind
 from samegrad.verify.twin import NarrowestSeen, float64_twin
-from samegrad.verify.unrest import unrest_of
+from samegrad.verify.unrest import sums_apart, unrest_of
 
 
 def widened_if_needed(
@@ -71,7 +71,9 @@ class Float64Run:
                     return "forward or loss_fn closes over the model itself, and not over the one that it is given"
                 left = LeftBehind.after(twin.declared, wide.state)
                 again = wide.run(twin.handed_over)
-                behind = left.sum_checks(tolerance.precision_of(torch.float64))
+                behind = left.sum_checks(
+                    tolerance.precision_of(torch.float64), lambda: sums_apart(twin, wide, left)
+                )
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:

@@ -108,7 +108,8 @@ def cpu_is_possible(declared: DeclaredStep, batch: Any, layout: RowLayout, rows:
 def _laws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> tuple[PhaseLaw, ...]:
     # Not one row: batch normalisation in training mode refuses it.
     shapes = dict.fromkeys(min(n, layout.rows) for n in (2, 4, 8))
-    return fit_laws([probe_plain(declared, batch, layout, batch_rows=n) for n in shapes], missing_bytes=0)
+    probes = [probe_plain(declared, batch, layout, batch_rows=n, timed_runs=0) for n in shapes]
+    return fit_laws(probes, missing_bytes=0)
 
 
 def _largest_that_fits(laws: tuple[PhaseLaw, ...], wanted: int, free_bytes: int) -> int:

@@ -161,8 +161,8 @@ def _totals(
 ) -> Gradients:
     scaler = _scaler(loss_scale, split.declared.device)
     totals = split.totals(batch, layout, parts, scaler, key=step_key())
-    totals.commit()
-    return Gradients(_by_name(split.declared, totals.parameters, totals.totals, loss_scale), float(totals.loss))
+    with totals.committed():
+        return Gradients(_by_name(split.declared, totals.parameters, totals.totals, loss_scale), float(totals.loss))
 
 
 def _arrived(

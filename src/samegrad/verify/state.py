@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,12 @@ class LeftBehind:
         sums = _floating(modules, before.changed())
         return cls(modules, ModuleState(modules), Generators(declared.device), sums)
 
-    def checks(self, precision: Precision) -> list[Check]:
-        """The state as it is now, right after the planned step, against the plain step's."""
+    def checks(self, precision: Precision, apart: Callable[[], Mapping[str, Tensor]] = dict) -> list[Check]:
+        """The state as it is now, right after the planned step, against the plain step's.
+
+        ``apart``: runs the plain step with its sums added up in another order and returns ``sums_now()``; asked only
+        where sums differ by more than usual.
+        """
         changed = self.state.changed()
         exact = [name for name in changed if name not in self.sums]
         buffers = bits_check(
@@ -52,52 +56,76 @@ class LeftBehind:
         drawn = bits_check(
             "generators", self.generators.advanced(), "random generators end where they do after the plain step"
         )
-        return [buffers, drawn, *self.sum_checks(precision)]
+        return [buffers, drawn, *self.sum_checks(precision, apart)]
 
-    def sum_checks(self, precision: Precision) -> list[Check]:
-        """The floating numbers alone: one check, none where the plain step updated none."""
+    def sum_checks(self, precision: Precision, apart: Callable[[], Mapping[str, Tensor]] = dict) -> list[Check]:
+        """The floating numbers alone, as ``checks`` has them: one check, none where the plain step updated none."""
         if not self.sums:
             return []
-        worst, error = "", 0.0
-        now_floating = _floating(self.modules, list(self.sums))
-        for name, before in self.sums.items():
-            now = now_floating.get(name)
-            if now is None or now.shape != before.shape:
-                return [check_of(_sums_in(precision), math.inf, 0.0, name)]
-            if not before.numel():
-                continue
-            difference = float((now - before).abs().max())
-            relative = difference / ((float(before.abs().max()) + self._spread_of(name)) or 1.0)
-            if not relative <= error:
-                worst, error = name, relative
-        return [_sums_check(error, worst, precision, tolerance.entry_allowed(precision))]
+        usual = tolerance.entry_allowed(precision)
+        moved = self._moved(self.sums_now())
+        worst = max(moved, key=lambda key: _size(moved[key]), default="")
+        error, allowed = moved.get(worst, 0.0), usual
+        if not error <= allowed:
+            later = apart()
+            again = self._moved(later) if later else {}
+            allowed_of = {key: tolerance.allowed_with_unrest(usual, again.get(key, 0.0)) for key in moved}
+            worst = max(moved, key=lambda key: _size(moved[key]) / allowed_of[key])
+            error, allowed = moved[worst], allowed_of[worst]
+        return [_sums_check(precision, error, allowed, worst if error else "", proves=True)]
 
-    def _spread_of(self, name: str) -> float:
-        """Of a running mean the standard deviation: its rounding is that of the values, which may be far from it."""
-        variances = self.sums.get(f"{name.removesuffix('running_mean')}running_var")
-        if not name.endswith("running_mean") or variances is None or not variances.numel():
-            return 0.0
-        return math.sqrt(max(0.0, float(variances.max())))
+    def sums_now(self) -> Mapping[str, Tensor]:
+        """The floating numbers that the plain step updated, as they are now."""
+        return _floating(self.modules, list(self.sums))
+
+    def _moved(self, now: Mapping[str, Tensor]) -> dict[str, float]:
+        """By name, how far the sums are from the plain step's, relative to their size; infinitely where one is gone."""
+        moved = {}
+        for name, before in self.sums.items():
+            there = now.get(name)
+            if there is None or there.shape != before.shape:
+                moved[name] = math.inf
+            elif before.numel():
+                moved[name] = float((there - before).abs().max()) / self._scale(name)
+        return moved
+
+    def _scale(self, name: str) -> float:
+        """The size of the terms in the sum ``name``. A running mean near zero is what is left of values as large as
+        their deviation, which stands beside it."""
+        largest = float(self.sums[name].abs().max())
+        path, _, last = name.rpartition(".")
+        variance = self.sums.get(f"{path}.running_var" if path else "running_var")
+        if last == "running_mean" and variance is not None:
+            largest = max(largest, float(variance.max()) ** 0.5)
+        return largest or 1.0
 
 
 def judged_again(
     checks: Sequence[Check], before: Precision, precision: Precision, *, least: float = 0.0
 ) -> list[Check]:
     """``checks``, made in ``before``, with that of sums judged in ``precision``, and by ``least`` at least."""
-    allowed = max(least, tolerance.entry_allowed(precision))
+    usual = tolerance.entry_allowed(precision)
     return [
-        _sums_check(check.error, check.worst, precision, allowed) if check.name == _sums_in(before) else check
+        _sums_check(precision, check.error, max(check.allowed, usual, least), check.worst, proves=least <= usual)
+        if check.name == _sums_in(before)
+        else check
         for check in checks
     ]
 
 
-def _sums_check(error: float, worst: str, precision: Precision, allowed: float) -> Check:
-    tier = 1 if tolerance.proves_logic(precision) and allowed <= tolerance.entry_allowed(precision) else 2
+def _sums_check(precision: Precision, error: float, allowed: float, worst: str, *, proves: bool) -> Check:
+    """Tier 1 where it ``proves`` that the same numbers were added up, in a precision that can."""
+    tier = 1 if proves and tolerance.proves_logic(precision) else 2
     return dataclasses.replace(check_of(_sums_in(precision), error, allowed, worst), tier=tier)
 
 
 def _sums_in(precision: Precision) -> str:
     return f"buffers that are sums, {precision.name}"
+
+
+def _size(error: float) -> float:
+    """``error``, what is no number being the largest."""
+    return math.inf if math.isnan(error) else error
 
 
 def _floating(modules: Sequence[nn.Module], names: Sequence[str]) -> dict[str, Tensor]:

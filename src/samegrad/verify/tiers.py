@@ -43,7 +43,7 @@ from samegrad.verify.sides import Bench, Planned, plain_gradients
 from samegrad.verify.state import LeftBehind, judged_again
 from samegrad.verify.tolerance import Precision
 from samegrad.verify.twin import NarrowestSeen, float64_twin
-from samegrad.verify.unrest import own_unrest, unrest_of
+from samegrad.verify.unrest import own_unrest, sums_apart, unrest_of
 
 PLAIN_TWICE = "plain run twice"
 SECOND_PASS = "second pass"
@@ -86,7 +86,7 @@ def compare(planned: Planned, rows: Any) -> Compared:
             exactly = same_bits(plain, ours)
             # Where nothing is split, no addition has another order.
             behind = (dataclasses.replace(left, sums={}) if exactly and planned.split is None else left).checks(
-                precision
+                precision, lambda: sums_apart(planned, bench, left)
             )
             departure = _departure(planned, bench, ours)
             judged = _judge(planned, bench, (plain, ours), precision)
@@ -102,8 +102,7 @@ def compare(planned: Planned, rows: Any) -> Compared:
 
 
 def _directly(behind: Sequence[Check], judged: _Judged, precision: Precision) -> list[Check]:
-    """The state that the step left in ``precision``: rounding may have decided what was added up, if nothing else did.
-    """
+    """The state left in ``precision``. Where it was proven in float64, only rounding chose what else was added up."""
     if not judged.state_proven or all(check.passed for check in behind):
         return [*behind]
     return judged_again(behind, precision, judged.direct or precision, least=tolerance.LARGEST_DIRECT_UNREST)

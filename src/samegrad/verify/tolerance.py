@@ -18,9 +18,10 @@ cancel. So the plain step is run again with rows and weights moved by one unit i
 what its gradient then moves is allowed as well, but never more than a millionth of the scale. Compared directly in
 the dtype that runs, one unit there also turns a ReLU at zero, so a hundredth is the limit; the logic was judged before.
 
-Other kernels (channels last, compiled code) add up in an order of their own inside every operation. Under a plan that
-takes them, the result of every operation is moved by one unit as well, and OTHER_KERNELS_RATIO times the answer is
-allowed: statistics over all rows and places, taken one after another, rounded up to 18 times what such a move did.
+Other kernels (channels last, compiled code, BatchNorm in chunks) add up in an order of their own inside every
+operation. Under a plan that takes them, the result of every operation is moved by one unit as well, and
+OTHER_KERNELS_RATIO times the answer is allowed: statistics over all rows and places, taken one after another, rounded
+up to 18 times what such a move did.
 
 Low precision alone proves nothing: a half-percent weighting error hides in bfloat16, so the same program must pass the
 logic test in float64 or float32 first.

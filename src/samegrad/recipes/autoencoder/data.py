@@ -287,8 +287,12 @@ def fit_principal(rows: ReadRows, rank: int, *, partition_rows: int = 4096) -> P
     for start, stop in partitions(len(rows), partition_rows):
         centred = rows.read(start, stop).double() - mean_row
         covariance.addmm_(centred.t(), centred)
-    _, vectors = torch.linalg.eigh(covariance)
-    return Principal(mean_row=mean_row, components=vectors[:, -rank:].flip(1).t().contiguous())
+    from scipy import linalg
+
+    # Of thousands of vectors a few are asked for; torch has no way to leave out the others.
+    width = len(mean_row)
+    _, vectors = linalg.eigh(covariance.numpy(), subset_by_index=(max(0, width - rank), width - 1))
+    return Principal(mean_row=mean_row, components=torch.from_numpy(vectors).flip(1).t().contiguous())
 
 
 def principal_mse(principal: Principal, rows: ReadRows, *, partition_rows: int = 4096) -> float:

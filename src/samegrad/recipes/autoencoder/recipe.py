@@ -9,22 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell, Program, Recipe, run_epochs
+from samegrad.recipes._recipe import Cell, Program, Recipe
 
 from . import data
 from .model import Autoencoder, PenalisedReconstruction, TiedAutoencoder, reconstruction_loss
 from .options import DOCUMENT_PARTITIONS, AutoencoderOptions
 from .results import mean_squared_error, row_errors, write_results
-from .splits import INSTALL, EpochRows, Splits, as_rows, open_splits
+from .splits import INSTALL, EpochRows, Splits, open_splits
 
 TABLE_PARTITIONS = (1, 2, 3, 6, 12)
 
@@ -119,7 +118,7 @@ def build(options: AutoencoderOptions) -> AutoencoderProgram:
     splits = open_splits(options)
     device = sg.find_device(options.device)
     model = _make_model(options, splits.train.shape[1]).to(device)
-    return _program(options, model, splits)
+    return program_of(options, model, splits)
 
 
 def _make_model(options: AutoencoderOptions, width: int) -> Autoencoder | TiedAutoencoder:
@@ -141,8 +140,9 @@ def _make_model(options: AutoencoderOptions, width: int) -> Autoencoder | TiedAu
     return model
 
 
-def _program(options: AutoencoderOptions, model: Any, splits: Splits) -> AutoencoderProgram:
-    _check_weights(model)
+def program_of(options: AutoencoderOptions, model: Any, splits: Splits) -> AutoencoderProgram:
+    """The program that trains ``model`` on ``splits``. Raises UsageError for float16 weights."""
+    check_weights(model)
     make = torch.optim.Adam if options.optimizer == "adam" else torch.optim.SGD
     optimizer = make(model.parameters(), lr=options.learning_rate)
     step = _make_step(options, model, optimizer, splits.train)
@@ -221,7 +221,8 @@ def _autocast(dtype: str, device: torch.device) -> contextlib.AbstractContextMan
     return torch.autocast(device.type, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float16)
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
+    """Raises UsageError for float16 weights, which the document's training cannot have."""
     half = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float16]
     if half:
         raise sg.UsageError(
@@ -256,87 +257,6 @@ def table(options: AutoencoderOptions) -> list[Mapping[str, Cell]]:
             }
         )
     return lines
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class History:
-    """Losses by epoch: training as the step saw it, validation after it. ``best_epoch`` is whose weights are kept."""
-
-    train_losses: tuple[float, ...]
-    validation_losses: tuple[float, ...]
-    best_epoch: int | None
-    stopped_early: bool
-
-
-def train_with_gradient_accumulation(
-    model: nn.Module,
-    train_data: Any,
-    val_data: Any,
-    num_epochs: int = 300,
-    learning_rate: float = 1e-3,
-    patience: int = 20,
-    num_partitions: int | None = DOCUMENT_PARTITIONS,
-    *,
-    random_seed: int = 42,
-    budget: str | None = None,
-    optimizer: Literal["adam", "sgd"] = "adam",
-    dtype: str = "float32",
-) -> History:
-    """Trains ``model`` as it is, on its own device, and leaves the best weights in it: the document's function.
-
-    Data are host tensors, numpy arrays, rows or paths, (N, D). With a ``budget``, ``num_partitions=None`` lets the
-    plan choose them. ``dtype`` "bfloat16" or "float16" means autocast. The gradient is that of the whole training
-    set in any case. Raises UsageError for float16 weights.
-    """
-    _check_weights(model)
-    options = AutoencoderOptions(
-        num_epochs=num_epochs, learning_rate=learning_rate, patience=patience, num_partitions=num_partitions,
-        random_seed=random_seed, budget=budget, start="random", optimizer=optimizer, dtype=dtype,
-    )  # fmt: skip
-    weights_dtype = next(model.parameters()).dtype
-    train, validation = as_rows(train_data, dtype=weights_dtype), as_rows(val_data, dtype=weights_dtype)
-    splits = Splits(train=train, validation=validation, test=validation, described="rows of the caller")
-    program = _program(options, model, splits)
-    with program.step:
-        results = tuple(run_epochs(program))
-    return History(
-        train_losses=tuple(result.loss for result in results),
-        validation_losses=tuple(math.nan if r.validation is None else r.validation for r in results),
-        best_epoch=program.best.best_index,
-        stopped_early=program.stopped,
-    )
-
-
-class MemoryEfficientAutoencoder(Autoencoder):
-    """``Autoencoder`` with the document's two methods."""
-
-    def train_with_accumulation(
-        self,
-        train_data: Any,
-        val_data: Any,
-        num_epochs: int = 300,
-        learning_rate: float = 1e-3,
-        patience: int = 20,
-        accumulation_steps: int | None = DOCUMENT_PARTITIONS,
-        **also: Any,
-    ) -> History:
-        """``train_with_gradient_accumulation`` of this model: same weights, same history, bit for bit.
-
-        ``also`` are that function's keywords.
-        """
-        return train_with_gradient_accumulation(
-            self, train_data, val_data, num_epochs, learning_rate, patience, accumulation_steps, **also
-        )
-
-    @torch.no_grad()
-    def predict_in_batches(self, rows: Any, batch_size: int = 4096) -> Tensor:
-        """Reconstructions (N, D) on the host; ``batch_size`` rows are on the model's device at a time."""
-        source = as_rows(rows)
-        here = next(self.parameters())
-        predicted = torch.empty(tuple(source.shape), dtype=here.dtype)
-        for start, stop in data.partitions(len(source), batch_size):
-            predicted[start:stop] = self(source.read(start, stop).to(here))
-        return predicted
 
 
 RECIPE = Recipe(

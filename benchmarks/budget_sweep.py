@@ -1,0 +1,333 @@
+"""Everybody at the same budgets, on one machine, in one run: how fast, and is it still the same gradient?
+
+A budget is what must be there (parameters, gradients, optimizer state) and x % of what the plain step reserves above
+that; the allocator is capped at it. For each cell: peak reserved bytes, milliseconds a step (median of eight after
+three), rows a second, the norm of the difference to the plain step's gradients over their norm, or that it did not fit,
+or that it computes another function.
+
+    python benchmarks/budget_sweep.py [--workload NAME ...] [--budget X ...] [--contender NAME ...]
+
+Cells that were measured before stay in the file, so that parts of under ten minutes add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import _results
+import _steps
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import samegrad as sg
+from samegrad.errors import SamegradError
+
+BUDGETS = (100.0, 50.0, 25.0, 12.5)
+WARM, TIMED = 3, 8
+# A training run of some hours; compiling must pay for itself within it.
+EXPECTED_STEPS = 100_000
+NARROW = torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """``couples_rows``: micro-batches compute another function. ``blocks``: where per-block checkpointing cuts."""
+
+    case: _steps.StepCase
+    couples_rows: bool = False
+
+
+WORKLOADS = {
+    "gpt2": Workload(_steps.StepCase("gpt2 32 bf16", "gpt2", 32, "bf16")),
+    "vit_b16": Workload(_steps.StepCase("vit_b16 128 bf16", "vit_b16", 128, "bf16")),
+    "resnet50_gn": Workload(_steps.StepCase("resnet50_gn 128 bf16", "resnet50_gn", 128, "bf16")),
+    "unet": Workload(_steps.StepCase("unet 64 bf16", "unet", 64, "bf16")),
+    "resnet50": Workload(_steps.StepCase("resnet50 128 bf16", "resnet50", 128, "bf16"), couples_rows=True),
+}
+
+
+def loss_of(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """As most training loops have it: classes and tokens by cross-entropy in float32."""
+    if batch[1].is_floating_point():
+        return F.mse_loss(outputs.float(), batch[1])
+    return F.cross_entropy(outputs.flatten(0, -2).float(), batch[1].flatten())
+
+
+@dataclasses.dataclass
+class Training:
+    """A model, its batch and its optimizer on the device."""
+
+    workload: Workload
+    model: nn.Module
+    batch: tuple[Tensor, Tensor]
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, workload: Workload) -> Training:
+        case = workload.case
+        model = _steps.make_model(case, "cuda")
+        torch.manual_seed(1)
+        inputs, targets = _steps.make_batch(case, "cuda")
+        if inputs.is_floating_point():
+            inputs = torch.randn_like(inputs)
+            targets = torch.randn_like(targets) if targets.is_floating_point() else torch.randint_like(targets, 1000)
+        return cls(workload, model, (inputs, targets), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
+
+    @property
+    def rows(self) -> int:
+        return self.workload.case.rows
+
+    def loss(self, rows: tuple[Tensor, Tensor]) -> Tensor:
+        return loss_of(self.forward(self.model, rows), rows)
+
+    @staticmethod
+    def forward(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast("cuda", NARROW):
+            outputs: Tensor = model(rows[0])
+        return outputs
+
+
+Backward = Callable[[], None]
+Contender = Callable[[Training, "int | None"], contextlib.AbstractContextManager[Backward]]
+
+
+@contextlib.contextmanager
+def plain(training: Training, budget: int | None) -> Iterator[Backward]:
+    yield lambda: training.loss(training.batch).backward()
+
+
+@contextlib.contextmanager
+def plain_compiled(training: Training, budget: int | None) -> Iterator[Backward]:
+    compiled = torch.compile(training.loss, dynamic=False)
+    yield lambda: compiled(training.batch).backward()
+
+
+@contextlib.contextmanager
+def checkpointed(training: Training, budget: int | None) -> Iterator[Backward]:
+    with _recomputing(training.model), plain(training, budget) as backward:
+        yield backward
+
+
+@contextlib.contextmanager
+def checkpointed_compiled(training: Training, budget: int | None) -> Iterator[Backward]:
+    with _recomputing(training.model), plain_compiled(training, budget) as backward:
+        yield backward
+
+
+@contextlib.contextmanager
+def save_on_cpu(training: Training, budget: int | None) -> Iterator[Backward]:
+    def backward() -> None:
+        with torch.autograd.graph.save_on_cpu(pin_memory=True):
+            loss = training.loss(training.batch)
+        loss.backward()
+
+    yield backward
+
+
+@contextlib.contextmanager
+def halved(training: Training, budget: int | None, *, compiled: bool = False) -> Iterator[Backward]:
+    """Rows halved until a step fits, the loss weighted by rows: where Composer's auto and Accelerate's finder end."""
+    loss = torch.compile(training.loss, dynamic=False) if compiled else training.loss
+    rows = training.rows
+
+    def step() -> None:
+        for part in zip(*(leaf.split(rows) for leaf in training.batch)):
+            (loss(part) * (len(part[0]) / training.rows)).backward()
+
+    while True:
+        try:
+            for _ in range(2):
+                step()
+                training.optimizer.step()
+                training.optimizer.zero_grad(set_to_none=True)
+            break
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+        training.optimizer.zero_grad(set_to_none=True)
+        rows //= 2
+        _emptied()
+    yield step
+
+
+@contextlib.contextmanager
+def samegrad(training: Training, budget: int | None) -> Iterator[Backward]:
+    with sg.Step(
+        training.model, loss_of, forward=training.forward, optimizer=training.optimizer, budget=budget, enforce=True,
+        expected_steps=EXPECTED_STEPS,
+    ) as step:  # fmt: skip
+        step.prepare(training.batch)
+        backward: Any = functools.partial(step.backward, training.batch)
+        backward.plan = step.plan
+        yield backward
+
+
+CONTENDERS: dict[str, Contender] = {
+    "plain": plain,
+    "plain compiled": plain_compiled,
+    "checkpointing": checkpointed,
+    "checkpointing compiled": checkpointed_compiled,
+    "save_on_cpu": save_on_cpu,
+    "halved batch": halved,
+    "halved batch compiled": functools.partial(halved, compiled=True),
+    "samegrad": samegrad,
+}
+
+
+@contextlib.contextmanager
+def _recomputing(model: nn.Module) -> Iterator[None]:
+    blocks = list(_steps._blocks_of(model))
+    for block in blocks:
+        block.forward = _steps._recomputing(block.forward)  # type: ignore[method-assign]  # as users do it
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _emptied() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def reference(workload: Workload) -> tuple[list[Tensor], dict[str, Any]]:
+    """The plain step's gradients, on the host, and what the budgets are made of."""
+    training = Training.of(workload)
+    training.loss(training.batch).backward()
+    gradients = [p.grad.cpu() for p in training.model.parameters() if p.grad is not None]
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    _emptied()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARM):
+        training.loss(training.batch).backward()
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+    floor = 4 * sum(p.nbytes for p in training.model.parameters())
+    return gradients, {"floor_bytes": floor, "plain_reserved_bytes": torch.cuda.max_memory_reserved()}
+
+
+def measure(workload: Workload, contender: Contender, budget: int, gradients: list[Tensor]) -> dict[str, Any]:
+    """One cell."""
+    # The compiler holds the models that it compiled for.
+    torch._dynamo.reset()
+    _emptied()
+    if contender is not samegrad:
+        # That one caps the allocator itself, once it has examined the step.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / torch.cuda.mem_get_info()[1]))
+    training = Training.of(workload)
+    weights = {name: tensor.cpu() for name, tensor in training.model.state_dict().items()}
+    start = time.perf_counter()
+    try:
+        with contender(training, budget) as backward:
+            training.optimizer.zero_grad(set_to_none=True)
+            # Some take steps to find their rows.
+            training.model.load_state_dict(weights)
+            backward()
+            found = _difference(training.model, gradients)
+            training.optimizer.step()
+            training.optimizer.zero_grad(set_to_none=True)
+            before_seconds = time.perf_counter() - start
+            cell = _timed(training, backward)
+            plan = getattr(backward, "plan", None)
+    except torch.OutOfMemoryError as error:
+        [*_, last] = traceback.extract_tb(error.__traceback__)
+        return {"fits": False, "found": f"out of memory in {Path(last.filename).name}:{last.lineno}"}
+    except SamegradError as error:
+        return {"fits": False, "found": error.found}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return {
+        "fits": True,
+        "gradient_difference": found,
+        "before_seconds": before_seconds,
+        **cell,
+        "rows_per_second": training.rows / cell["seconds"],
+        **({} if plan is None else _of_plan(plan)),
+    }
+
+
+def _of_plan(plan: sg.Plan) -> dict[str, Any]:
+    why = {name: plan.reasons.get(name, "") for name in ("compile", "graphs", "recompute")}
+    return {"plan": plan.levers, "predicted_seconds": plan.predicted_seconds, "reasons": why}
+
+
+def _timed(training: Training, backward: Backward) -> dict[str, Any]:
+    seconds = []
+    for turn in range(WARM + TIMED):
+        if turn == WARM:
+            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        backward()
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    stats = torch.cuda.memory_stats()
+    return {
+        "seconds": statistics.median(seconds[WARM:]),
+        "peak_reserved_bytes": stats["reserved_bytes.all.peak"],
+        "retries": stats["num_alloc_retries"],
+    }
+
+
+def _difference(model: nn.Module, gradients: list[Tensor]) -> float:
+    mine = [p.grad for p in model.parameters() if p.grad is not None]
+    apart = sum(float((a.cpu().double() - b.double()).norm()) ** 2 for a, b in zip(mine, gradients, strict=True))
+    return (apart / sum(float(b.double().norm()) ** 2 for b in gradients)) ** 0.5
+
+
+def _known() -> dict[str, Any]:
+    for folder in (Path(os.environ.get("OUT", _results.RESULTS)), _results.RESULTS):
+        path = folder / "budget_sweep.json"
+        if path.exists():
+            known: dict[str, Any] = json.loads(path.read_text())["workloads"]
+            return known
+    return {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--budget", nargs="+", type=float, default=BUDGETS)
+    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    arguments = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    known = _known()
+    for name in arguments.workload:
+        workload = WORKLOADS[name]
+        gradients, facts = reference(workload)
+        at = known.setdefault(name, {"cells": {}}) | facts
+        known[name] = at
+        for x in arguments.budget:
+            budget = int(at["floor_bytes"] + x / 100 * (at["plain_reserved_bytes"] - at["floor_bytes"]))
+            for contender in arguments.contender:
+                # Without a cap that binds, one cell tells the plain step's speed and the compiled one's.
+                if x < 100 and contender == "plain":
+                    continue
+                cell = measure(workload, CONTENDERS[contender], budget, gradients) | {"budget_bytes": budget}
+                if workload.couples_rows and contender.startswith("halved"):
+                    cell["changed_the_function"] = True
+                at["cells"][f"{x:g} {contender}"] = cell
+                shown = {k: v for k, v in cell.items() if k not in ("plan", "budget_bytes")}
+                print(name, x, contender, shown, str(cell.get("plan", ""))[:160], flush=True)
+                _results.write("budget_sweep", {"workloads": known}, quiet=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What a captured chunk takes for constant: every plain value and every address that its Python code could read.
+
+A replayed graph does not read Python again. A rate that a schedule changes, a layer switched or replaced, a class
+weight that is another tensor now: each would go unseen, and the gradient would be that of the step before. So what the
+user's code can see is read in every step and compared; where it differs, the chunk is captured again.
+
+Looked at: the modules' attributes and hooks, parameters and buffers by their memory, what the loss, the forward and
+the modules' own code hold in closures, globals and objects (``held.py``), and the settings of torch that decide how
+kernels compute (autocast, precision, determinism). Tensors count by address and not by value: kernels read those
+themselves. What can only be compared by identity is kept alive, since the next object may get the number of one that is
+gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from samegrad.declared import DeclaredStep
+from samegrad.exact.attributes import PLAIN, can_hold_state
+from samegrad.exact.held import held_in, of_a_library
+
+_DEEPEST = 3
+_LONGEST = 256
+# Of nn.Module itself; what else begins with an underscore belongs to the layer.
+_OF_MODULES = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """The places, as they were found. ``now()`` reads them again."""
+
+    device_type: str
+    modules: tuple[nn.Module, ...]
+    places: tuple[Callable[[], Any], ...]
+    values: tuple[Hashable, ...]
+
+    @classmethod
+    def of(cls, declared: DeclaredStep) -> Constants:
+        parts = {id(part): part for module in declared.modules for part in module.modules()}
+        functions = {f"{type(part).__name__}.forward": type(part).forward for part in parts.values()}
+        held = held_in(
+            {"loss_fn": declared.loss_fn, "forward": declared.forward, **functions}, declared.modules, largest_bytes=-1
+        )
+        modules = (*parts.values(), *(part for module in held.modules for part in module.modules()))
+        places = tuple(place.read for place in held.places)
+        device_type = declared.device.type
+        return cls(device_type, modules, places, (_ambient(device_type), *_values(modules, places)))
+
+    def hold(self) -> bool:
+        """Whether all of it is as it was."""
+        return self.values == (_ambient(self.device_type), *_values(self.modules, self.places))
+
+
+class _Same:
+    """One object, and no other: equal by identity, and alive as long as it is compared with."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._value is self._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
+def _ambient(device_type: str) -> Hashable:
+    """The settings around a step that its kernels depend on."""
+    # torch has no types for some of these.
+    cuda: Any = torch.backends.cuda
+    return (
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+        torch.is_autocast_cache_enabled(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.enabled,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
+
+
+def _values(modules: tuple[nn.Module, ...], places: tuple[Callable[[], Any], ...]) -> tuple[Hashable, ...]:
+    found: list[Hashable] = []
+    for part in modules:
+        attributes = vars(part)
+        found.append(part.training)
+        found += [tuple((key, _Same(hook)) for key, hook in attributes[name].items()) for name in _HOOKS]
+        found += [(key, _Same(child)) for key, child in attributes["_modules"].items()]
+        found += [_seen(tensor) for tensor in attributes["_parameters"].values()]
+        found += [_seen(tensor) for tensor in attributes["_buffers"].values()]
+        found += [_seen(value) for key, value in attributes.items() if key not in _OF_MODULES]
+    for read in places:
+        try:
+            found.append(_seen(read()))
+        except (KeyError, ValueError):  # deleted
+            found.append(None)
+    return tuple(found)
+
+
+def _seen(value: Any, depth: int = 0) -> Hashable:
+    """``value`` as far as code that is not run again could depend on it."""
+    if isinstance(value, PLAIN):
+        # 1, 1.0 and True are equal and not the same constant; not a number is not even equal to itself.
+        return type(value), repr(value) if isinstance(value, float) else value
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            return _Same(value), value.shape
+        return value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad
+    if isinstance(value, np.ndarray):
+        return value.shape, value.tobytes() if value.nbytes <= _LONGEST * 8 else _Same(value)
+    if depth < _DEEPEST and isinstance(value, (list, tuple, set)) and len(value) <= _LONGEST:
+        return type(value), tuple(_seen(entry, depth + 1) for entry in value)
+    if depth < _DEEPEST and isinstance(value, dict) and len(value) <= _LONGEST:
+        return tuple((repr(key), _seen(entry, depth + 1)) for key, entry in value.items())
+    if depth < 1 and isinstance(getattr(value, "__dict__", None), dict) and not of_a_library(type(value)):
+        entries = ((key, _seen(entry, depth + 1)) for key, entry in vars(value).items() if can_hold_state(entry))
+        return _Same(value), tuple(entries)
+    return _Same(value)

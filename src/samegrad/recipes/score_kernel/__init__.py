@@ -1,0 +1,1 @@
+"""A kernel score model with learned local precision matrices (document 002)."""

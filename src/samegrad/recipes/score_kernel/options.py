@@ -1,0 +1,157 @@
+"""What can be asked of the kernel score model. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import samegrad as sg
+from samegrad.recipes._recipe import CommonOptions
+
+DataName = Literal[
+    "digits", "cifar10", "swissroll", "8gaussians", "pinwheel", "circles", "moons", "2spirals", "checkerboard", "rings",
+    "swissroll_6D_xy1",
+]  # fmt: skip
+StrategyName = Literal["auto", "single_gpu", "model_parallel", "chunked", "gradient_accumulation"]
+DTYPES = ("float32", "float64")
+TEST_BATCHES = 10
+# Without it pixels have no density: they take few values.
+DEFAULT_NOISE = {"digits": 0.3, "cifar10": 0.05}
+VALIDATION_BATCHES = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreKernelOptions(CommonOptions):
+    """The options the document names, and those of the data and the devices."""
+
+    data: DataName = "digits"
+    """Points whose score is matched: a toy distribution, scikit-learn's digits, or cifar10 from --data_root."""
+    data_root: Path | None = None
+    """Folder with CIFAR-10's batches, in the python or the binary layout."""
+    noise: float | None = None
+    """Deviation of Gaussian noise on the points; on training samples anew in every batch. Unset: 0.3 for digits, 0.05
+    for cifar10, else none."""
+    depth: int = 5
+    """Hidden layers of the factor network."""
+    hiddenunits: int = 64
+    """Units of each hidden layer."""
+    start: Literal["covariance", "document"] = "covariance"
+    """Precisions to start from: the training samples' own covariance at the scale that matches best, or softplus(0.1)
+    on the diagonal (the document)."""
+    niters: int = 600
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Training samples of one step."""
+    lr: float = 5e-4
+    """Largest learning rate."""
+    weight_decay: float = 1e-4
+    """Weight decay of AdamW."""
+    scheduler_type: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    """How the learning rate goes over the steps."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm, once a step; 0 leaves them."""
+    train_kernel_size: int = 100
+    """Centers of the mixture."""
+    train_samples_size: int | None = None
+    """Training samples to draw batches from; centers are none of them. Unset: 800 of the digits, else 10000."""
+    test_samples_size: int = 50
+    """Samples of each of the ten test batches and of the five validation batches."""
+    centers: Literal["disjoint", "leave_one_out"] = "disjoint"
+    """Centers of their own, or the first training samples, each without weight at its own center."""
+    stability: float = 0.01
+    """Smallest entry of a factor's diagonal, so that log det P exists. The document: the same option, added to P."""
+    strategy: StrategyName = "auto"
+    """How the centers are gone through. All give the same gradient and differ in bytes and time."""
+    chunk_size: int | None = None
+    """Centers at a time, for --strategy chunked; pins the plan. 0 or unset: the budget decides."""
+    accumulation_steps: int | None = None
+    """Chunks of one step, for --strategy gradient_accumulation; pins the plan. Unset: the budget decides."""
+    devices: tuple[str, ...] = ()
+    """Devices of --strategy model_parallel in one process: cuda:0 cuda:1. Unset: all that are visible."""
+    process_timeout: int = 300
+    """Seconds that ranks under torchrun wait for each other."""
+    load_model_path: Path | None = None
+    """Weights of a factor network to start from: factornet.pt or factornet.safetensors of an earlier run."""
+    load_centers_path: Path | None = None
+    """Centers of an earlier run: centers.pt or centers.safetensors."""
+    save: Path | None = None
+    """Folder to write weights and centers to as well, beside the run's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "depth", "hiddenunits", "niters", "batch_size", "train_kernel_size", "test_samples_size", "process_timeout",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                self._refuse(name, "it must be at least 1", "give a positive whole number")
+        if self.train_samples_size is not None and self.train_samples_size < 1:
+            self._refuse("train_samples_size", "it must be at least 1", "give a positive whole number, or leave it out")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            self._refuse("lr", "it must be positive and finite", "give for example 5e-4")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                self._refuse(name, "it must be 0 or positive", "give for example 1e-4, or 0 to leave it off")
+        if not (math.isfinite(self.stability) and self.stability > 0):
+            self._refuse("stability", "log det P needs a positive diagonal", "give for example 0.01")
+        if self.noise is not None and not (math.isfinite(self.noise) and self.noise >= 0):
+            self._refuse("noise", "it must be 0 or positive", "give for example 0.1")
+        if self.dtype not in DTYPES:
+            self._refuse(
+                "dtype", "log-weights of hundreds go through a softmax, where half precision has no digits left",
+                f"use one of {', '.join(DTYPES)}",
+            )  # fmt: skip
+        if self.data == "cifar10" and self.data_root is None:
+            self._refuse(
+                "data", "no --data_root, and CIFAR-10 is not shipped",
+                "give --data_root FOLDER with cifar-10-batches-py/data_batch_1 ... test_batch, or "
+                "cifar-10-batches-bin/data_batch_1.bin ... test_batch.bin; offline there is --data digits",
+            )  # fmt: skip
+        self._check_strategy()
+
+    def _check_strategy(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 0:
+            self._refuse("chunk_size", "it must be 0 or more", "give centers at a time, or 0 for the budget's choice")
+        if self.accumulation_steps is not None and self.accumulation_steps < 1:
+            self._refuse("accumulation_steps", "it must be at least 1", "give a positive whole number")
+        if self.chunk_size and self.accumulation_steps is not None:
+            self._refuse(
+                "accumulation_steps", f"--chunk_size {self.chunk_size} says it too: both cut the centers of one step",
+                "give one of the two",
+            )  # fmt: skip
+        if self.accumulation_steps is not None and self.accumulation_steps > self.train_kernel_size:
+            self._refuse(
+                "accumulation_steps", f"there are {self.train_kernel_size} centers, and a chunk has at least one",
+                f"give at most {self.train_kernel_size}",
+            )  # fmt: skip
+        if self.strategy == "single_gpu" and (self.chunk_size or self.accumulation_steps not in (None, 1)):
+            self._refuse("strategy", "it takes all centers at once, not in chunks", "give --strategy chunked")
+        if self.devices and self.strategy not in ("auto", "model_parallel"):
+            self._refuse("devices", f"--strategy {self.strategy} runs on one", "give --strategy model_parallel")
+
+    @property
+    def training_samples(self) -> int:
+        """How many there are, asked for or not."""
+        return self.train_samples_size or (800 if self.data == "digits" else 10_000)
+
+    @property
+    def noise_deviation(self) -> float:
+        """Of the noise on points, asked for or not."""
+        return DEFAULT_NOISE.get(self.data, 0.0) if self.noise is None else self.noise
+
+    @property
+    def pinned_rows(self) -> int | None:
+        """Centers at a time that somebody asked for, under either name."""
+        if self.strategy == "single_gpu":
+            return self.train_kernel_size
+        if self.accumulation_steps is not None:
+            return -(-self.train_kernel_size // self.accumulation_steps)
+        return self.chunk_size or None
+
+    def _refuse(self, name: str, found: str, do: str) -> NoReturn:
+        value: Any = getattr(self, name)
+        raise sg.UsageError(asked=f"--{name} {value}", found=found, do=do, option=name)
+
+
+Options = ScoreKernelOptions

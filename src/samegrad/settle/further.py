@@ -1,0 +1,48 @@
+"""Further down the ladder than a plan that was believed and ran out of memory all the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from samegrad.errors import BudgetTooSmall, CannotSplit
+from samegrad.plan.choose import choose_plan
+from samegrad.plan.margin import budget_for
+from samegrad.plan.options import Options
+from samegrad.records import Exactness, Footprint, Plan
+
+# Of what failed: rungs lie close together, and each one that fails costs a step.
+_LARGEST_FRACTION = 7 / 8
+
+
+def smaller_plans(footprint: Footprint, plan: Plan, allow: Exactness) -> Iterator[Plan]:
+    """Plans of ``footprint`` below ``plan``, each the fastest that is predicted to need an eighth less than the last.
+
+    Where none needs so much less, the smallest there is comes last. No tensor and no device is touched. Each keeps
+    the budget and the signature of ``plan``.
+    """
+    failed: Plan | None = plan
+    while failed is not None and failed.predicted_peak_bytes is not None:
+        found = _smaller(footprint, failed, failed.predicted_peak_bytes, allow)
+        if found is not None:
+            yield dataclasses.replace(found, budget=plan.budget, signature=plan.signature)
+        failed = found
+
+
+def _smaller(footprint: Footprint, failed: Plan, failed_bytes: int, allow: Exactness) -> Plan | None:
+    wanted = int(failed_bytes * _LARGEST_FRACTION)
+    fitting = [p for p in _ladder(footprint, failed, wanted, allow) if (p.predicted_peak_bytes or 0) <= wanted]
+    if fitting:
+        return fitting[0]
+    less = [p for p in _ladder(footprint, failed, failed_bytes, allow) if (p.predicted_peak_bytes or 0) < failed_bytes]
+    return less[-1] if less else None
+
+
+def _ladder(footprint: Footprint, failed: Plan, needed_bytes: int, allow: Exactness) -> tuple[Plan, ...]:
+    """The plans within the smallest budget that ``needed_bytes`` fit; a little more may fit as well."""
+    assert failed.budget is not None
+    total = budget_for(needed_bytes, failed.budget.counting)
+    try:
+        return choose_plan(footprint, Options(allow=allow), dataclasses.replace(failed.budget, total_bytes=total))
+    except (BudgetTooSmall, CannotSplit):
+        return ()

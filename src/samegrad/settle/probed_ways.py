@@ -1,0 +1,103 @@
+"""The step probed under levers that leave its chunks as they are, where a budget does not hold the plain step.
+
+The same small runs as of the plain step give its laws. What a lever gains in time is smaller than what two runs of one
+step differ by on a busy machine, so plain and changed steps are timed in turn, and what is within that is no gain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from samegrad.data.prefetch import stream_chunks
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit, UsageError
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.split import SplitStep
+from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.undisturbed import FailsOnFewRows
+from samegrad.execute.apply import in_force
+from samegrad.levers import Slot, find_levers
+from samegrad.levers._variants import most_rows
+from samegrad.measure.laws import fit_laws
+from samegrad.measure.probe import Probe, time_plain
+from samegrad.measure.probe_sets import kept_row_bytes, plain_probes, split_probes
+from samegrad.plan.margin import usable_bytes
+from samegrad.plan.options import Options
+from samegrad.records import Budget, Exactness, Phase, Plan, ProbedWay
+from samegrad.settle.lever_ways import Levers, lever_sets, offered_levers
+from samegrad.settle.probing import Measurement
+
+# What a lever must gain of a step's time to count as faster.
+_CLEARLY_FASTER = 0.95
+_TURNS = 2
+
+
+def with_probed_ways(
+    declared: DeclaredStep, aliases: ParameterAliases, measurement: Measurement, batch: Any, budget: Budget,
+    options: Options,
+) -> Measurement:  # fmt: skip
+    """``measurement`` with the step probed under each of its levers, or why it was not. Nothing of the user's changes.
+
+    Not under what pins host memory: how much that is, only a trace says.
+    """
+    footprint, refusals = measurement.footprint, dict(measurement.footprint.refusals)
+    slots = {name: lever.slot for name, lever in find_levers().items()}
+    offered = {
+        name: knobs
+        for name, knobs in offered_levers(footprint, options).items()
+        if slots[name] not in (Slot.SAVED, Slot.STATE)
+    }
+    found = []
+    for levers in lever_sets(offered, []):
+        try:
+            found.append(_probed(declared, aliases, measurement, batch, budget, levers))
+        except (CannotSplit, UsageError) as error:
+            if len(levers) == 1:
+                refusals[next(iter(levers))] = error.found
+    changed = dataclasses.replace(footprint, probed=tuple(found), refusals=refusals)
+    return dataclasses.replace(measurement, footprint=changed)
+
+
+def _probed(
+    declared: DeclaredStep, aliases: ParameterAliases, measurement: Measurement, batch: Any, budget: Budget,
+    levers: Levers,
+) -> ProbedWay:  # fmt: skip
+    footprint, ways, layout = measurement.footprint, measurement.ways, declared.layout(batch)
+    plan = Plan(levers=levers, exactness=Exactness.ROUNDED, batch_rows=layout.rows)
+    draws, parts = StepDraws(ways.sites), list[Probe]()
+    with in_force(plan, declared, layout.rows) as execution:
+        changed = execution.declared
+        whole = plain_probes(changed, batch, layout, draws, isinstance(ways.refusal, FailsOnFewRows))
+        if ways.by_rows is not None:
+            parts = split_probes(SplitStep(changed, aliases, ways.by_rows, stream_chunks), batch, layout)
+    rows = whole[-1].batch_rows
+    if declared.device.type == "cuda":
+        # At a few rows launches hide what its kernels gain.
+        rows = max(rows, most_rows(footprint.plain_laws, layout.rows, usable_bytes(budget)))
+    slower = _slower(declared, batch, plan, rows, draws)
+    missing = measurement.turn.missing_state_bytes
+    turn = tuple(law for law in footprint.plain_laws if law.phase is Phase.OPTIMIZER)
+    return ProbedWay(
+        levers=levers,
+        plain_laws=(*fit_laws(whole, missing_bytes=missing), *turn),
+        laws=(*fit_laws(parts, missing_bytes=missing), *turn) if parts else (),
+        kept_row_bytes=kept_row_bytes(parts) if footprint.kept_row_bytes is not None else None,
+        seconds_per_row=None if footprint.seconds_per_row is None else footprint.seconds_per_row * slower,
+        seconds_per_chunk=None if footprint.seconds_per_chunk is None else footprint.seconds_per_chunk * slower,
+    )
+
+
+def _slower(declared: DeclaredStep, batch: Any, plan: Plan, rows: int, draws: StepDraws) -> float:
+    """The time of the step under ``plan`` as a part of the plain one's; 1 where it is hardly faster."""
+    layout = declared.layout(batch)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(_TURNS):
+        for under in seconds:
+            with contextlib.ExitStack() as stack:
+                running = stack.enter_context(in_force(plan, declared, layout.rows)).declared if under else declared
+                seconds[under].append(time_plain(running, batch, layout, batch_rows=rows, draws=draws))
+    clearly = max(seconds[True]) < _CLEARLY_FASTER * min(seconds[False])
+    ratio = min(seconds[True]) / min(seconds[False])
+    return ratio if clearly else max(1.0, ratio)

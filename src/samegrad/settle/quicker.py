@@ -1,0 +1,297 @@
+"""Can the chunks of a settled plan be compiled, or captured and replayed, and is the step quicker then?
+
+What a compiler keeps and how fast its kernels are is known when it has compiled; so each candidate is measured as the
+ladder measures its rungs, under the same cap, and taken only where it fits and wins. With fewer bytes a row, more rows
+fit at a time: rows are searched from those of the plan, by a line through what was measured and what stands under
+every plan. Compilation is paid once, so it is tried only where it is known how many steps there will be, and taken
+where they pay it back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from samegrad.data.prefetch import stream_chunks
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.unit_chain import Unit, find_units
+from samegrad.execute.apply import applied, chunked_step
+from samegrad.execute.trial import few_rows
+from samegrad.levers import find_levers
+from samegrad.levers.compile import Compile
+from samegrad.levers.graphs import Graphs
+from samegrad.levers.recompute import Recompute
+from samegrad.measure.probe import Rung, measure_whole
+from samegrad.plan.options import Options
+from samegrad.records import Budget, Counting, Exactness, KnobOrigin, Plan
+from samegrad.settle.ladder import measured, most_bytes
+from samegrad.settle.probing import Measurement
+from samegrad.units import format_bytes, format_seconds
+
+# A plan that is no faster than this fraction of the settled one is not worth its warm-up.
+_WORTH_FRACTION = 0.97
+# Each size of chunk that is tried is compiled anew.
+_MOST_ROWS_TRIED = 2
+# Below this a line through one measurement is no promise.
+_ROOM_FRACTION = 0.97
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tried:
+    """A candidate as it was measured. ``once_seconds``: what it cost before its first step."""
+
+    plan: Plan
+    rung: Rung
+    once_seconds: float
+
+
+@dataclasses.dataclass
+class _Search:
+    """Measures candidates of one settled plan, and remembers why others are none."""
+
+    declared: DeclaredStep
+    aliases: ParameterAliases
+    measurement: Measurement
+    batch: Any
+    budget: Budget
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def most(self) -> int:
+        return most_bytes(self.budget)
+
+    def measured(self, plan: Plan) -> _Tried | None:
+        """``plan`` as it runs; None where it does not fit, or cannot run."""
+        start = time.perf_counter()
+        try:
+            rung = measured(
+                self.declared, self.aliases, self.measurement, self.batch, plan, self.budget.counting, self.most
+            )
+        except CannotSplit as refused:
+            self._refuse(plan, refused.found)
+            return None
+        except RuntimeError as error:
+            if not _of_a_compiler(error):
+                raise
+            self._refuse(plan, f"the compiler cannot take it ({str(error).splitlines()[0]})")
+            return None
+        if rung is None or rung.peak_bytes > self.most:
+            return None
+        return _Tried(plan, rung, time.perf_counter() - start)
+
+    def _refuse(self, plan: Plan, found: str) -> None:
+        # Of both, the one that is tried first by itself is graphs.
+        name = Compile.name if Compile.name in plan.levers else Graphs.name
+        self.reasons[name] = f"refused: {found}"
+
+
+def _of_a_compiler(error: RuntimeError) -> bool:
+    compiler = sys.modules.get("torch._dynamo.exc")
+    return compiler is not None and isinstance(error, compiler.TorchDynamoException)
+
+
+def quicker_plan(
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    measurement: Measurement,
+    batch: Any,
+    settled: Plan,
+    *,
+    budget: Budget,
+    options: Options,
+) -> Plan:
+    """``settled``, or the same with its chunks captured or compiled where that was measured to fit and to be faster.
+
+    Its reasons say what was tried. Nothing of the user's changes.
+    """
+    search = _Search(declared, aliases, measurement, batch, budget)
+    if budget.counting is not Counting.CUDA_ALLOCATOR or _refused(settled, search):
+        return _told(settled, search)
+    before = _before(settled, search)
+    if before is None:
+        return settled
+    best = _Tried(settled, before, 0.0)
+    for candidate in _candidates(settled, search, options):
+        if _pays(candidate, best, options):
+            best = candidate
+    return _told(_as_measured(best, before), search)
+
+
+def _refused(settled: Plan, search: _Search) -> bool:
+    """Whether chunks of ``settled`` are no work that can be captured; the reason is kept."""
+    layout = search.declared.layout(search.batch)
+    plan = _with(settled, {Graphs.name: {}})
+    try:
+        with applied(plan, search.declared, layout.rows) as execution:
+            chunked_step(execution, search.aliases, search.measurement.ways, stream_chunks)
+    except CannotSplit as refused:
+        search.reasons |= dict.fromkeys((Compile.name, Graphs.name), f"refused: {refused.found}")
+        return True
+    return False
+
+
+def _before(settled: Plan, search: _Search) -> Rung | None:
+    """The settled plan's own time: measured already where it runs in chunks."""
+    if settled.levers and settled.predicted_seconds is not None:
+        return Rung(settled.predicted_peak_bytes or 0, settled.predicted_seconds)
+    layout, sites = search.declared.layout(search.batch), search.measurement.ways.sites
+    return measure_whole(
+        search.declared, search.batch, layout, StepDraws(sites), turn=search.measurement.turn
+    )
+
+
+def _candidates(settled: Plan, search: _Search, options: Options) -> Iterator[_Tried]:
+    captured = search.measured(_with(_in_even_chunks(settled, options), {Graphs.name: {}}))
+    if captured is not None:
+        yield captured
+    if options.allow < Compile.exactness:
+        search.reasons[Compile.name] = f"not allowed: {Compile.exactness.explained()} ({Compile.exactness.name})"
+    elif options.expected_steps is None:
+        search.reasons[Compile.name] = (
+            "not tried: compiling costs seconds to minutes, and how many steps would pay it back is not known; "
+            "say expected_steps="
+        )
+    else:
+        yield from _compiled(settled, search, options)
+
+
+def _compiled(settled: Plan, search: _Search, options: Options) -> Iterator[_Tried]:
+    """Compiled chunks, with blocks run again and without; then the fastest of them captured."""
+    again = _again(search)
+    best: _Tried | None = None
+    for levers in ({}, again) if again else ({},):
+        for found in _by_rows(settled, levers, search, pinned=options.rows is not None):
+            yield found
+            if best is None or found.rung.seconds < best.rung.seconds:
+                best = found
+        if Compile.name in search.reasons:
+            return
+        if best is not None and Recompute.name not in best.plan.levers and _rows_of(best.plan) == settled.batch_rows:
+            # All rows at once, and nothing twice: running blocks again can only be slower.
+            break
+    if best is not None:
+        captured = search.measured(_with(best.plan, {Graphs.name: {}}))
+        if captured is not None:
+            # The compiler's own cache has what it made a moment ago; a new process pays for it again.
+            yield dataclasses.replace(captured, once_seconds=captured.once_seconds + best.once_seconds)
+
+
+def _in_even_chunks(settled: Plan, options: Options) -> Plan:
+    """``settled`` in chunks of one size, so that one graph serves all of them; rows that somebody pinned stay."""
+    rows = _even(settled.batch_rows, _rows_of(settled))
+    if "split_rows" not in settled.levers or options.rows is not None:
+        return settled
+    return dataclasses.replace(
+        settled, levers=settled.levers | {"split_rows": settled.levers["split_rows"] | {"rows": rows}}
+    )
+
+
+def _again(search: _Search) -> dict[str, dict[str, Any]]:
+    """Every block of the model run again by itself, where it has blocks."""
+    layout = search.declared.layout(search.batch)
+    chain = find_units(search.declared, few_rows(search.declared, search.batch, layout)[0])
+    blocks = [part for unit in chain.units for part in _parts_of(unit)]
+    runs = [part.paths[0] if len(part.paths) == 1 else list(part.paths) for part in blocks]
+    return {Recompute.name: {"blocks": runs}} if runs else {}
+
+
+def _parts_of(unit: Unit) -> list[Unit]:
+    """The blocks of a unit that is a row of them, or itself where it is one."""
+    inner = [part for part in unit.inner if part.has_parts]
+    return inner or [unit] * unit.has_parts
+
+
+def _by_rows(
+    settled: Plan, levers: dict[str, dict[str, Any]], search: _Search, *, pinned: bool
+) -> Iterator[_Tried]:
+    """From the rows of the settled plan to as many as a line through what was measured puts within the budget."""
+    rows, tried = _rows_of(settled), set[int]()
+    while rows not in tried and len(tried) < _MOST_ROWS_TRIED:
+        tried.add(rows)
+        found = search.measured(_compiled_plan(settled, levers, rows))
+        if found is not None:
+            yield found
+        if pinned or Compile.name in search.reasons:
+            return
+        batch_rows = settled.batch_rows
+        rows = _even(batch_rows, rows // 2) if found is None else _rows_that_fit(found, rows, batch_rows, search)
+
+
+def _rows_that_fit(found: _Tried, rows: int, batch_rows: int, search: _Search) -> int:
+    """The most rows at a time within the budget, by a line from what stands under every plan through ``found``."""
+    standing = sum(search.measurement.footprint.resident_bytes.values())
+    per_row = max(1.0, (found.rung.peak_bytes - standing) / rows)
+    room = (search.most * _ROOM_FRACTION - standing) / per_row
+    return _even(batch_rows, min(batch_rows, int(room)))
+
+
+def _even(batch_rows: int, rows: int) -> int:
+    """As many chunks as ``rows`` at a time make, all of one size where that can be, so that one graph serves them."""
+    chunks = -(-batch_rows // max(1, rows))
+    dividing = next((n for n in range(chunks, 2 * chunks) if batch_rows % n == 0), chunks)
+    return -(-batch_rows // dividing)
+
+
+def _rows_of(plan: Plan) -> int:
+    rows = plan.levers.get("split_rows", {}).get("rows", plan.batch_rows)
+    return rows if isinstance(rows, int) else max(rows)
+
+
+def _compiled_plan(settled: Plan, levers: dict[str, dict[str, Any]], rows: int) -> Plan:
+    """The settled plan's batch and layout, ``rows`` at a time, compiled under ``levers``."""
+    kept = {name: knobs for name, knobs in settled.levers.items() if name == "layout"}
+    if rows < settled.batch_rows:
+        kept |= {name: knobs for name, knobs in settled.levers.items() if name == "host_rows"}
+        kept |= {"split_rows": {"rows": rows, "kept_chunks": 0}}
+    origins = {name: origin for name, origin in settled.knob_origins.items() if name.partition(".")[0] in kept}
+    bare = dataclasses.replace(settled, levers=kept, knob_origins=origins)
+    return _with(bare, {Compile.name: Compile().knobs(), **levers})
+
+
+def _with(plan: Plan, more: dict[str, dict[str, Any]]) -> Plan:
+    known = find_levers()
+    levers = dict(sorted((plan.levers | more).items(), key=lambda item: known[item[0]].slot))
+    exactness = max((known[name].exactness for name in levers), default=Exactness.SAME_BITS)
+    origins = {f"{name}.{knob}": KnobOrigin.CHOSEN for name, knobs in levers.items() for knob in knobs}
+    return dataclasses.replace(plan, levers=levers, exactness=exactness, knob_origins=origins | plan.knob_origins)
+
+
+def _pays(candidate: _Tried, best: _Tried, options: Options) -> bool:
+    """Whether all expected steps together are faster with it. Capturing is a matter of a few steps, and not counted."""
+    saved_seconds = (best.rung.seconds - candidate.rung.seconds) * (options.expected_steps or 0)
+    more_seconds = _compiling_seconds(candidate) - _compiling_seconds(best)
+    return candidate.rung.seconds <= _WORTH_FRACTION * best.rung.seconds and saved_seconds >= more_seconds
+
+
+def _compiling_seconds(tried: _Tried) -> float:
+    return tried.once_seconds if Compile.name in tried.plan.levers else 0.0
+
+
+def _as_measured(best: _Tried, before: Rung) -> Plan:
+    if best.once_seconds == 0.0:
+        return best.plan
+    reasons = dict(best.plan.reasons)
+    for name in (Compile.name, Graphs.name):
+        if name in best.plan.levers:
+            reasons[name] = (
+                f"taken: measured {format_seconds(best.rung.seconds)} a step and {format_bytes(best.rung.peak_bytes)}, "
+                f"{format_seconds(before.seconds)} without; {format_seconds(best.once_seconds)} once"
+            )
+    return dataclasses.replace(
+        best.plan, predicted_seconds=best.rung.seconds, predicted_peak_bytes=best.rung.peak_bytes, reasons=reasons
+    )
+
+
+def _told(plan: Plan, search: _Search) -> Plan:
+    """``plan`` with the reasons of what was not taken."""
+    slower = dict.fromkeys((Compile.name, Graphs.name), "not needed: measured, and no faster within the budget")
+    why = {name: search.reasons.get(name, slower[name]) for name in slower if name not in plan.levers}
+    if search.budget.counting is not Counting.CUDA_ALLOCATOR:
+        why = {name: reason for name, reason in why.items() if name in search.reasons}
+    return dataclasses.replace(plan, reasons=plan.reasons | why)

@@ -1,0 +1,234 @@
+"""The program: every strategy takes the plain steps, the printed bytes are the counted ones, a run can be judged."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+import samegrad as sg
+from samegrad.cli.planned import plan_step
+from samegrad.cli.programs import RecipeTraining
+from samegrad.recipes import run_epochs
+from samegrad.recipes.score_kernel import recipe as score_recipe
+from samegrad.recipes.score_kernel.model import score_implicit_matching_stable
+from samegrad.recipes.score_kernel.options import ScoreKernelOptions
+from samegrad.recipes.score_kernel.recipe import RECIPE, ScoreKernelProgram, build, table
+from samegrad.recipes.score_kernel.schedule import learning_rates
+from samegrad.recipes.score_kernel.strategies import documents_choice, memory_estimate
+
+CENTERS = 23
+
+
+def options(**values: Any) -> ScoreKernelOptions:
+    small = {
+        "data": "8gaussians", "train_kernel_size": CENTERS, "train_samples_size": 60, "test_samples_size": 6,
+        "hiddenunits": 8, "depth": 2, "niters": 4, "batch_size": 5, "dtype": "float64", "device": "cpu",
+    }  # fmt: skip
+    return ScoreKernelOptions(**(small | values))
+
+
+def plain_losses(program: ScoreKernelProgram) -> list[float]:
+    """An ordinary loop over the same batches, on the loss of all centers at once."""
+    net, found = copy.deepcopy(program.model.factornet), []
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, weight_decay=program.options.weight_decay)
+    for batch, rate in zip(program.batches(0), program.rates):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss = score_implicit_matching_stable(
+            net, batch["samples"], program.points.centers, program.options.stability, program.model.leave_one_out
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), program.options.max_grad_norm)
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ({"strategy": "single_gpu"}, (23,)),
+        ({"strategy": "chunked", "chunk_size": 5}, (5, 5, 5, 5, 3)),
+        ({"strategy": "gradient_accumulation", "accumulation_steps": 4}, (6, 6, 6, 5)),
+        ({"strategy": "model_parallel", "devices": ("cpu", "cpu"), "chunk_size": 5}, None),
+        ({"strategy": "chunked", "chunk_size": 4, "centers": "leave_one_out"}, (4, 4, 4, 4, 4, 3)),
+    ],
+)
+def test_every_strategy_takes_the_steps_of_the_plain_loop(asked: dict[str, Any], sizes: Any) -> None:
+    program = build(options(**asked))
+    expected = plain_losses(program)
+    [epoch] = run_epochs(program)
+    assert [step.loss for step in epoch.steps] == pytest.approx(expected, rel=1e-10)
+    if sizes is not None:
+        assert program.step.sizes_for(next(program.batches(0))) == sizes
+
+
+def counted(program: ScoreKernelProgram) -> int:
+    """The counted peak of the steps after the first, which makes the optimizer's state."""
+    batches = [*program.batches(0)]
+    results = list(sg.train(program.step, batches, counter=sg.count_bytes(program.step)))
+    return max(result.peak_allocated_bytes or 0 for result in results[1:])
+
+
+def planned(**asked: Any) -> tuple[ScoreKernelProgram, sg.Plan, sg.Footprint, list[str]]:
+    program = build(options(dtype="float32", **asked))
+    found = plan_step(RecipeTraining(RECIPE, program))
+    return program, found.plan, found.footprint, found.told.splitlines()
+
+
+WIDE = {"data": "digits", "batch_size": 16, "hiddenunits": 16, "train_samples_size": 200}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"strategy": "single_gpu"}, {"chunk_size": 7}, {"strategy": "model_parallel", "devices": ("cpu", "cpu")},
+        {"strategy": "model_parallel", "devices": ("cpu", "cpu"), "chunk_size": 4},
+    ],
+)  # fmt: skip
+def test_the_printed_total_is_the_counted_peak_within_five_percent(asked: dict[str, Any]) -> None:
+    program, plan, _, told = planned(**(WIDE | asked))
+    assert plan.predicted_peak_bytes == pytest.approx(counted(program), rel=0.05)
+    assert f"  Total estimate: {sg.format_bytes(plan.predicted_peak_bytes or 0)}" in told
+
+
+def test_the_printed_lines_are_the_documents_and_right() -> None:
+    program, _, footprint, told = planned(**WIDE, chunk_size=7)
+    at = told.index("Memory estimates:")
+    names = [line.strip().partition(":")[0] for line in told[at + 1 :]]
+    assert names == ["Centers", "Precision matrices", "Gradients", "Total estimate"]
+    parameters = list(program.model.parameters())
+    estimate = memory_estimate(
+        footprint, rows=7, centers=CENTERS, dim=64, itemsize=4, parameter_bytes=sum(p.nbytes for p in parameters),
+        total_bytes=0,
+    )  # fmt: skip
+    assert estimate.centers_bytes == program.points.centers.nbytes
+    program.step.backward(next(program.batches(0)))
+    assert estimate.gradients_bytes == sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    assert estimate.dense_precision_bytes == torch.empty(CENTERS, 64, 64).nbytes
+    few, many = (counted(build(options(**WIDE, dtype="float32", chunk_size=rows))) for rows in (7, 11))
+    assert estimate.precision_bytes / 7 == pytest.approx((many - few) / (11 - 7), rel=0.05)
+
+
+def test_a_budget_is_kept_by_fewer_centers_at_a_time() -> None:
+    whole = planned(**WIDE)[0].step.footprint
+    assert whole is not None
+    budget = whole.predicted_peak_bytes(rows=CENTERS) * 6 // 10
+    program, plan, _, told = planned(**WIDE, budget=f"{budget}B")
+    assert "split_rows" in plan.levers
+    assert counted(program) <= budget
+    chunk = max(program.step.sizes_for(next(program.batches(0))))
+    assert told[0].startswith(f"Strategy: chunked, {chunk} centers at a time")
+    assert "rule on" in told[1] and told[1].endswith("gradient_accumulation.")
+
+
+def test_the_plan_is_verified_against_the_plain_loss() -> None:
+    program = build(options(chunk_size=5))
+    assert sg.verify_step(program.step, next(program.batches(0))).same
+
+
+def test_the_documents_rule_is_its_own() -> None:
+    names = [documents_choice(need, 100, devices) for need, devices in ((80, 1), (110, 2), (110, 1), (160, 1))]
+    assert names == ["single_gpu", "model_parallel", "chunked", "gradient_accumulation"]
+
+
+def test_a_pin_that_does_not_fit_is_refused_by_name() -> None:
+    with pytest.raises(sg.BudgetTooSmall, match="23 of 23 centers at a time within 200KiB"):
+        build(options(**WIDE, strategy="single_gpu", budget="200KiB"))
+
+
+def test_model_parallel_with_one_device_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    program = build(options(strategy="model_parallel", devices=("cpu",)))
+    assert program.across is None
+    assert "has one device here" in caplog.text
+
+
+def test_the_table_has_the_documents_strategies_and_how_far_its_gradients_are() -> None:
+    lines = table(options(dtype="float32"))
+    assert [line["strategy"] for line in lines] == [
+        "single_gpu", "model_parallel", "chunked", "gradient_accumulation"
+    ]  # fmt: skip
+    peaks = [line["predicted_peak_bytes"] for line in lines]
+    assert peaks[0] == max(peaks)  # type: ignore[type-var]
+    assert lines[1]["crossing_bytes"] == 5 * (2 + 2) * 4
+    assert lines[0]["document_gradient_error"] == 0
+    assert all(line["document_gradient_error"] > 0.01 for line in lines[1:])  # type: ignore[operator]
+
+
+def test_a_run_is_judged_and_written(tmp_path: Path) -> None:
+    program = build(options(niters=60, save=tmp_path / "kept"))
+    list(run_epochs(program))
+    metrics = program.evaluate()
+    assert set(metrics) >= {"ism", "energy_distance", "memorisation_ratio", "ism_of_true_score", "score_error"}
+    assert len(program.history) == 2 and program.iterations_done == [50, 60]
+    written = program.write(tmp_path)
+    assert {path.name for path in written} >= {"matching_loss.png", "samples.png", "density.png"}
+    for path in written:
+        if path.suffix == ".png":
+            assert min(Image.open(path).size) > 200
+    weights = torch.load(tmp_path / "factornet.pt", weights_only=True)
+    kept = safetensors.torch.load_file(tmp_path / "kept" / "factornet.safetensors")
+    assert all(torch.equal(weights[name], kept[name]) for name in weights)
+
+
+def test_written_weights_and_centers_start_another_run(tmp_path: Path) -> None:
+    first = build(options())
+    list(run_epochs(first))
+    first.write(tmp_path)
+    again = build(
+        options(load_model_path=tmp_path / "factornet.safetensors", load_centers_path=tmp_path / "centers.pt")
+    )
+    assert torch.equal(again.points.centers, first.points.centers)
+    for mine, theirs in zip(again.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(sg.BadInput, match="another network"):
+        build(options(depth=3, load_model_path=tmp_path / "factornet.pt"))
+
+
+def test_a_resumed_program_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_recipe, "EPOCH_ITERATIONS", 2)
+    whole = build(options(niters=6))
+    losses = [step.loss for epoch in run_epochs(whole) for step in epoch.steps]
+    first = build(options(niters=6))
+    early = next(run_epochs(first))
+    second = build(options(niters=6))
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.load_state(first.state(), first.best.weights())
+    late = [step.loss for epoch in run_epochs(second) for step in epoch.steps]
+    assert [*(step.loss for step in early.steps), *late] == losses
+    assert second.history == whole.history
+
+
+def test_training_samples_get_new_noise_and_batches_are_the_epochs_own() -> None:
+    program = build(options(data="digits", train_samples_size=60))
+
+    def samples(epoch: int) -> Tensor:
+        return torch.stack([batch["samples"] for batch in program.batches(epoch)])
+
+    assert torch.equal(samples(0), samples(0))
+    assert len(samples(0).reshape(-1, 64).unique(dim=0)) == 4 * 5
+
+
+@pytest.mark.parametrize("kind", ["one_cycle", "cosine", "constant"])
+@pytest.mark.parametrize("niters", [1, 2, 40])
+def test_the_rate_of_every_step_is_known_ahead(kind: Any, niters: int) -> None:
+    rates = learning_rates(options(niters=niters, scheduler_type=kind, lr=0.5))
+    assert len(rates) == niters
+    assert min(rates) >= 0 and max(rates) == pytest.approx(0.5, rel=0.02)
+
+
+def test_every_option_of_the_document_is_there() -> None:
+    document = (
+        "data depth niters batch_size hiddenunits lr save train_kernel_size train_samples_size test_samples_size "
+        "stability weight_decay scheduler_type load_model_path load_centers_path strategy chunk_size accumulation_steps"
+    ).split()
+    assert set(document) <= {field.name for field in dataclasses.fields(ScoreKernelOptions)}

@@ -1,0 +1,154 @@
+"""Which programs of a settled plan are tried and taken, on a card that is played: bytes and seconds by a rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samegrad.declared import declare
+from samegrad.errors import CannotSplit
+from samegrad.levers import find_levers
+from samegrad.measure.probe import Rung
+from samegrad.plan.options import Options
+from samegrad.records import Budget, Counting, Exactness, Plan
+from samegrad.settle import aliases_for, measure, quicker
+from samegrad.settle.quicker import quicker_plan
+
+from ..contract.plain import cross_entropy, labelled, spread
+
+ROWS = 32
+MIB = 2**20
+Rule = Callable[[Plan], "Rung | None"]
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def rows_of(plan: Plan) -> int:
+    return plan.levers.get("split_rows", {"rows": ROWS})["rows"]
+
+
+def a_card(plan: Plan) -> Rung:
+    """Launches take 10 ms a chunk, a tenth of it where they are replayed; compiled kernels halve bytes and time."""
+    rows, compiled, again = rows_of(plan), "compile" in plan.levers, "recompute" in plan.levers
+    launches = (1.0 if "graphs" in plan.levers else 10.0) * -(-ROWS // rows) * (0.5 if compiled else 1.0)
+    work = 20.0 * (0.5 if compiled else 1.0) * (1.3 if again else 1.0)
+    held = rows * (4.0 if compiled else 8.0) * (0.25 if again else 1.0)
+    static = 2.0 if "graphs" in plan.levers else 0.0
+    return Rung(int((10 + held + static) * MIB), (launches + work) / 1e3)
+
+
+def settled_by(
+    budget_mib: float, monkeypatch: pytest.MonkeyPatch, *, rule: Rule = a_card, loss: Any = cross_entropy,
+    settled_rows: int = 4, **options: Any,
+) -> tuple[Plan, list[Plan]]:  # fmt: skip
+    """The plan that is taken, and all that were measured."""
+    torch.manual_seed(0)
+    step = declare(Blocks(), loss)
+    batch = labelled(ROWS, torch.float32)
+    aliases = aliases_for(step)
+    measurement = measure(step, batch, aliases)
+    nothing = dict.fromkeys(measurement.footprint.resident_bytes, 0)
+    footprint = dataclasses.replace(measurement.footprint, resident_bytes=nothing)
+    budget = Budget(
+        total_bytes=int(budget_mib * MIB), device="played", counting=Counting.CUDA_ALLOCATOR, source="played"
+    )
+    tried: list[Plan] = []
+
+    def played(declared: Any, aliases: Any, measurement: Any, batch: Any, plan: Plan, counting: Any, most: int) -> Any:
+        tried.append(plan)
+        rung = rule(plan)
+        return rung if rung is not None and rung.peak_bytes <= most else None
+
+    monkeypatch.setattr(quicker, "measured", played)
+    levers = {"split_rows": {"rows": settled_rows, "kept_chunks": 0}}
+    plan = Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=ROWS, budget=budget)
+    plan = dataclasses.replace(plan, predicted_seconds=a_card(plan).seconds)
+    measurement = dataclasses.replace(measurement, footprint=footprint)
+    given = step, aliases, measurement, batch
+    return quicker_plan(*given, plan, budget=budget, options=Options(**options)), tried
+
+
+def test_without_a_number_of_steps_chunks_are_captured_and_compiling_is_not_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan, tried = settled_by(100, monkeypatch)
+    assert list(plan.levers) == ["split_rows", "graphs"] and len(tried) == 1
+    assert plan.reasons["graphs"].startswith("taken: measured 28 ms")
+    assert "expected_steps=" in plan.reasons["compile"]
+    assert plan.predicted_seconds == a_card(plan).seconds
+
+
+def test_many_steps_compile_take_more_rows_where_they_fit_and_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, expected_steps=10**6)
+    assert "compile" in plan.levers and "graphs" in plan.levers and rows_of(plan) > 4
+    assert plan.predicted_seconds == min(a_card(one).seconds for one in tried if a_card(one).peak_bytes <= 98 * MIB)
+    assert plan.exactness is Exactness.SAME_SUM
+    assert {name.partition(".")[0] for name in plan.knob_origins} <= set(plan.levers)
+    assert list(plan.levers) == sorted(plan.levers, key=lambda name: find_levers()[name].slot)
+
+
+def test_every_plan_that_is_taken_fits_and_more_budget_is_never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [settled_by(b, monkeypatch, expected_steps=10**6)[0] for b in (50, 75, 100, 150, 300)]
+    seconds = [plan.predicted_seconds or 0.0 for plan in taken]
+    assert seconds == sorted(seconds, reverse=True)
+    for budget, plan in zip((50, 75, 100, 150, 300), taken):
+        assert a_card(plan).peak_bytes <= budget * MIB
+
+
+def test_blocks_run_again_where_that_takes_more_rows_and_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _ = settled_by(45, monkeypatch, expected_steps=10**6)
+    assert "recompute" in plan.levers and rows_of(plan) > 4
+    assert plan.levers["recompute"]["blocks"] == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_compiling_that_few_steps_do_not_pay_back_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**6, 30))
+    monkeypatch.setattr(quicker.time, "perf_counter", lambda: next(clock))
+    plan, _ = settled_by(100, monkeypatch, expected_steps=50)
+    assert list(plan.levers) == ["split_rows", "graphs"]
+    assert plan.reasons["compile"] == "not needed: measured, and no faster within the budget"
+
+
+def test_what_is_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slower(plan: Plan) -> Rung:
+        rung = a_card(plan)
+        return dataclasses.replace(rung, seconds=rung.seconds * (10 if "graphs" in plan.levers else 1))
+
+    plan, _ = settled_by(100, monkeypatch, rule=slower)
+    assert list(plan.levers) == ["split_rows"]
+    assert plan.reasons["graphs"] == "not needed: measured, and no faster within the budget"
+
+
+def test_a_refusal_is_the_reason_and_the_settled_plan_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(plan: Plan) -> Rung:
+        raise CannotSplit(asked="capture", found="the step waits for the device at model.py:3", do="take it out")
+
+    plan, tried = settled_by(100, monkeypatch, rule=refusing, expected_steps=10**6)
+    assert list(plan.levers) == ["split_rows"] and len(tried) == 2
+    assert plan.reasons["graphs"] == plan.reasons["compile"] == "refused: the step waits for the device at model.py:3"
+
+
+def test_two_passes_are_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, loss=spread, expected_steps=10**6)
+    assert not tried and "two passes" in plan.reasons["graphs"] and "two passes" in plan.reasons["compile"]
+
+
+def test_only_what_is_allowed_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, expected_steps=10**6, allow=Exactness.SAME_BITS)
+    assert all("compile" not in one.levers for one in tried)
+    assert plan.reasons["compile"].startswith("not allowed")
