@@ -206,7 +206,7 @@ RECIPE = Recipe(
     },
     troubleshooting=(
         "Fewer patches a clip (--stride 32, --n_patches 8 or 4) need less memory in proportion, and are another "
-        "data set: the same gradient with fewer bytes is --budget, or 2.",
+        "data set: the same gradient with fewer bytes is --budget, or the next line.",
         "--batch_size 1 --gradient_accumulation_steps 8 is one batch of 8 clips, one at a time: BatchNorm over all "
         "8, one codebook update, one dropout mask. What is left are the layers' inputs; --use_gradient_checkpointing "
         "keeps a quarter of them.",
