@@ -362,7 +362,7 @@ class Step:
         given = self.declared, self._aliases, measurement, batch
         plan, footprint, _ = settle(*given, budget=self.budget, options=options)
         plan = quicker_plan(*given, plan, budget=self.budget, options=options)
-        # What the probes left in the allocator's cache lies as suited them, not the step.
+        # What the probes left, in cycles and in the allocator's cache, lies as suited them, not the step.
         counters.release_cached(device)
         if self._enforce and not self._capped:
             # Not before: the examination takes rows of its own.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.errors import BudgetTooSmall, CannotSplit
+from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.explain import explain_plan, floor_bytes
 from samegrad.plan.options import Options
@@ -82,6 +83,9 @@ def test_the_plain_peak_is_predicted_too(name: str, footprints: dict[str, Footpr
     assert abs(needed - plan.predicted_peak_bytes) <= WITHIN * needed, (needed, plan)
 
 
+IN_LOCKSTEP: list[tuple[str, int | str]] = [(ExactBatchNorm.name, how) for how in (1, 4, "5 together")]
+
+
 class Deep(nn.Module):
     """Two long blocks: what one of them holds for all rows is more than lockstep keeps of both."""
 
@@ -123,9 +127,11 @@ def bytes_of(total: int) -> Budget:
     return Budget(total_bytes=total, device="cpu", counting=Counting.TENSOR_BYTES, source="given")
 
 
-def taken(plan: Plan) -> tuple[str, int]:
-    """The lever of a plan, and its keep_every (0 where it has none)."""
-    return next(((name, knobs.get("keep_every", 0)) for name, knobs in plan.levers.items()), ("plain", 0))
+def taken(plan: Plan) -> tuple[str, int | str]:
+    """The lever of a plan, and its keep_every (0 where it has none), or how many layers it takes together."""
+    for name, knobs in plan.levers.items():
+        return name, f"{knobs['together']} together" if knobs.get("together", 1) > 1 else knobs.get("keep_every", 0)
+    return "plain", 0
 
 
 def test_the_ladder_goes_from_plain_over_recomputation_to_lockstep_and_falls(deep_footprint: Footprint) -> None:
@@ -133,14 +139,14 @@ def test_the_ladder_goes_from_plain_over_recomputation_to_lockstep_and_falls(dee
     peaks = [plan.predicted_peak_bytes or 0 for plan in ladder]
     assert peaks == sorted(set(peaks), reverse=True)
     order = list(dict.fromkeys(map(taken, ladder)))
-    wanted = [("plain", 0), ("recompute", 0), ("exact_batchnorm", 1), ("exact_batchnorm", 4)]
+    wanted = [("plain", 0), ("recompute", 0), *IN_LOCKSTEP]
     assert order[:3] == wanted[:3] and set(order) == set(wanted), order
     assert ladder[-1].predicted_peak_bytes == floor_bytes(deep_footprint)
 
 
-@pytest.mark.parametrize("lever", [("recompute", 0), ("exact_batchnorm", 1), ("exact_batchnorm", 4)], ids=str)
+@pytest.mark.parametrize("lever", [("recompute", 0), *IN_LOCKSTEP], ids=str)
 def test_each_way_for_batchnorm_needs_what_it_was_predicted_to(
-    lever: tuple[str, int], deep_footprint: Footprint
+    lever: tuple[str, int | str], deep_footprint: Footprint
 ) -> None:
     ladder = choose_plan(deep_footprint, Options(), bytes_of(2**30))
     plan = next(plan for plan in ladder if taken(plan) == lever)
@@ -169,8 +175,9 @@ def test_the_explanation_says_which_scheme_runs_and_what_it_costs(deep_footprint
     expected = {
         ("plain", 0): "It runs whole: the plain call",
         ("recompute", 0): "all rows at once: parts of the model by recompute, 2 forwards a row",
-        ("exact_batchnorm", 1): "by exact_batchnorm (scheme_name lockstep, keep_every 1), 2 forwards a row",
-        ("exact_batchnorm", 4): "by exact_batchnorm (scheme_name lockstep, keep_every 4), 3 forwards a row",
+        ("exact_batchnorm", 1): "by exact_batchnorm (scheme_name lockstep, keep_every 1, together 1), 2 forwards a row",
+        ("exact_batchnorm", 4): "by exact_batchnorm (scheme_name lockstep, keep_every 4, together 1), 3 forwards a row",
+        ("exact_batchnorm", "5 together"): "(scheme_name lockstep, keep_every 1, together 5), 10 forwards a row",
     }
     for plan in choose_plan(deep_footprint, Options(), bytes_of(2**30)):
         text = explain_plan(plan, deep_footprint)

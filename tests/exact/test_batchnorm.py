@@ -31,6 +31,8 @@ SCHEMES: dict[str, Callable[[nn.Module, list[int]], Any]] = {
     "lockstep": lambda network, sizes: lockstep(network, sizes=sizes),
     "every second cut": lambda network, sizes: lockstep(network, sizes=sizes, keep_every=2),
     "only the input": lambda network, sizes: lockstep(network, sizes=sizes, keep_every=99),
+    "three together": lambda network, sizes: lockstep(network, sizes=sizes, together=3),
+    "all together": lambda network, sizes: lockstep(network, sizes=sizes, together=99),
     "rendezvous": lambda network, sizes: rendezvous(network, sizes=sizes),
 }
 
@@ -229,20 +231,27 @@ def _deep(stages: int) -> nn.Module:
 def test_bytes_are_those_of_the_cuts_and_one_chunk() -> None:
     network, x = _deep(16), torch.randn(512, 32, dtype=D)
     schemes = [
-        contextlib.nullcontext(), lockstep(network, sizes=[32] * 16), lockstep(network, sizes=[32] * 16, keep_every=4)
+        contextlib.nullcontext(), lockstep(network, sizes=[32] * 16), lockstep(network, sizes=[32] * 16, keep_every=4),
+        lockstep(network, sizes=[8] * 64, together=4), lockstep(network, sizes=[8] * 64, together=99),
     ]  # fmt: skip
     peaks = []
     for within in schemes:
         with ByteCounter(torch.device("cpu")) as counter, within:
             row_loss(network(x)).backward()
         peaks.append(counter.peak_bytes)
-    plain, every, every_fourth = (peak / x.nbytes for peak in peaks)
+    plain, every, every_fourth, four_together, all_together = (peak / x.nbytes for peak in peaks)
     # Plain keeps eleven times the cut's width a stage: two normalised, and three times the four times wider one.
     assert plain > 16 * 9
     # One width a cut, and four in flight: what is pulled back, what it becomes, the output and its gradient.
     assert every < 16 + 5
     # Every fourth, those of one group again, and the same four.
     assert every_fourth < 4 + 4 + 5
+    # None of one group, and little for a 64th of the rows; in flight as above, and the results of all rows.
+    assert four_together < 4 + 6
+    # No cut at all: what comes in and goes out, their gradients, a 64th of the plain step; and, of all weights, the
+    # gradients of one stage beside the sums of those before and the first chunk's.
+    weights = sum(p.nbytes for p in network.parameters()) / x.nbytes
+    assert all_together < 4 + 16 * 11 / 64 + 3 * weights
 
 
 ROW_NUMBERS: ContextVar[Tensor | None] = ContextVar("ROW_NUMBERS", default=None)

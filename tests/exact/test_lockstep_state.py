@@ -65,17 +65,17 @@ def made(calls: int = 1) -> tuple[Coded, Tensor]:
     return network, torch.randn(ROWS, 6, dtype=D) + torch.linspace(-2, 2, ROWS, dtype=D)[:, None]
 
 
-def in_lockstep(sizes: list[int], keep_every: int = 1) -> Any:
-    return lambda twin: lockstep(twin, sizes=sizes, keep_every=keep_every, rules=RULES)
+def in_lockstep(sizes: list[int], **how: int) -> Any:
+    return lambda twin: lockstep(twin, sizes=sizes, rules=RULES, **how)
 
 
-@pytest.mark.parametrize("keep_every", [1, 2, 99])
+@pytest.mark.parametrize("how", [{}, {"keep_every": 2}, {"keep_every": 99}, {"together": 2}, {"together": 99}], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_a_codebook_and_all_gradients_are_those_of_the_plain_step(sizes: list[int], keep_every: int) -> None:
+def test_a_codebook_and_all_gradients_are_those_of_the_plain_step(sizes: list[int], how: dict[str, int]) -> None:
     network, x = made()
     plain = left_by(network, x, row_loss)
     assert not torch.equal(plain["buffer codebook.sums"], network.codebook.sums)
-    assert worst_share(left_by(network, x, row_loss, in_lockstep(sizes, keep_every)), plain) <= 1
+    assert worst_share(left_by(network, x, row_loss, in_lockstep(sizes, **how)), plain) <= 1
 
 
 def _second_runs_see_the_new_codebook(monkeypatch: pytest.MonkeyPatch) -> None:

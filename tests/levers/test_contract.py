@@ -37,8 +37,8 @@ VARIANTS = tuple(
     Variant(lever=name, knobs=knobs, laws=(law(Phase.BACKWARD, 25 * MIB, per_row, MIB / 5),))
     for name, knobs, per_row in (
         ("segments", {"paths": {"0": 1}}, MIB / 2),
-        ("exact_batchnorm", {"scheme_name": "lockstep", "keep_every": 1}, MIB / 2),
-        ("exact_batchnorm", {"scheme_name": "rendezvous", "keep_every": 1}, MIB),
+        ("exact_batchnorm", {"scheme_name": "lockstep", "keep_every": 1, "together": 1}, MIB / 2),
+        ("exact_batchnorm", {"scheme_name": "rendezvous", "keep_every": 1, "together": 1}, MIB),
         ("recompute", {"blocks": ["0", "2"]}, 0.0),
     )
 )

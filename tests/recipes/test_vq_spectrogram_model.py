@@ -104,6 +104,16 @@ def test_what_the_options_pin_leaves_what_one_plain_step_leaves(options: VQSpect
     assert distance(left_by(model, by_step(options)), left_by(model, plain)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("together", [3, 5, 99])
+def test_layers_taken_together_leave_what_one_plain_step_leaves(together: int) -> None:
+    model = made()
+    plan = sg.Plan(
+        levers={"exact_batchnorm": {"rows": 3, "together": together}}, exactness=sg.Exactness.SAME_SUM,
+        batch_rows=CLIPS,
+    )  # fmt: skip
+    assert distance(left_by(model, by_step(SMALL, plan=plan)), left_by(model, plain)) <= TOLERANCE
+
+
 def test_dropout_is_the_same_mask_however_many_clips_run_at_a_time() -> None:
     model = made(dropout=True)
     whole = left_by(model, by_step(SMALL, rows=CLIPS))
@@ -164,6 +174,16 @@ def test_a_dropout_mask_that_is_drawn_again_would_be_seen() -> None:
 
     whole = left_by(model, by_step(SMALL, rows=CLIPS))
     assert distance(left_by(model, redrawn), whole) > 1e-6
+
+
+@pytest.mark.slow
+def test_planning_leaves_nothing_of_its_trials_behind() -> None:
+    model = made()
+    step = sg.Step(model, make_objective(SMALL), budget="1GiB", optimizer=make_optimizer(SMALL, model))
+    with sg.count_bytes(step) as counter:
+        step.prepare(drawn_batch())
+        left_bytes = counter.live_bytes
+    assert left_bytes < 1e6, "a batch of rows, and no graph: one alone is ten times that"
 
 
 def test_the_default_model_has_the_documents_size() -> None:

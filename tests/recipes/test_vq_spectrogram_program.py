@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rich.console
 import safetensors.torch
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import samegrad as sg
+from samegrad.cli.plan import drawn_table
 from samegrad.recipes import run_epochs
 from samegrad.recipes.vq_spectrogram import data, pictures, scores
 from samegrad.recipes.vq_spectrogram import table as table_module
@@ -188,20 +191,27 @@ def test_scores_are_averaged_over_machine_ids_and_not_pooled() -> None:
         scores.score_machines(held(["fan 00"], [False]), np.zeros(1))
 
 
-def test_code_scores_are_negative_log_likelihoods_under_the_machines_own_histogram() -> None:
+def judged_codes(codes: list[Any]) -> scores.Judged:
+    """Clips of two patches with two places each."""
+    kept = np.array(codes, dtype=np.int16).reshape(len(codes), 2, 2, 1)
+    return scores.Judged(errors=np.zeros(len(codes)), codes=kept, levels=np.zeros(len(codes)))
+
+
+def test_code_scores_are_negative_log_likelihoods_at_the_place_under_the_machines_own_histogram() -> None:
     train, test = held(["a 0", "a 0", "a 1"], [False] * 3), held(["a 0", "a 1"], [False, True])
-    counts = np.array([[3, 1, 0], [2, 0, 0], [0, 0, 9]])
-    judged = scores.Judged(errors=np.zeros(2), code_counts=np.array([[1, 1, 0], [0, 2, 2]]), levels=np.zeros(2))
-    trained = scores.Judged(errors=np.zeros(3), code_counts=counts, levels=np.zeros(3))
-    found = scores.code_scores(test, judged, train, trained)
-    first, second = np.array([6, 2, 1]) / 9, np.array([1, 1, 10]) / 12
-    np.testing.assert_allclose(found, [-np.log(first[:2]).mean(), -np.log(second[1:]).mean()])
+    trained = judged_codes([[[0, 1], [0, 1]], [[0, 2], [2, 1]], [[2, 2], [2, 2]]])
+    judged = judged_codes([[[0, 1], [1, 1]], [[0, 2], [2, 1]]])
+    found = scores.code_scores(test, judged, train, trained, 3)
+    # Of machine 0, first place: codes 0, 0, 0, 2; second place: 1, 1, 2, 1. Each counts once more than seen.
+    first, second, other = np.array([4, 1, 2]) / 7, np.array([1, 4, 2]) / 7, np.array([1, 1, 3]) / 5
+    expected = [[first[0], second[1], first[1], second[1]], [other[0], other[2], other[2], other[1]]]
+    np.testing.assert_allclose(found, -np.log(expected).mean(axis=1))
 
 
-def test_perplexity_is_of_all_counts_together() -> None:
-    counts = np.array([[4, 0, 0, 0], [0, 4, 0, 0]])
-    assert scores.perplexity(counts) == pytest.approx(2)
-    assert scores.perplexity(np.full((3, 8), 5)) == pytest.approx(8)
+def test_perplexity_is_of_all_clips_together() -> None:
+    usage = scores.code_usage(judged_codes([[[0, 0], [0, 0]], [[1, 1], [1, 1]]]).codes, 4)
+    assert usage.tolist() == [4, 4, 0, 0] and scores.perplexity(usage) == pytest.approx(2)
+    assert scores.perplexity(np.full(8, 5)) == pytest.approx(8)
 
 
 def test_clips_are_judged_by_their_own_error_whatever_runs_beside_them() -> None:
@@ -213,11 +223,11 @@ def test_clips_are_judged_by_their_own_error_whatever_runs_beside_them() -> None
         codes = torch.arange(patches.shape[0] * 4).reshape(-1, 2, 2, 1) % 3
         return Outputs(patches * 0.5, patches, patches, codes, patches, patches)
 
-    one, all_ = (scores.judge_clips(run, cut, clips, 3, rows=rows) for rows in (2, 5))
+    one, all_ = (scores.judge_clips(run, cut, clips, rows=rows) for rows in (2, 5))
     np.testing.assert_array_equal(one.errors, all_.errors)
     expected = [(cut.plain(clips, [i]).double() / 2).square().mean().item() for i in range(5)]
     np.testing.assert_allclose(one.errors, expected, rtol=1e-6)
-    assert all_.code_counts.sum(axis=1).tolist() == [4] * 5
+    assert all_.codes.shape == (5, 2, 2, 1)
     np.testing.assert_allclose(one.levels, [s.mean() for s in clips.spectrograms], rtol=1e-4, atol=1e-6)
 
 
@@ -258,7 +268,7 @@ def test_curves_and_bars_show_the_numbers_they_are_of() -> None:
     histogram = pictures.draw_histograms({"reconstruction": values}, labels).axes[0]
     heights = [patch.get_height() for patch in histogram.patches]
     assert sum(heights) == 4 and len(heights) == 2 * pictures.BINS
-    usage = pictures.draw_codebook(np.array([[1, 3, 0]]), np.array([[2, 0, 2]])).axes[0]
+    usage = pictures.draw_codebook(np.array([1, 3, 0]), np.array([2, 0, 2])).axes[0]
     np.testing.assert_allclose([line.get_ydata() for line in usage.lines], [[0.75, 0.25, 0], [0, 0.5, 0.5]])
 
 
@@ -311,9 +321,19 @@ def test_the_documents_table_is_measured_line_by_line(
     monkeypatch.setattr(table_module, "SETTINGS", tuple((name, settings[name], "its words") for name in settings))
     monkeypatch.setattr(table_module, "_PLAIN", {"n_patches": 2, "stride": 8})
     lines = table(options)
-    assert [line["setting"] for line in lines] == [*settings] and lines[0]["bytes_of_batch_8"] == 1
+    assert [line["setting"] for line in lines] == [*settings] and lines[0]["bytes_x"] == lines[0]["time_x"] == 1
     assert lines[1]["document"] == "its words"
-    assert all(int(line["measured_peak_bytes"]) < int(lines[0]["measured_peak_bytes"]) for line in lines[1:])
+    assert all(int(line["peak_bytes"]) < int(lines[0]["peak_bytes"]) for line in lines[1:])
+
+
+def test_the_documents_table_fits_a_terminal_and_no_word_of_it_is_cut() -> None:
+    measured = {"peak_bytes": 2**30 - 1, "step_seconds": 0.999, "bytes_x": 0.0449, "time_x": 0.421}
+    lines = [{"setting": name, **measured, "document": document} for name, _, document in table_module.SETTINGS]
+    screen = io.StringIO()
+    rich.console.Console(width=80, file=screen).print(drawn_table(lines))
+    drawn = screen.getvalue()
+    for word in " ".join(f"{name} {document}" for name, _, document in table_module.SETTINGS).split():
+        assert word in drawn
 
 
 def test_every_line_of_the_documents_table_and_every_option_of_its_list_is_there() -> None:

@@ -139,10 +139,14 @@ def batchnorm_net() -> nn.Module:
     return nn.Sequential(*layers, nn.ReLU(), nn.Flatten()).double()
 
 
-def test_statistics_that_the_plain_kernel_adds_up_one_after_another() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_statistics_that_the_plain_kernel_adds_up_one_after_another(dtype: torch.dtype) -> None:
+    """Those of a step in float32 are looked at in float64 as well."""
     torch.manual_seed(0)
-    step = sg.Step(batchnorm_net(), lambda outputs, batch: outputs.square().mean().log(), rows=[20, 20, 13])
-    verdict = sg.verify_step(step, signs_on_paper(53, 40))
+    step = sg.Step(
+        batchnorm_net().to(dtype), lambda outputs, batch: outputs.square().mean().log(), rows=[20, 20, 13]
+    )
+    verdict = sg.verify_step(step, signs_on_paper(53, 40).to(dtype))
     assert verdict.same, [check for check in verdict.checks if not check.passed]
 
 

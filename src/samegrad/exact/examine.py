@@ -22,6 +22,7 @@ from samegrad.exact.backward_probe import BackwardProbe
 from samegrad.exact.batchnorm import by_rows
 from samegrad.exact.examine_loss import examine_loss, two_passes
 from samegrad.exact.findings import Examination, ModelFindings
+from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.forward import StepForward
 from samegrad.exact.passes import FirstPass, as_in_first_pass
 from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, refuse_known_layers
@@ -148,14 +149,32 @@ def _has_recurrent_layers(network: nn.Module) -> bool:
 def find_state_rules(declared: DeclaredStep, batch: Any, layout: RowLayout) -> tuple[StateRule, ...]:
     """How state that the model changes is reduced over chunks that share BatchNorm's statistics; those are left out.
 
-    Raises CannotSplit naming what has no rule, and for draws that cannot be keyed.
+    Looked for again on a copy in float64 where none is found: what rows count for may hang on a choice, of the nearest
+    code say, that rounding decides. Raises CannotSplit naming what has no rule, and for draws that cannot be keyed.
     """
     rows = min(PROBE_ROWS, layout.rows)
     few, others = (
         trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in chosen_rows(layout.rows, rows)
     )
+    few_layout = dataclasses.replace(layout, rows=rows)
+    try:
+        return _state_rules(declared, few, others, few_layout)
+    except CannotSplit as refusal:
+        if all(p.dtype == torch.float64 for p in declared.network.parameters()):
+            raise
+        try:
+            wide = float64_declared(declared, declared.device)
+            return _state_rules(wide, widened(few), widened(others), few_layout)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, CannotSplit):
+            # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
+            raise refusal from None
+
+
+def _state_rules(declared: DeclaredStep, few: Any, others: Any, layout: RowLayout) -> tuple[StateRule, ...]:
     with by_rows(declared.network), step_undisturbed(declared) as (generators, state):
-        return RowProbes(declared, few, dataclasses.replace(layout, rows=rows), generators, state).state_rules(others)
+        return RowProbes(declared, few, layout, generators, state).state_rules(others)
 
 
 def find_draws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> DrawSites | None:

@@ -8,6 +8,10 @@ only what crosses a cut is there for all rows, and the network's output, so that
 each stage again, chunk by chunk. With ``keep_every=g`` only every g-th cut is kept and the ones between are made again
 together: 2 forwards and a backward for g = 1, at most 3 forwards and a backward for others.
 
+With ``together=g`` the cuts between g stages are there for no more than a chunk, not even while the next is made: each
+stage of a group runs from what enters the group. That is g + 1 forwards and (g + 1) / 2 backwards, for the memory of
+statistics alone; the gradient is the same sum, taken stage by stage with the statistics as variables of their own.
+
 1. Running statistics are updated once, after the whole forward, and so is other state (``rules``) that chunks'
    contributions add up to: each chunk starts from what it was before. Nothing is changed when something raises before.
 2. Statistics are rows' gradients too: see ``stage_run.py``. Derivatives of any order for keep_every=1, one for others.
@@ -36,7 +40,7 @@ from samegrad.exact.chunk_map import Autocast
 from samegrad.exact.crossings import Crossing
 from samegrad.exact.recorded import Recorded, filled, nodes_in
 from samegrad.exact.replaced_forward import forward_replaced, has_own_forward
-from samegrad.exact.stage_run import ROW_NUMBERS, Call, ChunkContext, Slot, StageRun
+from samegrad.exact.stage_run import ROW_NUMBERS, Call, ChunkContext, Slot, StageRun, StageState
 from samegrad.exact.stages import Stage, Stages, is_rows
 from samegrad.exact.state import StateRule, StateTransaction
 from samegrad.exact.tracings import Tracings
@@ -49,6 +53,7 @@ def lockstep(
     *,
     sizes: Sequence[int],
     keep_every: int = 1,
+    together: int = 1,
     chunk_context: ChunkContext | None = None,
     tracings: Tracings | None = None,
     rules: Sequence[StateRule] = (),
@@ -61,8 +66,9 @@ def lockstep(
     network cannot be recorded, CannotSplit where its rows cannot be cut.
     """
     check_sizes(sizes)
-    if keep_every < 1:
-        raise UsageError(asked=f"keep_every={keep_every}", found="not a positive number", do="give 1 or more")
+    for name, number in (("keep_every", keep_every), ("together", together)):
+        if number < 1:
+            raise UsageError(asked=f"{name}={number}", found="not a positive number", do="give 1 or more")
     if has_own_forward(network):
         raise Untraceable(
             asked="record what the model computes",
@@ -81,15 +87,15 @@ def lockstep(
         if len(sizes) == 1 and alone:
             return plain(*args, **kwargs)
         check_rows((args, kwargs), sizes)
-        staged = known.stages_of(network, args, kwargs, rows=sum(sizes))
+        staged = known.stages_of(network, args, kwargs, rows=sum(sizes), together=together)
         call, values = _begun(network, staged, (args, kwargs), sizes, rules)
         if chunk_context is not None:
             call = dataclasses.replace(call, chunk_context=chunk_context)
         results = _run(call, values, keep_every)
         for state in call.states.values():
-            state.check()
+            state.transaction.check()
         for state in call.states.values():
-            state.commit()
+            state.transaction.commit()
         for stage in call.staged.stages:
             if stage.barrier is not None:
                 batchnorm.commit(call.layer(stage.barrier), call.statistics[stage.barrier])
@@ -142,9 +148,7 @@ def _begun(
         autocast=Autocast.now([t.device.type for t in (*tensors, *aliases.parameters)]),
         watch=watch_beside_batchnorm(network, device, rules),
         chunk_context=None,
-        states={
-            number: StateTransaction(network, of_stage) for number, of_stage in staged.rules_by_stage(rules).items()
-        },
+        states=_states(network, staged, rules),
     )
     values: dict[Slot, Tensor] = {ROW_NUMBERS: torch.arange(rows, device=device)}
     values |= {Slot("parameter", i): p for i, p in enumerate(aliases.parameters)}
@@ -156,6 +160,18 @@ def _begun(
         else:
             values[Slot("shared", node)] = tensor
     return call, values
+
+
+def _states(network: nn.Module, staged: Stages, rules: Sequence[StateRule]) -> dict[str, StageState]:
+    """What keeps state apart, by the module that holds it."""
+    by_path: dict[str, list[StateRule]] = {}
+    for rule in rules:
+        by_path.setdefault(rule.path, []).append(rule)
+    callers = staged.callers_of(rules)
+    return {
+        path: StageState(StateTransaction(network, mine), frozenset(callers[mine[0]]), callers[mine[0]][0])
+        for path, mine in by_path.items()
+    }
 
 
 def _run(call: Call, values: dict[Slot, Tensor], keep_every: int) -> Any:

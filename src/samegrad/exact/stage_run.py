@@ -47,10 +47,19 @@ ROW_NUMBERS = Slot("row numbers", 0)
 
 
 @dataclasses.dataclass(frozen=True)
+class StageState:
+    """State that the stages ``callers`` change; what counts is what the stage ``first`` makes of it."""
+
+    transaction: StateTransaction
+    callers: frozenset[int]
+    first: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
     """What the stages of one call share. ``crossings`` and ``statistics`` fill up while it runs forward.
 
-    ``states``: for stages that change state, by number, what keeps it apart.
+    ``states``: what keeps the state apart that stages change.
     """
 
     recorded: Recorded
@@ -60,7 +69,7 @@ class Call:
     autocast: Autocast
     watch: Watch
     chunk_context: ChunkContext | None
-    states: Mapping[int, StateTransaction]
+    states: Mapping[str, StageState]
     magnitudes: Magnitudes | None = dataclasses.field(default_factory=magnitudes_asked_for)
     crossings: dict[Node, Crossing] = dataclasses.field(default_factory=dict)
     statistics: dict[Node, Statistics] = dataclasses.field(default_factory=dict)
@@ -198,8 +207,12 @@ class StageRun:
         versions = [(t, t._version) for s, t in given.items() if s.kind == "rows"]
         context = contextlib.nullcontext() if call.chunk_context is None else call.chunk_context(numbers, stage.number)
         share = rows / sum(call.sizes) if first else None
-        state = call.states[stage.number].chunk(share) if stage.number in call.states else contextlib.nullcontext()
-        with call.aliases.replaced(parameters), context, state:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(call.aliases.replaced(parameters))
+            stack.enter_context(context)
+            for state in call.states.values():
+                if stage.number in state.callers:
+                    stack.enter_context(state.transaction.chunk(share if stage.number == state.first else None))
             self._run(values, given)
         if any(tensor._version != before for tensor, before in versions):
             raise self._changed_in_place("a value that later parts of the model or its backward need")

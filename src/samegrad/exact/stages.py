@@ -6,6 +6,9 @@ before it. The normalisation itself is never a barrier and never crosses a cut: 
 from the layer's input and statistics. What no row enters (weights put together, say) is computed where it is used.
 
 Modules without a BatchNorm in training mode are called as they are, whatever they do inside.
+
+Of several stages taken ``together`` only what later groups need crosses a cut, and statistics: each of them computes
+again, from what enters the group, what the ones before it have computed.
 """
 
 from __future__ import annotations
@@ -75,16 +78,20 @@ class Stages:
         """The BatchNorm of every barrier in order; one that is called twice stands there twice."""
         return [str(stage.barrier.target) for stage in self.stages if stage.barrier is not None]
 
-    def rules_by_stage(self, rules: Sequence[StateRule]) -> dict[int, list[StateRule]]:
-        """The ``rules`` of the state that each stage changes. Raises CannotSplit for what is not changed in one."""
-        found: dict[int, list[StateRule]] = {}
+    def callers_of(self, rules: Sequence[StateRule]) -> dict[StateRule, tuple[int, ...]]:
+        """The stages that change the state of each of ``rules``, the one that does it first in front.
+
+        Raises CannotSplit for state that not one call changes.
+        """
+        found: dict[StateRule, tuple[int, ...]] = {}
         for rule in rules:
-            callers = [
-                stage.number
+            calls = [
+                (node, stage.number)
                 for stage in self.stages
                 for node in stage.nodes
                 if node.op == "call_module" and f"{rule.path}.".startswith(f"{node.target}.")
             ]
+            callers = {node for node, _ in calls}
             if len(callers) != 1:
                 raise CannotSplit(
                     asked="run BatchNorm exactly a few rows at a time",
@@ -93,12 +100,16 @@ class Stages:
                     do=f"call {rule.path or 'that module'} once in a forward, recompute blocks of the full batch "
                     "(recomputed_blocks), or run the step whole",
                 )
-            found.setdefault(callers[0], []).append(rule)
+            found[rule] = tuple(number for _, number in calls)
         return found
 
 
-def trace_stages(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, rows: int) -> Stages:
+def trace_stages(
+    network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, rows: int, together: int = 1
+) -> Stages:
     """The stages of ``network(*args, **kwargs)``. Tensor leaves of leading length ``rows`` carry rows.
+
+    ``together``: how many stages make a group.
 
     Raises Untraceable with the reason and the module where recording stopped; nothing is changed or drawn.
     """
@@ -122,7 +133,7 @@ def trace_stages(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             raise _untraceable(f"code outside of leaf modules draws random numbers ({', '.join(drew)})")
         if changed := state.changed():
             raise _untraceable(f"code outside of leaf modules changes {', '.join(changed[:3])}")
-        staged = _cut(tracer, graph, leaves, made, rows)
+        staged = _cut(tracer, graph, leaves, made, rows, together)
         _check_few_rows(network, tracer.layers.values(), staged, trees.unflatten(_few_rows(leaves, rows), spec))
     return staged
 
@@ -218,7 +229,9 @@ def _untraceable(found: str) -> Untraceable:
     return Untraceable(asked=_ASKED, found=found, do=_DO)
 
 
-def _cut(tracer: _Tracer, graph: fx.Graph, leaves: Sequence[Any], constants: Mapping[str, Tensor], rows: int) -> Stages:
+def _cut(
+    tracer: _Tracer, graph: fx.Graph, leaves: Sequence[Any], constants: Mapping[str, Tensor], rows: int, together: int
+) -> Stages:
     nodes = list(graph.nodes)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     carried = {node for node, leaf in zip(tracer.inputs, tensors) if is_rows(leaf, rows)}
@@ -232,25 +245,31 @@ def _cut(tracer: _Tracer, graph: fx.Graph, leaves: Sequence[Any], constants: Map
     for node in nodes:
         if node.target is F.batch_norm and (node.kwargs.get("training") or (*node.args, *(False,) * 6)[5]):
             raise _untraceable("the code calls torch.nn.functional.batch_norm in training mode")
-    stages = _Cutter(nodes, frozenset(carried), barriers).stages()
+    stages = _Cutter(nodes, frozenset(carried), barriers, together).stages()
     normalised = [node for stage in stages for node in stage.normalised]
     return Stages(
         graph, stages, tuple(tracer.inputs), nodes[-1].args[0], constants, frozenset(carried),
-        frozenset(node for node in normalised if normalised.count(node) > 1),
+        frozenset(node for node in normalised if normalised.count(node) > 1 and len(node.users) > 1),
     )  # fmt: skip
 
 
 class _Cutter:
-    """Nodes sorted into the stages between ``barriers``."""
+    """Nodes sorted into the stages between ``barriers``, ``together`` of which make a group."""
 
-    def __init__(self, nodes: Sequence[Node], carried: frozenset[Node], barriers: Sequence[Node]) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], carried: frozenset[Node], barriers: Sequence[Node], together: int
+    ) -> None:
         self._nodes, self._carried, self._barriers = nodes, carried, barriers
+        self._together = together
+        # The stage that computes each node first.
+        self._stage_of: dict[Node, int] = {}
         self._place = {node: i for i, node in enumerate(nodes)}
         self._coupled = set(barriers)
         self._results = [n for n in nodes[-1].all_input_nodes if n in carried]
 
     def stages(self) -> tuple[Stage, ...]:
         own = self._own()
+        self._stage_of = {node: number for number, nodes in enumerate(own) for node in nodes}
         roots: list[list[Node]] = []
         for number, nodes in enumerate(own):
             roots.append([*nodes])
@@ -259,8 +278,8 @@ class _Cutter:
             else:
                 # A normalisation that is returned is computed in the last stage; it never crosses a cut.
                 roots[-1] += [n for n in self._results if n in self._coupled]
-        needed = [self._needed(r, set(o)) for r, o in zip(roots, own)]
-        crossing = {n for part in needed for n in part if n in self._carried and n not in self._coupled}
+        needed = [self._needed(number, r, set(o)) for number, (r, o) in enumerate(zip(roots, own))]
+        crossing = {n for number, part in enumerate(needed) for n in part if self._crosses(n, number)}
         return tuple(
             self._stage(number, own[number], needed[number], crossing) for number in range(len(own))
         )
@@ -278,7 +297,14 @@ class _Cutter:
     def _observed(self, number: int) -> Node:
         return self._barriers[number].all_input_nodes[0]
 
-    def _needed(self, roots: Sequence[Node], own: set[Node]) -> set[Node]:
+    def _crosses(self, node: Node, number: int) -> bool:
+        """Whether stage ``number`` is given ``node``, and does not compute it again."""
+        if node not in self._carried or node in self._coupled:
+            return False
+        first = self._stage_of.get(node)
+        return first is None or first // self._together != number // self._together
+
+    def _needed(self, number: int, roots: Sequence[Node], own: set[Node]) -> set[Node]:
         """What the stage takes from outside or computes again: crossing values, normalisations, rowless nodes."""
         found: set[Node] = set()
         open_nodes = [n for root in roots for n in ([root] if root not in own else root.all_input_nodes)]
@@ -287,7 +313,7 @@ class _Cutter:
             if node in own or node in found:
                 continue
             found.add(node)
-            if node in self._coupled or node not in self._carried:
+            if not self._crosses(node, number):
                 open_nodes += node.all_input_nodes
         return found
 
@@ -296,14 +322,14 @@ class _Cutter:
         outputs = [n for n in own if n in crossing or n in self._results]
         if last:
             outputs += [n for n in self._results if n in self._coupled]
-        again = [n for n in needed if n in self._coupled or (n not in self._carried and n.op != "placeholder")]
+        again = [n for n in needed if not self._crosses(n, number) and n.op != "placeholder"]
         run = sorted({*own, *again}, key=self._place.__getitem__)
         observed = None if last else self._observed(number)
         ordered = sorted(needed, key=self._place.__getitem__)
         return Stage(
             number=number,
             nodes=tuple(run),
-            inputs=tuple(n for n in ordered if n in self._carried and n not in self._coupled),
+            inputs=tuple(n for n in ordered if self._crosses(n, number)),
             shared=tuple(n for n in ordered if n not in self._carried and n.op == "placeholder"),
             normalised=tuple(n for n in ordered if n in self._coupled),
             outputs=tuple(outputs),

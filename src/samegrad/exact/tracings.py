@@ -32,13 +32,15 @@ class Tracings:
         """Those of ``network``, as long as it lives: a plan's levers are made anew in every step."""
         return _kept.setdefault(network, Tracings())
 
-    def stages_of(self, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, rows: int) -> Stages:
+    def stages_of(
+        self, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, rows: int, together: int = 1
+    ) -> Stages:
         """Raises Untraceable, as ``trace_stages`` does."""
         leaves, spec = trees.flatten((tuple(args), dict(kwargs)))
-        key = (repr(spec), tuple(_kind(leaf, rows) for leaf in leaves), _looks(network))
+        key = (together, repr(spec), tuple(_kind(leaf, rows) for leaf in leaves), _looks(network))
         if key not in self._made:
             with _no_function_modes():
-                self._made[key] = trace_stages(network, args, kwargs, rows=rows)
+                self._made[key] = trace_stages(network, args, kwargs, rows=rows, together=together)
         return self._made[key]
 
 

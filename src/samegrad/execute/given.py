@@ -91,7 +91,7 @@ def _check_mapping(
                 found=f"they are called on {found} rows for each of the batch",
                 do="plan again for this model (leave out plan=)",
             )
-    examine_mapped(declared, aliases, batch, layout, lever, ways.sites)
+    examine_mapped(declared, aliases, batch, layout, lever, ways.sites, ways.rules)
 
 
 def _refuse_untried(ways: Ways) -> None:

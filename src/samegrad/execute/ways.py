@@ -7,6 +7,7 @@ do is refused by name.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ from samegrad.trees import RowLayout
 _MAPPING = (Segments.name, Recompute.name, ExactBatchNorm.name)
 # Boundaries of which one is kept where memory is shorter than time.
 _KEEP_EVERY = 4
+# Layers whose inputs are there for one chunk only, where memory is shorter still; of many layers, their root.
+_TOGETHER = 5
 # Of an examination: one row cannot mix with another.
 _FEWEST_ROWS = 2
 
@@ -146,7 +149,9 @@ def _ways_on(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layo
         except CannotSplit as refused:
             if segments is not None:
                 raise
-            refusals.setdefault(lever.name, refused.found)
+            # Another way of the same lever may have been found.
+            if not any(found.name == lever.name for found in mapped):
+                refusals.setdefault(lever.name, refused.found)
             return False
         mapped.append(lever)
         refusals.pop(lever.name, None)
@@ -178,8 +183,10 @@ def _try_batchnorm(declared: DeclaredStep, fits: Callable[[MappingLever], bool])
     if blocks := find_blocks(declared.network):
         fits(Recompute([*blocks]))
     if fits(ExactBatchNorm(1)):
-        if len(has_batchnorm(declared.network)) > _KEEP_EVERY:
+        layers = len(has_batchnorm(declared.network))
+        if layers > _KEEP_EVERY:
             fits(ExactBatchNorm(1, keep_every=_KEEP_EVERY))
+            fits(ExactBatchNorm(1, together=max(_TOGETHER, math.isqrt(layers))))
     else:
         fits(ExactBatchNorm(1, scheme_name="rendezvous"))
 

@@ -1,8 +1,9 @@
 """BatchNorm a few rows at a time with the statistics of all of them: chunks go from one layer to the next together.
 
 Saves: what is kept between BatchNorm layers, of all rows but one chunk's; of the layers' inputs all but every
-``keep_every``-th.
-Costs: lockstep, a second forward (a third at most where not every boundary is kept) and launches for every chunk;
+``keep_every``-th; of ``together`` layers' also while the next one's are made.
+Costs: lockstep, a second forward (a third at most where not every boundary is kept; g + 1 forwards and half as many
+backwards for g layers together) and launches for every chunk;
 rendezvous, no forward but transfers to the host of everything that backward needs.
 Why the gradient is the same: statistics are those of all rows, merged as counts, means and sums of squares, and they
 are differentiated as such: what they contribute reaches every row. Running statistics are updated once, and in
@@ -41,11 +42,13 @@ class ExactBatchNorm:
     """``rows`` at a time; ``scheme`` "lockstep" (recorded, run again in backward) or "rendezvous" (any Python).
 
     ``keep_every``: how many BatchNorm layers lie between inputs that are kept for all rows; lockstep only.
+    ``together``: of how many layers the inputs are there for one chunk only, made again for each of them; likewise.
     """
 
     rows: int | list[int]
     scheme_name: str = _LOCKSTEP
     keep_every: int = 1
+    together: int = 1
 
     name: ClassVar[str] = "exact_batchnorm"
     slot: ClassVar[Slot] = Slot.SPLIT
@@ -78,12 +81,15 @@ class ExactBatchNorm:
     def forwards(self) -> float:
         if self.scheme_name == _RENDEZVOUS:
             return 1.0
+        if self.together > 1:
+            # One more than there are together, and for each further two the backward of all, which takes two forwards.
+            return 2.0 * self.together
         return 2.0 if self.keep_every == 1 else 3.0
 
     def scheme(self) -> Scheme:
         if self.scheme_name == _RENDEZVOUS:
             return _met
-        return functools.partial(_in_lockstep, keep_every=self.keep_every)
+        return functools.partial(_in_lockstep, keep_every=self.keep_every, together=self.together)
 
     @contextlib.contextmanager
     def apply(self, execution: Execution) -> Iterator[Execution]:
@@ -91,7 +97,10 @@ class ExactBatchNorm:
         yield dataclasses.replace(execution, sizes=sizes, scheme=self.scheme(), calls_submodules=False)
 
     def knobs(self) -> dict[str, Any]:
-        return {"rows": self.rows, "scheme_name": self.scheme_name, "keep_every": self.keep_every}
+        return {
+            "rows": self.rows, "scheme_name": self.scheme_name, "keep_every": self.keep_every,
+            "together": self.together,
+        }  # fmt: skip
 
 
 def _in_lockstep(
@@ -101,9 +110,10 @@ def _in_lockstep(
     draws: StepDraws,
     rules: Sequence[StateRule],
     keep_every: int,
+    together: int,
 ) -> AbstractContextManager[None]:
     return lockstep(
-        network, sizes=sizes, keep_every=keep_every, chunk_context=_by_stage(draws),
+        network, sizes=sizes, keep_every=keep_every, together=together, chunk_context=_by_stage(draws),
         tracings=Tracings.kept_for(network), rules=rules,
     )  # fmt: skip
 

@@ -56,13 +56,13 @@ def reset_peaks(device: torch.device) -> None:
 
 
 def release_cached(device: torch.device) -> int:
-    """Gives cached, unused memory back to the driver; returns the bytes given back."""
+    """Frees what only cycles hold, and gives unused memory back to the driver; returns the bytes given back."""
+    # Errors and the frames that they hold are cycles: what they keep would count against whatever is measured next.
+    gc.collect()
     before = read_allocator(device)
     if before is None:
         return 0
     torch.cuda.synchronize(device)
-    # Errors and the frames that they hold are cycles: what they keep would count against whatever is measured next.
-    gc.collect()
     torch.cuda.empty_cache()
     return before.reserved_bytes - torch.cuda.memory_reserved(device)
 

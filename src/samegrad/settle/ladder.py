@@ -96,7 +96,7 @@ def measured(
     chunks, closed afterwards.
     """
     with WithinMemory(declared):
-        return _measured(declared, aliases, measurement, batch, plan, counting, most)
+        return _measured(declared, aliases, measurement, batch, plan, counting, most, programs_for)
     return None
 
 
@@ -108,6 +108,7 @@ def _measured(
     plan: Plan,
     counting: Counting,
     most: int,
+    programs_for: Callable[[Execution], Programs],
 ) -> Rung | None:
     layout = declared.layout(batch)
     with in_force(plan, declared, layout.rows) as running, counters.capped(declared.device, most):

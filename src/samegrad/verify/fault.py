@@ -20,6 +20,7 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import SamegradError
 from samegrad.exact import program
+from samegrad.exact.float64 import widened
 from samegrad.exact.forward import StepForward
 from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.passes import as_in_first_pass
@@ -34,7 +35,7 @@ from samegrad.verify.fewer import without
 from samegrad.verify.kept import Kept
 from samegrad.verify.sides import Planned, step_key
 from samegrad.verify.tiers import SECOND_PASS
-from samegrad.verify.twin import float64_twin, widened
+from samegrad.verify.twin import float64_twin
 
 Recheck = Callable[[Planned, Any], Sequence[Check]]
 

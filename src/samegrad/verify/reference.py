@@ -17,6 +17,7 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
+from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.measure import counters
 from samegrad.measure.laws import fit_laws
@@ -25,7 +26,6 @@ from samegrad.measure.probe_sets import probes_on
 from samegrad.records import PhaseLaw
 from samegrad.trees import RowLayout
 from samegrad.verify.sides import Planned, plain_gradients
-from samegrad.verify.twin import float64_declared, widened
 
 Where = Literal["device", "cpu"]
 

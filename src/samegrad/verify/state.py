@@ -2,6 +2,10 @@
 
 What the plain step itself updates and is a floating number, or several, is a sum over rows (running statistics): in
 chunks its additions come in another order, so it is judged by rounding. Everything else may not differ in a bit.
+
+What is added up may hang on a choice that rounding decides, of the nearest code in a codebook say: one that falls the
+other way is no rounding of a sum. So sums are compared in float64 too, where none does; those of the dtype that runs
+may then be off by as much as its gradients may.
 """
 
 from __future__ import annotations
@@ -52,16 +56,13 @@ class LeftBehind:
         drawn = bits_check(
             "generators", self.generators.advanced(), "random generators end where they do after the plain step"
         )
+        return [buffers, drawn, *self.sum_checks(precision, apart)]
+
+    def sum_checks(self, precision: Precision, apart: Callable[[], Mapping[str, Tensor]] = dict) -> list[Check]:
+        """The floating numbers alone, as ``checks`` has them: one check, none where the plain step updated none."""
         if not self.sums:
-            return [buffers, drawn]
-        return [buffers, drawn, self._sums_check(precision, apart)]
-
-    def sums_now(self) -> Mapping[str, Tensor]:
-        """The floating numbers that the plain step updated, as they are now."""
-        return _floating(self.modules, list(self.sums))
-
-    def _sums_check(self, precision: Precision, apart: Callable[[], Mapping[str, Tensor]]) -> Check:
-        name, usual = f"buffers that are sums, {precision.name}", tolerance.entry_allowed(precision)
+            return []
+        usual = tolerance.entry_allowed(precision)
         moved = self._moved(self.sums_now())
         worst = max(moved, key=lambda key: _size(moved[key]), default="")
         error, allowed = moved.get(worst, 0.0), usual
@@ -71,8 +72,11 @@ class LeftBehind:
             allowed_of = {key: tolerance.allowed_with_unrest(usual, again.get(key, 0.0)) for key in moved}
             worst = max(moved, key=lambda key: _size(moved[key]) / allowed_of[key])
             error, allowed = moved[worst], allowed_of[worst]
-        tier = 1 if tolerance.proves_logic(precision) else 2
-        return dataclasses.replace(check_of(name, error, allowed, worst if error else ""), tier=tier)
+        return [_sums_check(precision, error, allowed, worst if error else "", proves=True)]
+
+    def sums_now(self) -> Mapping[str, Tensor]:
+        """The floating numbers that the plain step updated, as they are now."""
+        return _floating(self.modules, list(self.sums))
 
     def _moved(self, now: Mapping[str, Tensor]) -> dict[str, float]:
         """By name, how far the sums are from the plain step's, relative to their size; infinitely where one is gone."""
@@ -94,6 +98,29 @@ class LeftBehind:
         if last == "running_mean" and variance is not None:
             largest = max(largest, float(variance.max()) ** 0.5)
         return largest or 1.0
+
+
+def judged_again(
+    checks: Sequence[Check], before: Precision, precision: Precision, *, least: float = 0.0
+) -> list[Check]:
+    """``checks``, made in ``before``, with that of sums judged in ``precision``, and by ``least`` at least."""
+    usual = tolerance.entry_allowed(precision)
+    return [
+        _sums_check(precision, check.error, max(check.allowed, usual, least), check.worst, proves=least <= usual)
+        if check.name == _sums_in(before)
+        else check
+        for check in checks
+    ]
+
+
+def _sums_check(precision: Precision, error: float, allowed: float, worst: str, *, proves: bool) -> Check:
+    """Tier 1 where it ``proves`` that the same numbers were added up, in a precision that can."""
+    tier = 1 if proves and tolerance.proves_logic(precision) else 2
+    return dataclasses.replace(check_of(_sums_in(precision), error, allowed, worst), tier=tier)
+
+
+def _sums_in(precision: Precision) -> str:
+    return f"buffers that are sums, {precision.name}"
 
 
 def _size(error: float) -> float:

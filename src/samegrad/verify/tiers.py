@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from samegrad.declared import DeclaredStep
 from samegrad.errors import GradientsDiffer
-from samegrad.exact.out_of_memory import is_out_of_memory
+from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.levers import levers_of
-from samegrad.measure.failures import first_line, line_of
 from samegrad.records import Check, Departure, Exactness, Plan
 from samegrad.verify import tolerance
 from samegrad.verify.compare import (
@@ -36,17 +33,17 @@ from samegrad.verify.compare import (
     norm_of,
     same_bits,
     same_finiteness,
-    same_function,
     same_parameters,
 )
 from samegrad.verify.fewer import promising_bits
+from samegrad.verify.float64_run import Float64Run, no_autocast, widened_if_needed
 from samegrad.verify.kept import Kept
 from samegrad.verify.precision import uses_batch_statistics
-from samegrad.verify.sides import Bench, Planned, parameter_names, plain_gradients
-from samegrad.verify.state import LeftBehind
+from samegrad.verify.sides import Bench, Planned, plain_gradients
+from samegrad.verify.state import LeftBehind, judged_again
 from samegrad.verify.tolerance import Precision
-from samegrad.verify.twin import NarrowestSeen, float64_declared, float64_twin, widened
-from samegrad.verify.unrest import own_unrest, splits_statistics, statistics_summed_apart, unrest_of
+from samegrad.verify.twin import NarrowestSeen, float64_twin
+from samegrad.verify.unrest import own_unrest, sums_apart, unrest_of
 
 PLAIN_TWICE = "plain run twice"
 SECOND_PASS = "second pass"
@@ -89,11 +86,11 @@ def compare(planned: Planned, rows: Any) -> Compared:
             exactly = same_bits(plain, ours)
             # Where nothing is split, no addition has another order.
             behind = (dataclasses.replace(left, sums={}) if exactly and planned.split is None else left).checks(
-                precision, lambda: _sums_apart(planned, bench, left)
+                precision, lambda: sums_apart(planned, bench, left)
             )
             departure = _departure(planned, bench, ours)
             judged = _judge(planned, bench, (plain, ours), precision)
-            checks = judged.checks + behind
+            checks = judged.checks + _directly(behind, judged, precision)
         except GradientsDiffer as difference:
             judged = _Judged([bits_check(SECOND_PASS, [difference.found], _REPEATS)], precision)
             checks = judged.checks
@@ -104,13 +101,11 @@ def compare(planned: Planned, rows: Any) -> Compared:
     )
 
 
-def _sums_apart(planned: Planned, bench: Bench, left: LeftBehind) -> Mapping[str, Tensor]:
-    """What the plain step leaves where BatchNorm's statistics are added up in another order; nothing for others."""
-    if not splits_statistics(planned):
-        return {}
-    with statistics_summed_apart(planned.declared.network):
-        bench.run(planned.reference)
-    return left.sums_now()
+def _directly(behind: Sequence[Check], judged: _Judged, precision: Precision) -> list[Check]:
+    """The state left in ``precision``. Where it was proven in float64, only rounding chose what else was added up."""
+    if not judged.state_proven or all(check.passed for check in behind):
+        return [*behind]
+    return judged_again(behind, precision, judged.direct or precision, least=tolerance.LARGEST_DIRECT_UNREST)
 
 
 def _with_reference(planned: Planned, bench: Bench) -> tuple[Planned, Gradients]:
@@ -146,23 +141,29 @@ def compare_with_cpu(planned: Planned, rows: Any) -> list[Check]:
     generators = Generators(planned.declared.device)
     plain_bench = Bench(generators, ModuleState.of(reference.declared), wide)
     our_bench = Bench(generators, ModuleState.of(twin.declared), wide)
-    with step_undisturbed(planned.declared), _no_autocast(planned.declared):
+    with step_undisturbed(planned.declared), no_autocast(planned.declared):
         plain = plain_bench.run(reference.reference)
         ours = our_bench.run(twin.handed_over).on(cpu)
         allowance = dataclasses.replace(
             _allowance(1, tolerance.precision_of(torch.float64), planned), place=", against the cpu"
         )
-        logic = _widened_if_needed(plain, ours, allowance, lambda: unrest_of(reference, plain_bench, plain))
+        logic = widened_if_needed(plain, ours, allowance, lambda: unrest_of(reference, plain_bench, plain))
     return [same_parameters(plain, ours), *logic]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Judged:
-    """The checks of a step's gradients, the precision that its logic was judged in, and why not in float64."""
+    """The checks of a step's gradients, the precision that its logic was judged in, and why not in float64.
+
+    ``state_proven``: sums that the step updates were those of the plain step in that precision. ``direct``: the
+    coarsest precision that was seen inside the step as it runs, where that was looked for.
+    """
 
     checks: list[Check]
     precision: Precision
     narrowed_by: str = ""
+    state_proven: bool = False
+    direct: Precision | None = None
 
     def beside(self, *, before: Sequence[Check] = (), after: Sequence[Check] = ()) -> _Judged:
         return dataclasses.replace(self, checks=[*before, *self.checks, *after])
@@ -222,26 +223,52 @@ def _judge_by_tiers(
     # Totals raise where that is not so.
     two_passes = planned.split is not None and planned.split.examination.passes == 2
     checks = [bits_check(SECOND_PASS, [], _REPEATS)] if two_passes else []
-    twin = _Twin.run(planned, bench, plain)
+    twin = Float64Run.run(planned, bench, plain)
     allowance = _allowance(1 if tolerance.proves_logic(precision) else 2, precision, planned)
     if isinstance(twin, str):
         narrowed_by = "" if precision.dtype is torch.float64 else twin
-        return _Judged(checks + _widened_if_needed(plain, ours, allowance, Unrest), precision, narrowed_by)
+        return _Judged(checks + widened_if_needed(plain, ours, allowance, Unrest), precision, narrowed_by)
     if precision.dtype is torch.float64:
         handed = twin.checks(dataclasses.replace(allowance, place=", as handed over"))
-        return _Judged([*checks, *_widened_if_needed(plain, ours, allowance, twin.unrest), *handed], precision)
-    judged_in, narrowed_by = tolerance.precision_of(torch.float64), ""
+        return _Judged([*checks, *widened_if_needed(plain, ours, allowance, twin.unrest), *handed], precision)
+    judged_in, narrowed_by, behind = tolerance.precision_of(torch.float64), "", twin.behind
     logic = twin.checks(_allowance(1, judged_in, planned))
-    if twin.narrowest is not torch.float64 and not all(check.passed for check in logic):
+    if twin.narrowest is not torch.float64 and not all(check.passed for check in (*logic, *behind)):
         # Something inside computes in a narrower dtype whatever it is given, so its rounding is to be expected.
         judged_in, narrowed_by = tolerance.precision_of(twin.narrowest), twin.narrowed_by
         logic = twin.checks(_allowance(1 if tolerance.proves_logic(judged_in) else 2, judged_in, planned))
+        behind = judged_again(behind, tolerance.precision_of(torch.float64), judged_in)
+    direct, seen = _direct_checks(planned, bench, sides, precision), None
+    if not all(check.passed for check in direct):
+        seen = _coarsest_inside(planned, bench, precision)
+        direct = _direct_checks(planned, bench, sides, seen)
+    noise = no_further_from_float64(plain, ours, twin.plain, _allowance(2, precision, planned))
+    proven = bool(behind) and all(check.passed for check in behind)
+    return _Judged([*checks, *logic, *behind, *direct, noise], judged_in, narrowed_by, proven, seen)
+
+
+def _direct_checks(
+    planned: Planned, bench: Bench, sides: tuple[Gradients, Gradients], precision: Precision
+) -> list[Check]:
+    """The two sides as they run, after their logic was judged."""
+    plain, ours = sides
     allowance = dataclasses.replace(
         _allowance(2, precision, planned), largest_unrest=tolerance.LARGEST_DIRECT_UNREST
     )
-    direct = _widened_if_needed(plain, ours, allowance, lambda: own_unrest(planned, bench, plain))
-    noise = no_further_from_float64(plain, ours, twin.plain, allowance)
-    return _Judged([*checks, *logic, *direct, noise], judged_in, narrowed_by)
+    return widened_if_needed(plain, ours, allowance, lambda: own_unrest(planned, bench, plain))
+
+
+def _coarsest_inside(planned: Planned, bench: Bench, precision: Precision) -> Precision:
+    """The precision that the plain step computes in where it is coarsest: the user's forward may open autocast."""
+    seen = NarrowestSeen()
+
+    def watched(rows: Any) -> Gradients:
+        with seen:
+            return planned.reference(rows)
+
+    bench.run(watched)
+    inside = tolerance.precision_of(seen.dtype)
+    return inside if inside.roundoff > precision.roundoff else precision
 
 
 def _allowance(tier: int, precision: Precision, planned: Planned) -> Allowance:
@@ -252,70 +279,3 @@ def _allowance(tier: int, precision: Precision, planned: Planned) -> Allowance:
         norm_constant=tolerance.BATCH_STATISTICS_NORM_CONSTANT if statistics else tolerance.NORM_CONSTANT,
         lost=tolerance.subnormal_loss(precision.dtype, len(planned.parts), planned.loss_scale),
     )
-
-
-def _widened_if_needed(
-    plain: Gradients, ours: Gradients, allowance: Allowance, unrest: Callable[[], Unrest]
-) -> list[Check]:
-    """The same-function checks; only where they fail is it asked how much the plain step itself moves."""
-    checks = same_function(plain, ours, allowance)
-    if all(check.passed for check in checks):
-        return checks
-    return same_function(plain, ours, dataclasses.replace(allowance, unrest=unrest()))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Twin:
-    """Both sides in float64, the narrowest dtype that was met there, and what brought it in."""
-
-    plain: Gradients
-    ours: Gradients
-    narrowest: torch.dtype
-    narrowed_by: str
-    planned: Planned
-    bench: Bench
-
-    @classmethod
-    def run(cls, planned: Planned, bench: Bench, plain: Gradients) -> _Twin | str:
-        """Why not, in words, where float64 cannot run.
-
-        A loss that holds parameters of its own out of reach cannot, nor can code that fixes a dtype or closes over
-        the model itself.
-        """
-        names = set(parameter_names(planned.declared).values())
-        if held := sorted(plain.by_name.keys() - names):
-            return f"{held[0]} is held where no copy of it can be made"
-        if any(p.is_complex() for p in planned.declared.network.parameters()):
-            return "the model has complex parameters"
-        try:
-            twin = float64_twin(planned)
-            wide = Bench(bench.generators, ModuleState.of(twin.declared), widened(bench.rows))
-            seen = NarrowestSeen()
-
-            def watched(rows: Any) -> Gradients:
-                with seen:
-                    return twin.reference(rows)
-
-            with _no_autocast(planned.declared):
-                oracle = wide.run(watched)
-                if oracle.by_name.keys() != plain.by_name.keys():
-                    # It would leave gradients there.
-                    return "forward or loss_fn closes over the model itself, and not over the one that it is given"
-                again = wide.run(twin.handed_over)
-        except (RuntimeError, TypeError) as error:
-            if is_out_of_memory(error):
-                raise
-            # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
-            return f"a copy of the step in float64 cannot run: {first_line(error)}{line_of(error)}"
-        return cls(oracle, again, seen.dtype, seen.where, twin, wide)
-
-    def unrest(self) -> Unrest:
-        with _no_autocast(self.planned.declared):
-            return unrest_of(self.planned, self.bench, self.plain)
-
-    def checks(self, allowance: Allowance) -> list[Check]:
-        return _widened_if_needed(self.plain, self.ours, allowance, self.unrest)
-
-
-def _no_autocast(declared: DeclaredStep) -> torch.autocast:
-    return torch.autocast(declared.device.type, enabled=False)

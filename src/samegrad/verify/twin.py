@@ -22,9 +22,9 @@ from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.calls import line_from
+from samegrad.exact.float64 import float64_declared
 from samegrad.exact.mapped import ChunkedStep
 from samegrad.exact.split import SplitStep
-from samegrad.verify.captured import in_float64
 from samegrad.verify.sides import Planned
 
 
@@ -53,38 +53,11 @@ def _on(declared: DeclaredStep, split: ChunkedStep | None) -> ChunkedStep | None
     return copy_of_it
 
 
-def float64_declared(declared: DeclaredStep, device: torch.device) -> DeclaredStep:
-    """The declared step on copies of the model and the loss in float64 on ``device``."""
-    network, loss_module = copy.deepcopy((declared.network, declared.loss_module))
-    if loss_module is None:
-        loss_fn = in_float64(declared.loss_fn, device)
-    else:
-        loss_fn = loss_module.to(device, torch.float64)
-    return dataclasses.replace(
-        declared,
-        model=network.to(device, torch.float64),
-        loss_fn=loss_fn,
-        forward=in_float64(declared.forward, device),
-        optimizer=_without_state(network) if declared.optimizer is not None else None,
-        device=device,
-    )
-
-
-def _without_state(network: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer for levers that stand beside one: the user's state is no copy's."""
-    return torch.optim.SGD(network.parameters(), lr=0.0)
-
-
 def copied(declared: DeclaredStep) -> DeclaredStep:
     """The declared step on copies of the model and the loss as they are."""
     network, loss_module = copy.deepcopy((declared.network, declared.loss_module))
     loss_fn = declared.loss_fn if loss_module is None else loss_module
     return dataclasses.replace(declared, model=network, loss_fn=loss_fn, optimizer=None)
-
-
-def widened(batch: Any) -> Any:
-    """``batch`` with its floating leaves in float64."""
-    return trees.map_tensors(batch, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf)
 
 
 class NarrowestSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.verify import tolerance
 from samegrad.verify.compare import Gradients, Unrest, differences_of, norm_of
 from samegrad.verify.sides import Bench, Planned
+from samegrad.verify.state import LeftBehind
 from samegrad.verify.twin import Nudge, copied
 
 
@@ -82,6 +83,15 @@ def _larger(one: Unrest, other: Unrest, ratio: float) -> Unrest:
 def splits_statistics(planned: Planned) -> bool:
     """Whether chunks share BatchNorm's statistics under the plan."""
     return any(isinstance(lever, ExactBatchNorm) for lever in levers_of(planned.plan))
+
+
+def sums_apart(planned: Planned, bench: Bench, left: LeftBehind) -> Mapping[str, Tensor]:
+    """What the plain step leaves where BatchNorm's statistics are added up in another order; nothing for others."""
+    if not splits_statistics(planned):
+        return {}
+    with statistics_summed_apart(planned.declared.network):
+        bench.run(planned.reference)
+    return left.sums_now()
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ def _budgeted(options: VQSpectrogramOptions, declare: Callable[..., sg.Step], ba
     with step:
         try:
             plan, footprint = sg.settle_plan(step, batch, budget=options.budget, rows=rows)
-        except sg.BudgetTooSmall as refusal:
+        except (sg.BudgetTooSmall, sg.CannotSplit) as refusal:
             raise _renamed(options, refusal) from None
         if options.checkpoints and not {"recompute", "exact_batchnorm"} & set(plan.levers):
             # All would fit as it is; with less kept it fits all the more.
@@ -154,7 +154,7 @@ def _budgeted(options: VQSpectrogramOptions, declare: Callable[..., sg.Step], ba
     return pinned
 
 
-def _renamed(options: VQSpectrogramOptions, refusal: sg.BudgetTooSmall) -> sg.BudgetTooSmall:
+def _renamed(options: VQSpectrogramOptions, refusal: sg.SamegradError) -> sg.BudgetTooSmall:
     pinned = options.gradient_accumulation_steps > 1
     name = "gradient_accumulation_steps" if pinned else "use_gradient_checkpointing"
     value = f" {options.gradient_accumulation_steps}" if pinned else ""

@@ -20,7 +20,7 @@ FACES, TRAIN_FACES = 100, 70
 
 
 def face_clips(split: str) -> HeldClips:
-    """(64, 64) pictures: 70 faces to train on; 30 faces and 100 others to judge by.
+    """(64, 64) pictures, their lowest row first as mel bands are: 70 faces to train on; 30 and 100 others to judge by.
 
     Raises ModuleNotFoundError without scikit-image, FileNotFoundError where it does not ship the pictures.
     """
@@ -41,4 +41,4 @@ def face_clips(split: str) -> HeldClips:
     else:
         chosen = range(TRAIN_FACES, len(pictures))
     names = [f"{'normal' if i < FACES else 'anomaly'}_id_00_{i:08d}" for i in chosen]
-    return HeldClips([clip_of(name, MACHINE_TYPE) for name in names], [larger[i, 0] for i in chosen])
+    return HeldClips([clip_of(name, MACHINE_TYPE) for name in names], [larger[i, 0, ::-1].copy() for i in chosen])

@@ -65,8 +65,8 @@ class VQSpectrogramOptions(CommonOptions):
     """What is reconstructed: the patches as the encoder sees them, or as they were before their transformation."""
     transform_head_per_patch: bool = False
     """Ask every patch for the transformation, not the clip."""
-    score: Literal["reconstruction", "codes"] = "reconstruction"
-    """Which clip score auc and pauc are of; both are printed."""
+    score: Literal["reconstruction", "codes"] | None = None
+    """Which clip score auc and pauc are of; both are printed. Unset: reconstruction, of faces the codes."""
     epochs: int | None = None
     """Passes over the training clips. Unset: 50 of recordings, 12 of generated fans, 30 of faces."""
     lr: float = 1e-3
@@ -154,6 +154,11 @@ class VQSpectrogramOptions(CommonOptions):
     @property
     def total_epochs(self) -> int:
         return self.epochs or {None: 50, "faces": 30}.get(self.offline, 12)
+
+    @property
+    def chosen_score(self) -> str:
+        # Backgrounds are smoother than faces and easily reconstructed; what is odd of them is where their codes are.
+        return self.score or ("codes" if self.offline == "faces" else "reconstruction")
 
     @property
     def checkpoints(self) -> bool:

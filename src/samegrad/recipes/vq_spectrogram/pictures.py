@@ -35,7 +35,7 @@ class Shown:
 
 
 def draw_spectrograms(shown: Sequence[Shown]) -> Figure:
-    """A row a clip: patches, their reconstruction, and the squared difference; time to the right, mel bands up."""
+    """A row a clip: patches, their reconstruction, and the squared difference; time to the right, bands up."""
     figure = Figure(figsize=(11, 2.3 * len(shown) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(shown), 3, squeeze=False)
@@ -58,7 +58,7 @@ def draw_spectrograms(shown: Sequence[Shown]) -> Figure:
             axes.spines[:].set_visible(False)
             if axes is not grid[row][0]:
                 figure.colorbar(drawn, ax=axes, pad=0.01, aspect=12)
-        grid[row][0].set_ylabel(f"{one.title}\nmel band", color=_INK)
+        grid[row][0].set_ylabel(f"{one.title}\nband", color=_INK)
         grid[row][2].set_title(f"mean {error.mean():.3f}", color=_INK, fontsize=9, loc="right")
     for axes, name in zip(grid[0], ("patches, normalised", "reconstruction", "squared difference")):
         axes.set_title(name, color=_INK, fontsize=11, loc="left")
@@ -76,7 +76,7 @@ def draw_histograms(scores: Mapping[str, Numbers], anomalous: Sequence[bool]) ->
             axes.hist(
                 values[chosen], bins=edges, color=colour, alpha=0.65, label=f"{label}, {int(chosen.sum())} clips"
             )
-        axes.set_xlabel(name, color=_INK)
+        axes.set_xlabel(f"{name.replace('_', ' ')} score", color=_INK)
         axes.set_ylabel("test clips", color=_INK)
         axes.legend(frameon=False, labelcolor=_INK)
         _plain(axes)
@@ -102,7 +102,7 @@ def draw_roc(
         axes.plot(false_rate, true_rate, color=colour, linewidth=1.8, label=told)
     axes.set_xlabel("false positive rate", color=_INK)
     axes.set_ylabel("true positive rate", color=_INK)
-    axes.set_title(title, color=_INK, fontsize=11, loc="left")
+    axes.set_title(f"ROC of the {title} score", color=_INK, fontsize=11, loc="left")
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(-0.01, 1.01)
     # Of many machine ids the first ones: the figures of all are in scores.csv.
@@ -112,14 +112,14 @@ def draw_roc(
 
 
 def draw_codebook(normal: npt.NDArray[np.int64], anomalous: npt.NDArray[np.int64]) -> Figure:
-    """How often each code is used in normal and anomalous test clips, (clips, K) counts; the most used first."""
+    """How often each code is used in normal and in anomalous test clips, (K,) counts; the most used first."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    order = np.argsort(-normal.sum(axis=0), kind="stable")
-    for counts, colour, label in ((normal, _NORMAL, "normal"), (anomalous, _ANOMALOUS, "anomalous")):
-        shares = counts.sum(axis=0) / max(1, counts.sum())
-        told = f"{label}: perplexity {perplexity(counts):.1f} of {counts.shape[1]}"
+    order = np.argsort(-normal, kind="stable")
+    for usage, colour, label in ((normal, _NORMAL, "normal"), (anomalous, _ANOMALOUS, "anomalous")):
+        shares = usage / max(1, usage.sum())
+        told = f"{label}: perplexity {perplexity(usage):.1f} of {len(usage)}"
         axes.step(np.arange(len(order)), shares[order], where="mid", color=colour, linewidth=1.6, label=told)
     axes.set_xlabel("codes, by their use in normal clips", color=_INK)
     axes.set_ylabel("share of all places", color=_INK)

@@ -24,7 +24,7 @@ from .model import Objective, Outputs, VQSpectrogram
 from .options import VQSpectrogramOptions
 from .results import Results, write_pictures, write_scores, write_weights
 from .schedule import phases, stage_of
-from .scores import Judged, code_scores, judge_clips, judging, mean_scores, perplexity, score_machines
+from .scores import Judged, code_scores, code_usage, judge_clips, judging, mean_scores, perplexity, score_machines
 from .sources import INSTALL, Splits, open_splits
 from .table import table
 
@@ -74,7 +74,7 @@ class VQSpectrogramProgram(Program):
 
     def evaluate(self) -> dict[str, float]:
         results = self._judged()
-        chosen = self.options.score
+        chosen = self.options.chosen_score
         found: dict[str, float] = {}
         for name, machines in results.machines.items():
             auc, pauc = mean_scores(machines)
@@ -84,7 +84,7 @@ class VQSpectrogramProgram(Program):
         for one in results.machines[chosen]:
             found[f"auc {one.machine}"] = one.auc
         return found | {
-            "codebook_perplexity": perplexity(results.judged.code_counts),
+            "codebook_perplexity": perplexity(code_usage(results.judged.codes, self.options.num_codes)),
             "test_clips": len(results.clips.clips),
         }
 
@@ -150,18 +150,18 @@ class VQSpectrogramProgram(Program):
         splits, codes = self.splits, self.options.num_codes
 
         def judged(clips: Clips) -> Judged:
-            return judge_clips(self.run, splits.patching, clips, codes, rows=_JUDGED_ROWS)
+            return judge_clips(self.run, splits.patching, clips, rows=_JUDGED_ROWS)
 
         with judging(self.model):
             test, trained = judged(splits.test), judged(splits.train)
         kinds = {
             "reconstruction": test.errors,
-            "codes": code_scores(splits.test, test, splits.train, trained),
+            "codes": code_scores(splits.test, test, splits.train, trained, codes),
             "mean_energy": test.levels,
         }
-        ordered = dict(sorted(kinds.items(), key=lambda item: item[0] != self.options.score))
+        ordered = dict(sorted(kinds.items(), key=lambda item: item[0] != self.options.chosen_score))
         machines = {name: score_machines(splits.test, scores) for name, scores in ordered.items()}
-        return Results(clips=splits.test, judged=test, scores=ordered, machines=machines)
+        return Results(clips=splits.test, judged=test, num_codes=codes, scores=ordered, machines=machines)
 
 
 def build(options: VQSpectrogramOptions) -> VQSpectrogramProgram:
@@ -206,7 +206,7 @@ RECIPE = Recipe(
     },
     troubleshooting=(
         "Fewer patches a clip (--stride 32, --n_patches 8 or 4) need less memory in proportion, and are another "
-        "data set: the same gradient with fewer bytes is --budget, or 2.",
+        "data set: the same gradient with fewer bytes is --budget, or the next line.",
         "--batch_size 1 --gradient_accumulation_steps 8 is one batch of 8 clips, one at a time: BatchNorm over all "
         "8, one codebook update, one dropout mask. What is left are the layers' inputs; --use_gradient_checkpointing "
         "keeps a quarter of them.",

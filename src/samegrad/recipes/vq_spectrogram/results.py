@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Clips, Patching
-from .scores import Judged, MachineScore, Run, Scores
+from .scores import Judged, MachineScore, Run, Scores, code_usage
 
 if TYPE_CHECKING:
     from .pictures import Shown
@@ -29,6 +29,7 @@ class Results:
 
     clips: Clips
     judged: Judged
+    num_codes: int
     scores: Mapping[str, Scores]
     machines: Mapping[str, Sequence[MachineScore]]
 
@@ -82,7 +83,7 @@ def write_pictures(results: Results, run: Run, patching: Patching, folder: Path)
             scores, results.anomalous, [clip.machine for clip in results.clips.clips], results.machines[name], name
         ),
         "codebook_usage": pictures.draw_codebook(
-            results.judged.code_counts[~labels], results.judged.code_counts[labels]
+            *(code_usage(results.judged.codes[chosen], results.num_codes) for chosen in (~labels, labels))
         ),
     }
     return [pictures.save(figure, folder / f"{stem}.png") for stem, figure in figures.items()]

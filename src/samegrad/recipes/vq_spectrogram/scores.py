@@ -1,9 +1,10 @@
 """How a trained model is judged, as the challenge does it: a score a clip, AUC and pAUC a machine id, their means.
 
 Reconstruction score: the mean squared error over all patches of a clip. Code score: the mean negative log-likelihood
-of its codes under the histogram of the training clips' codes of the same machine, each code counted once more than it
-was seen (Laplace). Labels are those of the file names. pAUC is up to a false positive rate of 0.1, standardised as
-``sklearn.metrics.roc_auc_score(max_fpr=0.1)`` does it (McClish 1989), so that chance is 0.5.
+of its codes under the histogram of the training clips' codes of the same machine at the same place of a patch, each
+code counted once more than it was seen there (Laplace). Labels are those of the file names. pAUC is up to a false
+positive rate of 0.1, standardised as ``sklearn.metrics.roc_auc_score(max_fpr=0.1)`` does it (McClish 1989), so that
+chance is 0.5.
 Source: Koizumi et al. 2020, "Description and discussion on DCASE2020 challenge task 2", arXiv:2006.05822.
 """
 
@@ -24,14 +25,16 @@ from .model import Outputs
 MAX_FALSE_POSITIVE_RATE = 0.1
 Run = Callable[[Tensor], Outputs]
 Scores = npt.NDArray[np.float64]
+# Kept of every clip, and there are thousands: as short as numbers of codes can be.
+Codes = npt.NDArray[np.int16]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Of every clip: ``errors`` (clips,), ``code_counts`` (clips, K), ``levels`` (clips,) the mean of its log-mel."""
+    """Of every clip: ``errors`` (clips,), ``codes`` (clips, N, h, w), ``levels`` (clips,) the mean of its log-mel."""
 
     errors: Scores
-    code_counts: npt.NDArray[np.int64]
+    codes: Codes
     levels: Scores
 
 
@@ -48,34 +51,44 @@ def judging(model: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def judge_clips(run: Run, patching: Patching, clips: Clips, num_codes: int, *, rows: int) -> Judged:
+def judge_clips(run: Run, patching: Patching, clips: Clips, *, rows: int) -> Judged:
     """``run`` takes patches (B, N, 1, H, W) on the host; ``rows`` clips are run at a time."""
-    errors, counts, levels = [], [], []
+    errors, codes, levels = [], [], []
     for start in range(0, len(clips.clips), rows):
         places = range(start, min(start + rows, len(clips.clips)))
         patches = patching.plain(clips, places)
         outputs = run(patches)
         apart = outputs.reconstructed.to("cpu", torch.float64) - patches
         errors.append(apart.square().mean((1, 2, 3, 4)).numpy())
-        flat = outputs.codes.flatten(1).cpu()
-        counts.append(torch.zeros(len(flat), num_codes, dtype=torch.int64).scatter_add_(1, flat, torch.ones_like(flat)))
+        codes.append(outputs.codes.to("cpu", torch.int16).numpy())
         levels += [float(clips.read(place).mean(dtype=np.float64)) for place in places]
-    return Judged(
-        errors=np.concatenate(errors), code_counts=torch.cat(counts).numpy(), levels=np.array(levels)
-    )
+    return Judged(errors=np.concatenate(errors), codes=np.concatenate(codes), levels=np.array(levels))
 
 
-def code_scores(test: Clips, judged: Judged, train: Clips, trained: Judged) -> Scores:
+def code_scores(test: Clips, judged: Judged, train: Clips, trained: Judged, num_codes: int) -> Scores:
     """(clips,): the mean negative log-likelihood of each test clip's codes."""
     scores = np.empty(len(test.clips))
-    places = np.array([clip.machine for clip in train.clips])
+    trained_on = np.array([clip.machine for clip in train.clips])
     for machine in {clip.machine for clip in test.clips}:
-        seen = trained.code_counts[places == machine].sum(axis=0)
-        surprise = -np.log((seen + 1) / (seen.sum() + len(seen)))
+        surprise = _surprise(trained.codes[trained_on == machine], num_codes)
         mine = [i for i, clip in enumerate(test.clips) if clip.machine == machine]
-        counts = judged.code_counts[mine]
-        scores[mine] = counts @ surprise / counts.sum(axis=1)
+        codes = judged.codes[mine].reshape(len(mine), -1, surprise.shape[0])
+        scores[mine] = surprise[np.arange(len(surprise)), codes].mean(axis=(1, 2))
     return scores
+
+
+def _surprise(codes: Codes, num_codes: int) -> Scores:
+    """(places, K): −log of how likely each code is at each place, from codes (clips, N, h, w)."""
+    places = codes.shape[2] * codes.shape[3]
+    seen = np.zeros((places, num_codes))
+    flat = codes.reshape(-1, places)
+    np.add.at(seen, (np.broadcast_to(np.arange(places), flat.shape), flat), 1)
+    return np.asarray(-np.log((seen + 1) / (seen + 1).sum(axis=1, keepdims=True)))
+
+
+def code_usage(codes: Codes, num_codes: int) -> npt.NDArray[np.int64]:
+    """(K,): how often each code is used in ``codes``."""
+    return np.bincount(codes.ravel(), minlength=num_codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +125,10 @@ def mean_scores(machines: Sequence[MachineScore]) -> tuple[float, float]:
     return float(np.mean([m.auc for m in machines])), float(np.mean([m.pauc for m in machines]))
 
 
-def perplexity(counts: npt.NDArray[np.int64]) -> float:
-    """exp of the entropy of code usage, from (…, K) counts: how many codes are in use, as it were.
+def perplexity(usage: npt.NDArray[np.int64]) -> float:
+    """exp of the entropy of ``usage`` (K,): how many codes are in use, as it were.
 
-    Of all counts together: the mean of perplexities of batches is another number.
+    Of all clips together: the mean of perplexities of batches is another number.
     """
-    totals = counts.reshape(-1, counts.shape[-1]).sum(axis=0)
-    shares = totals[totals > 0] / totals.sum()
+    shares = usage[usage > 0] / usage.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.exact.captured import in_float64
 from samegrad.exact.split import SplitStep
 from samegrad.records import Same
-from samegrad.verify.captured import in_float64
 
 from ..contract.plain import cross_entropy, labelled, mlp
 
