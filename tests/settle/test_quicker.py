@@ -186,3 +186,18 @@ def test_a_model_that_works_on_its_logits_is_compiled_with_them(monkeypatch: pyt
     with_a_head(monkeypatch)
     plan, _ = settled_by(100, monkeypatch, rule=rule, expected_steps=10**6)
     assert "compile" in plan.levers and "chunk_loss" not in plan.levers
+
+
+def test_of_those_that_fit_compiled_the_one_with_the_most_rows_that_fits_captured_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def large_pools(plan: Plan) -> Rung:
+        rung = a_card(plan)
+        pool = 8 * rows_of(plan) * MIB if "graphs" in plan.levers else 0
+        return dataclasses.replace(rung, peak_bytes=rung.peak_bytes + pool)
+
+    plan, tried = settled_by(100, monkeypatch, rule=large_pools, expected_steps=10**6)
+    assert "graphs" in plan.levers and "compile" in plan.levers
+    compiled = {rows_of(one) for one in tried if "compile" in one.levers and "recompute" not in one.levers}
+    assert rows_of(plan) < max(compiled)
+    assert large_pools(plan).peak_bytes <= 98 * MIB

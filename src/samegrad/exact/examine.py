@@ -24,6 +24,7 @@ from samegrad.exact.examine_loss import examine_loss, two_passes
 from samegrad.exact.findings import Examination, ModelFindings
 from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.forward import StepForward
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.passes import FirstPass, as_in_first_pass
 from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, refuse_known_layers
 from samegrad.exact.randomness import DrawSites
@@ -165,9 +166,9 @@ def find_state_rules(declared: DeclaredStep, batch: Any, layout: RowLayout) -> t
         try:
             wide = float64_declared(declared, declared.device)
             return _state_rules(wide, widened(few), widened(others), few_layout)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, CannotSplit):
+        except (RuntimeError, TypeError, CannotSplit) as error:
+            if is_out_of_memory(error):
+                raise
             # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
             raise refusal from None
 

@@ -193,24 +193,31 @@ def _compiled(settled: Plan, search: _Search, options: Options) -> Iterator[_Tri
 def _compiled_beside(
     head: dict[str, dict[str, Any]], settled: Plan, search: _Search, options: Options
 ) -> Iterator[_Tried]:
-    """Compiled chunks, with blocks run again and without; the fastest of each also captured."""
+    """Compiled chunks, with blocks run again and without; of each, those with the most rows also captured."""
     again = _again(search)
     for levers in (head, head | again) if again else (head,):
-        best: _Tried | None = None
-        for found in _by_rows(settled, levers, search, pinned=options.rows is not None):
-            yield found
-            if best is None or found.rung.seconds < best.rung.seconds:
-                best = found
+        found = []
+        for one in _by_rows(settled, levers, search, pinned=options.rows is not None):
+            yield one
+            found.append(one)
         if Compile.name in search.reasons:
             return
-        if best is None:
-            continue
-        captured = search.measured(_with(best.plan, {Graphs.name: {}}))
+        yield from _captured(found, search)
+        if any(_rows_of(one.plan) == settled.batch_rows for one in found):
+            # All rows at once, and nothing twice: running blocks again can only be slower.
+            return
+
+
+def _captured(compiled: list[_Tried], search: _Search) -> Iterator[_Tried]:
+    """The one with the most rows that fits when it is captured: without launches, more at a time are no slower.
+
+    A pool of its own holds more than what Python would need, so that it may be one with fewer rows.
+    """
+    for one in sorted(compiled, key=lambda one: _rows_of(one.plan), reverse=True):
+        captured = search.measured(_with(one.plan, {Graphs.name: {}}))
         if captured is not None:
             # What was compiled a moment ago is captured; a new process pays for it again.
-            yield dataclasses.replace(captured, once_seconds=captured.once_seconds + best.once_seconds)
-        if _rows_of(best.plan) == settled.batch_rows:
-            # All rows at once, and nothing twice: running blocks again can only be slower.
+            yield dataclasses.replace(captured, once_seconds=captured.once_seconds + one.once_seconds)
             return
 
 
