@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import samegrad as sg
 from samegrad.plan.options import Options
 from samegrad.records import Counting, KnobOrigin, PhaseLaw
-from samegrad.settle import Measurement, aliases_for, check_one_of, measure, settle
+from samegrad.settle import Measurement, aliases_for, check_one_of, ladder, measure, settle
 from samegrad.units import format_bytes
 
 from ..contract.plain import assert_close, gradients, labelled, left_alone, plain_step
@@ -234,3 +234,19 @@ def test_at_most_one_way_to_say_how_a_step_runs() -> None:
             else:
                 with pytest.raises(sg.UsageError, match=" and ".join(f"{name}=" for name in names)):
                     check_one_of(**chosen)
+
+
+@pytest.mark.parametrize(("held", "said"), [(2**40, "cannot be given back"), (0, "every rung measured more")])
+def test_where_nothing_fits_it_is_said_whether_the_allocator_holds_it(
+    held: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = labelled(ROWS)
+    known = stepped(one_pass, budget="1GiB")
+    known.prepare(batch)
+    assert known.footprint is not None
+    budget = int(0.9 * known.footprint.predicted_peak_bytes(rows=ROWS))
+    monkeypatch.setattr(ladder, "measured", lambda *_: None)
+    monkeypatch.setattr(ladder, "_whole_if_close", lambda *_: "out of memory")
+    monkeypatch.setattr(ladder, "_held_for_nothing", lambda _: held)
+    with pytest.raises(sg.BudgetTooSmall, match=said):
+        stepped(one_pass, budget=budget).prepare(batch)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from samegrad import trees
 from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
@@ -31,6 +33,8 @@ from samegrad.units import format_bytes
 _BELIEVED_FRACTION = 0.75
 # Of a budget, under which a rung must run without an allocator retry: the cap that it is judged by.
 _STEADY_FRACTION = 0.98
+# Of a budget, from which on memory that the allocator cannot give back is why nothing fits.
+_HELD_FRACTION = 0.05
 # Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
 _MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
 
@@ -67,11 +71,27 @@ def settle(
         tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
         if options.rows is not None:
             break
+    held = _held_for_nothing(declared.device)
+    if held > _HELD_FRACTION * budget.total_bytes:
+        raise BudgetTooSmall(
+            asked=f"a plan within {format_bytes(budget.total_bytes)}",
+            found=f"{format_bytes(held)} of it are in segments of the allocator that hold small tensors, and cannot be "
+            "given back; every rung measured more than what is left: " + "; ".join(tried[-4:]),
+            do="plan before larger steps run in the process, or in one of its own, or set "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before it starts",
+        )
     raise BudgetTooSmall(
         asked=f"a plan within {format_bytes(budget.total_bytes)}",
         found="every rung measured more than that: " + "; ".join(tried[-4:]),
         do="raise the budget; please report the step, since its prediction was wrong",
     )
+
+
+def _held_for_nothing(device: torch.device) -> int:
+    """Bytes that the allocator holds, does not use, and cannot give back."""
+    counters.release_cached(device)
+    reading = counters.read_allocator(device)
+    return 0 if reading is None else reading.reserved_bytes - reading.allocated_bytes
 
 
 def most_bytes(budget: Budget) -> int:
