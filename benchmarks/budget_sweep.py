@@ -306,9 +306,15 @@ def _difference(model: nn.Module, gradients: list[Tensor]) -> float:
     return (apart / sum(float(b.double().norm()) ** 2 for b in gradients)) ** 0.5
 
 
+def _file_name() -> str:
+    """One file a card: times of two are never in one table."""
+    card = find_card(torch.cuda.get_device_name()).name
+    return f"budget_sweep_{card.split()[0].lower()}"
+
+
 def _known() -> dict[str, Any]:
     for folder in (Path(os.environ.get("OUT", _results.RESULTS)), _results.RESULTS):
-        path = folder / "budget_sweep.json"
+        path = folder / f"{_file_name()}.json"
         if path.exists():
             known: dict[str, Any] = json.loads(path.read_text())["workloads"]
             return known
@@ -351,7 +357,7 @@ def main() -> None:
                     at["cells"][f"{x:g} {contender}"] = cell
                     shown = {k: v for k, v in cell.items() if k not in ("plan", "budget_bytes")}
                     print(name, x, contender, shown, str(cell.get("plan", ""))[:160], flush=True)
-                    _results.write("budget_sweep", {"workloads": known}, quiet=True)
+                    _results.write(_file_name(), {"workloads": known}, quiet=True)
 
 
 if __name__ == "__main__":
