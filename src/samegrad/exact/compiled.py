@@ -120,7 +120,8 @@ def _loss_of(work: ChunkWork) -> _KeyedLoss:
 
 def _loss_outside(compiler: Compiler, work: ChunkWork, place: LogitPlace) -> _KeyedLoss:
     """rule 4: the forward compiled up to the head, the user's loss in Python, its chunks compiled."""
-    declared, network = work.declared, work.declared.network
+    # Of ``work`` only what every step has: this outlives the first one.
+    declared, network, counted = work.declared, work.declared.network, work.form is Form.COUNTED
     hidden_outputs = compiler.compiled(_under_draws(declared.forward, work), declared.device)
     of_chunk = compiler.compiled(own_losses_of_chunk(), declared.device)
 
@@ -130,7 +131,7 @@ def _loss_outside(compiler: Compiler, work: ChunkWork, place: LogitPlace) -> _Ke
         announce(Phase.LOSS)
         outputs = place.with_logits(network, outputs, of_chunk)
         loss = checked_loss(declared.loss_fn(outputs, chunk)).reshape(())
-        return loss, count_of(loss) if work.form is Form.COUNTED else None
+        return loss, count_of(loss) if counted else None
 
     return loss_of
 
