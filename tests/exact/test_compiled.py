@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from samegrad.declared import declare
 from samegrad.errors import CannotSplit
-from samegrad.exact import compiled
+from samegrad.exact import compiled, sums_in_backward
+from samegrad.exact.aliases import GradientTotals
 from samegrad.exact.compiled import CompiledLoss
 from samegrad.exact.compiler import CompilerSettings
 from samegrad.exact.draws import StepKey
@@ -185,7 +186,7 @@ def test_planted_count_that_forgets_ignored_targets_is_caught(monkeypatch: pytes
 def test_planted_draws_outside_the_key_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = compiled._loss_of
     monkeypatch.setattr(
-        compiled, "_loss_of", lambda work: lambda chunk, ids, key: right(work)(chunk, ids, key * 0 + 5)
+        compiled, "_loss_of", lambda work: lambda chunk, ids, key, sums: right(work)(chunk, ids, key * 0 + 5, sums)
     )
     model, batch = MODELS["mlp"](dropout=0.4)
     python, traced, _ = steps(model, squares, batch)
@@ -199,3 +200,82 @@ def test_a_forward_that_changes_state_is_refused_by_name() -> None:
     _, traced, _ = steps(model, cross_entropy, batch)
     with pytest.raises(CannotSplit, match=r"changes state \(0\.parametrizations"):
         totals(traced, batch)
+
+
+class Partly(nn.Module):
+    """One weight in two places, one frozen, one that nothing reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.second.weight = self.first.weight
+        self.unused = nn.Linear(6, 3)
+        self.head.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).tanh()))
+
+
+def gradients_left(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each chunk that runs from now on, whether its backward handed gradients out."""
+    left: list[bool] = []
+    right = GradientTotals.fold
+
+    def fold(self: GradientTotals) -> None:
+        left.append(any(alias.grad is not None for alias in self._aliases))
+        right(self)
+
+    monkeypatch.setattr(GradientTotals, "fold", fold)
+    return left
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_compiled_backward_adds_to_the_sums_of_the_step(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = Partly().to(dtype), MODELS["mlp"](dtype)[1]
+    python, traced, loss_for = steps(model, cross_entropy, batch)
+    expected = totals(python, batch)
+    left = gradients_left(monkeypatch)
+    found = totals(traced, batch)
+    assert left == [False] * len(SIZES) and loss_for.compiler.graph_breaks == 0
+    assert [g is None for g in found[1]] == [g is None for g in expected[1]]
+    tolerance = 1e-13 if dtype is torch.float64 else 2e-2
+    largest = max(float(t.abs().max()) for t in expected[1] if t is not None)
+    for mine, plain in zip(found[1], expected[1], strict=True):
+        assert mine is None or mine.dtype is dtype
+        torch.testing.assert_close(mine, plain, rtol=0, atol=tolerance * largest)
+
+
+def test_one_chunk_alone_hands_its_gradients_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Partly().double(), MODELS["mlp"]()[1]
+    python, traced, _ = steps(model, cross_entropy, batch)
+    layout = traced.declared.layout(batch)
+    expected = python.totals(batch, layout, [layout.rows], key=StepKey.fixed(KEY))
+    left = gradients_left(monkeypatch)
+    found = traced.totals(batch, layout, [layout.rows], key=StepKey.fixed(KEY))
+    assert left == [True]
+    assert_same((found.loss, found.totals), (expected.loss, expected.totals))
+
+
+def test_planted_backward_that_adds_too_little_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        ctx.saved_tensors[0].add_(gradient, alpha=0.995)
+        return None, None
+
+    monkeypatch.setattr(sums_in_backward._ReadThrough, "backward", staticmethod(backward))
+    model, batch = Partly().double(), MODELS["mlp"]()[1]
+    python, traced, _ = steps(model, cross_entropy, batch)
+    with pytest.raises(AssertionError):
+        assert_same(totals(traced, batch), totals(python, batch))
+
+
+@pytest.mark.slow
+def test_with_kernels_written_sums_are_added_to_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Partly().double(), MODELS["mlp"]()[1]
+    python, traced, _ = steps(model, cross_entropy, batch, CompilerSettings())
+    expected = totals(python, batch)
+    left = gradients_left(monkeypatch)
+    assert_same(totals(traced, batch), expected)
+    assert left == [False] * len(SIZES)

@@ -352,6 +352,23 @@ def test_a_replayed_step_needs_no_second_set_of_gradients() -> None:
         assert torch.cuda.max_memory_allocated() - standing < parameter_bytes / 10
 
 
+@pytest.mark.parametrize("names", [["compile"], ["compile", "graphs"]], ids=" ".join)
+def test_a_compiled_step_in_chunks_holds_one_set_of_gradients(names: list[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3000), *[nn.Linear(3000, 3000) for _ in range(8)], nn.Linear(3000, 3)).to("cuda")
+    batch = on_device(MODELS["mlp"], torch.float32)[1]
+    parameter_bytes = sum(p.nbytes for p in model.parameters())
+    before = torch.cuda.memory_allocated()
+    with sg.Step(model, cross_entropy, plan=plan_with(**levers(5, *names))) as step:
+        for _ in range(2):
+            step.backward(batch)
+            model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        step.backward(batch)
+        # The sums, and one layer's gradient at a time.
+        assert torch.cuda.max_memory_allocated() - before < 1.5 * parameter_bytes
+
+
 def test_recomputed_blocks_are_captured_with_their_draws() -> None:
     model, batch = on_device(MODELS["cnn"], torch.float64, dropout=0.3)
     again = {"recompute": {"blocks": ["0", ["2", "3", "4"]]}}

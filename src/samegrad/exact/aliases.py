@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from samegrad.exact.sharded import gradients_set_aside, is_sharded, reshard
+from samegrad.exact.sums_in_backward import StandingSums
 
 # Sums over many chunks stop growing in these dtypes (bfloat16 after 128 equal terms), so totals are kept in float32.
 NARROW = (torch.bfloat16, torch.float16)
@@ -98,12 +99,27 @@ class ParameterAliases:
                 part._parameters[name] = self.parameters[index]
 
 
+def zero_sum(alias: Tensor) -> Tensor:
+    """A sum of nothing for gradients of ``alias``: float32 where that is narrower."""
+    return torch.zeros_like(alias, dtype=torch.float32 if alias.dtype in NARROW else alias.dtype, requires_grad=False)
+
+
 class GradientTotals:
     """Sums of the gradients that chunks leave on aliases, float32 where the parameter is narrower."""
 
     def __init__(self, aliases: Sequence[nn.Parameter]) -> None:
         self._aliases = list(aliases)
         self._wide: dict[int, Tensor] = {}
+        self._standing: dict[int, Tensor] = {}
+
+    def standing(self) -> StandingSums | None:
+        """The sums, for code that adds gradients to them itself; None where chunks are looked at one by one."""
+        return StandingSums(self._standing_sum)
+
+    def _standing_sum(self, index: int) -> Tensor:
+        if index not in self._standing:
+            self._standing[index] = zero_sum(self._aliases[index])
+        return self._standing[index]
 
     def fold(self) -> None:
         """Moves the last chunk's narrow gradients into their float32 sums. Wide ones already add up in place."""
@@ -127,8 +143,10 @@ class GradientTotals:
         """
         totals: list[Tensor | None] = []
         for index, alias in enumerate(self._aliases):
-            wide = self._wide.pop(index, None)
+            wide, standing = self._wide.pop(index, None), self._standing.pop(index, None)
             total = alias.grad if wide is None else wide
+            if standing is not None:
+                total = standing if total is None else standing.add_(total)
             if total is not None and factor is not None:
                 total.mul_(factor.to(total.dtype))
             totals.append(None if total is None else total.to(alias.dtype))
@@ -143,6 +161,9 @@ class GradientMagnitudes(GradientTotals):
         super().__init__(aliases)
         self._sums: list[Tensor | None] = [None] * len(self._aliases)
         self._magnitudes: list[Tensor | None] = [None] * len(self._aliases)
+
+    def standing(self) -> None:
+        """None: each chunk's gradients are looked at before they are added."""
 
     def fold(self) -> None:
         for index, alias in enumerate(self._aliases):

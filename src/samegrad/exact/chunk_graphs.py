@@ -19,10 +19,8 @@ Source: PyTorch documentation, "CUDA Graphs".
 from __future__ import annotations
 
 import contextlib
-import enum
 import functools
 import gc
-import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
@@ -32,18 +30,18 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
-from samegrad.exact.aliases import NARROW, GradientMagnitudes
+from samegrad.exact.aliases import NARROW, GradientMagnitudes, zero_sum
+from samegrad.exact.captured_chunk import ASKED, CapturedChunk, capture_stream, is_alone, place_of, shape_of
 from samegrad.exact.constants import Constants
 from samegrad.exact.forward import StepForward
 from samegrad.exact.pass_programs import ChunkWork, LossMaker, eager_loss, notes_of
 from samegrad.exact.program import LossSums
 from samegrad.exact.state import StateTransaction
 from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.sums_in_backward import StandingSums
 
-_PLAIN = (int, float, str, bool, bytes, type(None), enum.Enum, torch.Size, torch.dtype, torch.device)
 # Each has memory of its own for what its chunk is given.
 _MOST_GRAPHS = 8
-_ASKED = "capture a chunk as a graph of CUDA kernels"
 
 
 class CapturedPrograms:
@@ -89,43 +87,29 @@ class CapturedPrograms:
         return found
 
 
-@functools.cache
-def _capture_stream(device: torch.device) -> Any:
-    """One for the process: libraries keep a workspace for every stream that they ran on, to its end.
-
-    They take it here, so that it does not lie in a large segment, which could not be given back then.
-    """
-    cuda: Any = torch.cuda
-    stream = cuda.Stream(device)
-    with cuda.stream(stream), torch.enable_grad():
-        ones = torch.ones(8, 8, device=device, requires_grad=True)
-        torch.autograd.grad((ones @ ones).sum(), ones)
-    return stream
-
-
 def _refuse(work: ChunkWork) -> None:
     """Raises CannotSplit for what a replay would not do."""
     device = work.declared.device
     if device.type != "cuda":
         raise CannotSplit(
-            asked=_ASKED, found=f"the model is on {device}", do="leave the lever graphs out of the plan, or use CUDA"
+            asked=ASKED, found=f"the model is on {device}", do="leave the lever graphs out of the plan, or use CUDA"
         )
     if work.aliases.sharded:
         raise CannotSplit(
-            asked=_ASKED,
+            asked=ASKED,
             found="parameters are sharded over ranks (fully_shard), whose collectives run in Python",
             do="leave the lever graphs out of the plan",
         )
     if len(work.aliases.parameters) != len(work.aliases.names):
         raise CannotSplit(
-            asked=_ASKED,
+            asked=ASKED,
             found="a tensor of the batch requires grad, and it is another one in every step",
             do="leave the lever graphs out of the plan",
         )
     if work.forward.state.kept:
         names = ", ".join(work.forward.state.names[:3])
         raise CannotSplit(
-            asked=_ASKED,
+            asked=ASKED,
             found=f"the forward changes state ({names}), which a replay would not put aside for each chunk",
             do="leave the lever graphs out of the plan",
         )
@@ -151,11 +135,11 @@ class CapturedPass:
         )
         own = ChunkWork(declared, work.aliases, forward, work.form)
         self._inside = functools.partial(work.inside, forward.draws)
-        self._body = program.single_pass_body(loss_for(own), self.sums)
         self._totals: list[Tensor | None] = [None] * len(self.aliases)
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._body = program.single_pass_body(loss_for(own, StandingSums(self._standing, always=True)), self.sums)
+        self._graphs: dict[Hashable, CapturedChunk] = {}
         self._pool: Any = None
-        self._stream = _capture_stream(self._device)
+        self._stream = capture_stream(self._device)
         self._running = False
         self._magnitudes: GradientMagnitudes | None = None
 
@@ -178,13 +162,13 @@ class CapturedPass:
     def take_back(self) -> bool:
         """rule 4, before a new step: whether the sums are nobody else's now."""
         for parameter, total in zip(self._parameters, self._totals):
-            if total is None or _is_alone(total):
+            if total is None or is_alone(total):
                 continue
             gradient = parameter.grad
             if gradient is not None and gradient.data_ptr() == total.data_ptr():
                 # In place of the tensor's own memory, since others may know the tensor.
                 gradient.data = gradient.detach().clone()
-            if not _is_alone(total):
+            if not is_alone(total):
                 return False
         return True
 
@@ -198,7 +182,7 @@ class CapturedPass:
 
     def run_once(self, chunk: Any, ids: Tensor | None, weight: Tensor, cotangent: Tensor) -> None:
         leaves, spec = trees.flatten((chunk, ids, weight, cotangent))
-        shape = spec, tuple(_shape(leaf) for leaf in leaves)
+        shape = spec, tuple(shape_of(leaf) for leaf in leaves)
         graph = self._graphs.get(shape)
         if graph is None:
             if len(self._graphs) == _MOST_GRAPHS:
@@ -234,6 +218,12 @@ class CapturedPass:
     def magnitudes(self) -> list[Tensor | None] | None:
         return None if self._magnitudes is None else self._magnitudes.magnitudes()
 
+    def _standing(self, index: int) -> Tensor:
+        total = self._totals[index]
+        if total is None:
+            total = self._totals[index] = zero_sum(self.aliases[index])
+        return total
+
     def close(self) -> None:
         """Gives back graphs and static memory; what still runs is waited for."""
         torch.cuda.synchronize(self._device)
@@ -254,7 +244,7 @@ class CapturedPass:
         magnitudes.fold()
         torch._foreach_zero_([total for total in self._totals if total is not None])
 
-    def _capture(self, leaves: list[Any], spec: Any) -> _Graph:
+    def _capture(self, leaves: list[Any], spec: Any) -> CapturedChunk:
         # rule 2
         before = [None if total is None else total.clone() for total in self._totals] if self._running else None
         sums = self.sums.loss.clone(), self.sums.count.clone()
@@ -275,7 +265,7 @@ class CapturedPass:
         for total, kept in zip(self._totals, before or []):
             if total is not None and kept is not None:
                 total.copy_(kept)
-        return _Graph(graph, places)
+        return CapturedChunk(graph, places)
 
     def _warm_up(self, static: Any) -> None:
         """rule 1; afterwards every alias that gets a gradient has its sum."""
@@ -286,12 +276,10 @@ class CapturedPass:
                 continue
             if grad.layout is not torch.strided:
                 raise CannotSplit(
-                    asked=_ASKED, found=f"a gradient is {grad.layout}, which has another size in every chunk",
+                    asked=ASKED, found=f"a gradient is {grad.layout}, which has another size in every chunk",
                     do="leave the lever graphs out of the plan, or use sparse=False",
                 )  # fmt: skip
-            if self._totals[index] is None:
-                wide = torch.float32 if alias.dtype in NARROW else alias.dtype
-                self._totals[index] = torch.zeros_like(alias, dtype=wide, requires_grad=False)
+            self._standing(index)
         before = torch.cuda.get_sync_debug_mode()
         # torch has no types here.
         cast(Any, torch.cuda).set_sync_debug_mode("error")
@@ -301,8 +289,8 @@ class CapturedPass:
             if "synchroniz" not in str(error):
                 raise
             raise CannotSplit(
-                asked=_ASKED,
-                found=f"the step waits for the device at {_place_of(error)}: a replay cannot read what it decides",
+                asked=ASKED,
+                found=f"the step waits for the device at {place_of(error)}: a replay cannot read what it decides",
                 do="keep .item(), .tolist(), boolean masks and prints of device tensors out of forward and loss, or "
                 "leave the lever graphs out of the plan",
             ) from error
@@ -330,44 +318,3 @@ class CapturedPass:
                 alias.grad = None
         self._pool = graph.pool()
         return graph
-
-
-class _Graph:
-    """A captured chunk and the places that it reads."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, places: list[Any]) -> None:
-        self._graph = graph
-        self._places = places
-
-    def replay(self, leaves: Sequence[Any]) -> None:
-        for place, leaf in zip(self._places, leaves):
-            if isinstance(place, Tensor):
-                place.copy_(leaf)
-        self._graph.replay()
-
-
-def _shape(leaf: Any) -> Hashable:
-    """What a graph was captured for. Raises CannotSplit for what a replay would not read again."""
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype
-    if isinstance(leaf, _PLAIN):
-        return type(leaf), leaf
-    raise CannotSplit(
-        asked=_ASKED,
-        found=f"the batch holds a {type(leaf).__name__}, and whether it says the same in the next step cannot be seen",
-        do="make it a tensor or a plain value, or leave the lever graphs out of the plan",
-    )
-
-
-def _is_alone(tensor: Tensor) -> bool:
-    """Whether no other tensor shares the memory of ``tensor``."""
-    # The tensor, and the name that is asked here.
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2
-
-
-def _place_of(error: BaseException) -> str:
-    """File and line of the innermost code that is no library's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "/samegrad/exact/" not in f.filename]
-    place = (own or frames)[-1]
-    return f"{place.filename}:{place.lineno}"

@@ -10,11 +10,13 @@ layer that was replaced or frozen compiles again, up to ``recompile_limit``; bey
 3. Blocks that run again in backward are told to the compiler, node by node, by the module that each came from: only
    what enters a run of blocks is kept. Draws are the same again by their keys.
 4. A head whose loss runs in chunks is left out of the function (``compiled_head.py``).
+5. The backward adds to the sums of the step itself (``sums_in_backward.py``), where several chunks share them: for one
+   alone they would stand through its forward, before there are gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,18 +30,19 @@ from samegrad.errors import CannotSplit
 from samegrad.exact.compiled_head import LogitPlace, find_place, own_losses_of_chunk
 from samegrad.exact.compiler import Compiler, CompilerSettings
 from samegrad.exact.find_head import HeadInChunks
-from samegrad.exact.losses import Form, count_of
+from samegrad.exact.losses import Form, count_of, leaves_under
 from samegrad.exact.pass_programs import ChunkWork, eager_loss
 from samegrad.exact.phases import announce
 from samegrad.exact.program import LossOfChunk
 from samegrad.exact.randomness import keyed
+from samegrad.exact.sums_in_backward import NamedSums, StandingSums, adding_to
 from samegrad.records import Phase
 
 # Rows on which is tried, before anything is compiled, what it may rest on.
 _TRIED_ROWS = 2
 _ASKED = "compile the loss of a chunk"
-# (chunk, ids, key): a chunk's loss and what a COUNTED one is divided by.
-_KeyedLoss = Callable[[Any, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
+# (chunk, ids, key, sums): a chunk's loss and what a COUNTED one is divided by.
+_KeyedLoss = Callable[[Any, Tensor | None, Tensor | None, NamedSums], tuple[Tensor, Tensor | None]]
 
 
 class CompiledLoss:
@@ -50,8 +53,9 @@ class CompiledLoss:
         self._head = head
         self._network: Any = None
         self._made: _KeyedLoss | None = None
+        self._reached: tuple[str, ...] = ()
 
-    def __call__(self, work: ChunkWork) -> LossOfChunk:
+    def __call__(self, work: ChunkWork, sums: StandingSums | None) -> LossOfChunk:
         if work.forward.state.kept:
             names = ", ".join(work.forward.state.names[:3])
             raise CannotSplit(
@@ -63,13 +67,17 @@ class CompiledLoss:
             self._network, self._made = work.declared.network, None
         draws = work.forward.draws
         key = None if draws.sites is None else draws.key_on(work.declared.device)
+        index_of = {name: index for index, name in enumerate(work.aliases.names)}
 
         def loss_of(chunk: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
             announce(Phase.FORWARD)
             ids = ids if key is not None else None
             if self._made is None:
                 self._made = self._compiled(work, chunk, ids, key)
-            return self._made(chunk, ids, key)
+            # rule 5
+            adds = sums is not None and (sums.always or work.declared.layout(chunk).rows < work.forward.batch_rows)
+            named = {name: sums.of(index_of[name]) for name in self._reached} if sums is not None and adds else {}
+            return self._made(chunk, ids, key, named)
 
         return loss_of
 
@@ -79,28 +87,45 @@ class CompiledLoss:
 
     def _compiled(self, work: ChunkWork, chunk: Any, ids: Tensor | None, key: Tensor | None) -> _KeyedLoss:
         few, few_ids = _few(work, chunk, ids)
-        if self._head is not None:
-            with torch.enable_grad():
-                forward = _under_draws(work.declared.forward, work)
-                place = find_place(self._head, self._network, lambda: forward(few, few_ids, key))
-            return _loss_outside(self.compiler, work, place)
-        if work.form is Form.COUNTED:
-            _check_count(work, few, few_ids, key)
+        forward = _under_draws(work.declared.forward, work)
+        with torch.enable_grad():
+            if self._head is not None:
+                place = find_place(self._head, self._network, lambda: forward(few, few_ids, key, {}))
+                with self._head.handing_on(self._network):
+                    outputs = forward(few, few_ids, key, {})
+                self._reached = _names_under(trees.leaves_of(outputs), self._network)
+                return _loss_outside(self.compiler, work, place)
+            loss, count = eager_loss(work)(few, few_ids)
+            self._reached = _names_under([loss], self._network)
+            if count is not None:
+                _check_count(work, few, few_ids, key, count)
         return self.compiler.compiled(_loss_of(work), work.declared.device)
 
 
 def _under_draws(function: Callable[[nn.Module, Any], Any], work: ChunkWork) -> Callable[..., Any]:
-    """function(network, chunk) as (chunk, ids, key): rule 1."""
-    # The network is handed on: where a compiled function knows a module from is how rule 3 finds its blocks.
+    """function(network, chunk) as (chunk, ids, key, sums): rules 1 and 5."""
     network, sites = work.declared.network, work.forward.draws.sites
 
-    def run(chunk: Any, ids: Tensor | None, key: Tensor | None) -> Any:
+    # The network is handed on: where a compiled function knows a module from is how rule 3 finds its blocks.
+    def run(network: nn.Module, chunk: Any, ids: Tensor | None, key: Tensor | None) -> Any:
         if sites is None or ids is None or key is None:
             return function(network, chunk)
         with keyed(key, ids, sites=sites):
             return function(network, chunk)
 
-    return run
+    def adding(chunk: Any, ids: Tensor | None, key: Tensor | None, sums: NamedSums) -> Any:
+        if not sums:
+            return run(network, chunk, ids, key)
+        with adding_to(network, sums):
+            return run(network, chunk, ids, key)
+
+    return adding
+
+
+def _names_under(outputs: Sequence[Any], network: nn.Module) -> tuple[str, ...]:
+    """The parameters of ``network`` that ``outputs`` depend on, by name."""
+    under = {id(leaf) for out in outputs if isinstance(out, Tensor) for leaf in leaves_under(out)}
+    return tuple(name for name, parameter in network.named_parameters() if id(parameter) in under)
 
 
 def _loss_of(work: ChunkWork) -> _KeyedLoss:
@@ -125,9 +150,11 @@ def _loss_outside(compiler: Compiler, work: ChunkWork, place: LogitPlace) -> _Ke
     hidden_outputs = compiler.compiled(_under_draws(declared.forward, work), declared.device)
     of_chunk = compiler.compiled(own_losses_of_chunk(), declared.device)
 
-    def loss_of(chunk: Any, ids: Tensor | None, key: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def loss_of(
+        chunk: Any, ids: Tensor | None, key: Tensor | None, sums: NamedSums
+    ) -> tuple[Tensor, Tensor | None]:
         with place.head.handing_on(network):
-            outputs = hidden_outputs(chunk, ids, key)
+            outputs = hidden_outputs(chunk, ids, key, sums)
         announce(Phase.LOSS)
         outputs = place.with_logits(network, outputs, of_chunk)
         loss = checked_loss(declared.loss_fn(outputs, chunk)).reshape(())
@@ -167,12 +194,9 @@ def _count(input: Tensor, target: Tensor, weight: Tensor | None = None, size_ave
     return torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
 
 
-def _check_count(work: ChunkWork, few: Any, ids: Tensor | None, key: Tensor | None) -> None:
+def _check_count(work: ChunkWork, few: Any, ids: Tensor | None, key: Tensor | None, expected: Tensor) -> None:
     """rule 2. Raises CannotSplit."""
-    with torch.enable_grad():
-        _, expected = eager_loss(work)(few, ids)
-        _, found = _loss_of(work)(few, ids, key)
-    assert expected is not None
+    _, found = _loss_of(work)(few, ids, key, {})
     if found is None or not bool(torch.isclose(found.double(), expected.double(), rtol=1e-6, atol=0)):
         raise CannotSplit(
             asked=_ASKED,

@@ -23,6 +23,7 @@ from samegrad.exact.losses import Form
 from samegrad.exact.phases import announce
 from samegrad.exact.program import LossOfChunk, LossSums
 from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.sums_in_backward import StandingSums
 from samegrad.records import Phase
 
 GradientSums = Callable[[Sequence[nn.Parameter]], GradientTotals]
@@ -42,7 +43,8 @@ class ChunkWork:
     inside: Inside = lambda _: contextlib.nullcontext()
 
 
-LossMaker = Callable[[ChunkWork], LossOfChunk]
+# loss_for(work, sums): what computes the loss of a chunk; it may add gradients to the standing sums itself.
+LossMaker = Callable[[ChunkWork, StandingSums | None], LossOfChunk]
 
 
 class RunningPass(Protocol):
@@ -78,8 +80,8 @@ class Programs(Protocol):
         ...
 
 
-def eager_loss(work: ChunkWork) -> LossOfChunk:
-    """The loss of a chunk as the user's code computes it."""
+def eager_loss(work: ChunkWork, _: StandingSums | None = None) -> LossOfChunk:
+    """The loss of a chunk as the user's code computes it, with its graph."""
 
     def loss_of(chunk: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         announce(Phase.FORWARD)
@@ -100,10 +102,11 @@ def notes_of(loss_for: LossMaker) -> list[str]:
 class EagerPass:
     """Chunks run by Python, one after another, with memory of this step alone."""
 
-    def __init__(self, work: ChunkWork, swapped: Sequence[nn.Parameter], loss_of: LossOfChunk) -> None:
+    def __init__(self, work: ChunkWork, swapped: Sequence[nn.Parameter], loss_for: LossMaker) -> None:
         self.sums = LossSums(work.declared.device)
         self._forward = work.forward
         self._gradients = work.sums_of(swapped)
+        loss_of = loss_for(work, None if work.aliases.sharded else self._gradients.standing())
         self._chunk = program.ChunkProgram(program.single_pass_body(loss_of, self.sums), self._gradients)
 
     def run_once(self, chunk: Any, ids: Tensor | None, weight: Tensor, cotangent: Tensor) -> None:
@@ -129,7 +132,7 @@ class EagerPrograms:
     @contextlib.contextmanager
     def single_pass(self, work: ChunkWork) -> Iterator[EagerPass]:
         with work.inside(work.forward.draws), work.aliases.swapped() as swapped:
-            yield EagerPass(work, swapped, self._loss_for(work))
+            yield EagerPass(work, swapped, self._loss_for)
 
     def close(self) -> None:
         pass

@@ -1,11 +1,12 @@
 """The loss of a chunk, forward and backward, compiled as one function; the model itself is not wrapped.
 
-Saves: what fused kernels do not keep for backward, and the temporaries between them.
+Saves: what fused kernels do not keep for backward, the temporaries between them, and a second set of gradients: the
+backward of a chunk adds to the sums of the step.
 Costs: compilation, once for each size of chunk: seconds to minutes, which many steps must pay back.
 Why the gradient is the same: the same function of the same rows under the same draws; kernels are fused, so rounding
 and the order of sums are others, and no dtype is narrower.
-Refuses: steps that take two passes and parts in chunks; a forward that changes state; and on the way
-whatever the compiler cannot take.
+Refuses: steps that take two passes and parts in chunks; a forward that changes state; beside chunk_loss a model that
+does more to its logits than give them out; and on the way whatever the compiler cannot take.
 Source: Ansel et al. 2024, "PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode Transformation and Graph
 Compilation".
 """
