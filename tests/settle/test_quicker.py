@@ -16,7 +16,7 @@ from samegrad.levers import find_levers
 from samegrad.measure.probe import Rung
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, Plan
-from samegrad.settle import aliases_for, measure, quicker
+from samegrad.settle import aliases_for, candidates, measure, quicker
 from samegrad.settle.quicker import quicker_plan
 
 from ..contract.plain import cross_entropy, labelled, spread
@@ -54,16 +54,19 @@ def a_card(plan: Plan) -> Rung:
 
 def settled_by(
     budget_mib: float, monkeypatch: pytest.MonkeyPatch, *, rule: Rule = a_card, loss: Any = cross_entropy,
-    settled_rows: int = 4, **options: Any,
+    settled_rows: int = 4, make: type[Blocks] = Blocks, **options: Any,
 ) -> tuple[Plan, list[Plan]]:  # fmt: skip
     """The plan that is taken, and all that were measured."""
     torch.manual_seed(0)
-    step = declare(Blocks(), loss)
+    step = declare(make(), loss)
     batch = labelled(ROWS, torch.float32)
     aliases = aliases_for(step)
     measurement = measure(step, batch, aliases)
     nothing = dict.fromkeys(measurement.footprint.resident_bytes, 0)
-    footprint = dataclasses.replace(measurement.footprint, resident_bytes=nothing)
+    refusals = {name: why for name, why in measurement.footprint.refusals.items() if "CUDA" not in why}
+    if make is Blocks:
+        refusals["convolution_algorithms"] = "the model has no convolution layer"
+    footprint = dataclasses.replace(measurement.footprint, resident_bytes=nothing, refusals=refusals)
     budget = Budget(
         total_bytes=int(budget_mib * MIB), device="played", counting=Counting.CUDA_ALLOCATOR, source="played"
     )
@@ -76,7 +79,7 @@ def settled_by(
         rung = rule(plan)
         return rung if rung is not None and rung.peak_bytes <= most else None
 
-    monkeypatch.setattr(quicker, "measured", played)
+    monkeypatch.setattr(candidates, "measured", played)
     levers = {"split_rows": {"rows": settled_rows, "kept_chunks": 0}}
     plan = Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=ROWS, budget=budget)
     plan = dataclasses.replace(plan, predicted_seconds=a_card(plan).seconds)
@@ -124,7 +127,7 @@ def test_blocks_run_again_where_that_takes_more_rows_and_wins(monkeypatch: pytes
 
 def test_compiling_that_few_steps_do_not_pay_back_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**6, 30))
-    monkeypatch.setattr(quicker.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(candidates.time, "perf_counter", lambda: next(clock))
     plan, _ = settled_by(100, monkeypatch, expected_steps=50)
     assert list(plan.levers) == ["split_rows", "graphs"]
     assert plan.reasons["compile"] == "not needed: measured, and no faster within the budget"
@@ -201,3 +204,58 @@ def test_of_those_that_fit_compiled_the_one_with_the_most_rows_that_fits_capture
     compiled = {rows_of(one) for one in tried if "compile" in one.levers and "recompute" not in one.levers}
     assert rows_of(plan) < max(compiled)
     assert large_pools(plan).peak_bytes <= 98 * MIB
+
+
+class Convolving(Blocks):
+    """Blocks, and a convolution beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.convolution(x.unsqueeze(1)).squeeze(1))
+
+
+def with_tried_algorithms(times: float, more_mib: int = 0) -> Rule:
+    def rule(plan: Plan) -> Rung:
+        rung, tried = a_card(plan), "convolution_algorithms" in plan.levers
+        more = more_mib * MIB if tried else 0
+        return dataclasses.replace(
+            rung, seconds=rung.seconds * (times if tried else 1), peak_bytes=rung.peak_bytes + more
+        )
+
+    return rule
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, spread], ids=["one pass", "two passes"])
+def test_algorithms_are_taken_where_they_are_faster_also_where_chunks_are_no_single_work(
+    loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, _ = settled_by(100, monkeypatch, loss=loss, rule=with_tried_algorithms(0.5), make=Convolving)
+    assert "convolution_algorithms" in plan.levers and plan.reasons["convolution_algorithms"].startswith("taken")
+    assert ("graphs" in plan.levers) is (loss is cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [(with_tried_algorithms(0.99), "no faster"), (with_tried_algorithms(0.5, 100), "the budget holds none of it")],
+    ids=["as fast", "larger workspaces"],
+)
+def test_algorithms_that_do_not_pay_are_left_with_the_reason(
+    rule: Rule, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, tried = settled_by(100, monkeypatch, rule=rule, make=Convolving)
+    assert "convolution_algorithms" not in plan.levers and said in plan.reasons["convolution_algorithms"]
+    assert any("convolution_algorithms" in one.levers for one in tried)
+
+
+def test_without_a_convolution_none_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, tried = settled_by(100, monkeypatch)
+    assert all("convolution_algorithms" not in one.levers for one in tried)
+
+
+def test_only_allowed_algorithms_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, make=Convolving, allow=Exactness.SAME_BITS)
+    assert all("convolution_algorithms" not in one.levers for one in tried)
+    assert plan.reasons["convolution_algorithms"].startswith("not allowed")

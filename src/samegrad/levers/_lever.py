@@ -30,8 +30,9 @@ class Slot(enum.IntEnum):
     LOSS = 5
     STATE = 6
     LAYOUT = 7
-    COMPILE = 8
-    CAPTURE = 9
+    ALGORITHMS = 8
+    COMPILE = 9
+    CAPTURE = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

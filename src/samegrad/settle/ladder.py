@@ -161,27 +161,32 @@ def _measured(
 
 
 def _whole_if_close(
-    declared: DeclaredStep, batch: Any, measurement: Measurement, plan: Plan, most_bytes: int
+    declared: DeclaredStep, batch: Any, measurement: Measurement, plan: Plan, most: int
 ) -> str | None:
     """What the plain step was found to need where that is too much; it is run where its prediction comes close.
 
     Kernels are chosen by the rows as well: small probes may have seen others (distances, recurrent layers).
     """
-    if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most_bytes:
+    if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most:
         return None
-    layout = declared.layout(batch)
+    rung = measured_whole(declared, batch, measurement, plan, most)
+    if rung is None:
+        return "out of memory"
+    return None if rung.peak_bytes <= most else f"measured {format_bytes(rung.peak_bytes)}"
+
+
+def measured_whole(
+    declared: DeclaredStep, batch: Any, measurement: Measurement, plan: Plan, most: int
+) -> Rung | None:
+    """Peak and seconds of a step under ``plan``, which runs whole; None as of ``measured``."""
+    layout, draws = declared.layout(batch), StepDraws(measurement.ways.sites)
     with (
         WithinMemory(declared),
         in_force(plan, declared, layout.rows) as execution,
-        counters.capped(declared.device, most_bytes),
+        counters.capped(declared.device, most),
     ):
-        rung = measure_whole(
-            execution.declared, batch, layout, StepDraws(measurement.ways.sites),
-            turn=_turn_of(plan, measurement),
-        )  # fmt: skip
-        if rung is not None:
-            return None if rung.peak_bytes <= most_bytes else f"measured {format_bytes(rung.peak_bytes)}"
-    return "out of memory"
+        return measure_whole(execution.declared, batch, layout, draws, turn=_turn_of(plan, measurement))
+    return None
 
 
 def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:

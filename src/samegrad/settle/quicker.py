@@ -1,4 +1,4 @@
-"""Can the chunks of a settled plan be compiled, or captured and replayed, and is the step quicker then?
+"""Can the chunks of a settled plan be compiled, captured and replayed, or convolve otherwise, and is that quicker?
 
 What a compiler keeps and how fast its kernels are is known when it has compiled; so each candidate is measured as the
 ladder measures its rungs, under the same cap, and taken only where it fits and wins. With fewer bytes a row, more rows
@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +18,12 @@ from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.pass_programs import LossMaker, Programs
 from samegrad.exact.step_draws import StepDraws
-from samegrad.execute.apply import applied, chunked_step, loss_maker_of, programs_of
-from samegrad.levers import Execution, find_levers
+from samegrad.execute.apply import applied, chunked_step
+from samegrad.levers import find_levers
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.compile import Compile
+from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.recompute import Recompute
 from samegrad.measure.probe import Rung, measure_whole
@@ -34,7 +31,7 @@ from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, KnobOrigin, Plan
 from samegrad.settle.again_ways import blocks_of
-from samegrad.settle.ladder import measured, most_bytes
+from samegrad.settle.candidates import TRIED_LEVERS, Search, Tried
 from samegrad.settle.probing import Measurement
 from samegrad.units import format_bytes, format_seconds
 
@@ -47,74 +44,7 @@ _HEAD_LOGITS = 2**27
 # Below this a line through one measurement is no promise.
 _ROOM_FRACTION = 0.97
 _NO_FASTER = "not needed: measured, and no faster within the budget"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tried:
-    """A candidate as it was measured. ``once_seconds``: what it cost before its first step."""
-
-    plan: Plan
-    rung: Rung
-    once_seconds: float
-
-
-@dataclasses.dataclass
-class _Search:
-    """Measures candidates of one settled plan, and remembers why others are none.
-
-    ``fitted``: the levers of those that fit.
-    """
-
-    declared: DeclaredStep
-    aliases: ParameterAliases
-    measurement: Measurement
-    batch: Any
-    budget: Budget
-    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
-    fitted: set[str] = dataclasses.field(default_factory=set)
-    _compiled: dict[str, LossMaker] = dataclasses.field(default_factory=dict)
-
-    @property
-    def most(self) -> int:
-        return most_bytes(self.budget)
-
-    def measured(self, plan: Plan) -> _Tried | None:
-        """``plan`` as it runs; None where it does not fit, or cannot run."""
-        start = time.perf_counter()
-        try:
-            rung = measured(
-                self.declared, self.aliases, self.measurement, self.batch, plan, self.budget.counting, self.most,
-                functools.partial(self._programs, plan),
-            )  # fmt: skip
-        except CannotSplit as refused:
-            self._refuse(plan, refused.found)
-            return None
-        except RuntimeError as error:
-            if not _of_a_compiler(error):
-                raise
-            self._refuse(plan, f"the compiler cannot take it ({str(error).splitlines()[0]})")
-            return None
-        if rung is None or rung.peak_bytes > self.most:
-            return None
-        self.fitted |= plan.levers.keys()
-        return _Tried(plan, rung, time.perf_counter() - start)
-
-    def _programs(self, plan: Plan, execution: Execution) -> Programs:
-        """What runs ``plan``; what was compiled for it before is captured as it is."""
-        if execution.compiler is None:
-            return programs_of(execution)
-        levers = repr({name: knobs for name, knobs in plan.levers.items() if name != Graphs.name})
-        return programs_of(execution, self._compiled.setdefault(levers, loss_maker_of(execution)))
-
-    def _refuse(self, plan: Plan, found: str) -> None:
-        # Of both, the one that is tried first by itself is graphs.
-        name = Compile.name if Compile.name in plan.levers else Graphs.name
-        self.reasons[name] = f"refused: {found}"
-
-
-def _of_a_compiler(error: RuntimeError) -> bool:
-    compiler = sys.modules.get("torch._dynamo.exc")
-    return compiler is not None and isinstance(error, compiler.TorchDynamoException)
+_NONE_FITS = "refused: measured, and the budget holds none of it"
 
 
 def quicker_plan(
@@ -131,20 +61,47 @@ def quicker_plan(
 
     Its reasons say what was tried. Nothing of the user's changes.
     """
-    search = _Search(declared, aliases, measurement, batch, budget)
-    if budget.counting is not Counting.CUDA_ALLOCATOR or _refused(settled, search):
+    search = Search(declared, aliases, measurement, batch, budget)
+    if budget.counting is not Counting.CUDA_ALLOCATOR:
         return _told(settled, search)
-    before = _before(settled, search)
+    one_chunk_is_one_work, convolves = not _refused(settled, search), _convolves(search, options)
+    before = _before(settled, search) if one_chunk_is_one_work or convolves else None
     if before is None:
-        return settled
-    best = _Tried(settled, before, 0.0)
-    for candidate in _candidates(settled, search, options):
-        if _pays(candidate, best, options):
-            best = candidate
+        return _told(settled, search)
+    best = Tried(settled, before, 0.0)
+    if one_chunk_is_one_work:
+        for candidate in _candidates(settled, search, options):
+            if _pays(candidate, best, options):
+                best = candidate
+    if convolves:
+        best = _with_algorithms(best, search, options)
     return _told(_as_measured(best, before), search)
 
 
-def _refused(settled: Plan, search: _Search) -> bool:
+def _convolves(search: Search, options: Options) -> bool:
+    """Whether there are convolutions whose algorithms may be tried; the reason is kept where they may not."""
+    if options.allow < ConvolutionAlgorithms.exactness:
+        exactness = ConvolutionAlgorithms.exactness
+        search.reasons[ConvolutionAlgorithms.name] = f"not allowed: {exactness.explained()} ({exactness.name})"
+        return False
+    return ConvolutionAlgorithms.name not in search.measurement.footprint.refusals
+
+
+def _with_algorithms(best: Tried, search: Search, options: Options) -> Tried:
+    """``best``, or the same with cuDNN's algorithms tried, where that fits and is faster."""
+    name = ConvolutionAlgorithms.name
+    found = search.measured(_with(best.plan, {name: {}}))
+    if found is None:
+        search.reasons.setdefault(name, _NONE_FITS)
+        return best
+    found = dataclasses.replace(found, once_seconds=found.once_seconds + best.once_seconds)
+    if _pays(found, best, options):
+        return found
+    search.reasons[name] = _NO_FASTER
+    return best
+
+
+def _refused(settled: Plan, search: Search) -> bool:
     """Whether chunks of ``settled`` are no work that can be captured; the reason is kept."""
     layout = search.declared.layout(search.batch)
     plan = _with(settled, {Graphs.name: {}})
@@ -157,7 +114,7 @@ def _refused(settled: Plan, search: _Search) -> bool:
     return False
 
 
-def _before(settled: Plan, search: _Search) -> Rung | None:
+def _before(settled: Plan, search: Search) -> Rung | None:
     """The settled plan's own time: measured already where it runs in chunks."""
     if settled.levers and settled.predicted_seconds is not None:
         return Rung(settled.predicted_peak_bytes or 0, settled.predicted_seconds)
@@ -167,7 +124,7 @@ def _before(settled: Plan, search: _Search) -> Rung | None:
     )
 
 
-def _candidates(settled: Plan, search: _Search, options: Options) -> Iterator[_Tried]:
+def _candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
     captured = search.measured(_with(_in_even_chunks(settled, options), {Graphs.name: {}}))
     if captured is not None:
         yield captured
@@ -182,7 +139,7 @@ def _candidates(settled: Plan, search: _Search, options: Options) -> Iterator[_T
         yield from _compiled(settled, search, options)
 
 
-def _compiled(settled: Plan, search: _Search, options: Options) -> Iterator[_Tried]:
+def _compiled(settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
     """Compiled chunks; a model that works on its logits keeps them whole."""
     head = _head(search)
     yield from _compiled_beside(head, settled, search, options)
@@ -191,8 +148,8 @@ def _compiled(settled: Plan, search: _Search, options: Options) -> Iterator[_Tri
 
 
 def _compiled_beside(
-    head: dict[str, dict[str, Any]], settled: Plan, search: _Search, options: Options
-) -> Iterator[_Tried]:
+    head: dict[str, dict[str, Any]], settled: Plan, search: Search, options: Options
+) -> Iterator[Tried]:
     """Compiled chunks, with blocks run again and without; of each, those with the most rows also captured."""
     again = _again(search)
     for levers in (head, head | again) if again else (head,):
@@ -208,7 +165,7 @@ def _compiled_beside(
             return
 
 
-def _captured(compiled: list[_Tried], search: _Search) -> Iterator[_Tried]:
+def _captured(compiled: list[Tried], search: Search) -> Iterator[Tried]:
     """The one with the most rows that fits when it is captured: without launches, more at a time are no slower.
 
     A pool of its own holds more than what Python would need, so that it may be one with fewer rows.
@@ -221,7 +178,7 @@ def _captured(compiled: list[_Tried], search: _Search) -> Iterator[_Tried]:
             return
 
 
-def _head(search: _Search) -> dict[str, dict[str, Any]]:
+def _head(search: Search) -> dict[str, dict[str, Any]]:
     """The lever that runs the loss of a large head in chunks, where there is one."""
     head = search.measurement.footprint.head
     if head is None:
@@ -240,7 +197,7 @@ def _in_even_chunks(settled: Plan, options: Options) -> Plan:
     )
 
 
-def _again(search: _Search) -> dict[str, dict[str, Any]]:
+def _again(search: Search) -> dict[str, dict[str, Any]]:
     """Every block of the model run again by itself, where it has blocks."""
     # Where there are none or memory runs out, the settled plan stands all the same.
     with WithinMemory(search.declared), contextlib.suppress(CannotSplit):
@@ -249,8 +206,8 @@ def _again(search: _Search) -> dict[str, dict[str, Any]]:
 
 
 def _by_rows(
-    settled: Plan, levers: dict[str, dict[str, Any]], search: _Search, *, pinned: bool
-) -> Iterator[_Tried]:
+    settled: Plan, levers: dict[str, dict[str, Any]], search: Search, *, pinned: bool
+) -> Iterator[Tried]:
     """From the rows of the settled plan to as many as a line through what was measured puts within the budget."""
     rows, tried, fitted = _rows_of(settled), set[int](), 0
     while rows not in tried and len(tried) < _MOST_ROWS_TRIED + (fitted == 0):
@@ -265,7 +222,7 @@ def _by_rows(
         rows = _even(batch_rows, rows // 2) if found is None else _rows_that_fit(found, rows, batch_rows, search)
 
 
-def _rows_that_fit(found: _Tried, rows: int, batch_rows: int, search: _Search) -> int:
+def _rows_that_fit(found: Tried, rows: int, batch_rows: int, search: Search) -> int:
     """The most rows at a time within the budget, by a line from what stands under every plan through ``found``."""
     standing = sum(search.measurement.footprint.resident_bytes.values())
     per_row = max(1.0, (found.rung.peak_bytes - standing) / rows)
@@ -304,22 +261,22 @@ def _with(plan: Plan, more: dict[str, dict[str, Any]]) -> Plan:
     return dataclasses.replace(plan, levers=levers, exactness=exactness, knob_origins=origins | plan.knob_origins)
 
 
-def _pays(candidate: _Tried, best: _Tried, options: Options) -> bool:
+def _pays(candidate: Tried, best: Tried, options: Options) -> bool:
     """Whether all expected steps together are faster with it. Capturing is a matter of a few steps, and not counted."""
     saved_seconds = (best.rung.seconds - candidate.rung.seconds) * (options.expected_steps or 0)
     more_seconds = _compiling_seconds(candidate) - _compiling_seconds(best)
     return candidate.rung.seconds <= _WORTH_FRACTION * best.rung.seconds and saved_seconds >= more_seconds
 
 
-def _compiling_seconds(tried: _Tried) -> float:
+def _compiling_seconds(tried: Tried) -> float:
     return tried.once_seconds if Compile.name in tried.plan.levers else 0.0
 
 
-def _as_measured(best: _Tried, before: Rung) -> Plan:
+def _as_measured(best: Tried, before: Rung) -> Plan:
     if best.once_seconds == 0.0:
         return best.plan
     reasons = dict(best.plan.reasons)
-    for name in (Compile.name, Graphs.name):
+    for name in TRIED_LEVERS:
         if name in best.plan.levers:
             reasons[name] = (
                 f"taken: measured {format_seconds(best.rung.seconds)} a step and {format_bytes(best.rung.peak_bytes)}, "
@@ -330,7 +287,7 @@ def _as_measured(best: _Tried, before: Rung) -> Plan:
     )
 
 
-def _told(plan: Plan, search: _Search) -> Plan:
+def _told(plan: Plan, search: Search) -> Plan:
     """``plan`` with the reasons of what was not taken."""
     why = {}
     for name in (Compile.name, Graphs.name):
@@ -340,5 +297,8 @@ def _told(plan: Plan, search: _Search) -> Plan:
             why[name] = search.reasons[name]
         elif search.budget.counting is Counting.CUDA_ALLOCATOR:
             fits = name in search.fitted
-            why[name] = _NO_FASTER if fits else "refused: measured, and the budget holds none of it"
+            why[name] = _NO_FASTER if fits else _NONE_FITS
+    algorithms = search.reasons.get(ConvolutionAlgorithms.name)
+    if algorithms is not None and ConvolutionAlgorithms.name not in plan.levers:
+        why[ConvolutionAlgorithms.name] = algorithms
     return dataclasses.replace(plan, reasons=plan.reasons | why)

@@ -123,7 +123,7 @@ def _normalised(layer: Any, x: Tensor) -> Tensor:
 def _takes_other_kernels(planned: Planned) -> bool:
     # BatchNorm in chunks is made of other operations than torch's own kernel.
     return splits_statistics(planned) or any(
-        lever.slot in (Slot.LAYOUT, Slot.COMPILE) for lever in levers_of(planned.plan)
+        lever.slot in (Slot.LAYOUT, Slot.ALGORITHMS, Slot.COMPILE) for lever in levers_of(planned.plan)
     )
 
 

@@ -1,0 +1,104 @@
+"""Candidates that only a run can tell: each is measured as the ladder measures its rungs, under the same cap."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from typing import Any
+
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit
+from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.pass_programs import LossMaker, Programs
+from samegrad.execute.apply import applied, loss_maker_of, programs_of
+from samegrad.levers import Execution
+from samegrad.levers.compile import Compile
+from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
+from samegrad.levers.graphs import Graphs
+from samegrad.measure.probe import Rung
+from samegrad.records import Budget, Plan
+from samegrad.settle.ladder import measured, measured_whole, most_bytes
+from samegrad.settle.probing import Measurement
+
+# Levers that are tried so, the one that is tried last first.
+TRIED_LEVERS = (ConvolutionAlgorithms.name, Compile.name, Graphs.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A candidate as it was measured. ``once_seconds``: what it cost before its first step."""
+
+    plan: Plan
+    rung: Rung
+    once_seconds: float
+
+
+@dataclasses.dataclass
+class Search:
+    """Measures candidates of one settled plan, and remembers why others are none.
+
+    ``fitted``: the levers of those that fit.
+    """
+
+    declared: DeclaredStep
+    aliases: ParameterAliases
+    measurement: Measurement
+    batch: Any
+    budget: Budget
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    fitted: set[str] = dataclasses.field(default_factory=set)
+    _compiled: dict[str, LossMaker] = dataclasses.field(default_factory=dict)
+
+    @property
+    def most(self) -> int:
+        return most_bytes(self.budget)
+
+    def measured(self, plan: Plan) -> Tried | None:
+        """``plan`` as it runs; None where it does not fit, or cannot run."""
+        start = time.perf_counter()
+        try:
+            rung = self._rung(plan)
+        except CannotSplit as refused:
+            self._refuse(plan, refused.found)
+            return None
+        except RuntimeError as error:
+            if not _of_a_compiler(error):
+                raise
+            self._refuse(plan, f"the compiler cannot take it ({str(error).splitlines()[0]})")
+            return None
+        if rung is None or rung.peak_bytes > self.most:
+            return None
+        self.fitted |= plan.levers.keys()
+        return Tried(plan, rung, time.perf_counter() - start)
+
+    def _rung(self, plan: Plan) -> Rung | None:
+        with applied(plan, self.declared, plan.batch_rows) as execution:
+            runs_whole = execution.runs_whole
+        if runs_whole:
+            return measured_whole(self.declared, self.batch, self.measurement, plan, self.most)
+        return measured(
+            self.declared, self.aliases, self.measurement, self.batch, plan, self.budget.counting, self.most,
+            functools.partial(self._programs, plan),
+        )  # fmt: skip
+
+    def _programs(self, plan: Plan, execution: Execution) -> Programs:
+        """What runs ``plan``; what was compiled for it before is captured as it is."""
+        if execution.compiler is None:
+            return programs_of(execution)
+        same = (Graphs.name, ConvolutionAlgorithms.name)
+        levers = repr({name: knobs for name, knobs in plan.levers.items() if name not in same})
+        return programs_of(execution, self._compiled.setdefault(levers, loss_maker_of(execution)))
+
+    def _refuse(self, plan: Plan, found: str) -> None:
+        # Of several, the one that was tried last.
+        name = next(name for name in TRIED_LEVERS if name in plan.levers)
+        self.reasons[name] = f"refused: {found}"
+
+
+def _of_a_compiler(error: RuntimeError) -> bool:
+    compiler = sys.modules.get("torch._dynamo.exc")
+    return compiler is not None and isinstance(error, compiler.TorchDynamoException)
+
+
