@@ -58,7 +58,9 @@ def test_it_is_on_where_the_model_runs_and_the_gradient_is_the_plain_one(
         return right(*args)
 
     with sg.Step(model, cross_entropy, plan=plan_with(convolution_algorithms={}, **split)) as step:
-        step.prepare(batch)
+        # Examined in the first, without the plan.
+        step.backward(batch)
+        model.zero_grad()
         monkeypatch.setattr(nn.Conv2d, "_conv_forward", noted)
         step.backward(batch)
     assert seen and all(seen) and not torch.backends.cudnn.benchmark
