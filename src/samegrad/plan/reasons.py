@@ -63,8 +63,9 @@ class Reasons:
             # It takes a forward more than the plain step, whose time was told from rows in chunks.
             before = None
         share = f"saves {format_bytes(saved_bytes)}{beside}{_cost(before, plan.predicted_seconds)}"
+        # A step is measured before it is believed, and its time printed beside this is the measured one.
         if name not in find_whole_levers():
-            return share
+            return f"{share} (predicted)"
         if saved_bytes == 0 and (more := (plan.predicted_peak_bytes or 0) - other.peak_allocated_bytes) > 0:
             share = f"takes {format_bytes(more)} more{beside}{_cost(other.seconds, plan.predicted_seconds)}"
         pinned = predict_plan(self.footprint, plan.levers).host_bytes
