@@ -248,6 +248,26 @@ def test_a_compiled_backward_adds_to_the_sums_of_the_step(
         torch.testing.assert_close(mine, plain, rtol=0, atol=tolerance * largest)
 
 
+def test_parameters_frozen_and_thawed_between_steps_are_followed() -> None:
+    model, batch = Partly().double(), MODELS["mlp"]()[1]
+    model.first.bias.requires_grad_(False)
+    declared = declare(model, cross_entropy)
+    # Each is another function, in each size of chunk.
+    loss_for, layout = CompiledLoss(dataclasses.replace(TRACED, recompile_limit=32)), declared.layout(batch)
+
+    def found(programs: EagerPrograms) -> list[Tensor | None]:
+        aliases = aliases_for(declared)
+        split = SplitStep(declared, aliases, examine(declared, aliases, batch, layout), programs=programs)
+        return split.totals(batch, layout, SIZES, key=StepKey.fixed(KEY)).totals
+
+    for frozen in ([model.first.bias], [model.second.bias], [], [model.head.weight, model.first.bias]):
+        for parameter in (model.first.bias, model.second.bias, model.head.weight):
+            parameter.requires_grad_(all(parameter is not one for one in frozen))
+        expected = found(EagerPrograms())
+        for mine, plain in zip(found(EagerPrograms(loss_for)), expected, strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-15)
+
+
 def test_one_chunk_alone_hands_its_gradients_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = Partly().double(), MODELS["mlp"]()[1]
     python, traced, _ = steps(model, cross_entropy, batch)

@@ -74,9 +74,11 @@ class CompiledLoss:
             ids = ids if key is not None else None
             if self._made is None:
                 self._made = self._compiled(work, chunk, ids, key)
+            named: NamedSums = {}
             # rule 5
-            adds = sums is not None and (sums.always or work.declared.layout(chunk).rows < work.forward.batch_rows)
-            named = {name: sums.of(index_of[name]) for name in self._reached} if sums is not None and adds else {}
+            if sums is not None and (sums.always or work.declared.layout(chunk).rows < work.forward.batch_rows):
+                # What was frozen since has no sum.
+                named = {name: sums.of(index_of[name]) for name in self._reached if name in index_of}
             return self._made(chunk, ids, key, named)
 
         return loss_of
