@@ -27,15 +27,19 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A clip to show: its patches side by side, (H, N · W), as they went in and as they came out."""
+    """A clip to show: its patches side by side, (H, N · W), as they went in and as they came out.
+
+    ``upwards``: what a row of them is, from below.
+    """
 
     title: str
+    upwards: str
     patches: Numbers
     reconstructed: Numbers
 
 
 def draw_spectrograms(shown: Sequence[Shown]) -> Figure:
-    """A row a clip: patches, their reconstruction, and the squared difference; time to the right, bands up."""
+    """A row a clip: patches, their reconstruction, and the squared difference; each the lowest row below."""
     figure = Figure(figsize=(11, 2.3 * len(shown) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(shown), 3, squeeze=False)
@@ -58,7 +62,7 @@ def draw_spectrograms(shown: Sequence[Shown]) -> Figure:
             axes.spines[:].set_visible(False)
             if axes is not grid[row][0]:
                 figure.colorbar(drawn, ax=axes, pad=0.01, aspect=12)
-        grid[row][0].set_ylabel(f"{one.title}\nband", color=_INK)
+        grid[row][0].set_ylabel(f"{one.title}\n{one.upwards}", color=_INK)
         grid[row][2].set_title(f"mean {error.mean():.3f}", color=_INK, fontsize=9, loc="right")
     for axes, name in zip(grid[0], ("patches, normalised", "reconstruction", "squared difference")):
         axes.set_title(name, color=_INK, fontsize=11, loc="left")

@@ -25,9 +25,13 @@ SHOWN_PATCHES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """The test clips judged. ``machines``: AUC and pAUC of every id, by the kind of score."""
+    """The test clips judged. ``machines``: AUC and pAUC of every id, by the kind of score.
+
+    ``upwards``: what a row of a patch is, in a word.
+    """
 
     clips: Clips
+    upwards: str
     judged: Judged
     num_codes: int
     scores: Mapping[str, Scores]
@@ -103,6 +107,7 @@ def _shown(results: Results, scores: Scores, run: Run, patching: Patching) -> li
         shown.append(
             Shown(
                 title=f"{kind}\n{results.clips.clips[index].machine}",
+                upwards=results.upwards,
                 patches=_side_by_side(patches),
                 reconstructed=_side_by_side(rebuilt),
             )
