@@ -20,10 +20,11 @@ import samegrad as sg
 from samegrad.recipes._recipe import Cell, Program, Recipe
 
 from . import data, stepping
+from .backbones import make_backbone
 from .courses import Course, document_step, follow_course, plain_step
 from .judging import accuracies, arranged, judged_episodes
 from .layouts import INSTALL, Splits, open_splits
-from .model import EpisodeShape, FewShotTransformer, Head, make_backbone
+from .model import EpisodeShape, FewShotTransformer, Head
 from .options import FewShotOptions
 from .tables import measured_table, predicted_table
 

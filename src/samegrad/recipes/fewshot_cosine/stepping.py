@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import samegrad as sg
 
-from .model import EpisodeLoss, FewShotTransformer
+from .model import FewShotTransformer
+from .objective import EpisodeLoss
 from .options import FewShotOptions
 
 AmpDtype = str | None
