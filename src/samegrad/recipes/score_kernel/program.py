@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import samegrad as sg
-from samegrad.recipes._recipe import Program
+from samegrad.recipes._recipe import Program, needed_for_pictures
 
 from . import judging
 from .model import KernelModel, draw_samples, implicit_matching, score_of
@@ -21,7 +21,7 @@ from .objective import Batch, evaluated_means
 from .options import TEST_BATCHES, ScoreKernelOptions
 from .parallel import Across
 from .results import write_results
-from .splits import INSTALL, PointSets, noised
+from .splits import PointSets, noised
 from .strategies import Strategy, documents_choice, memory_estimate, strategy_of
 from .toys import eight_gaussians_optimum, eight_gaussians_score
 
@@ -87,10 +87,8 @@ class ScoreKernelProgram(Program):
         return found
 
     def write(self, folder: Path) -> list[Path]:
-        try:
+        with needed_for_pictures():
             return write_results(self, folder)
-        except ModuleNotFoundError as error:
-            raise sg.EnvironmentProblem(asked="the pictures of the run", found=str(error), do=INSTALL) from None
 
     def describe(self) -> list[str]:
         points, options = self.points, self.options

@@ -7,7 +7,6 @@ centers; a plan runs so many centers at a time, streams them through their softm
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 
 import samegrad as sg
 from samegrad.recipes._recipe import Cell, Recipe
+from samegrad.recipes._recipe.clipping import clip_before_step
+from samegrad.recipes._recipe.precision import weight_dtype
 
 from .faces import setup_chunked_training, setup_gradient_accumulation_training, setup_model_parallel_training
 from .model import FactorNet, KernelModel
@@ -54,8 +55,7 @@ def build(options: ScoreKernelOptions) -> ScoreKernelProgram:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=device.type == "cuda"
     )
-    if options.max_grad_norm:
-        optimizer.register_step_pre_hook(functools.partial(_clip, options.max_grad_norm))
+    clip_before_step(optimizer, options.max_grad_norm)
     if options.start == "covariance" and options.load_model_path is None:
         draws = np.random.default_rng(options.random_seed)
         begin_at_covariance(
@@ -126,7 +126,7 @@ def _make_model(options: ScoreKernelOptions, dim: int) -> KernelModel:
         hidden=options.hiddenunits,
         depth=options.depth,
         generator=torch.Generator().manual_seed(options.random_seed),
-        dtype=torch.float64 if options.dtype == "float64" else torch.float32,
+        dtype=weight_dtype(options.dtype),
     )
     if options.load_model_path is not None:
         try:
@@ -141,11 +141,6 @@ def _make_model(options: ScoreKernelOptions, dim: int) -> KernelModel:
     return KernelModel(
         factornet, stability=options.stability, leave_one_out=options.centers == "leave_one_out"
     )
-
-
-def _clip(norm: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Before each optimizer step, once, on the total gradient."""
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
 
 
 def table(options: ScoreKernelOptions) -> list[Mapping[str, Cell]]:

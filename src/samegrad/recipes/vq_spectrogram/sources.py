@@ -7,13 +7,13 @@ import dataclasses
 import numpy as np
 
 import samegrad as sg
+from samegrad.recipes._recipe import INSTALL
 
 from . import faces
 from .data import Clips, FolderClips, Normalisation, Patching, machines_of, split_validation, subset
 from .generated import generated_clips
 from .options import VQSpectrogramOptions
 
-INSTALL = "pip install 'samegrad[recipes]'"
 LAYOUT = "<data_root>/<machine>/{train,test}/{normal,anomaly}_id_XX_XXXXXXXX.npy, log-mels of 64 bands"
 VALIDATION_FRACTION = 0.1
 
