@@ -64,7 +64,7 @@ def test_without_it_a_module_of_the_zoo_goes_through_and_the_step_is_wrong(
     step = sg.Step(make(), loss_on("rmse"), forward=forward, rows=8)
     rows = batch()
     # No other experiment says anything.
-    examine(step.declared, step._aliases, rows, step.declared.layout(rows))
+    examine(step.declared, step._examined.aliases, rows, step.declared.layout(rows))
     with pytest.raises((AssertionError, sg.SamegradError)):
         assert_same_run(Run(make, "rmse", 8), plain)
 
@@ -79,7 +79,7 @@ def test_with_all_of_them_it_does_not(experiment: str) -> None:
         assert_same_run(Run(make, "rmse", 8), reference(make, "rmse"))
     else:
         with pytest.raises(sg.CannotSplit):
-            examine(step.declared, step._aliases, rows, step.declared.layout(rows))
+            examine(step.declared, step._examined.aliases, rows, step.declared.layout(rows))
 
 
 def test_without_looking_at_inputs_another_experiment_gives_a_wrong_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_without_looking_at_inputs_another_experiment_gives_a_wrong_reason(monke
     step = sg.Step(truth.make(), loss_on("rmse"), forward=forward, rows=8)
     monkeypatch.setattr(probes, "_check_untouched", _silent)
     with pytest.raises(sg.CannotSplit, match="gives other outputs when the same rows run again"):
-        examine(step.declared, step._aliases, rows, step.declared.layout(rows))
+        examine(step.declared, step._examined.aliases, rows, step.declared.layout(rows))
 
 
 def test_without_looking_at_versions_a_converged_power_iteration_stops_the_step(
