@@ -41,7 +41,7 @@ PLANTED: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "repeat": (RowProbes, "_check_repeat", _silent, "a cache of fewer digits"),
     "replace": (RowProbes, "_check_replace", _silent, "a faint mean"),
     "subset": (RowProbes, "_check_subset", _silent, "position in the batch"),
-    "weights": (probes, "_check_weights", _silent, "a scale from the first batch"),
+    "weights": (probes, "check_weights", _silent, "a scale from the first batch"),
     "reach": (backward_probe, "check_reach", _silent, "parameters past their place"),
     "alone": (BackwardProbe, "_check_alone", _only_backward, "a backward hook that counts"),
     "sums": (BackwardProbe, "_check_sums", _silent, "a clamp on what is made of a weight"),
@@ -85,7 +85,7 @@ def test_with_all_of_them_it_does_not(experiment: str) -> None:
 def test_without_looking_at_inputs_another_experiment_gives_a_wrong_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     truth, rows = REFUSED["writing on its input"], batch()
     step = sg.Step(truth.make(), loss_on("rmse"), forward=forward, rows=8)
-    monkeypatch.setattr(probes, "_check_untouched", _silent)
+    monkeypatch.setattr(probes, "check_untouched", _silent)
     with pytest.raises(sg.CannotSplit, match="gives other outputs when the same rows run again"):
         examine(step.declared, step._examined.aliases, rows, step.declared.layout(rows))
 

@@ -25,9 +25,10 @@ from samegrad.exact.findings import Examination, ModelFindings
 from samegrad.exact.first_pass import FirstPass, as_in_first_pass
 from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.forward import StepForward
-from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, refuse_known_layers
+from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.row_comparisons import same_rows
+from samegrad.exact.row_refusals import refuse_known_layers
 from samegrad.exact.sharded import give_up, ranks_of, refuse_unsafe, reshard
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.state import StateRule
