@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from samegrad import records
 from samegrad.errors import BadInput
+from samegrad.json_record import Record
 from samegrad.records import (
     Budget,
     Category,
@@ -26,7 +27,6 @@ from samegrad.records import (
     Phase,
     PhaseLaw,
     Plan,
-    Record,
     StepResult,
 )
 

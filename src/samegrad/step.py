@@ -20,23 +20,21 @@ from torch import Tensor, nn
 from samegrad.data.prefetch import Prefetcher
 from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import UsageError
-from samegrad.exact.examine import find_draws
 from samegrad.exact.find_head import named_head
 from samegrad.exact.loop import agreed_cut
 from samegrad.exact.mapped import ChunkedStep
-from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.softmax_loss import reduced_loss
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.whole import WholeStep, reduces_in_backward
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
-from samegrad.execute.given import check_allowed, check_batch, check_levers, check_model
+from samegrad.execute.examined import Examined, Kind
+from samegrad.execute.given import check_allowed, refuse_not_there
 from samegrad.execute.kept_programs import KeptPrograms
 from samegrad.execute.pinned import checked_rows, pinned_plan
 from samegrad.execute.recover import Attempt, Attempts, attempts_for
 from samegrad.execute.row_counts import RowCounts
-from samegrad.execute.ways import Ways, find_ways
 from samegrad.levers import Execution
 from samegrad.measure import counters
 from samegrad.plan.explain import explain_given, explain_plan
@@ -101,7 +99,7 @@ class Step:
         allow: Exactness = Exactness.SAME_SUM,
     ) -> None:
         check_one_of(budget=budget, rows=rows, plan=plan)
-        _refuse_not_there(groups=groups)
+        refuse_not_there(groups=groups)
         loss_fn = reduced_loss(loss_fn, reduce=reduce, normalise=normalise)
         self.declared: DeclaredStep = declare(
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
@@ -119,14 +117,10 @@ class Step:
         self._rows = checked_rows(rows)
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
-        self._aliases = aliases_for(self.declared)
-        self._waits_for_ranks = self._aliases.sharded or reduces_in_backward(self.declared)
-        self._ways: dict[tuple[str, str], Ways] = {}
-        self._draws: dict[tuple[str, str], DrawSites | None] = {}
+        self._examined = Examined(self.declared, aliases_for(self.declared))
+        self._waits_for_ranks = self._examined.aliases.sharded or reduces_in_backward(self.declared)
         self._given = plan
-        self._model_accepted = False
-        self._plans: dict[tuple[str, str], tuple[Plan, Footprint]] = {}
-        self._accepted_levers: set[tuple[str, str]] = set()
+        self._plans: dict[Kind, tuple[Plan, Footprint]] = {}
         self._row_counts = RowCounts(self.declared)
         self._standing = Standing(self.declared)
         self._programs = KeptPrograms()
@@ -182,12 +176,7 @@ class Step:
         found = [*self._row_counts.notes, *self._programs.notes(), *verdict]
         if self.footprint is not None:
             return "\n".join([explain_plan(self.plan, self.footprint), *found])
-        facts = [
-            f"not split through the whole model: {ways.refusal.found}" if ways.by_rows is None and ways.refusal
-            else f"loss: {ways.by_rows.reason}, {ways.by_rows.passes} pass(es)" if ways.by_rows else ""
-            for ways in self._ways.values()
-        ]  # fmt: skip
-        return explain_given(self.plan, [*facts, *found])
+        return explain_given(self.plan, [*(ways.told() for ways in self._examined.ways.values()), *found])
 
     def put_back(self) -> None:
         """Puts back what levers put in place between steps, until the next backward brings it again."""
@@ -234,15 +223,7 @@ class Step:
 
     def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
         """The draws of the next step: the same for every plan."""
-        key = (layout.signature(batch), self.declared.mode())
-        if key not in self._draws:
-            known = self._ways.get(key)
-            if known is not None:
-                self._draws[key] = known.sites
-            else:
-                # Sharded steps that draw are not split; what a whole one draws is the plain step's own.
-                self._draws[key] = None if self._aliases.sharded else find_draws(self.declared, batch, layout)
-        return StepDraws(self._draws[key])
+        return self._examined.draws_for(batch, layout)
 
     def _run(self, execution: Execution, batch: Any, layout: RowLayout, scaler: Any, attempt: Attempt) -> Tensor:
         check_scaled(execution, scaler)
@@ -264,44 +245,25 @@ class Step:
         pinned = "rows=" if self._rows is not None else "plan=" if self._given is not None else ""
         further = () if pinned or self.footprint is None else smaller_plans(self.footprint, plan, self.allow)
         return attempts_for(
-            self.declared, batch, plan, iter(further), self._ways.get((layout.signature(batch), self.declared.mode())),
+            self.declared, batch, plan, iter(further), self._examined.ways.get(self._examined.kind_of(batch, layout)),
             pinned=pinned, sharded=self._waits_for_ranks,
         )  # fmt: skip
 
     def _fall_to(self, plan: Plan, batch: Any, layout: RowLayout) -> Execution:
         """The execution of a smaller plan, which stays in the place of the one that ran out of memory."""
         assert self.footprint is not None
-        self._plans[layout.signature(batch), self.declared.mode()] = plan, self.footprint
+        self._plans[self._examined.kind_of(batch, layout)] = plan, self.footprint
         return self._execution(batch, layout)
 
     def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout, *, kept: bool) -> ChunkedStep:
         """``kept``: by what was compiled and captured for the batches before."""
-        ways = self._ways_for(batch, layout)
-        key = (layout.signature(batch), self.declared.mode())
+        ways = self._examined.ways_for(batch, layout)
         assert self.plan is not None
-        if (self._given is not None or self._rows is not None) and key not in self._accepted_levers:
-            check_levers(self.plan, self.declared, self._aliases, batch, layout, ways)
-            self._accepted_levers.add(key)
+        if self._given is not None or self._rows is not None:
+            self._examined.accept_levers(self.plan, batch, layout, ways)
         self._row_counts.check(self.plan, execution, ways, batch, layout)
         programs = self._programs.of(self.plan, execution) if kept else None
-        return chunked_step(execution, self._aliases, ways, self._chunks, programs)
-
-    def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
-        self._refresh_aliases()
-        key = (layout.signature(batch), self.declared.mode())
-        ranks = ranks_of(self.declared.modules)
-        unknown = key not in self._ways
-        # With sharded parameters ranks examine together: when one must, all do.
-        if unknown if ranks is None else ranks.largest(unknown) != [0]:
-            self._ways[key] = find_ways(self.declared, self._aliases, batch, layout)
-        return self._ways[key]
-
-    def _refresh_aliases(self) -> None:
-        fresh = self._aliases.refreshed()
-        if fresh is not self._aliases:
-            self._aliases = fresh
-            self._ways.clear()
-            self._accepted_levers.clear()
+        return chunked_step(execution, self._examined.aliases, ways, self._chunks, programs)
 
     def _chunks(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], device: torch.device
@@ -328,22 +290,18 @@ class Step:
             # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
             self.plan = pinned_plan(
                 self._rows, self.declared, layout,
-                lambda: None if self._aliases.sharded else self._ways_for(batch, layout),
+                lambda: None if self._examined.aliases.sharded else self._examined.ways_for(batch, layout),
             )  # fmt: skip
         elif self._given is not None:
-            check_batch(self._given, layout.signature(batch), layout)
-            # Once for each Step: freezing more later only lowers what the plan needs.
-            if not self._model_accepted:
-                check_model(self._given, self.declared)
-                self._model_accepted = True
+            self._examined.accept_plan(self._given, batch, layout)
         else:
             # A layer that is frozen or switched to eval mode makes another step of it.
-            key = (layout.signature(batch), self.declared.mode())
-            known = self._plans.get(key)
+            kind = self._examined.kind_of(batch, layout)
+            known = self._plans.get(kind)
             if known is None or layout.rows > known[0].batch_rows:
                 self._standing.close()
                 self._programs.close()
-                known = self._plans[key] = self._planned(batch, layout)
+                known = self._plans[kind] = self._planned(batch, layout)
             self.plan, self.footprint = known
         assert self.plan is not None
         check_allowed(self.plan, self.allow)
@@ -356,10 +314,10 @@ class Step:
         if self.asked_budget is None:
             # A warning, so that it is seen without any logging set up: nobody declared this number.
             _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)
-        self._refresh_aliases()
-        options = Options(allow=self.allow, expected_steps=self.expected_steps)
-        measurement: Measurement = measure_for(self.declared, batch, self._aliases, self.budget, options)
-        given = self.declared, self._aliases, measurement, batch
+        self._examined.refresh()
+        aliases, options = self._examined.aliases, Options(allow=self.allow, expected_steps=self.expected_steps)
+        measurement: Measurement = measure_for(self.declared, batch, aliases, self.budget, options)
+        given = self.declared, aliases, measurement, batch
         plan, footprint, _ = settle(*given, budget=self.budget, options=options)
         plan = quicker_plan(*given, plan, budget=self.budget, options=options)
         # What the probes left, in cycles and in the allocator's cache, lies as suited them, not the step.
@@ -367,20 +325,10 @@ class Step:
         if self._enforce and not self._capped:
             # Not before: the examination takes rows of its own.
             self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
-        signature = layout.signature(batch)
-        self._ways[signature, self.declared.mode()] = measurement.ways
-        return dataclasses.replace(plan, signature=f"{signature} | {self.declared.model_signature()}"), footprint
+        self._examined.ways[self._examined.kind_of(batch, layout)] = measurement.ways
+        signature = f"{layout.signature(batch)} | {self.declared.model_signature()}"
+        return dataclasses.replace(plan, signature=signature), footprint
 
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError(asked="a step", found="it was closed", do="make a new Step")
-
-
-def _refuse_not_there(**options: Any) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise UsageError(
-                asked=f"{name}={value!r}",
-                found=f"samegrad cannot take {name}= yet, and ignoring it would run another step than declared",
-                do=f"leave {name} out",
-            )

@@ -92,9 +92,9 @@ def dropped_chunk(monkeypatch: Patch) -> None:
 def handed_over_twice(monkeypatch: Patch) -> None:
     right = engine.hand_over
 
-    def twice(model: nn.Module, parameters: Sequence[Any], totals: list[Any]) -> None:
+    def twice(model: nn.Module, parameters: Sequence[Any], totals: list[Any], agreement: Any) -> None:
         copies = [None if t is None else t.clone() for t in totals]
-        right(model, parameters, totals)
+        right(model, parameters, totals, agreement)
         right(model, parameters, copies)
 
     monkeypatch.setattr(engine, "hand_over", twice)

@@ -205,7 +205,7 @@ def test_planted_draws_of_another_place_are_caught(monkeypatch: pytest.MonkeyPat
     with pytest.raises(CannotSplit, match=r"the gradient of .* changes"):
         left_by(model, batch_of(x), mean_loss, plan=both)
     # Past the trial on a few rows it would be another step, which the comparison shows.
-    monkeypatch.setattr("samegrad.step.check_levers", lambda *_: None)
+    monkeypatch.setattr("samegrad.execute.examined.check_levers", lambda *_: None)
     assert not same_bits(left_by(model, batch_of(x), mean_loss, plan=both), alone)
     # Draws of torch's own are no keyed ones: they leave other tensors to be saved.
     monkeypatch.setattr(step_draws.StepDraws, "again", lambda self: nullcontext)
@@ -234,7 +234,7 @@ def test_a_planted_second_update_of_state_is_caught_in_chunks(monkeypatch: pytes
     split = {"rows": SIZES}
     both = plan(len(x), split_rows=split, recompute={"blocks": ["blocks.0", "blocks.1"]})
     monkeypatch.setattr(part_state.PartState, "standing", lambda self: nullcontext())
-    monkeypatch.setattr("samegrad.step.check_levers", lambda *_: None)
+    monkeypatch.setattr("samegrad.execute.examined.check_levers", lambda *_: None)
     with pytest.raises(CannotSplit, match="buffers changed"):
         left_by(model, batch_of(x), mean_loss, plan=both)
 

@@ -19,7 +19,7 @@ from samegrad.exact import batchnorm, tracings
 from samegrad.exact.batchnorm import RunningMoments, has_batchnorm
 from samegrad.exact.lockstep import lockstep
 from samegrad.exact.rendezvous import rendezvous
-from samegrad.exact.stages import trace_stages
+from samegrad.exact.stage_tracing import trace_stages
 from samegrad.exact.tracings import Tracings
 from samegrad.measure.counting import ByteCounter
 

@@ -41,7 +41,7 @@ PLANTED: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "repeat": (RowProbes, "_check_repeat", _silent, "a cache of fewer digits"),
     "replace": (RowProbes, "_check_replace", _silent, "a faint mean"),
     "subset": (RowProbes, "_check_subset", _silent, "position in the batch"),
-    "weights": (probes, "_check_weights", _silent, "a scale from the first batch"),
+    "weights": (probes, "check_weights", _silent, "a scale from the first batch"),
     "reach": (backward_probe, "check_reach", _silent, "parameters past their place"),
     "alone": (BackwardProbe, "_check_alone", _only_backward, "a backward hook that counts"),
     "sums": (BackwardProbe, "_check_sums", _silent, "a clamp on what is made of a weight"),
@@ -64,7 +64,7 @@ def test_without_it_a_module_of_the_zoo_goes_through_and_the_step_is_wrong(
     step = sg.Step(make(), loss_on("rmse"), forward=forward, rows=8)
     rows = batch()
     # No other experiment says anything.
-    examine(step.declared, step._aliases, rows, step.declared.layout(rows))
+    examine(step.declared, step._examined.aliases, rows, step.declared.layout(rows))
     with pytest.raises((AssertionError, sg.SamegradError)):
         assert_same_run(Run(make, "rmse", 8), plain)
 
@@ -79,15 +79,15 @@ def test_with_all_of_them_it_does_not(experiment: str) -> None:
         assert_same_run(Run(make, "rmse", 8), reference(make, "rmse"))
     else:
         with pytest.raises(sg.CannotSplit):
-            examine(step.declared, step._aliases, rows, step.declared.layout(rows))
+            examine(step.declared, step._examined.aliases, rows, step.declared.layout(rows))
 
 
 def test_without_looking_at_inputs_another_experiment_gives_a_wrong_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     truth, rows = REFUSED["writing on its input"], batch()
     step = sg.Step(truth.make(), loss_on("rmse"), forward=forward, rows=8)
-    monkeypatch.setattr(probes, "_check_untouched", _silent)
+    monkeypatch.setattr(probes, "check_untouched", _silent)
     with pytest.raises(sg.CannotSplit, match="gives other outputs when the same rows run again"):
-        examine(step.declared, step._aliases, rows, step.declared.layout(rows))
+        examine(step.declared, step._examined.aliases, rows, step.declared.layout(rows))
 
 
 def test_without_looking_at_versions_a_converged_power_iteration_stops_the_step(

@@ -12,17 +12,9 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.exact.batchnorm import Moments
-from samegrad.recipes.fewshot_cosine.model import (
-    EpisodeLoss,
-    EpisodeShape,
-    FewShotTransformer,
-    Head,
-    Method,
-    ResNetBackbone,
-    covariance_penalty,
-    make_backbone,
-    variance_hinge,
-)
+from samegrad.recipes.fewshot_cosine.backbones import ResNetBackbone, make_backbone
+from samegrad.recipes.fewshot_cosine.model import EpisodeShape, FewShotTransformer, Head, Method
+from samegrad.recipes.fewshot_cosine.objective import EpisodeLoss, covariance_penalty, variance_hinge
 from samegrad.recipes.fewshot_cosine.options import FewShotOptions
 from samegrad.recipes.fewshot_cosine.stepping import StreamedEpisodeLoss, block_names, layers_in, make_step
 

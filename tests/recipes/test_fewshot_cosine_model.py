@@ -10,20 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samegrad.recipes.fewshot_cosine.backbones import make_backbone
 from samegrad.recipes.fewshot_cosine.document import DocumentLoss, called_twice, whole_covariance_penalty
 from samegrad.recipes.fewshot_cosine.judging import arranged, unarranged
 from samegrad.recipes.fewshot_cosine.model import (
-    EpisodeLoss,
     EpisodeShape,
     FewShotTransformer,
     Head,
     Method,
     PrototypeAttention,
     SupportAndQueries,
-    covariance_penalty,
-    make_backbone,
-    variance_hinge,
 )
+from samegrad.recipes.fewshot_cosine.objective import EpisodeLoss, covariance_penalty, variance_hinge
 
 SHAPE = EpisodeShape(n_way=3, k_shot=2, n_query=4)
 

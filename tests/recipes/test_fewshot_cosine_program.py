@@ -17,9 +17,10 @@ from PIL import Image
 import samegrad as sg
 from samegrad.recipes import run_epochs
 from samegrad.recipes.fewshot_cosine import pictures
+from samegrad.recipes.fewshot_cosine.backbones import make_backbone
 from samegrad.recipes.fewshot_cosine.data import Episodes, HeldImages
 from samegrad.recipes.fewshot_cosine.judging import Judged, accuracies, judged_episodes
-from samegrad.recipes.fewshot_cosine.model import EpisodeShape, FewShotTransformer, Head, make_backbone
+from samegrad.recipes.fewshot_cosine.model import EpisodeShape, FewShotTransformer, Head
 from samegrad.recipes.fewshot_cosine.options import FewShotOptions
 from samegrad.recipes.fewshot_cosine.recipe import FewShotProgram, build, table
 from samegrad.recipes.fewshot_cosine.stepping import amp_dtype, chunk_sizes
@@ -101,7 +102,7 @@ def test_training_is_the_plain_loop() -> None:
     program = build(changed(optimization="SGD", learning_rate=0.05))
     twin = copy.deepcopy(program.model)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-5)
-    from samegrad.recipes.fewshot_cosine.model import EpisodeLoss
+    from samegrad.recipes.fewshot_cosine.objective import EpisodeLoss
 
     loss_fn, losses = EpisodeLoss(twin.head, twin.shape, weights=(1.0, 0.5, 0.1)), []
     for epoch in range(2):

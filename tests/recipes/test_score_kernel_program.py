@@ -17,7 +17,7 @@ import samegrad as sg
 from samegrad.cli.planned import plan_step
 from samegrad.cli.programs import RecipeTraining
 from samegrad.recipes import run_epochs
-from samegrad.recipes.score_kernel import recipe as score_recipe
+from samegrad.recipes.score_kernel import program as score_program
 from samegrad.recipes.score_kernel.model import score_implicit_matching_stable
 from samegrad.recipes.score_kernel.options import ScoreKernelOptions
 from samegrad.recipes.score_kernel.recipe import RECIPE, ScoreKernelProgram, build, table
@@ -194,7 +194,7 @@ def test_written_weights_and_centers_start_another_run(tmp_path: Path) -> None:
 
 
 def test_a_resumed_program_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_recipe, "EPOCH_ITERATIONS", 2)
+    monkeypatch.setattr(score_program, "EPOCH_ITERATIONS", 2)
     whole = build(options(niters=6))
     losses = [step.loss for epoch in run_epochs(whole) for step in epoch.steps]
     first = build(options(niters=6))

@@ -27,6 +27,7 @@ from samegrad.recipes.vq_spectrogram.model import Outputs
 from samegrad.recipes.vq_spectrogram.options import VQSpectrogramOptions
 from samegrad.recipes.vq_spectrogram.recipe import VQSpectrogramProgram, build, table
 from samegrad.recipes.vq_spectrogram.schedule import stage_of
+from samegrad.recipes.vq_spectrogram.sources import open_splits
 
 TRAINED, PER_LABEL = 6, 3  # clips of each of two machine ids
 
@@ -257,6 +258,16 @@ def test_the_program_finds_the_anomalies_of_its_clips_by_their_names(
     again = changed(options, norm_stats_path=files["norm_stats.npz"])
     found, expected = (made.splits.patching.normalisation for made in (build(again), program))
     np.testing.assert_array_equal([found.mean, found.std], [expected.mean, expected.std])
+
+
+@pytest.mark.parametrize(("machine", "upwards"), [("fan", "band"), ("faces", "pixel")])
+def test_pictures_name_what_runs_upwards(options: VQSpectrogramOptions, machine: str, upwards: str) -> None:
+    chosen = options if machine == "fan" else VQSpectrogramOptions(machine_type=machine)
+    assert open_splits(chosen).upwards == upwards
+    blank = np.zeros((4, 8))
+    shown = pictures.Shown(title=machine, upwards=upwards, patches=blank, reconstructed=blank)
+    axes = pictures.draw_spectrograms([shown]).axes[0]
+    assert axes.get_ylabel() == f"{machine}\n{upwards}"
 
 
 def test_curves_and_bars_show_the_numbers_they_are_of() -> None:

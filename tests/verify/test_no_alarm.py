@@ -12,7 +12,9 @@ from torch import nn
 
 import samegrad as sg
 from samegrad.exact import batchnorm
-from samegrad.recipes.fewshot_cosine.model import EpisodeLoss, EpisodeShape, Head, make_backbone
+from samegrad.recipes.fewshot_cosine.backbones import make_backbone
+from samegrad.recipes.fewshot_cosine.model import EpisodeShape, Head
+from samegrad.recipes.fewshot_cosine.objective import EpisodeLoss
 
 from ..contract.lever_zoo import Mean, forced
 from ..contract.plain import cross_entropy, spread

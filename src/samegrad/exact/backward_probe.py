@@ -23,8 +23,9 @@ from samegrad.errors import CannotSplit
 from samegrad.exact import program
 from samegrad.exact.aliases import NARROW, ParameterAliases
 from samegrad.exact.backward_names import BackwardTrace, first_at_fault
-from samegrad.exact.probes import RowProbes, check_reach
+from samegrad.exact.probes import RowProbes
 from samegrad.exact.row_comparisons import close
+from samegrad.exact.row_refusals import check_reach
 from samegrad.exact.undisturbed import Generators, ModuleState
 
 _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"

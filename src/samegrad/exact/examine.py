@@ -22,13 +22,14 @@ from samegrad.exact.backward_probe import BackwardProbe
 from samegrad.exact.batchnorm import by_rows
 from samegrad.exact.examine_loss import examine_loss, two_passes
 from samegrad.exact.findings import Examination, ModelFindings
+from samegrad.exact.first_pass import FirstPass, as_in_first_pass
 from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.forward import StepForward
 from samegrad.exact.out_of_memory import is_out_of_memory
-from samegrad.exact.passes import FirstPass, as_in_first_pass
-from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes, refuse_known_layers
+from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.row_comparisons import same_rows
+from samegrad.exact.row_refusals import refuse_known_layers
 from samegrad.exact.sharded import give_up, ranks_of, refuse_unsafe, reshard
 from samegrad.exact.shared_leaves import stood_in
 from samegrad.exact.state import StateRule

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.first_pass import FirstPass
 from samegrad.exact.losses import Form
-from samegrad.exact.passes import FirstPass
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.state import StateRule
 from samegrad.trees import RowLayout

@@ -11,8 +11,8 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
-from samegrad.exact.probes import WAYS_OUT, refuse_known_layers
 from samegrad.exact.row_comparisons import close, row_pairs
+from samegrad.exact.row_refusals import WAYS_OUT, refuse_known_layers
 from samegrad.exact.undisturbed import Generators, ModuleState
 
 

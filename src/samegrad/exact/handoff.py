@@ -20,6 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from samegrad.exact.phases import announce
+from samegrad.exact.ranks import Agreement
+from samegrad.records import Phase
+
 
 class _Deliver(torch.autograd.Function):
     @staticmethod
@@ -60,13 +64,23 @@ def begin_step(model: nn.Module) -> None:
             ddp._sync_buffers()
 
 
-def hand_over(model: nn.Module, parameters: Sequence[nn.Parameter], totals: list[Tensor | None]) -> None:
+def hand_over(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    totals: list[Tensor | None],
+    agreement: Agreement | None = None,
+) -> None:
     """Adds ``totals[i]`` to ``parameters[i].grad`` through one backward. ``totals`` is emptied.
+
+    ``agreement``: the other ranks, all of which are to be ready first; raises where one of them failed.
 
     Parameters whose total is None keep ``.grad`` as it is. ``model`` may be a DistributedDataParallel: then the
     gradients are reduced over the ranks exactly once. Should it raise, it is taken back where nothing but new ``.grad``
     can have come of it (``can_be_taken_back``).
     """
+    if agreement is not None:
+        agreement.ready()
+    announce(Phase.HANDOFF)
     reached = [p for p, total in zip(parameters, totals) if total is not None]
     given = [total for total in totals if total is not None]
     totals.clear()

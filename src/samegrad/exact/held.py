@@ -214,7 +214,7 @@ def global_names(code: CodeType) -> tuple[frozenset[str], bool]:
     """The globals that ``code`` and the functions within it name, and whether it assigns to any."""
     named: set[str] = set()
     stored = False
-    for part in _codes(code):
+    for part in codes_within(code):
         for instruction in dis.get_instructions(part):
             if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"):
                 named.add(str(instruction.argval))
@@ -222,8 +222,9 @@ def global_names(code: CodeType) -> tuple[frozenset[str], bool]:
     return frozenset(named), stored
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes_within(code: CodeType) -> Iterator[CodeType]:
+    """``code`` and that of every function, class and comprehension written inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from codes_within(constant)

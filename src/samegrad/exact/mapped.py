@@ -21,7 +21,8 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import kept_magnitudes
 from samegrad.exact.findings import Examination
 from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
-from samegrad.exact.passes import StepTotals, owned_parameter
+from samegrad.exact.loss_gradients import owners_of
+from samegrad.exact.passes import StepTotals
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.ranks import Agreement
@@ -90,10 +91,7 @@ class MappedStep:
         begin_step(self.declared.model)
         totals = self.totals(batch, layout, sizes, scaler, key)
         with totals.committed():
-            if self.agreement is not None:
-                self.agreement.ready()
-            announce(Phase.HANDOFF)
-            hand_over(self.declared.model, totals.parameters, totals.totals)
+            hand_over(self.declared.model, totals.parameters, totals.totals, self.agreement)
         return totals.loss
 
     def _summed(
@@ -112,13 +110,12 @@ class MappedStep:
                 loss = checked_loss(declared.loss_fn(outputs, whole))
                 del outputs
                 announce(Phase.BACKWARD)
-                owner_of = dict(zip(map(id, swapped), aliases.parameters))
                 leaves = losses.leaves_under(loss)
                 scaled = loss if scaler is None else scaler.scale(loss)
                 with hooks_silenced(leaves):
                     gradients = program.gradients_outside_autocast(scaled, torch.ones_like(scaled), leaves)
             sizes_of = [magnitudes.of(leaf, gradient) for leaf, gradient in zip(leaves, gradients)]
-        owners = [owner_of[id(leaf)] if id(leaf) in owner_of else owned_parameter(leaf) for leaf in leaves]
+        owners = owners_of(leaves, swapped, aliases.parameters)
         # A parameter may be reached past its place as well: then it has two leaves.
         parameters = list(dict.fromkeys([*aliases.parameters, *owners]))
         return StepTotals(

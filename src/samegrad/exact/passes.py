@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,23 +22,15 @@ from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
-from samegrad.errors import CannotSplit
 from samegrad.exact import losses, program
 from samegrad.exact.aliases import GradientTotals, ParameterAliases
+from samegrad.exact.first_pass import FirstPass, as_in_first_pass, lasting
 from samegrad.exact.forward import StepForward
-from samegrad.exact.handoff import hooks_silenced
+from samegrad.exact.loss_gradients import loss_gradients
 from samegrad.exact.losses import Form
 from samegrad.exact.pass_programs import EAGER, ChunkWork, GradientSums, Inside, Programs
 from samegrad.exact.phases import announce
-from samegrad.exact.sharded import refuse_in_loss
 from samegrad.records import Phase
-
-
-class FirstPass(enum.Enum):
-    """How rows are computed the first time: some kernels (recurrent ones on the CPU) exist without a graph only."""
-
-    WITHOUT_GRAPH = "without graph"
-    WITH_GRAPH = "with graph"
 
 
 @dataclasses.dataclass
@@ -152,10 +143,8 @@ def two_passes(
     with aliases.swapped() as swapped:
         gradients = sums_of(swapped)
         outputs, graphs = _first_pass(declared, forward, chunks(sizes), sizes, first_pass, kept)
-        loss, cotangents, owned, owned_totals = loss_gradients(
-            declared, outputs, batch_for_loss, scale, dict(zip(map(id, swapped), aliases.parameters)),
-            aliases.sharded_names(),
-        )  # fmt: skip
+        of_loss = loss_gradients(declared, outputs, batch_for_loss, scale, aliases, swapped)
+        cotangents = of_loss.cotangents
         parts = list(parts_of(sizes))
         for leaves, part in zip(graphs, parts[again:], strict=True):
             # The graphs go first, so that recomputed chunks come when they are gone.
@@ -173,29 +162,8 @@ def two_passes(
             mine = [None if c is None else c[part] for c in cotangents]
             second.run_once(chunk, forward.ids(part), [leaf[part] for leaf in rows], mine)
         totals, magnitudes = second.totals(), gradients.magnitudes()
-    parameters = with_owned(aliases.parameters, totals, owned, owned_totals)
-    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.committed)
-
-
-def with_owned(
-    parameters: Sequence[nn.Parameter],
-    totals: list[Tensor | None],
-    owned: Sequence[nn.Parameter],
-    owned_totals: Sequence[Tensor | None],
-) -> list[nn.Parameter]:
-    """``parameters`` and after them those that only the loss owns, whose gradients are put into ``totals``."""
-    all_of_them = list(parameters)
-    place = {id(p): i for i, p in enumerate(all_of_them)}
-    for parameter, total in zip(owned, owned_totals):
-        index = place.get(id(parameter))
-        if index is None:
-            all_of_them.append(parameter)
-            totals.append(total)
-        else:
-            # A parameter of the model that the loss uses as well: its gradient is the sum of both ways.
-            before = totals[index]
-            totals[index] = total if before is None else before.add_(total) if total is not None else before
-    return all_of_them
+    parameters = of_loss.joined(aliases.parameters, totals)
+    return StepTotals(of_loss.loss, parameters, totals, mismatches, magnitudes, forward.committed)
 
 
 def _first_pass(
@@ -237,48 +205,6 @@ def _write(outputs: program.OutputRows, part: slice, made: Any) -> None:
         place[part].copy_(leaf.detach())
 
 
-def lasting(chunk: Any) -> Any:
-    """``chunk`` in memory of its own where the next one would be read into its place."""
-    return trees.map_tensors(chunk, lambda leaf: leaf.clone() if leaf.device.type == "cuda" else leaf)
-
-
-def loss_gradients(
-    declared: DeclaredStep,
-    outputs: program.OutputRows,
-    batch: Any,
-    scale: Tensor,
-    owner_of: dict[int, nn.Parameter],
-    sharded: set[str],
-) -> tuple[Tensor, list[Tensor | None], list[nn.Parameter], list[Tensor | None]]:
-    """The loss on all rows, its gradient with respect to every output leaf, and those of parameters it owns."""
-    announce(Phase.LOSS)
-    leaves = [leaf.requires_grad_() if leaf.is_floating_point() else leaf for leaf in outputs.leaves()]
-    live = [leaf for leaf in leaves if leaf.requires_grad]
-    with torch.enable_grad():
-        loss = checked_loss(declared.loss_fn(outputs.tree(), batch))
-    known = {id(leaf) for leaf in live}
-    owned = [leaf for leaf in losses.leaves_under(loss) if id(leaf) not in known]
-    if sharded:
-        refuse_in_loss(owned, declared.network, sharded)
-    owners = [owner_of[id(leaf)] if id(leaf) in owner_of else owned_parameter(leaf) for leaf in owned]
-    with hooks_silenced(owned):
-        gradients = program.gradients_outside_autocast(loss, scale.to(loss.dtype), live + owned)
-    by_leaf = {id(leaf): g for leaf, g in zip(live, gradients)}
-    cotangents = [by_leaf.get(id(leaf)) for leaf in leaves]
-    return loss.detach(), cotangents, owners, gradients[len(live) :]
-
-
-def owned_parameter(leaf: Tensor) -> nn.Parameter:
-    """``leaf``, which the loss uses beside the rows. Raises CannotSplit for a tensor that is no parameter."""
-    if isinstance(leaf, nn.Parameter):
-        return leaf
-    raise CannotSplit(
-        asked="a loss of the outputs, the batch and parameters",
-        found=f"the loss also depends on a plain tensor of shape {tuple(leaf.shape)} that requires grad",
-        do="make it a torch.nn.Parameter, detach it, or run the step whole with rows=<the batch's rows>",
-    )
-
-
 def _used_by(declared: DeclaredStep) -> Callable[[Any, Any], list[bool]]:
     """Which output tensors of a chunk the loss depends on."""
 
@@ -293,38 +219,3 @@ def _used_by(declared: DeclaredStep) -> Callable[[Any, Any], list[bool]]:
         return [id(leaf) in reached for leaf in apart if isinstance(leaf, Tensor)]
 
     return used
-
-
-@contextlib.contextmanager
-def as_in_first_pass(device_type: str, first_pass: FirstPass) -> Iterator[None]:
-    """Both passes must take the same kernels, and the first is to keep nothing.
-
-    The transformer fast path exists only without a graph, and casts cached without one would cut the weights off from
-    the second pass.
-    """
-    with (
-        torch.set_grad_enabled(first_pass is FirstPass.WITH_GRAPH),
-        _attention_fastpath_off(),
-        _autocast_uncached(device_type),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _attention_fastpath_off() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def _autocast_uncached(device_type: str) -> Iterator[None]:
-    if not torch.is_autocast_enabled(device_type):
-        yield
-        return
-    dtype = torch.get_autocast_dtype(device_type)
-    with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
-        yield

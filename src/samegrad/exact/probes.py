@@ -17,22 +17,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
-from samegrad.exact import collectives, losses, program
-from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.batchnorm import uses_batch_statistics
+from samegrad.exact import collectives, program
 from samegrad.exact.draw_probe import check_sites, find_sites
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
 from samegrad.exact.few_rows import on_few_rows
 from samegrad.exact.module_names import entered, looked_at
-from samegrad.exact.replaced_forward import has_own_forward
 from samegrad.exact.replaced_rows import ShapesSeen, replacements
 from samegrad.exact.row_comparisons import alike, leaf_pairs, rounded_alike, row_pairs, same_bits, same_rows
+from samegrad.exact.row_refusals import WAYS_OUT, check_untouched, check_weights, refuse_held, refuse_known_layers
 from samegrad.exact.sharded import is_sharded, local
 from samegrad.exact.state import StateRule
 from samegrad.exact.state_probe import StateProbe
@@ -41,25 +39,6 @@ from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried
 from samegrad.trees import RowLayout
 
 PROBE_ROWS = 8
-WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
-
-
-def refuse_known_layers(module: nn.Module) -> None:
-    """Raises CannotSplit for layers whose kind alone forbids splitting in the mode they are in."""
-    for name, part in module.named_modules():
-        kind = type(part).__name__
-        if kind == "FullyShardedDataParallel":
-            raise CannotSplit(
-                asked="split the rows of a step",
-                found=f"{name or 'the model'} is a FullyShardedDataParallel, with parts of one flat parameter",
-                do=f"{WAYS_OUT}, or shard with torch.distributed.fsdp.fully_shard",
-            )
-        if uses_batch_statistics(part) and not has_own_forward(part):
-            raise CannotSplit(
-                asked="split the rows of a step",
-                found=f"{name or 'the model'} ({kind} in training mode) normalises with the statistics of all rows",
-                do=f"{WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +116,9 @@ class RowProbes:
 
         def first() -> None:
             self._forward_alone()
-            _check_weights(weights)
+            check_weights(weights)
             weights.clear()
-            _check_untouched(versions)
+            check_untouched(versions)
 
         fewer = max(1, self._rows - max(1, 3 * self._rows // 8))
 
@@ -272,60 +251,5 @@ def _collector(seen: list[tuple[str, Tensor]]) -> Callable[[str, Tensor | None],
     return look
 
 
-def refuse_held(state: ModuleState) -> None:
-    """Raises CannotSplit naming what the function holds outside modules and has changed."""
-    if changed := state.held_changed():
-        raise CannotSplit(
-            asked="split the rows of a step",
-            found=f"the forward changes {', '.join(changed[:3])}, which would happen once a chunk and not once a step",
-            do=f"{WAYS_OUT}, or update that outside the forward",
-        )
-
-
-def check_reach(aliases: ParameterAliases, outputs: Any, standing: Sequence[nn.Parameter]) -> None:
-    """Raises CannotSplit when ``outputs``, computed on the aliases ``standing``, depend on any other leaf."""
-    known = {id(alias) for alias in standing}
-    named = {id(p): name for name, p in zip(aliases.names, aliases.parameters)}
-    for output in program.tensors_in(outputs):
-        for leaf in losses.leaves_under(output):
-            if id(leaf) in known:
-                continue
-            what = named.get(id(leaf))
-            raise CannotSplit(
-                asked="gradients of every parameter",
-                found=f"{what} is reached past its place in the module (through a list or a closure)"
-                if what
-                else f"the forward uses a tensor of shape {tuple(leaf.shape)} that requires grad and is not a "
-                "registered parameter",
-                do="register it (nn.Parameter, nn.ParameterList, nn.ModuleList) and use it from there, "
-                "or " + WAYS_OUT,
-            )
-
-
 def _tensors(batch: Any) -> list[tuple[str, Tensor]]:
     return [(p, leaf) for p, leaf in trees.flatten_with_paths(batch, "batch") if isinstance(leaf, Tensor)]
-
-
-def _check_weights(weights: Sequence[tuple[str, Tensor, Tensor]]) -> None:
-    """Raises CannotSplit, the weights as they were, when a forward changed some: set from its first batch, say."""
-    changed = []
-    for name, now, before in weights:
-        if not same_bits(local(now), before):
-            changed.append(name)
-            local(now).copy_(before)
-    if changed:
-        raise NotToBeTried(
-            asked="split the rows of a step",
-            found=f"the forward changes its parameters {', '.join(changed[:3])}: from a chunk, not from the batch",
-            do=f"{WAYS_OUT}, or run one forward on a whole batch before the first step",
-        )
-
-
-def _check_untouched(versions: Sequence[tuple[str, Tensor, int]]) -> None:
-    for path, leaf, version in versions:
-        if leaf._version != version:
-            raise CannotSplit(
-                asked="split the rows of a step",
-                found=f"the forward writes on its input {path}: a second forward would see other values",
-                do=f"{WAYS_OUT}, or use the operation that is not in place",
-            )

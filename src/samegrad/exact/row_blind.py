@@ -8,7 +8,7 @@ rows. Whatever is not known to be so counts as code that could.
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep, default_forward
+from samegrad.exact.held import codes_within
 from samegrad.exact.replaced_forward import has_own_forward
 
 # What says how large a tensor is, hands its values to Python, or takes as many rows as there may be.
@@ -102,7 +103,7 @@ class _Search:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         if not all(map(self.blind, defaults)):
             return False
-        return all(self._blind_code(code, function, owner) for code in _codes(function.__code__))
+        return all(self._blind_code(code, function, owner) for code in codes_within(function.__code__))
 
     def _blind_code(self, code: CodeType, function: FunctionType, owner: nn.Module | None) -> bool:
         instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "TO_BOOL")]
@@ -149,10 +150,3 @@ def _has_hooks(part: nn.Module) -> bool:
 
 def _of_torch(value: Any) -> bool:
     return (getattr(value, "__module__", None) or "").partition(".")[0] == torch.__name__
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)

@@ -23,9 +23,10 @@ from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.backward_probe import BackwardProbe
 from samegrad.exact.group_probe import check_alone
 from samegrad.exact.held import arrays_held_in
-from samegrad.exact.probes import PROBE_ROWS, RowProbes, check_reach, refuse_held
+from samegrad.exact.probes import PROBE_ROWS, RowProbes
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.row_map import RowCall
+from samegrad.exact.row_refusals import check_reach, refuse_held
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws

@@ -19,17 +19,11 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact import program
 from samegrad.exact.aliases import GradientTotals, ParameterAliases
+from samegrad.exact.first_pass import FirstPass, as_in_first_pass, lasting
 from samegrad.exact.forward import StepForward
+from samegrad.exact.loss_gradients import loss_gradients
 from samegrad.exact.pass_programs import GradientSums
-from samegrad.exact.passes import (
-    FirstPass,
-    StepTotals,
-    as_in_first_pass,
-    lasting,
-    loss_gradients,
-    numbered,
-    with_owned,
-)
+from samegrad.exact.passes import StepTotals, numbered
 from samegrad.exact.phases import announce
 from samegrad.exact.softmax_loss import SoftmaxLoss, checked
 from samegrad.exact.softmax_mean import Streamed
@@ -97,14 +91,10 @@ def softmax_passes(
     with aliases.swapped() as swapped:
         gradients = sums_of(swapped)
         first, repeated, graphs = _first_pass(declared, forward, chunks(sizes), sizes, first_pass, kept)
-        reduced = first.reduced()
-        owner_of = dict(zip(map(id, swapped), aliases.parameters))
-        loss, found, owned, owned_totals = loss_gradients(
-            of_means, reduced, batch_for_loss, scale, owner_of, aliases.sharded_names()
-        )
+        of_loss = loss_gradients(of_means, first.reduced(), batch_for_loss, scale, aliases, swapped)
         assert first.state is not None
         means = [mean.detach() for mean in first.state.means()]
-        by_place = {place: cotangent for place, cotangent in enumerate(found) if cotangent is not None}
+        by_place = {place: cotangent for place, cotangent in enumerate(of_loss.cotangents) if cotangent is not None}
 
         def pull_back(scored: Scored) -> None:
             """Backward from a chunk; ``scored`` is emptied, so that its graph goes as it is used."""
@@ -133,8 +123,8 @@ def softmax_passes(
             repeating.run_once(chunk, forward.ids(part))
         mismatches = second.different_bits(repeated) if again else torch.zeros((), dtype=torch.int64)
         totals, magnitudes = repeating.totals(), gradients.magnitudes()
-    parameters = with_owned(aliases.parameters, totals, owned, owned_totals)
-    return StepTotals(loss, parameters, totals, mismatches, magnitudes, forward.committed)
+    parameters = of_loss.joined(aliases.parameters, totals)
+    return StepTotals(of_loss.loss, parameters, totals, mismatches, magnitudes, forward.committed)
 
 
 def _first_pass(

@@ -215,10 +215,7 @@ class SplitStep:
         begin_step(self.declared.model)
         totals = self.totals(batch, layout, sizes, scaler, key)
         with totals.committed():
-            if self.agreement is not None:
-                self.agreement.ready()
-            announce(Phase.HANDOFF)
-            hand_over(self.declared.model, totals.parameters, totals.totals)
+            hand_over(self.declared.model, totals.parameters, totals.totals, self.agreement)
         return totals.loss
 
     def _agreed_shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:

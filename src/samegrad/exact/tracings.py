@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.exact.replaced_forward import has_own_forward
-from samegrad.exact.stages import Stages, has_hooks, is_rows, trace_stages
+from samegrad.exact.stage_tracing import has_hooks, trace_stages
+from samegrad.exact.stages import Stages, is_rows
 
 _PLAIN = (int, float, str, bool, type(None))
 

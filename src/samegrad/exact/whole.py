@@ -50,10 +50,7 @@ class WholeStep:
         begin_step(self.declared.model)
         with self._undone_on_failure():
             loss, leaves, totals = self._totals(batch, layout, scaler)
-            if self.agreement is not None:
-                self.agreement.ready()
-            announce(Phase.HANDOFF)
-            hand_over(self.declared.model, leaves, totals)
+            hand_over(self.declared.model, leaves, totals, self.agreement)
         return loss
 
     @contextlib.contextmanager

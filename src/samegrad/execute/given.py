@@ -23,6 +23,17 @@ from samegrad.records import Exactness, Plan
 from samegrad.trees import RowLayout
 
 
+def refuse_not_there(**options: Any) -> None:
+    """Raises UsageError for an option that is given and that nothing takes yet."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(
+                asked=f"{name}={value!r}",
+                found=f"samegrad cannot take {name}= yet, and ignoring it would run another step than declared",
+                do=f"leave {name} out",
+            )
+
+
 def check_allowed(plan: Plan, allow: Exactness) -> None:
     """Raises UsageError for a plan that is less exact than ``allow``."""
     weakest = weakest_exactness(plan)

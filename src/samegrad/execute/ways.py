@@ -72,6 +72,12 @@ class Ways:
         """Whether the step waits for other ranks before its gradients are there."""
         return self.collectives or (self.by_rows is not None and self.by_rows.collectives)
 
+    def told(self) -> str:
+        """Why the step is split by rows or not, in words; empty where nothing is to be said."""
+        if self.by_rows is not None:
+            return f"loss: {self.by_rows.reason}, {self.by_rows.passes} pass(es)"
+        return "" if self.refusal is None else f"not split through the whole model: {self.refusal.found}"
+
     def mapped_examination(self) -> MappedExamination:
         reason = "" if self.refusal is None else self.refusal.found
         # Where rows may be split, what draws without a key was refused.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from samegrad.errors import BadInput, NotMeasured
@@ -107,9 +107,10 @@ def predicted_without(footprint: Footprint) -> Footprint:
     return footprint if footprint.origin is Origin.PREDICTED else predicted_whole(footprint)
 
 
-def predicted(name: str, knobs: dict[str, Any], footprint: Footprint, rows: int) -> Footprint:
-    """The footprint with lever ``name`` taken at ``rows`` at a time, by its variant's laws."""
+def predicted(name: str, knobs: dict[str, Any], footprint: Footprint, rows: int | Sequence[int]) -> Footprint:
+    """The footprint with lever ``name`` taken at ``rows`` at a time, the largest of several, by its variant's laws."""
     variant = variant_of(name, knobs, footprint)
+    rows = rows if isinstance(rows, int) else max(rows)
     by_phase = peaks_by_phase(variant.laws, rows=rows, batch_rows=footprint.batch_rows)
     seconds = variant.predicted_seconds(rows=rows, batch_rows=footprint.batch_rows)
     return predicted_at(footprint, rows, by_phase, seconds)

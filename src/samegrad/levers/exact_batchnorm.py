@@ -74,8 +74,7 @@ class ExactBatchNorm:
             yield cls(rows, **variant.knobs)
 
     def predict(self, footprint: Footprint) -> Footprint:
-        rows = self.rows if isinstance(self.rows, int) else max(self.rows)
-        return predicted(self.name, self.knobs(), footprint, rows)
+        return predicted(self.name, self.knobs(), footprint, self.rows)
 
     @property
     def forwards(self) -> float:

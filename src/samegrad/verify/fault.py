@@ -20,10 +20,10 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import SamegradError
 from samegrad.exact import program
+from samegrad.exact.first_pass import as_in_first_pass
 from samegrad.exact.float64 import widened
 from samegrad.exact.forward import StepForward
 from samegrad.exact.out_of_memory import is_out_of_memory
-from samegrad.exact.passes import as_in_first_pass
 from samegrad.exact.row_comparisons import close, same_rows
 from samegrad.exact.split import SplitStep, under_draws
 from samegrad.exact.step_draws import StepDraws

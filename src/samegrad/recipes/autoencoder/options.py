@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-import samegrad as sg
 from samegrad.recipes._recipe import CommonOptions
 
 DOCUMENT_PARTITIONS = 6
@@ -53,18 +50,14 @@ class AutoencoderOptions(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_epochs", "patience", "latent_dim", "patch_rows"):
-            if getattr(self, name) < 1:
-                self._refuse(name, "it must be at least 1", "give a positive whole number")
-        for name in ("num_partitions", "accumulation_steps", "hidden"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                self._refuse(name, "it must be at least 1", "give a positive whole number, or leave it out")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            self._refuse("learning_rate", "it must be positive and finite", "give for example 1e-3")
+        self._at_least(1, "num_epochs", "patience", "latent_dim", "patch_rows")
+        self._at_least(
+            1, "num_partitions", "accumulation_steps", "hidden", do="give a positive whole number, or leave it out"
+        )
+        self._positive("learning_rate", do="give for example 1e-3")
         if not 0 < self.train_fraction < 1:
             self._refuse("train_fraction", "it must lie between 0 and 1", "give for example 0.5")
-        if not (math.isfinite(self.weight_penalty) and self.weight_penalty >= 0):
-            self._refuse("weight_penalty", "it must be 0 or positive", "give for example 0.1")
+        self._not_negative("weight_penalty", do="give for example 0.1")
         if self.weight_penalty and not self.tied:
             self._refuse("weight_penalty", "only the tied model has that penalty", "add --tied, or leave it out")
         if None not in (self.num_partitions, self.accumulation_steps) and (
@@ -96,17 +89,7 @@ class AutoencoderOptions(CommonOptions):
                 "6e-8), so it divides by zero, and squared errors overflow above 65504",
                 "--dtype float16 keeps float32 weights, computes in float16 and scales the loss; or --dtype bfloat16",
             )
-        if self.dtype not in DTYPES:
-            near = difflib.get_close_matches(self.dtype, DTYPES, n=1)
-            self._refuse(
-                "dtype",
-                "no such number format" + (f"; did you mean {near[0]!r}?" if near else ""),
-                f"use one of {', '.join(DTYPES)}",
-            )
-
-    def _refuse(self, name: str, found: str, do: str) -> NoReturn:
-        value: Any = getattr(self, name)
-        raise sg.UsageError(asked=f"--{name} {value}", found=found, do=do, option=name)
+        self._known_dtype(DTYPES)
 
 
 Options = AutoencoderOptions

@@ -6,7 +6,6 @@ in partitions. Rows: D numbers each, the document's are 2304 wide.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
@@ -17,13 +16,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell, Program, Recipe
+from samegrad.recipes._recipe import Cell, Program, Recipe, needed_for_pictures
+from samegrad.recipes._recipe.pinned import pinned_step
+from samegrad.recipes._recipe.precision import autocast, forward_under, narrow_dtype, weight_dtype
 
 from . import data
 from .model import Autoencoder, PenalisedReconstruction, TiedAutoencoder, reconstruction_loss
 from .options import DOCUMENT_PARTITIONS, AutoencoderOptions
 from .results import mean_squared_error, row_errors, write_results
-from .splits import INSTALL, EpochRows, Splits, open_splits
+from .splits import EpochRows, Splits, open_splits
 
 TABLE_PARTITIONS = (1, 2, 3, 6, 12)
 
@@ -74,12 +75,10 @@ class AutoencoderProgram(Program):
 
     def write(self, folder: Path) -> list[Path]:
         errors = row_errors(self.reconstruct, self.splits.test, self.partition_rows)
-        try:
+        with needed_for_pictures():
             return write_results(
                 self.model, folder, test=self.splits.test, errors=errors, pca_test_mse=self.pca_test_mse
             )
-        except ModuleNotFoundError as error:
-            raise sg.EnvironmentProblem(asked="the pictures of the run", found=str(error), do=INSTALL) from None
 
     def describe(self) -> list[str]:
         parts = (self.splits.train, self.splits.validation, self.splits.test)
@@ -94,7 +93,7 @@ class AutoencoderProgram(Program):
 
     def reconstruct(self, rows: Tensor) -> Tensor:
         """Reconstructions (B, D) of rows (B, D) on any device, computed as in training."""
-        with _autocast(self.options.dtype, self.step.declared.device):
+        with autocast(narrow_dtype(self.options.dtype), self.step.declared.device):
             reconstructed: Tensor = self.model(rows.to(self.step.declared.device))
         return reconstructed
 
@@ -128,7 +127,7 @@ def _make_model(options: AutoencoderOptions, width: int) -> Autoencoder | TiedAu
         options.latent_dim,
         hidden=hidden,
         generator=Generator().manual_seed(options.random_seed),
-        dtype=torch.float64 if options.dtype == "float64" else torch.float32,
+        dtype=weight_dtype(options.dtype),
     )
     if options.start == "principal" and model.hidden < 2 * options.latent_dim:
         raise sg.UsageError(
@@ -167,30 +166,24 @@ def _make_step(
     if options.weight_penalty:
         loss = PenalisedReconstruction(model.weights, options.weight_penalty)
     declare = functools.partial(
-        sg.Step, model, loss, optimizer=optimizer, normalise="mean", forward=_forward(options.dtype)
+        sg.Step, model, loss, optimizer=optimizer, normalise="mean", forward=forward_under(narrow_dtype(options.dtype))
     )
     partitions = options.pinned_partitions
     if options.budget is None:
         # rule of all recipes: the document's own number holds where there is neither a budget nor a pin
         sizes = partition_sizes(len(train), partitions or min(DOCUMENT_PARTITIONS, len(train)))
         return declare(plan=_partition_plan(sizes, pinned=partitions is not None))
-    step = declare(budget=options.budget)
     if partitions is None:
-        return step
-    sizes = partition_sizes(len(train), partitions)
-    with step:
-        try:
-            plan, footprint = sg.settle_plan(step, train, budget=options.budget, rows=sizes)
-        except sg.BudgetTooSmall as refusal:
-            raise sg.BudgetTooSmall(
-                asked=f"--num_partitions {partitions} within {options.budget}",
-                found=refusal.found,
-                do="ask for more partitions, leave --num_partitions out, or raise the budget",
-                option="num_partitions",
-            ) from None
-    pinned = declare(plan=plan)
-    pinned.footprint = footprint
-    return pinned
+        return declare(budget=options.budget)
+    return pinned_step(
+        declare,
+        train,
+        budget=options.budget,
+        rows=partition_sizes(len(train), partitions),
+        asked=f"--num_partitions {partitions} within {options.budget}",
+        do="ask for more partitions, leave --num_partitions out, or raise the budget",
+        option="num_partitions",
+    )
 
 
 def _partition_plan(sizes: list[int], *, pinned: bool) -> sg.Plan:
@@ -200,25 +193,6 @@ def _partition_plan(sizes: list[int], *, pinned: bool) -> sg.Plan:
         batch_rows=sum(sizes),
         knob_origins={"split_rows.rows": sg.KnobOrigin.PINNED if pinned else sg.KnobOrigin.DEFAULT},
     )
-
-
-def _forward(dtype: str) -> Any:
-    """How the model is called: None for its own way, or under autocast."""
-    if dtype in ("float32", "float64"):
-        return None
-
-    def under_autocast(model: nn.Module, rows: Tensor) -> Tensor:
-        with _autocast(dtype, rows.device):
-            reconstructed: Tensor = model(rows)
-        return reconstructed
-
-    return under_autocast
-
-
-def _autocast(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if dtype in ("float32", "float64"):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float16)
 
 
 def check_weights(model: nn.Module) -> None:

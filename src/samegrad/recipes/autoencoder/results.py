@@ -1,4 +1,4 @@
-"""What is judged and kept at the end of a run: errors of rows, weights in two formats, pictures. Plain PyTorch."""
+"""What is judged and kept at the end of a run: errors of rows, weights in two formats, pictures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from samegrad.recipes._recipe.written import save_picture, save_weights
 
 from .data import ReadRows, partitions
 
@@ -45,16 +46,13 @@ def write_results(
     """
     from . import pictures
 
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    written = [folder / "autoencoder.safetensors", folder / "autoencoder.pt"]
-    safetensors.torch.save_file(weights, written[0])
-    torch.save(weights, written[1])
+    written = save_weights(model, folder, "autoencoder")
     histogram = pictures.draw_histogram(errors.numpy(), pca_mse=pca_test_mse)
-    written.append(pictures.save(histogram, folder / "reconstruction_error_histogram.png"))
+    written.append(save_picture(histogram, folder / "reconstruction_error_histogram.png"))
     shown = test.read(0, min(SHOWN_ROWS, len(test)))
     if math.isqrt(shown.shape[1]) ** 2 == shown.shape[1]:
         with torch.no_grad():
             rebuilt = model(shown.to(next(model.parameters()).device)).cpu()
         figure = pictures.draw_reconstructions(shown.double().numpy(), rebuilt.double().numpy())
-        written.append(pictures.save(figure, folder / "reconstructions.png"))
+        written.append(save_picture(figure, folder / "reconstructions.png"))
     return written

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.recipes._recipe import INSTALL
+from samegrad.recipes._recipe.precision import weight_dtype
 
 from . import data
 from .options import AutoencoderOptions
-
-INSTALL = "pip install 'samegrad[recipes]'"
 
 
 class EpochRows(data.ReadRows, Protocol):
@@ -44,7 +44,7 @@ def open_splits(options: AutoencoderOptions) -> Splits:
     Raises BadInput for rows that cannot be read, UsageError for more patches than there are, EnvironmentProblem
     when scikit-image is not installed.
     """
-    dtype = torch.float64 if options.dtype == "float64" else torch.float32
+    dtype = weight_dtype(options.dtype)
     if options.data_root is not None:
         rows = as_rows(_opened(options.data_root, options.layer_for_activation), dtype=dtype)
         return _split(rows, options)

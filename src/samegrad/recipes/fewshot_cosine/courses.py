@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import samegrad as sg
 
 from .document import DocumentLoss, called_twice
-from .model import EpisodeLoss, FewShotTransformer
+from .model import FewShotTransformer
+from .objective import EpisodeLoss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .model import EpisodeLoss, variance_hinge
+from .objective import EpisodeLoss, variance_hinge
 
 # Of the document, in bytes: forward, backward and in all; before, and with AMP and four accumulation steps.
 BEFORE_BYTES = (8e9, 6e9, 14e9)

@@ -1,14 +1,15 @@
-"""What the model is judged by: the accuracy of many episodes, beside nearest prototypes. Plain PyTorch."""
+"""What the model is judged by: the accuracy of many episodes, beside nearest prototypes."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+from samegrad.recipes._recipe.precision import autocast
 
 from .data import Episodes, prototype_predictions
 from .model import EpisodeShape, FewShotTransformer
@@ -60,7 +61,7 @@ def judged_episodes(
         for number in range(count):
             images, names = episodes.draw(number)
             rows = arranged(images, shape).to(device, next(model.parameters()).dtype)
-            with torch.no_grad(), _autocast(device, amp):
+            with torch.no_grad(), autocast(amp, device):
                 embeddings = torch.cat([model.backbone(part) for part in torch.split(rows, rows_at_a_time)])
                 support, queries = model.told_apart(embeddings)
                 logits = model.head(model.head.prototypes(support), queries)
@@ -93,7 +94,3 @@ def accuracies(judged: Iterable[Judged]) -> dict[str, float]:
         metrics[f"{name}_ci95"] = 1.96 * (squares / (len(values) - 1) / len(values)) ** 0.5 if len(values) > 1 else 1.0
     metrics["episodes"] = len(found["accuracy"])
     return metrics
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

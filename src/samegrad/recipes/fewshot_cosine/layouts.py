@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import samegrad as sg
+from samegrad.recipes._recipe import INSTALL
 
 from . import data, offline
 from .options import OFFLINE, FewShotOptions
 
-INSTALL = "pip install 'samegrad[recipes]'"
 _ALIASES = {"base": ("base", "train"), "val": ("val", "valid", "validation"), "novel": ("novel", "test")}
 _IMAGE_FOLDERS = ("", "data", "images", "images_background", "images_evaluation")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")

@@ -6,15 +6,13 @@ one call, so that BatchNorm in training mode takes the statistics of the episode
 Axes: N images of an episode, n classes, k images of a class to learn from, m queries, d embedding width, h heads,
 e width of a head.
 
-Source: Nguyen et al. 2023, "Enhancing Few-Shot Image Classification With Cosine Transformer", arXiv:2211.06828; the
-variance and covariance terms: Bardes, Ponce, LeCun 2022, VICReg, arXiv:2105.04906.
+Source: Nguyen et al. 2023, "Enhancing Few-Shot Image Classification With Cosine Transformer", arXiv:2211.06828.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Collection
 from typing import Literal
 
@@ -23,10 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Method = Literal["FSCT_cosine", "FSCT_softmax"]
-BackboneName = Literal["Conv4", "Conv6", "ResNet18", "ResNet34"]
 
-# Added to a variance before its root, so that the gradient stays finite where all samples are equal (VICReg's).
-VARIANCE_EPSILON = 1e-4
 COSINE_EPSILON = 1e-5
 
 
@@ -92,81 +87,6 @@ class SupportAndQueries(nn.Module):
         return support, rows.index_select(0, self.queries[:n_queries])
 
 
-class ConvBackbone(nn.Sequential):
-    """Conv4 or Conv6: 3x3 convolution, BatchNorm and ReLU, 64 channels wide; the first four halve the picture.
-
-    Embeddings (N, d) of images (N, channels, height, width).
-    """
-
-    def __init__(self, depth: int, *, channels: int = 3, width: int = 64) -> None:
-        super().__init__()
-        for number, (wide_in, wide_out) in enumerate(itertools.pairwise([channels, *[width] * depth]), start=1):
-            layers = [nn.Conv2d(wide_in, wide_out, 3, padding=1), nn.BatchNorm2d(wide_out), nn.ReLU()]
-            if number <= 4:
-                layers.append(nn.MaxPool2d(2))
-            self.add_module(f"layer{number}", nn.Sequential(*layers))
-        self.flatten = nn.Flatten()
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
-
-    def __init__(self, wide_in: int, wide_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(wide_in, wide_out, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(wide_out)
-        self.conv2 = nn.Conv2d(wide_out, wide_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(wide_out)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or wide_in != wide_out:
-            self.shortcut.append(nn.Conv2d(wide_in, wide_out, 1, stride=stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(wide_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(inner + self.shortcut(x))
-
-
-class ResNetBackbone(nn.Module):
-    """ResNet without its last pooling: the maps are flattened, 512 · 7 · 7 = 25,088 numbers of a 224-pixel image."""
-
-    def __init__(self, blocks: tuple[int, int, int, int], *, channels: int = 3, width: int = 64) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
-        wide_in = width
-        for number, count in enumerate(blocks):
-            wide_out = width * 2**number
-            layer = nn.Sequential(
-                ResidualBlock(wide_in, wide_out, 1 if number == 0 else 2),
-                *(ResidualBlock(wide_out, wide_out, 1) for _ in range(count - 1)),
-            )
-            self.add_module(f"layer{number + 1}", layer)
-            wide_in = wide_out
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (N, d) of images (N, channels, height, width)."""
-        x: Tensor = self.pool(F.relu(self.bn1(self.conv1(images))))
-        for number in range(1, 5):
-            x = getattr(self, f"layer{number}")(x)
-        return x.flatten(1)
-
-
-def make_backbone(name: BackboneName, *, channels: int = 3) -> ConvBackbone | ResNetBackbone:
-    """The backbone called ``name``, for images of ``channels``; weights from torch's default generator."""
-    match name:
-        case "Conv4" | "Conv6":
-            return ConvBackbone(int(name[-1]), channels=channels)
-        case "ResNet18":
-            return ResNetBackbone((2, 2, 2, 2), channels=channels)
-        case "ResNet34":
-            return ResNetBackbone((3, 4, 6, 3), channels=channels)
-
-
 class PrototypeAttention(nn.Module):
     """Each query attends to itself, as often as there are prototypes, and weighs that by how alike the two are.
 
@@ -192,7 +112,7 @@ class PrototypeAttention(nn.Module):
     def _cosines(self, asked: Tensor, keys: Tensor) -> Tensor:
         """(m, n, h), in full precision whatever runs around it."""
         with torch.autocast(keys.device.type, enabled=False):
-            asked, keys = (F.normalize(_widened(x), dim=-1, eps=COSINE_EPSILON) for x in (asked, keys))
+            asked, keys = (F.normalize(widened(x), dim=-1, eps=COSINE_EPSILON) for x in (asked, keys))
             cosines: Tensor = torch.einsum("nhe,mhe->mnh", asked, keys)
         return cosines
 
@@ -235,7 +155,7 @@ class CosineClassifier(nn.Module):
         """Logits (m, n) of (m, n, d)."""
         entered = self.enter(self.norm(x))
         with torch.autocast(x.device.type, enabled=False):
-            entered = _widened(entered)
+            entered = widened(entered)
             normalised = entered / (entered.norm(dim=self.axis, keepdim=True) + COSINE_EPSILON)
             cosines: Tensor = normalised @ F.normalize(self.direction, dim=0)
         return self.scale * self.gain * cosines
@@ -270,7 +190,7 @@ class Head(nn.Module):
     def _part(self, name: str, *given: Tensor) -> Tensor:
         part, alone = getattr(self, name), name in self.full_precision
         with torch.autocast(given[0].device.type, enabled=False) if alone else contextlib.nullcontext():
-            found: Tensor = part(*(map(_widened, given) if alone else given))
+            found: Tensor = part(*(map(widened, given) if alone else given))
         return found
 
 
@@ -289,67 +209,6 @@ class FewShotTransformer(nn.Module):
         return logits
 
 
-class EpisodeLoss(nn.Module):
-    """lambda_I · cross-entropy of the queries + lambda_V · variance hinge + lambda_C · covariance of the support.
-
-    A module, because it owns parameters (the head's): they are found where modules are looked through.
-    """
-
-    labels: Tensor
-
-    def __init__(self, head: Head, shape: EpisodeShape, *, weights: tuple[float, float, float]) -> None:
-        super().__init__()
-        self.head, self.shape, self.weights = head, shape, weights
-        self.told_apart = SupportAndQueries(shape)
-        self.register_buffer("labels", torch.arange(shape.n_way).repeat(shape.n_query), persistent=False)
-
-    def forward(self, embeddings: Tensor, images: Tensor) -> Tensor:
-        """The loss of an episode's embeddings (N, d), which come in the order of its ``images``: a scalar."""
-        support, queries = self.told_apart(embeddings)
-        invariance, variance, covariance = self.weights
-        loss = invariance * self.cross_entropy(self.logits(support, queries))
-        with torch.autocast(embeddings.device.type, enabled=False):
-            if variance:
-                loss = loss + variance * variance_hinge(_widened(support))
-            if covariance:
-                loss = loss + covariance * covariance_penalty(_widened(support).flatten(0, 1))
-        return loss
-
-    def logits(self, support: Tensor, queries: Tensor) -> Tensor:
-        """Logits (m, n) of queries (m, d), given the support (n, k, d)."""
-        logits: Tensor = self.head(self.head.prototypes(support), queries)
-        return logits
-
-    def cross_entropy(self, logits: Tensor) -> Tensor:
-        """The mean over queries; 0 where there are none."""
-        total = F.cross_entropy(logits, self.labels[: len(logits)], reduction="sum")
-        return total / max(1, len(logits))
-
-
-def variance_hinge(support: Tensor) -> Tensor:
-    """How far the deviations within classes fall short of 1: the mean of max(0, 1 − √(variance + 1e-4)), a scalar.
-
-    support: (n, k, d); the variance is over the k images of a class, unbiased, and 0 where there is only one.
-    """
-    count = support.shape[1]
-    centred = support - support.mean(dim=1, keepdim=True)
-    variance = centred.square().sum(dim=1) / max(1, count - 1)
-    return F.relu(1 - (variance + VARIANCE_EPSILON).sqrt()).mean()
-
-
-def covariance_penalty(rows: Tensor) -> Tensor:
-    """The mean of the squared covariances of different features of (N, d) rows, each pair of features twice: a scalar.
-
-    With fewer rows than features by way of their (N, N) products: with Z centred, the squares of ZᵀZ/(N−1) add up to
-    those of ZZᵀ/(N−1), and of the diagonal only the variances are needed. The (d, d) matrix is never made then.
-    """
-    count, width = rows.shape
-    centred = rows - rows.mean(dim=0)
-    gram = centred @ centred.t() if count < width else centred.t() @ centred
-    variances = centred.square().sum(dim=0)
-    return (gram.square().sum() - variances.square().sum()) / ((count - 1) ** 2 * width * max(1, width - 1))
-
-
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """``x`` in float32 where it is narrower."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

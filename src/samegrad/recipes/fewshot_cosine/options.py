@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-import samegrad as sg
 from samegrad.recipes._recipe import CommonOptions
 
 OFFLINE = ("glyphs", "digits")
@@ -89,27 +86,14 @@ class FewShotOptions(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("k_shot", "n_query", "test_iter", "episodes_per_step"):
-            self._at_least(name, 1)
-        self._at_least("n_way", 2)
-        self._at_least("gradient_accumulation_steps", 0)
-        self._at_least("query_rows", 0)
-        for name in ("n_episode", "num_epoch", "image_size"):
-            if getattr(self, name) is not None:
-                self._at_least(name, 1)
-        for name in ("weight_decay", "lambda_I", "lambda_V", "lambda_C", "momentum"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                self._refuse(name, "it must be 0 or positive, and finite", "give for example 0.1")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            self._refuse("learning_rate", "it must be positive and finite", "give for example 1e-3")
+        self._at_least(1, "k_shot", "n_query", "test_iter", "episodes_per_step", "n_episode", "num_epoch", "image_size")
+        self._at_least(2, "n_way", do="give 2 or more")
+        self._at_least(0, "gradient_accumulation_steps", "query_rows", do="give 0 or more")
+        self._not_negative("weight_decay", "lambda_I", "lambda_V", "lambda_C", "momentum", do="give for example 0.1")
+        self._positive("learning_rate", do="give for example 1e-3")
         if not self.lambda_I and not self.lambda_V and not self.lambda_C:
             self._refuse("lambda_I", "all three weights are 0, so there is nothing to train", "give one of them")
-        if self.dtype not in DTYPES:
-            near = difflib.get_close_matches(self.dtype, DTYPES, n=1)
-            self._refuse(
-                "dtype", "no such number format" + (f"; did you mean {near[0]!r}?" if near else ""),
-                f"use one of {', '.join(DTYPES)}",
-            )  # fmt: skip
+        self._known_dtype(DTYPES)
         if self.gradient_accumulation_steps > self.episode_images:
             self._refuse(
                 "gradient_accumulation_steps", f"an episode has {self.episode_images} images",
@@ -190,14 +174,6 @@ class FewShotOptions(CommonOptions):
                     f"use backbone.layer1 and so on, or one of {', '.join(f'head.{p}' for p in HEAD_PARTS)}",
                 )  # fmt: skip
         return backbone, head
-
-    def _at_least(self, name: str, least: int) -> None:
-        if getattr(self, name) < least:
-            self._refuse(name, f"it must be at least {least}", f"give {least} or more")
-
-    def _refuse(self, name: str, found: str, do: str) -> NoReturn:
-        value: Any = getattr(self, name)
-        raise sg.UsageError(asked=f"--{name} {value}", found=found, do=do, option=name)
 
 
 Options = FewShotOptions

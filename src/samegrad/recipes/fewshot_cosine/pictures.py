@@ -1,26 +1,23 @@
-"""The pictures of a run: an episode with its predictions, accuracy by epoch, a step's memory before and after.
-
-Drawn on a canvas of their own: no matplotlib backend is chosen and no global state is touched.
-"""
+"""The pictures of a run: an episode with its predictions, accuracy by epoch, a step's memory before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from samegrad.recipes._recipe.pictures import ACCENT, FAINT, INK, new_figure, no_frame, open_frame
 
 from .courses import Course
 from .judging import Judged
 
 SHOWN_QUERIES = 10
 GIB = 2**30
-_INK, _LINE, _ACCENT, _FAINT, _RIGHT = "#1f2937", "#3b7ea1", "#c2410c", "#9ca3af", "#2f855a"
+_LINE, _RIGHT = "#3b7ea1", "#2f855a"
 _COURSES = ("#c2410c", "#b7791f", "#3b7ea1", "#2f855a")
 
 
@@ -28,53 +25,52 @@ def draw_episode(judged: Judged, k_shot: int) -> Figure:
     """A row a class: its support images, then queries, framed by whether they were recognised, and taken for what."""
     queries = min(SHOWN_QUERIES, judged.of_model.shape[1])
     ways, columns = len(judged.images), k_shot + queries
-    figure = _figure(0.74 * columns + 0.6, 0.92 * ways + 0.7)
+    figure = new_figure(0.74 * columns + 0.6, 0.92 * ways + 0.7)
     grid = figure.subplots(ways, columns + 1, squeeze=False, width_ratios=[1] * k_shot + [0.25] + [1] * queries)
     for row, line in enumerate(grid):
         for column, axes in enumerate(line):
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
+            no_frame(axes)
             if column == k_shot:
                 continue
             image = column if column < k_shot else column - 1
             axes.imshow(*_shown(judged.images[row, image]), interpolation="nearest")
             if column > k_shot:
                 _frame(axes, taken_for=int(judged.of_model[row, column - k_shot - 1]), truth=row)
-        line[0].set_ylabel(str(row), color=_INK, rotation=0, labelpad=9, va="center")
+        line[0].set_ylabel(str(row), color=INK, rotation=0, labelpad=9, va="center")
     right = float((judged.of_model == torch.arange(ways).unsqueeze(1)).double().mean())
-    grid[0, 0].set_title("support", color=_INK, loc="left", fontsize=10)
-    grid[0, k_shot + 1].set_title("queries", color=_INK, loc="left", fontsize=10)
+    grid[0, 0].set_title("support", color=INK, loc="left", fontsize=10)
+    grid[0, k_shot + 1].set_title("queries", color=INK, loc="left", fontsize=10)
     figure.suptitle(
-        f"{ways} new classes, {right:.0%} of {judged.of_model.numel()} queries recognised", color=_INK, fontsize=11
+        f"{ways} new classes, {right:.0%} of {judged.of_model.numel()} queries recognised", color=INK, fontsize=11
     )
     return figure
 
 
 def draw_accuracy(validation: Sequence[float], *, metrics: dict[str, float], ways: int) -> Figure:
     """Validation accuracy after each epoch, and the test accuracies with their intervals beside chance."""
-    figure = _figure(7.2, 4.2)
+    figure = new_figure(7.2, 4.2)
     axes = figure.subplots()
     epochs = range(1, len(validation) + 1)
     axes.plot(epochs, validation, color=_LINE, marker="o", markersize=3.5, label="validation classes")
-    lines = [("accuracy", _ACCENT, "test classes"), ("prototype_accuracy", _FAINT, "nearest prototype of pixels")]
+    lines = [("accuracy", ACCENT, "test classes"), ("prototype_accuracy", FAINT, "nearest prototype of pixels")]
     for name, colour, label in lines:
         mean, half = metrics[name], metrics[f"{name}_ci95"]
         axes.axhspan(mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
         axes.axhline(mean, color=colour, linewidth=1.2, label=f"{label} {mean:.3f} ± {half:.3f}")
-    axes.axhline(1 / ways, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=f"chance {1 / ways:.2f}")
-    axes.set_xlabel("epoch", color=_INK)
-    axes.set_ylabel("accuracy", color=_INK)
+    axes.axhline(1 / ways, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"chance {1 / ways:.2f}")
+    axes.set_xlabel("epoch", color=INK)
+    axes.set_ylabel("accuracy", color=INK)
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"{ways}-way accuracy on classes that were never trained on", color=_INK, loc="left", fontsize=11)
-    axes.legend(frameon=False, labelcolor=_INK, loc="lower right")
-    return _finished(figure, axes)
+    axes.set_title(f"{ways}-way accuracy on classes that were never trained on", color=INK, loc="left", fontsize=11)
+    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    open_frame(axes)
+    return figure
 
 
 def draw_courses(courses: Sequence[Course]) -> Figure:
     """Live tensor bytes along one step, a line a formulation; its peak is written at it."""
-    figure = _figure(8.0, 4.4)
+    figure = new_figure(8.0, 4.4)
     axes = figure.subplots()
     largest = max(course.peak_bytes for course in courses)
     unit, name = (GIB, "GiB") if largest >= GIB else (2**20, "MiB")
@@ -86,36 +82,18 @@ def draw_courses(courses: Sequence[Course]) -> Figure:
         axes.plot(places, heights, color=colour, linewidth=1.5, label=label)
         if course.out_of_memory and places:
             axes.plot(places[-1], heights[-1], marker="x", color=colour)
-    axes.set_xlabel("fraction of the step's operations", color=_INK)
-    axes.set_ylabel(f"live tensors, {name}", color=_INK)
+    axes.set_xlabel("fraction of the step's operations", color=INK)
+    axes.set_ylabel(f"live tensors, {name}", color=INK)
     axes.set_ylim(0, 1.45 * largest / unit)
     axes.set_xlim(0, 1)
-    axes.set_title("Memory of one episode's step, before and after", color=_INK, loc="left", fontsize=11)
-    axes.legend(frameon=False, labelcolor=_INK, loc="upper left", fontsize=9)
-    return _finished(figure, axes)
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """The figure as PNG at ``path``, without date or version in it: the same picture is the same file."""
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    return path
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _finished(figure: Figure, axes: Any) -> Figure:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(colors=_INK, length=3)
+    axes.set_title("Memory of one episode's step, before and after", color=INK, loc="left", fontsize=11)
+    axes.legend(frameon=False, labelcolor=INK, loc="upper left", fontsize=9)
+    open_frame(axes)
     return figure
 
 
 def _frame(axes: Any, *, taken_for: int, truth: int) -> None:
-    colour = _RIGHT if taken_for == truth else _ACCENT
+    colour = _RIGHT if taken_for == truth else ACCENT
     axes.spines[:].set_visible(True)
     axes.spines[:].set_color(colour)
     axes.spines[:].set_linewidth(1.8)

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell, Program, Recipe
+from samegrad.recipes._recipe import Cell, Program, Recipe, needed_for_pictures
+from samegrad.recipes._recipe.written import save_picture, save_weights
 
 from . import data, stepping
+from .backbones import make_backbone
 from .courses import Course, document_step, follow_course, plain_step
 from .judging import accuracies, arranged, judged_episodes
-from .layouts import INSTALL, Splits, open_splits
-from .model import EpisodeShape, FewShotTransformer, Head, make_backbone
+from .layouts import Splits, open_splits
+from .model import EpisodeShape, FewShotTransformer, Head
 from .options import FewShotOptions
 from .tables import measured_table, predicted_table
 
@@ -62,14 +64,9 @@ class FewShotProgram(Program):
         return self._metrics(self.options.split, _TEST, self.options.test_iter)
 
     def write(self, folder: Path) -> list[Path]:
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        written = [folder / "fewshot_cosine.safetensors", folder / "fewshot_cosine.pt"]
-        safetensors.torch.save_file(weights, written[0])
-        torch.save(weights, written[1])
-        try:
+        written = save_weights(self.model, folder, "fewshot_cosine")
+        with needed_for_pictures():
             from . import pictures
-        except ModuleNotFoundError as error:
-            raise sg.EnvironmentProblem(asked="the pictures of the run", found=str(error), do=INSTALL) from None
         [shown] = self._judged(self.options.split, _TEST, 1)
         ways = self.options.n_way
         figures = {
@@ -77,7 +74,7 @@ class FewShotProgram(Program):
             "accuracy": pictures.draw_accuracy(self.validations, metrics=self.test_metrics, ways=ways),
             "memory_before_and_after": pictures.draw_courses(self.courses()),
         }
-        return [*written, *(pictures.save(figure, folder / f"{name}.png") for name, figure in figures.items())]
+        return [*written, *(save_picture(figure, folder / f"{name}.png") for name, figure in figures.items())]
 
     def courses(self) -> list[Course]:
         """The memory of one step: as the document writes it, without a lever, and as planned. Nothing is changed."""

@@ -11,14 +11,15 @@ step under the same autocast and says how far float32 is.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad.recipes._recipe.precision import forward_under, narrow_dtype
 
-from .model import EpisodeLoss, FewShotTransformer
+from .model import FewShotTransformer
+from .objective import EpisodeLoss
 from .options import FewShotOptions
 
 AmpDtype = str | None
@@ -175,18 +176,8 @@ def step_under_autocast(
     model: FewShotTransformer, loss: EpisodeLoss, optimizer: torch.optim.Optimizer, dtype: str
 ) -> sg.Step:
     """The step under an autocast of its own: how AMP is measured and followed before there is a plan."""
-    return sg.Step(
-        model.backbone, UnderAutocast(loss, dtype), forward=_narrow_forward(dtype), optimizer=optimizer
-    )  # fmt: skip
-
-
-def _narrow_forward(dtype: str) -> Any:
-    def under_autocast(backbone: nn.Module, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, dtype=getattr(torch, dtype)):
-            embedded: Tensor = backbone(images)
-        return embedded
-
-    return under_autocast
+    forward = forward_under(narrow_dtype(dtype))
+    return sg.Step(model.backbone, UnderAutocast(loss, dtype), forward=forward, optimizer=optimizer)
 
 
 def _with_amp(plan: sg.Plan, dtype: AmpDtype, full_precision: list[str], backbone: nn.Module) -> sg.Plan:

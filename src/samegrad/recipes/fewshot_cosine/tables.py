@@ -11,7 +11,8 @@ from samegrad.recipes._recipe import Cell
 
 from . import document, stepping
 from .courses import document_step, follow_course, plain_step
-from .model import EpisodeLoss, FewShotTransformer
+from .model import FewShotTransformer
+from .objective import EpisodeLoss
 
 Line = Mapping[str, Cell]
 _Figures = tuple[float, float, float] | None

@@ -1,21 +1,16 @@
-"""How the flow is called on a batch or some of its rows: plainly, under autocast, compiled. Plain PyTorch."""
+"""How the flow is called on a batch or some of its rows: plainly, under autocast, compiled."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
+from samegrad.recipes._recipe.precision import autocast, narrow_dtype
+
 from .data import StyleBatch
 from .model import LGTUNet, Styled
-
-
-def autocast(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The block that ``dtype`` asks for: bfloat16 over float32 weights, or nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
 class Calling:
@@ -25,7 +20,7 @@ class Calling:
         self.dtype = dtype
 
     def __call__(self, model: nn.Module, batch: StyleBatch) -> Styled:
-        with autocast(self.dtype, batch.noised.device):
+        with autocast(narrow_dtype(self.dtype), batch.noised.device):
             return self._call(model, batch)
 
     def counts(self) -> Mapping[str, float]:

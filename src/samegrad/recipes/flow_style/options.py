@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-import samegrad as sg
 from samegrad.recipes._recipe import CommonOptions
 
 DTYPES = ("float32", "float64", "bfloat16")
@@ -117,10 +114,7 @@ class FlowStyleOptions(CommonOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_numbers()
-        if self.dtype not in DTYPES:
-            near = difflib.get_close_matches(self.dtype, DTYPES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            self._refuse("dtype", f"no number format of this recipe{hint}", f"use one of {', '.join(DTYPES)}")
+        self._known_dtype(DTYPES)
         for name in ("patch_size", "swd_scales"):
             sizes = getattr(self, name)
             if any(size < 1 or size % 2 == 0 for size in (sizes if isinstance(sizes, tuple) else (sizes,))):
@@ -131,26 +125,19 @@ class FlowStyleOptions(CommonOptions):
             self._refuse("checkpoint_every", "checkpointing is turned off", "leave one of the two out")
 
     def _check_numbers(self) -> None:
-        for name in (
-            "batch_size", "accumulation_steps", "ode_integration_steps", "checkpoint_every", "cache_size_limit",
+        self._at_least(
+            1, "batch_size", "accumulation_steps", "ode_integration_steps", "checkpoint_every", "cache_size_limit",
             "num_epochs", "steps_per_epoch", "num_projections", "base_channels", "crops", "held_out_crops",
             "num_inference_steps",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                self._refuse(name, "it must be at least 1", "give a positive whole number")
+        )  # fmt: skip
         for name in ("max_samples", "max_spatial_samples", "epsilon_warmup_epochs"):
             if getattr(self, name) < 0:
                 self._refuse(name, "it must not be negative", "give a whole number; 0 is all of them, or no warm-up")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                self._refuse(name, "it must be positive and finite", "give for example 1e-4 or 1.0")
-        for name in ("last_learning_rate", "weight_decay", "w_style", "w_content", "vel_reg_weight", "cfg_scale",
-                     "temperature_lambda"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                self._refuse(name, "it must be 0 or positive, and finite", "give for example 1.0")
+        self._positive("learning_rate", "max_grad_norm", do="give for example 1e-4 or 1.0")
+        self._not_negative(
+            "last_learning_rate", "weight_decay", "w_style", "w_content", "vel_reg_weight", "cfg_scale",
+            "temperature_lambda", do="give for example 1.0",
+        )  # fmt: skip
         for name in ("epsilon", "label_drop_prob", "start_time"):
             if not 0 <= getattr(self, name) < 1:
                 self._refuse(name, "it must be at least 0 and less than 1", "give for example 0.1")
@@ -191,10 +178,6 @@ class FlowStyleOptions(CommonOptions):
         if self.data_root is None:
             return _BUNDLED_STEPS_PER_EPOCH
         return max(1, largest_style * styles**2 // self.logical_rows)
-
-    def _refuse(self, name: str, found: str, do: str) -> NoReturn:
-        value: Any = getattr(self, name)
-        raise sg.UsageError(asked=f"--{name} {value}", found=found, do=do, option=name)
 
 
 Options = FlowStyleOptions

@@ -10,16 +10,17 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell, Program, Recipe
+from samegrad.recipes._recipe import Cell, Program, Recipe, needed_for_pictures
+from samegrad.recipes._recipe.clipping import clip_before_step
+from samegrad.recipes._recipe.precision import autocast, narrow_dtype, weight_dtype
 
 from . import data
-from .calling import Calling, CompiledCalling, autocast
+from .calling import Calling, CompiledCalling
 from .judging import Judgement, judge_styled
 from .losses import Energy
 from .model import Styled, StyleFlow, make_flow
@@ -27,7 +28,7 @@ from .options import FlowStyleOptions
 from .plans import planned_step
 from .results import write_results
 from .sampling import Sampler
-from .splits import INSTALL, Splits, open_splits
+from .splits import Splits, open_splits
 from .table import rows_of_table
 
 # Beside the options' seed and the epoch, so that no two uses share draws.
@@ -91,7 +92,7 @@ class FlowStyleProgram(Program):
         parts = []
         for first in range(0, len(source), self.options.size("batch_size")):
             rows = slice(first, first + self.options.size("batch_size"))
-            with autocast(self.options.dtype, device):
+            with autocast(narrow_dtype(self.options.dtype), device):
                 styled = sampler_of(self.options).style(
                     self.model.network, source[rows].to(device), style_ids[rows].to(device), generator
                 )
@@ -99,7 +100,7 @@ class FlowStyleProgram(Program):
         return torch.cat(parts)
 
     def write(self, folder: Path) -> list[Path]:
-        try:
+        with needed_for_pictures():
             return write_results(
                 self.model,
                 folder,
@@ -108,8 +109,6 @@ class FlowStyleProgram(Program):
                 base_channels=self.options.size("base_channels"),
                 sampler=sampler_of(self.options),
             )
-        except ModuleNotFoundError as error:
-            raise sg.EnvironmentProblem(asked="the pictures of the run", found=str(error), do=INSTALL) from None
 
     def describe(self) -> list[str]:
         options, splits = self.options, self.splits
@@ -165,13 +164,12 @@ def build(options: FlowStyleOptions) -> FlowStyleProgram:
         base_channels=options.size("base_channels"),
         ode_steps=options.ode_integration_steps,
         seed=options.random_seed,
-        dtype=torch.float64 if options.dtype == "float64" else torch.float32,
+        dtype=weight_dtype(options.dtype),
     ).to(sg.find_device(options.device))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.size("learning_rate"), weight_decay=options.weight_decay
     )
-    # The optimizer's own hook: it runs once a logical step, on the whole gradient.
-    optimizer.register_step_pre_hook(Clip(options.max_grad_norm))
+    clip_before_step(optimizer, options.max_grad_norm)
     energy = energy_of(options)
     batch = data.draw_batch(
         splits.training, drawing_of(options), earliest=0.0, seed=(options.random_seed, _TRAINING, 0, 0)
@@ -192,17 +190,6 @@ def build(options: FlowStyleOptions) -> FlowStyleProgram:
         energy=energy,
         calling=calling,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """Scales the gradients that an optimizer is about to use down to a norm of ``largest_norm``."""
-
-    largest_norm: float
-
-    def __call__(self, optimizer: torch.optim.Optimizer, _: Any, __: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, self.largest_norm)
 
 
 def energy_of(options: FlowStyleOptions) -> Energy:

@@ -11,6 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from samegrad.recipes._recipe.written import save_picture, weights_of
+
 from .checkpoint import FILE_NAME, save_flow
 from .codec import LinearCodec
 from .data import Latents, style_pairs
@@ -39,8 +41,7 @@ def write_results(
         ),
         folder / "flow_style.safetensors",
     ]
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.network.state_dict().items()}
-    safetensors.torch.save_file(weights, written[1])
+    safetensors.torch.save_file(weights_of(model.network), written[1])
     written += _write_pairs(folder, restyle, splits)
     sources = _spread(splits.held_out)
     columns = [[source, *_all_styles(restyle, source, style, len(names))] for source, style in sources]
@@ -48,10 +49,10 @@ def write_results(
         [[shown(latent, splits.codec) for latent in column] for column in columns],
         ["source", *(f"as {name}" for name in names)],
     )
-    written.append(pictures.save(figure, folder / "style_grid.png"))
+    written.append(save_picture(figure, folder / "style_grid.png"))
     history = read_history(folder)
     if history.steps and history.validations:
-        written.append(pictures.save(pictures.draw_curves(history), folder / "loss_curves.png"))
+        written.append(save_picture(pictures.draw_curves(history), folder / "loss_curves.png"))
     return written
 
 
@@ -69,7 +70,7 @@ def _write_pairs(folder: Path, restyle: Restyle, splits: Splits) -> list[Path]:
             [f"source: {names[source_style]}", f"styled as {names[target_style]}", f"a real {names[target_style]}"],
         )
         name = f"{names[source_style]}_as_{names[target_style]}.png"
-        written.append(pictures.save(figure, folder / name))
+        written.append(save_picture(figure, folder / name))
     return written
 
 

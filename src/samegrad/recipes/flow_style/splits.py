@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.recipes._recipe import INSTALL
+from samegrad.recipes._recipe.precision import weight_dtype
 
 from . import codec as codecs
 from . import crops, data
 from .data import Latents
 from .options import FlowStyleOptions
-
-INSTALL = "pip install 'samegrad[recipes]'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def open_splits(options: FlowStyleOptions) -> Splits:
             do="give one weight for each, in that order",
             option="style_weights",
         )
-    dtype = torch.float64 if options.dtype == "float64" else torch.float32
+    dtype = weight_dtype(options.dtype)
     return dataclasses.replace(
         splits, training=splits.training.to(dtype), held_out=splits.held_out.to(dtype)
     )

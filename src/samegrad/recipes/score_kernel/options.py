@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-import samegrad as sg
 from samegrad.recipes._recipe import CommonOptions
 
 DataName = Literal[
@@ -81,22 +80,16 @@ class ScoreKernelOptions(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            "depth", "hiddenunits", "niters", "batch_size", "train_kernel_size", "test_samples_size", "process_timeout",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                self._refuse(name, "it must be at least 1", "give a positive whole number")
-        if self.train_samples_size is not None and self.train_samples_size < 1:
-            self._refuse("train_samples_size", "it must be at least 1", "give a positive whole number, or leave it out")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            self._refuse("lr", "it must be positive and finite", "give for example 5e-4")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                self._refuse(name, "it must be 0 or positive", "give for example 1e-4, or 0 to leave it off")
+        self._at_least(
+            1, "depth", "hiddenunits", "niters", "batch_size", "train_kernel_size", "test_samples_size",
+            "process_timeout",
+        )  # fmt: skip
+        self._at_least(1, "train_samples_size", do="give a positive whole number, or leave it out")
+        self._positive("lr", do="give for example 5e-4")
+        self._not_negative("weight_decay", "max_grad_norm", do="give for example 1e-4, or 0 to leave it off")
         if not (math.isfinite(self.stability) and self.stability > 0):
             self._refuse("stability", "log det P needs a positive diagonal", "give for example 0.01")
-        if self.noise is not None and not (math.isfinite(self.noise) and self.noise >= 0):
-            self._refuse("noise", "it must be 0 or positive", "give for example 0.1")
+        self._not_negative("noise", do="give for example 0.1")
         if self.dtype not in DTYPES:
             self._refuse(
                 "dtype", "log-weights of hundreds go through a softmax, where half precision has no digits left",
@@ -113,8 +106,7 @@ class ScoreKernelOptions(CommonOptions):
     def _check_strategy(self) -> None:
         if self.chunk_size is not None and self.chunk_size < 0:
             self._refuse("chunk_size", "it must be 0 or more", "give centers at a time, or 0 for the budget's choice")
-        if self.accumulation_steps is not None and self.accumulation_steps < 1:
-            self._refuse("accumulation_steps", "it must be at least 1", "give a positive whole number")
+        self._at_least(1, "accumulation_steps")
         if self.chunk_size and self.accumulation_steps is not None:
             self._refuse(
                 "accumulation_steps", f"--chunk_size {self.chunk_size} says it too: both cut the centers of one step",
@@ -148,10 +140,6 @@ class ScoreKernelOptions(CommonOptions):
         if self.accumulation_steps is not None:
             return -(-self.train_kernel_size // self.accumulation_steps)
         return self.chunk_size or None
-
-    def _refuse(self, name: str, found: str, do: str) -> NoReturn:
-        value: Any = getattr(self, name)
-        raise sg.UsageError(asked=f"--{name} {value}", found=found, do=do, option=name)
 
 
 Options = ScoreKernelOptions

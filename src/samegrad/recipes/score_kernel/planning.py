@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.recipes._recipe.pinned import pinned_step
 
 from .model import KernelModel
 from .objective import BATCH_AXES, Batch, kernel_outputs, matching_loss
@@ -44,20 +45,16 @@ def plan_on_one(
     rows = min(rows, len(centers))
     if options.budget is None:
         return PlannedStep(step=declare(plan=_pinned_plan(rows, len(centers))), centers=centers)
-    with declare(budget=options.budget) as step:
-        batch = {"centers": centers, "samples": samples}
-        try:
-            plan, footprint = sg.settle_plan(step, batch, budget=options.budget, rows=rows)
-        except sg.BudgetTooSmall as refusal:
-            raise sg.BudgetTooSmall(
-                asked=f"{rows} of {len(centers)} centers at a time within {options.budget}",
-                found=refusal.found,
-                do="ask for fewer centers at a time, leave the pin out, or raise the budget",
-                option="budget",
-            ) from None
-    pinned = declare(plan=plan)
-    pinned.footprint = footprint
-    return PlannedStep(step=pinned, centers=centers)
+    step = pinned_step(
+        declare,
+        {"centers": centers, "samples": samples},
+        budget=options.budget,
+        rows=rows,
+        asked=f"{rows} of {len(centers)} centers at a time within {options.budget}",
+        do="ask for fewer centers at a time, leave the pin out, or raise the budget",
+        option="budget",
+    )
+    return PlannedStep(step=step, centers=centers)
 
 
 def _pinned_plan(rows: int, centers: int) -> sg.Plan:

@@ -7,33 +7,28 @@ centers; a plan runs so many centers at a time, streams them through their softm
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell, Program, Recipe
+from samegrad.recipes._recipe import Cell, Recipe
+from samegrad.recipes._recipe.clipping import clip_before_step
+from samegrad.recipes._recipe.precision import weight_dtype
 
-from . import judging
 from .faces import setup_chunked_training, setup_gradient_accumulation_training, setup_model_parallel_training
-from .model import FactorNet, KernelModel, draw_samples, implicit_matching, score_of
-from .objective import Batch, evaluated_means
-from .options import TEST_BATCHES, ScoreKernelOptions
+from .model import FactorNet, KernelModel
+from .options import ScoreKernelOptions
 from .parallel import Across, AcrossDevices, AcrossRanks, joined_ranks, ranks_asked, visible_devices
 from .planning import plan_across, plan_on_one
-from .results import write_results
+from .program import ScoreKernelProgram, epochs_of
 from .schedule import learning_rates
-from .splits import INSTALL, PointSets, noised, open_points, read_state
+from .splits import PointSets, noised, open_points, read_state
 from .start import begin_at_covariance
-from .strategies import Strategy, documents_choice, memory_estimate, strategy_of
 from .strategy_table import strategy_table
-from .toys import eight_gaussians_optimum, eight_gaussians_score
 
 __all__ = [
     "RECIPE",
@@ -45,178 +40,7 @@ __all__ = [
     "table",
 ]
 
-# What is validated and saved at once: an epoch of this program.
-EPOCH_ITERATIONS = 50
-JUDGED_SAMPLES = 1000
-
 _log = logging.getLogger("samegrad")
-
-
-@dataclasses.dataclass(kw_only=True)
-class ScoreKernelProgram(Program):
-    """Implicit score matching on ``points``: an epoch is fifty iterations, each with samples of its own.
-
-    ``centers`` are those of this process; ``across`` says how they are shared out, None where they are not.
-    """
-
-    model: KernelModel
-    options: ScoreKernelOptions
-    points: PointSets
-    centers: Tensor
-    rates: tuple[float, ...]
-    across: Across | None = None
-    of_shard: sg.Footprint | None = None
-    places_error: float | None = None
-    history: list[tuple[float, float]] = dataclasses.field(default_factory=list)
-
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        first = epoch * EPOCH_ITERATIONS
-        draws = np.random.default_rng([self.options.random_seed, epoch])
-        for iteration in range(first, min(first + EPOCH_ITERATIONS, self.options.niters)):
-            chosen = draws.integers(len(self.points.train), size=self.options.batch_size)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rates[iteration]
-            samples = noised(self.points.train[torch.from_numpy(chosen)], self.options.noise_deviation, draws)
-            yield {"centers": self.centers, "samples": samples}
-
-    def validate(self) -> float:
-        validation = self.points.validation
-        value = self._matching(validation)
-        self.history.append((self._matching(self._training_like(len(validation))), value))
-        return value
-
-    def evaluate(self) -> dict[str, float]:
-        test = self.points.test
-        batches = torch.tensor([self._matching(part) for part in test.chunk(TEST_BATCHES)], dtype=torch.float64)
-        drawn = self.drawn
-        known = torch.cat([self.points.train, self.points.centers])
-        found = {
-            "ism": float(batches.mean()),
-            "ism_std": float(batches.std()),
-            "gaussian_ism": judging.gaussian_matching(self._training_like(len(self.points.train)), test),
-            "energy_distance": judging.energy_distance(drawn, test),
-            "energy_distance_of_training": judging.energy_distance(self._training_like(JUDGED_SAMPLES), test),
-            "memorisation_ratio": judging.memorisation_ratio(drawn, test, known),
-            "test_samples": len(test),
-        }
-        if self.options.data == "8gaussians":
-            found |= self._against_the_truth(test)
-        return found
-
-    def write(self, folder: Path) -> list[Path]:
-        try:
-            return write_results(self, folder)
-        except ModuleNotFoundError as error:
-            raise sg.EnvironmentProblem(asked="the pictures of the run", found=str(error), do=INSTALL) from None
-
-    def describe(self) -> list[str]:
-        points, options = self.points, self.options
-        parameters = sum(p.numel() for p in self.model.parameters())
-        left_out = ", each without weight at itself" if options.centers == "leave_one_out" else ""
-        return [
-            f"points: {points.described}, {points.dim} numbers each; centers, training, validation, test: "
-            f"{len(points.centers)}{left_out}, {len(points.train)}, {len(points.validation)}, {len(points.test)}",
-            f"model: factor network {points.dim} - {options.depth} x {options.hiddenunits} - "
-            f"{points.dim * (points.dim + 1) // 2}, {parameters:,} parameters; diagonal at least {options.stability:g}",
-            f"objective: implicit score matching, one softmax over all centers; {options.batch_size} samples a step, "
-            f"{options.dtype}",
-            f"optimizer: AdamW, learning rate up to {options.lr:g} ({options.scheduler_type}), "
-            f"weight decay {options.weight_decay:g}, gradients scaled down to norm {options.max_grad_norm:g}",
-        ]
-
-    def told_of(self, plan: sg.Plan, footprint: sg.Footprint) -> list[str]:
-        """The plan in the document's words: its strategy, what its rule would have said, and its memory estimate."""
-        strategy = self.strategy(plan)
-        alone, centers = self.of_shard or footprint, self.points.centers
-        need_bytes = max(law.peak_bytes(rows=len(centers), batch_rows=len(centers)) for law in alone.plain_laws)
-        places = f" on each of {strategy.places} devices" if strategy.places > 1 else ""
-        told = [
-            f"Strategy: {strategy.name}, {strategy.chunk_size} centers at a time in {strategy.steps} "
-            f"{'chunk' if strategy.steps == 1 else 'chunks'}{places}: {strategy.reason}.",
-        ]
-        if plan.budget is not None:
-            rule = documents_choice(need_bytes, plan.budget.total_bytes, strategy.places)
-            told.append(
-                f"The document's 80 / 60 / 150 % rule on {sg.format_bytes(need_bytes)} for all centers at once: {rule}."
-            )
-        estimate = memory_estimate(
-            alone,
-            rows=strategy.chunk_size,
-            centers=len(centers),
-            dim=self.points.dim,
-            itemsize=centers.element_size(),
-            parameter_bytes=sum(p.nbytes for p in self.model.parameters()),
-            total_bytes=plan.predicted_peak_bytes or 0,
-        )
-        if self.places_error is not None:
-            told.append(
-                f"Over these places a small model of this kind has the plain gradient, in float64, within "
-                f"{self.places_error:.1e}."
-            )
-        return [*told, *estimate.lines()]
-
-    def strategy(self, plan: sg.Plan) -> Strategy:
-        """The document's name for how ``plan`` runs."""
-        places = 1 if self.across is None else self.across.places
-        here = -(-len(self.points.centers) // places)
-        chunks = -(-here // self.center_rows)
-        return strategy_of(
-            self.options, chunk_size=min(self.center_rows, here), steps=chunks, places=places, plan=plan
-        )
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "history": self.history}
-
-    def load_state(self, state: Mapping[str, Any], best_weights: dict[str, Tensor]) -> None:
-        super().load_state(state, best_weights)
-        self.history = [(train, validation) for train, validation in state["history"]]
-
-    @property
-    def iterations_done(self) -> list[int]:
-        """After how many iterations each entry of ``history`` was."""
-        return [min((n + 1) * EPOCH_ITERATIONS, self.options.niters) for n in range(len(self.history))]
-
-    @property
-    def center_rows(self) -> int:
-        """Centers at a time in a training step; what fits with gradients fits without."""
-        if self.across is not None:
-            return self.across.rows
-        # As many samples as in training, for which the plan was made.
-        samples = self.points.train[torch.arange(self.options.batch_size) % len(self.points.train)]
-        return max(self.step.sizes_for({"centers": self.centers, "samples": samples}))
-
-    @functools.cached_property
-    def drawn(self) -> Tensor:
-        """Samples of the model, (1000, D), with the weights it has when it is first asked."""
-        generator = torch.Generator().manual_seed(self.options.random_seed + 1)
-        return draw_samples(
-            self.model.factornet, self.points.centers, JUDGED_SAMPLES, stability=self.options.stability,
-            generator=generator,
-        )  # fmt: skip
-
-    def means_of(self, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Log-sum-exp (N,) and means of ``samples`` (N, D) under the model now."""
-        return evaluated_means(
-            self.model, samples, self.points.centers, rows=self.center_rows, batch_size=self.options.batch_size
-        )
-
-    def _training_like(self, count: int) -> Tensor:
-        """The first ``count`` training samples with noise, the same each time."""
-        draws = np.random.default_rng(self.options.random_seed)
-        return noised(self.points.train[:count], self.options.noise_deviation, draws)
-
-    def _matching(self, samples: Tensor) -> float:
-        return float(implicit_matching(self.means_of(samples)[1]).mean(dtype=torch.float64))
-
-    def _against_the_truth(self, test: Tensor) -> dict[str, float]:
-        """For a known density: its own loss on the test points, and the mean squared distance of the scores."""
-        points = test.double().cpu().numpy()
-        truth = torch.from_numpy(eight_gaussians_score(points))
-        away = score_of(self.means_of(test)[1]).double().cpu() - truth
-        return {
-            "ism_of_true_score": eight_gaussians_optimum(points),
-            "score_error": float(away.square().sum(1).mean()),
-        }
 
 
 def build(options: ScoreKernelOptions) -> ScoreKernelProgram:
@@ -231,8 +55,7 @@ def build(options: ScoreKernelOptions) -> ScoreKernelProgram:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=device.type == "cuda"
     )
-    if options.max_grad_norm:
-        optimizer.register_step_pre_hook(functools.partial(_clip, options.max_grad_norm))
+    clip_before_step(optimizer, options.max_grad_norm)
     if options.start == "covariance" and options.load_model_path is None:
         draws = np.random.default_rng(options.random_seed)
         begin_at_covariance(
@@ -250,7 +73,7 @@ def build(options: ScoreKernelOptions) -> ScoreKernelProgram:
         model=model,
         optimizer=optimizer,
         best=sg.BestWeights(model, patience=None),
-        epochs=-(-options.niters // EPOCH_ITERATIONS),
+        epochs=epochs_of(options),
         empty_cache=options.empty_cache,
         options=options,
         points=points,
@@ -303,7 +126,7 @@ def _make_model(options: ScoreKernelOptions, dim: int) -> KernelModel:
         hidden=options.hiddenunits,
         depth=options.depth,
         generator=torch.Generator().manual_seed(options.random_seed),
-        dtype=torch.float64 if options.dtype == "float64" else torch.float32,
+        dtype=weight_dtype(options.dtype),
     )
     if options.load_model_path is not None:
         try:
@@ -318,11 +141,6 @@ def _make_model(options: ScoreKernelOptions, dim: int) -> KernelModel:
     return KernelModel(
         factornet, stability=options.stability, leave_one_out=options.centers == "leave_one_out"
     )
-
-
-def _clip(norm: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Before each optimizer step, once, on the total gradient."""
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
 
 
 def table(options: ScoreKernelOptions) -> list[Mapping[str, Cell]]:

@@ -9,6 +9,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from samegrad.recipes._recipe.written import save_picture, save_weights
+
 from .model import KernelModel, log_density
 from .options import ScoreKernelOptions
 from .splits import PointSets
@@ -48,32 +50,29 @@ def write_results(program: Finished, folder: Path) -> list[Path]:
         written += write_weights(program.model, program.points.centers, program.options.save)
     if program.history:
         curve = pictures.draw_losses(program.iterations_done, program.history)
-        written.append(pictures.save(curve, folder / "matching_loss.png"))
+        written.append(save_picture(curve, folder / "matching_loss.png"))
     drawn, points = program.drawn.double().cpu().numpy(), program.points
     test = points.test.double().cpu().numpy()
     if points.image_shape is not None:
         figure = pictures.draw_pictures(drawn[:SHOWN_PICTURES], _nearest(program), points.image_shape)
     else:
         figure = pictures.draw_samples(drawn, test, points.centers.double().cpu().numpy())
-    written.append(pictures.save(figure, folder / "samples.png"))
+    written.append(save_picture(figure, folder / "samples.png"))
     if points.dim == 2:
         extent = 1.15 * float(abs(test).max())
         density, centers = _log_density_on_grid(program, extent), points.centers.double().cpu().numpy()
         contours = pictures.draw_density(density, extent, test, centers)
-        written.append(pictures.save(contours, folder / "density.png"))
+        written.append(save_picture(contours, folder / "density.png"))
     return written
 
 
 def write_weights(model: KernelModel, centers: Tensor, folder: Path) -> list[Path]:
     """``factornet`` and ``centers``, each as safetensors and as a ``.pt`` that loads with ``weights_only=True``."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.factornet.state_dict().items()}
     on_host = centers.detach().cpu().contiguous().clone()
-    paths = [folder / name for name in ("factornet.safetensors", "factornet.pt", "centers.safetensors", "centers.pt")]
-    safetensors.torch.save_file(weights, paths[0])
-    torch.save(weights, paths[1])
-    safetensors.torch.save_file({"centers": on_host}, paths[2])
-    torch.save(on_host, paths[3])
-    return paths
+    paths = [folder / "centers.safetensors", folder / "centers.pt"]
+    safetensors.torch.save_file({"centers": on_host}, paths[0])
+    torch.save(on_host, paths[1])
+    return [*save_weights(model.factornet, folder, "factornet"), *paths]
 
 
 def _nearest(program: Finished) -> Any:

@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.recipes._recipe import INSTALL
+from samegrad.recipes._recipe.precision import weight_dtype
 
 from . import data
 from .options import TEST_BATCHES, VALIDATION_BATCHES, ScoreKernelOptions
 from .toys import TOYS, draw_toy
-
-INSTALL = "pip install 'samegrad[recipes]'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def open_points(options: ScoreKernelOptions) -> PointSets:
         )
     draws = np.random.default_rng(options.random_seed)
     chosen = points[draws.permutation(len(points))[: sum(counts)]]
-    dtype = torch.float64 if options.dtype == "float64" else torch.float32
+    dtype = weight_dtype(options.dtype)
     if options.noise_deviation:
         described += f", with noise of deviation {options.noise_deviation:g}"
     noise = torch.from_numpy(options.noise_deviation * draws.standard_normal(chosen.shape)).to(dtype)

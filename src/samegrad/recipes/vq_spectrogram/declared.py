@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch import Generator, nn
 
 import samegrad as sg
+from samegrad.recipes._recipe.clipping import clip_before_step
+from samegrad.recipes._recipe.precision import weight_dtype
 
 from .data import Batch
 from .model import Objective, Outputs, VQSpectrogram
@@ -30,7 +31,7 @@ def make_model(options: VQSpectrogramOptions, machines: int) -> VQSpectrogram:
         norm=options.norm,
         transform_head_per_patch=options.transform_head_per_patch,
         generator=Generator().manual_seed(options.random_seed),
-        dtype=torch.float64 if options.dtype == "float64" else torch.float32,
+        dtype=weight_dtype(options.dtype),
     )
 
 
@@ -43,14 +44,7 @@ def make_objective(options: VQSpectrogramOptions) -> Objective:
 def make_optimizer(options: VQSpectrogramOptions, model: nn.Module) -> torch.optim.AdamW:
     """AdamW that clips the norm of the gradients of a whole logical batch, once, before its step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
-    if options.grad_clip:
-        # Before step() and not in the loop: by then a GradScaler has taken its scale off.
-        def clip(optimizer: Any, args: Any, kwargs: Any) -> None:
-            torch.nn.utils.clip_grad_norm_(
-                [p for group in optimizer.param_groups for p in group["params"]], options.grad_clip
-            )
-
-        optimizer.register_step_pre_hook(clip)
+    clip_before_step(optimizer, options.grad_clip)
     return optimizer
 
 
@@ -64,10 +58,6 @@ def narrow_dtype(options: VQSpectrogramOptions, device: torch.device) -> torch.d
     if options.dtype == "bfloat16" or device.type != "cuda":
         return torch.bfloat16
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def make_step(

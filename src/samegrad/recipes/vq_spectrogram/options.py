@@ -6,9 +6,8 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-import samegrad as sg
 from samegrad.recipes._recipe import CommonOptions
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -98,21 +97,18 @@ class VQSpectrogramOptions(CommonOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            "gradient_accumulation_steps", "clips_per_id", "latent_dim", "num_codes", "batch_size", "stride",
+        self._at_least(
+            1, "gradient_accumulation_steps", "clips_per_id", "latent_dim", "num_codes", "batch_size", "stride",
             "n_patches", "epochs",
-        ):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                self._refuse(name, "it must be at least 1", "give a positive whole number")
+        )  # fmt: skip
         if self.patch_len < PATCH_MULTIPLE or self.patch_len % PATCH_MULTIPLE:
             self._refuse("patch_len", "the encoder halves it three times", "give a multiple of 8, such as 64")
         if min(self.channels) < 1:
             self._refuse("channels", "a layer without channels", "give three positive whole numbers")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            self._refuse("lr", "it must be positive and finite", "give for example 1e-3")
-        for name in ("lambda_recon", "lambda_vq", "lambda_machine_id", "lambda_transform", "grad_clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                self._refuse(name, "it must be 0 or positive", "give for example 1.0")
+        self._positive("lr", do="give for example 1e-3")
+        self._not_negative(
+            "lambda_recon", "lambda_vq", "lambda_machine_id", "lambda_transform", "grad_clip", do="give for example 1.0"
+        )
         for name in ("commitment_warmup_epochs", "lr_warmup_epochs"):
             if getattr(self, name) < 0:
                 self._refuse(name, "a negative number of epochs", "give 0 or more")
@@ -200,19 +196,9 @@ class VQSpectrogramOptions(CommonOptions):
         )
 
     def _check_dtype(self) -> None:
-        if self.dtype not in DTYPES:
-            near = difflib.get_close_matches(self.dtype, DTYPES, n=1)
-            self._refuse(
-                "dtype",
-                "no such number format" + (f"; did you mean {near[0]!r}?" if near else ""),
-                f"use one of {', '.join(DTYPES)}",
-            )
+        self._known_dtype(DTYPES)
         if self.dtype == "float64" and (self.use_amp or self.memory_saver):
             self._refuse("dtype", "--use_amp computes in half precision", "give one of the two")
-
-    def _refuse(self, name: str, found: str, do: str) -> NoReturn:
-        value: Any = getattr(self, name)
-        raise sg.UsageError(asked=f"--{name} {value}", found=found, do=do, option=name)
 
 
 Options = VQSpectrogramOptions

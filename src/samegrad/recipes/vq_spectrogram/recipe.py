@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 import samegrad as sg
-from samegrad.recipes._recipe import Program, Recipe
+from samegrad.recipes._recipe import Program, Recipe, needed_for_pictures
+from samegrad.recipes._recipe.precision import autocast
 
 from .data import Batch, Clips, shuffled_batches
-from .declared import autocast, make_model, make_objective, make_optimizer, make_step, narrow_dtype
+from .declared import make_model, make_objective, make_optimizer, make_step, narrow_dtype
 from .model import Objective, Outputs, VQSpectrogram
 from .options import VQSpectrogramOptions
 from .results import Results, write_pictures, write_scores, write_weights
 from .schedule import phases, stage_of
 from .scores import Judged, code_scores, code_usage, judge_clips, judging, mean_scores, perplexity, score_machines
-from .sources import INSTALL, Splits, open_splits
+from .sources import Splits, open_splits
 from .table import table
 
 # Keys of draws: training and validation clips share none.
@@ -91,11 +92,8 @@ class VQSpectrogramProgram(Program):
     def write(self, folder: Path) -> list[Path]:
         results = self._judged()
         patching = self.splits.patching
-        try:
-            with judging(self.model):
-                drawn = write_pictures(results, self.run, patching, folder)
-        except ModuleNotFoundError as error:
-            raise sg.EnvironmentProblem(asked="the pictures of the run", found=str(error), do=INSTALL) from None
+        with needed_for_pictures(), judging(self.model):
+            drawn = write_pictures(results, self.run, patching, folder)
         return [*write_weights(self.model, patching, folder), *write_scores(results, folder), *drawn]
 
     def describe(self) -> list[str]:
@@ -161,7 +159,9 @@ class VQSpectrogramProgram(Program):
         }
         ordered = dict(sorted(kinds.items(), key=lambda item: item[0] != self.options.chosen_score))
         machines = {name: score_machines(splits.test, scores) for name, scores in ordered.items()}
-        return Results(clips=splits.test, judged=test, num_codes=codes, scores=ordered, machines=machines)
+        return Results(
+            clips=splits.test, upwards=splits.upwards, judged=test, num_codes=codes, scores=ordered, machines=machines
+        )
 
 
 def build(options: VQSpectrogramOptions) -> VQSpectrogramProgram:

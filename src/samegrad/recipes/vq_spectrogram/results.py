@@ -1,4 +1,4 @@
-"""What a run leaves: weights in two formats, a score a clip, and pictures. Plain PyTorch."""
+"""What a run leaves: weights in two formats, a score a clip, and pictures."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.torch
-import torch
 from torch import Tensor, nn
+
+from samegrad.recipes._recipe.written import save_picture, save_weights
 
 from .data import Clips, Patching
 from .scores import Judged, MachineScore, Run, Scores, code_usage
@@ -25,9 +25,13 @@ SHOWN_PATCHES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """The test clips judged. ``machines``: AUC and pAUC of every id, by the kind of score."""
+    """The test clips judged. ``machines``: AUC and pAUC of every id, by the kind of score.
+
+    ``upwards``: what a row of a patch is, in a word.
+    """
 
     clips: Clips
+    upwards: str
     judged: Judged
     num_codes: int
     scores: Mapping[str, Scores]
@@ -40,11 +44,8 @@ class Results:
 
 def write_weights(model: nn.Module, patching: Patching, folder: Path) -> list[Path]:
     """The weights as safetensors and as ``.pt`` for ``weights_only=True``, and the bands' mean and deviation."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    written = [folder / f"vq_spectrogram.{kind}" for kind in ("safetensors", "pt")] + [folder / "norm_stats.npz"]
-    safetensors.torch.save_file(weights, written[0])
-    torch.save(weights, written[1])
-    np.savez(written[2], mean=patching.normalisation.mean, std=patching.normalisation.std)
+    written = [*save_weights(model, folder, "vq_spectrogram"), folder / "norm_stats.npz"]
+    np.savez(written[-1], mean=patching.normalisation.mean, std=patching.normalisation.std)
     return written
 
 
@@ -86,7 +87,7 @@ def write_pictures(results: Results, run: Run, patching: Patching, folder: Path)
             *(code_usage(results.judged.codes[chosen], results.num_codes) for chosen in (~labels, labels))
         ),
     }
-    return [pictures.save(figure, folder / f"{stem}.png") for stem, figure in figures.items()]
+    return [save_picture(figure, folder / f"{stem}.png") for stem, figure in figures.items()]
 
 
 def _shown(results: Results, scores: Scores, run: Run, patching: Patching) -> list[Shown]:
@@ -103,6 +104,7 @@ def _shown(results: Results, scores: Scores, run: Run, patching: Patching) -> li
         shown.append(
             Shown(
                 title=f"{kind}\n{results.clips.clips[index].machine}",
+                upwards=results.upwards,
                 patches=_side_by_side(patches),
                 reconstructed=_side_by_side(rebuilt),
             )

@@ -7,20 +7,23 @@ import dataclasses
 import numpy as np
 
 import samegrad as sg
+from samegrad.recipes._recipe import INSTALL
 
 from . import faces
 from .data import Clips, FolderClips, Normalisation, Patching, machines_of, split_validation, subset
 from .generated import generated_clips
 from .options import VQSpectrogramOptions
 
-INSTALL = "pip install 'samegrad[recipes]'"
 LAYOUT = "<data_root>/<machine>/{train,test}/{normal,anomaly}_id_XX_XXXXXXXX.npy, log-mels of 64 bands"
 VALIDATION_FRACTION = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Clips to train on, to choose the best weights by and to judge by; the classes of the machine head."""
+    """Clips to train on, to choose the best weights by and to judge by; the classes of the machine head.
+
+    ``upwards``: what a row of a patch is, from below: a mel band, or a line of pixels.
+    """
 
     train: Clips
     validation: Clips
@@ -28,6 +31,7 @@ class Splits:
     machines: list[str]
     patching: Patching
     described: str
+    upwards: str
 
 
 def open_splits(options: VQSpectrogramOptions) -> Splits:
@@ -53,7 +57,7 @@ def open_splits(options: VQSpectrogramOptions) -> Splits:
         ) from None  # fmt: skip
     return Splits(
         train=train, validation=validation, test=test, machines=machines_of(known), patching=patching,
-        described=described,
+        described=described, upwards="pixel" if options.offline == faces.MACHINE_TYPE else "band",
     )  # fmt: skip
 
 

@@ -1,53 +1,20 @@
-"""What every recipe brings: options, a program built from them, and facts for people. No torch at import.
-
-    options --build--> Program --run_epochs--> EpochResult, EpochResult, ...
-
-A recipe is a folder with ``options.py`` (a class ``Options``, no torch), ``data.py`` and ``model.py`` (plain PyTorch,
-nothing of ours) and ``recipe.py`` (a ``RECIPE``). Whoever runs a program logs and saves between two results:
-nothing is called back.
-"""
+"""A training program, live, and its epochs one after another."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import enum
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import samegrad as sg
+from samegrad.recipes._recipe.asked import EmptyCache
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
-
-EmptyCache = Literal["never", "validation", "step"]
-Cell = int | float | str | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CommonOptions:
-    """What every recipe can be asked."""
-
-    budget: str | None = None
-    """Bytes the training step may hold: 6GiB, 512MiB, 80%. Without it, what is free now."""
-    device: str = "auto"
-    """Device to train on: auto (CUDA if there is one), cpu, cuda, cuda:1; for plan and measure also a card's name."""
-    dtype: str = "float32"
-    """Number format: float32, float64, or bfloat16 / float16, which mean autocast over float32 weights."""
-    random_seed: int = 42
-    """Seed of the weights, the split and the order of the rows."""
-    empty_cache: EmptyCache = "never"
-    """When to hand cached device memory back to the driver; it costs time and lowers no peak of the step."""
-
-    def __post_init__(self) -> None:
-        if self.random_seed < 0:
-            raise sg.UsageError(
-                asked=f"--random_seed {self.random_seed}", found="a negative seed",
-                do="give 0 or more", option="random_seed",
-            )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,56 +114,6 @@ class Program(abc.ABC):
         self.best.load_state(state["best"], best_weights)
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A training program by name.
-
-    ``document`` is the number of the document it builds right. ``build`` makes the program, ``table`` the rows of
-    ``plan --table``: the document's own figures beside ours. ``pins`` maps an option to the knob of the plan that it
-    pins. ``troubleshooting`` is the document's advice in its order, made true.
-    """
-
-    name: str
-    summary: str
-    document: str
-    options: type[CommonOptions]
-    build: Callable[[Any], Program]
-    table: Callable[[Any], Sequence[Mapping[str, Cell]]]
-    pins: Mapping[str, str]
-    troubleshooting: tuple[str, ...]
-
-
-class Answer(enum.Enum):
-    OK = "ok"
-    FAILS = "fails"
-    UNKNOWN = "unknown"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One check: its answer, the numbers behind it, and what to do when it fails."""
-
-    name: str
-    answer: Answer
-    detail: str
-    do: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        return {"name": self.name, "answer": self.answer.value, "detail": self.detail, "do": self.do}
-
-
-class Health(Protocol):
-    """The module ``health.py`` of a recipe that can judge its own runs; without torch, for ``doctor --run``."""
-
-    def examine(self, folder: Path) -> tuple[Finding, ...]:
-        """The findings of the recipe's own document on the run in ``folder``."""
-        ...
-
-    def advise(self, folder: Path) -> tuple[str, ...]:
-        """What the run's measurements give reason to change, each with the figure that does."""
-        ...
 
 
 def run_epochs(

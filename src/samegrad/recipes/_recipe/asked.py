@@ -1,0 +1,65 @@
+"""What every recipe can be asked, and how what cannot be done is refused. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
+
+import samegrad as sg
+
+EmptyCache = Literal["never", "validation", "step"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """What every recipe can be asked."""
+
+    budget: str | None = None
+    """Bytes the training step may hold: 6GiB, 512MiB, 80%. Without it, what is free now."""
+    device: str = "auto"
+    """Device to train on: auto (CUDA if there is one), cpu, cuda, cuda:1; for plan and measure also a card's name."""
+    dtype: str = "float32"
+    """Number format: float32, float64, or bfloat16 / float16, which mean autocast over float32 weights."""
+    random_seed: int = 42
+    """Seed of the weights, the split and the order of the rows."""
+    empty_cache: EmptyCache = "never"
+    """When to hand cached device memory back to the driver; it costs time and lowers no peak of the step."""
+
+    def __post_init__(self) -> None:
+        if self.random_seed < 0:
+            self._refuse("random_seed", "a negative seed", "give 0 or more")
+
+    def _refuse(self, name: str, found: str, do: str) -> NoReturn:
+        value: Any = getattr(self, name)
+        raise sg.UsageError(asked=f"--{name} {value}", found=found, do=do, option=name)
+
+    def _at_least(self, least: int, *names: str, do: str = "give a positive whole number") -> None:
+        """Refuses a number below ``least``; None is a number that is left open."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                self._refuse(name, f"it must be at least {least}", do)
+
+    def _positive(self, *names: str, do: str) -> None:
+        """Refuses what is no finite number above 0; None is a number that is left open."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                self._refuse(name, "it must be positive and finite", do)
+
+    def _not_negative(self, *names: str, do: str) -> None:
+        """Refuses what is no finite number from 0 up; None is a number that is left open."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                self._refuse(name, "it must be 0 or positive, and finite", do)
+
+    def _known_dtype(self, known: Sequence[str]) -> None:
+        """Refuses a ``dtype`` that is none of ``known``, with the nearest one."""
+        if self.dtype not in known:
+            near = difflib.get_close_matches(self.dtype, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            self._refuse("dtype", f"no number format of this recipe{hint}", f"use one of {', '.join(known)}")
