@@ -199,6 +199,25 @@ def test_a_stale_tensor_from_the_host_is_named(kind: str, company: str, loss_fn:
 
 
 @pytest.mark.parametrize("company", ["alone", "split"])
+def test_a_tensor_that_comes_back_as_no_number_is_named_too(company: str, monkeypatch: Patch) -> None:
+    saved = _saved_tensors.SavedTensors
+    right = saved._copy_of
+
+    def lost(self: Any, tensor: Tensor) -> Any:
+        copy = right(self, tensor)
+        if tensor.is_floating_point():
+            # As bits, not a number in any format.
+            copy._bytes.fill_(255)
+        return copy
+
+    def plant() -> None:
+        monkeypatch.setattr(saved, "_copy_of", lost)
+
+    verdict = verified("mlp", cross_entropy, plant, *COMPANY[company], "offload_saved")
+    assert_named(verdict, "offload_saved")
+
+
+@pytest.mark.parametrize("company", ["alone", "split"])
 def test_optimizer_state_that_is_lost_on_the_way_is_named_and_put_back(company: str, monkeypatch: Patch) -> None:
     right = _TravellingState._returned
 

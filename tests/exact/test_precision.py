@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.exact import aliases, passes
+from samegrad.exact import aliases, first_pass
 from samegrad.verify import tolerance
 
 Batch = tuple[Tensor, Tensor]
@@ -137,7 +137,7 @@ def test_weights_are_never_cached_without_a_graph_inside_the_users_autocast_bloc
         return set(model.__dict__["seen"])
 
     assert seen() == {(False, False), (True, True)}
-    monkeypatch.setattr(passes, "_autocast_uncached", cached)
+    monkeypatch.setattr(first_pass, "_autocast_uncached", cached)
     if loses_gradients_to_the_cache():
         with pytest.raises(AssertionError):
             seen()

@@ -46,10 +46,10 @@ def name_fault(planned: Planned, rows: Any, checks: Sequence[Check], recheck: Re
     Takes a verification for each lever, and forwards.
     """
     failed = [check for check in checks if not check.passed]
-    if any(not check.error < float("inf") for check in failed):
-        # Nothing to look for with: whatever is left out, what is not a number stays it.
-        return _owner(planned, failed[0].worst)
     lever = _lever_at_fault(planned, rows, recheck)
+    if any(not check.error < float("inf") for check in failed):
+        # Nothing to look for modules with: what is not a number differs from itself.
+        return "; ".join(filter(None, (lever, _owner(planned, failed[0].worst))))
     if any(check.name == SECOND_PASS for check in failed) and (place := _first_unrepeated(planned, rows)):
         return "; ".join(filter(None, (lever, f"{place}, the first whose second pass is not its first")))
     if place := _first_different_rows(planned, rows):
