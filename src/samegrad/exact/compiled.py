@@ -10,7 +10,9 @@ layer that was replaced or frozen compiles again, up to ``recompile_limit``; bey
 3. Blocks that run again in backward are told to the compiler, node by node, by the module that each came from: only
    what enters a run of blocks is kept. Draws are the same again by their keys.
 4. A head whose loss runs in chunks is left out of the function (``compiled_head.py``).
-5. The backward adds to the sums of the step itself (``sums_in_backward.py``), where several chunks share them: for one
+5. What was tried on a few rows holds for the Python that ran then: which parameters are reached, where logits come out,
+   the count. Where anything that code could read has changed since (``constants.py``), it is tried again.
+6. The backward adds to the sums of the step itself (``sums_in_backward.py``), where several chunks share them: for one
    alone they would stand through its forward, before there are gradients.
 """
 
@@ -29,6 +31,7 @@ from samegrad.declared import checked_loss
 from samegrad.errors import CannotSplit
 from samegrad.exact.compiled_head import LogitPlace, find_place, own_losses_of_chunk
 from samegrad.exact.compiler import Compiler, CompilerSettings
+from samegrad.exact.constants import Constants
 from samegrad.exact.find_head import HeadInChunks
 from samegrad.exact.losses import Form, count_of, leaves_under
 from samegrad.exact.pass_programs import ChunkWork, eager_loss
@@ -51,9 +54,11 @@ class CompiledLoss:
     def __init__(self, settings: CompilerSettings, head: HeadInChunks | None = None) -> None:
         self.compiler = Compiler(settings)
         self._head = head
-        self._network: Any = None
+        self._of: tuple[Any, Any] = (None, None)
         self._made: _KeyedLoss | None = None
+        self._constants: Constants | None = None
         self._reached: tuple[str, ...] = ()
+        self._place: LogitPlace | None = None
 
     def __call__(self, work: ChunkWork, sums: StandingSums | None) -> LossOfChunk:
         if work.forward.state.kept:
@@ -63,8 +68,11 @@ class CompiledLoss:
                 found=f"the forward changes state ({names}), which is put aside for each chunk",
                 do="leave the lever compile out of the plan",
             )
-        if self._network is not work.declared.network:
-            self._network, self._made = work.declared.network, None
+        network, loss_fn = work.declared.network, work.declared.loss_fn
+        if self._of[0] is not network or self._of[1] is not loss_fn:
+            self._of, self._made, self._constants = (network, loss_fn), None, None
+        elif self._constants is not None and not self._constants.hold():
+            self._constants = None
         draws = work.forward.draws
         key = None if draws.sites is None else draws.key_on(work.declared.device)
         index_of = {name: index for index, name in enumerate(work.aliases.names)}
@@ -72,10 +80,13 @@ class CompiledLoss:
         def loss_of(chunk: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
             announce(Phase.FORWARD)
             ids = ids if key is not None else None
+            if self._constants is None:
+                self._try(work, chunk, ids, key)
+                self._constants = Constants.of(work.declared)
             if self._made is None:
-                self._made = self._compiled(work, chunk, ids, key)
+                self._made = self._compiled(work)
             named: NamedSums = {}
-            # rule 5
+            # rule 6
             if sums is not None and (sums.always or work.declared.layout(chunk).rows < work.forward.batch_rows):
                 # What was frozen since has no sum.
                 named = {name: sums.of(index_of[name]) for name in self._reached if name in index_of}
@@ -87,25 +98,31 @@ class CompiledLoss:
         """How often it was compiled and where it broke, in words."""
         return self.compiler.notes()
 
-    def _compiled(self, work: ChunkWork, chunk: Any, ids: Tensor | None, key: Tensor | None) -> _KeyedLoss:
+    def _try(self, work: ChunkWork, chunk: Any, ids: Tensor | None, key: Tensor | None) -> None:
+        """rule 5. Raises CannotSplit."""
         few, few_ids = _few(work, chunk, ids)
-        forward = _under_draws(work.declared.forward, work)
+        network = work.declared.network
         with torch.enable_grad():
             if self._head is not None:
-                place = find_place(self._head, self._network, lambda: forward(few, few_ids, key, {}))
-                with self._head.handing_on(self._network):
+                forward = _under_draws(work.declared.forward, work)
+                self._place = find_place(self._head, network, lambda: forward(few, few_ids, key, {}))
+                with self._head.handing_on(network):
                     outputs = forward(few, few_ids, key, {})
-                self._reached = _names_under(trees.leaves_of(outputs), self._network)
-                return _loss_outside(self.compiler, work, place)
+                self._reached = _names_under(trees.leaves_of(outputs), network)
+                return
             loss, count = eager_loss(work)(few, few_ids)
-            self._reached = _names_under([loss], self._network)
+            self._reached = _names_under([loss], network)
             if count is not None:
                 _check_count(work, few, few_ids, key, count)
+
+    def _compiled(self, work: ChunkWork) -> _KeyedLoss:
+        if self._head is not None:
+            return _loss_outside(self.compiler, work, self._head, lambda: self._place)
         return self.compiler.compiled(_loss_of(work), work.declared.device)
 
 
 def _under_draws(function: Callable[[nn.Module, Any], Any], work: ChunkWork) -> Callable[..., Any]:
-    """function(network, chunk) as (chunk, ids, key, sums): rules 1 and 5."""
+    """function(network, chunk) as (chunk, ids, key, sums): rules 1 and 6."""
     network, sites = work.declared.network, work.forward.draws.sites
 
     # The network is handed on: where a compiled function knows a module from is how rule 3 finds its blocks.
@@ -145,7 +162,9 @@ def _loss_of(work: ChunkWork) -> _KeyedLoss:
     return _under_draws(loss_and_count, work)
 
 
-def _loss_outside(compiler: Compiler, work: ChunkWork, place: LogitPlace) -> _KeyedLoss:
+def _loss_outside(
+    compiler: Compiler, work: ChunkWork, head: HeadInChunks, place_now: Callable[[], LogitPlace | None]
+) -> _KeyedLoss:
     """rule 4: the forward compiled up to the head, the user's loss in Python, its chunks compiled."""
     # Of ``work`` only what every step has: this outlives the first one.
     declared, network, counted = work.declared, work.declared.network, work.form is Form.COUNTED
@@ -155,9 +174,11 @@ def _loss_outside(compiler: Compiler, work: ChunkWork, place: LogitPlace) -> _Ke
     def loss_of(
         chunk: Any, ids: Tensor | None, key: Tensor | None, sums: NamedSums
     ) -> tuple[Tensor, Tensor | None]:
-        with place.head.handing_on(network):
+        with head.handing_on(network):
             outputs = hidden_outputs(chunk, ids, key, sums)
         announce(Phase.LOSS)
+        place = place_now()
+        assert place is not None
         outputs = place.with_logits(network, outputs, of_chunk)
         loss = checked_loss(declared.loss_fn(outputs, chunk)).reshape(())
         return loss, count_of(loss) if counted else None
