@@ -53,7 +53,7 @@ NARROW = torch.bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """``couples_rows``: micro-batches compute another function. ``blocks``: where per-block checkpointing cuts."""
+    """``couples_rows``: micro-batches compute another function."""
 
     case: _steps.StepCase
     couples_rows: bool = False
