@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import gc
 import statistics
@@ -129,6 +130,7 @@ def run_budgeted(case: Case, budget: str, steps: int) -> dict[str, Any]:
         "verdict": verdict.answer.value,
         "verified_rows": verdict.rows_checked,
         "max_relative_error": verdict.max_relative_error,
+        "failed_checks": [dataclasses.asdict(check) for check in verdict.checks if not check.passed],
     }
 
 

@@ -109,8 +109,10 @@ def test_saved_tensors_leave_the_device() -> None:
     for levers in ({}, {"offload_saved": {"smallest_bytes": 2**20}}):
         with forced(model, cross_entropy, **levers) as step:
             peaks.append(peak_bytes(step, batch))
-    for before, after in zip(*peaks):
-        assert before - after >= (LAYERS - 6) * activation_bytes
+    (allocated, reserved), (allocated_less, reserved_less) = peaks
+    assert allocated - allocated_less >= (LAYERS - 6) * activation_bytes
+    # Segments hold more than what is in use, by another part in either run.
+    assert reserved - reserved_less >= (LAYERS - 8) * activation_bytes
 
 
 def test_pinned_memory_is_used_again_in_the_next_step() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
@@ -53,10 +52,11 @@ def test_a_plan_is_found_where_rows_that_laws_promised_do_not_fit(
     capped: None, first: type[nn.Conv2d], most_rows: int
 ) -> None:
     step, batch = made(first)
-    gc.collect()
+    counters.take_workspaces(DEVICE)
     before = torch.cuda.memory_allocated(DEVICE)
     plan, _ = sg.settle_plan(step, batch, budget="300MiB")
-    gc.collect()
+    # What libraries keep for a stream is theirs: that of the step's own is there before as well.
+    counters.take_workspaces(DEVICE)
     assert torch.cuda.memory_allocated(DEVICE) <= before + MIB
     rows = plan.levers["split_rows"]["rows"]
     assert rows <= most_rows

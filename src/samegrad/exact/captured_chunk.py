@@ -9,7 +9,7 @@ import enum
 import functools
 import traceback
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,18 +20,22 @@ ASKED = "capture a chunk as a graph of CUDA kernels"
 _PLAIN = (int, float, str, bool, bytes, type(None), enum.Enum, torch.Size, torch.dtype, torch.device)
 
 
-@functools.cache
 def capture_stream(device: torch.device) -> Any:
-    """One for the process: libraries keep a workspace for every stream that they ran on, to its end.
+    """The one on which chunks are captured: libraries keep a workspace for every stream that they ran on.
 
     They take it here, so that it does not lie in a large segment, which could not be given back then.
     """
-    cuda: Any = torch.cuda
-    stream = cuda.Stream(device)
-    with cuda.stream(stream), torch.enable_grad():
+    stream = _one_stream(device)
+    with torch.cuda.stream(stream), torch.enable_grad():
         ones = torch.ones(8, 8, device=device, requires_grad=True)
         torch.autograd.grad((ones @ ones).sum(), ones)
     return stream
+
+
+@functools.cache
+def _one_stream(device: torch.device) -> Any:
+    # torch has no types here.
+    return cast(Any, torch.cuda).Stream(device)
 
 
 class CapturedChunk:

@@ -51,7 +51,8 @@ def trace_stages(
         if changed := state.changed():
             raise untraceable(f"code outside of leaf modules changes {', '.join(changed[:3])}")
         staged = cut_stages(graph, leaves, tracer.inputs, tracer.layers, made, rows, together)
-        _check_few_rows(network, tracer.layers.values(), staged, trees.unflatten(_few_rows(leaves, rows), spec))
+        few = trees.unflatten(_few_rows(leaves, rows), spec)
+        _check_few_rows(network, tracer.layers.values(), staged, few, device)
     return staged
 
 
@@ -63,14 +64,16 @@ def _few_rows(leaves: Sequence[Any], rows: int) -> list[Any]:
 
 
 @torch.no_grad()
-def _check_few_rows(network: nn.Module, layers: Iterable[_BatchNorm], staged: Stages, arguments: Any) -> None:
+def _check_few_rows(
+    network: nn.Module, layers: Iterable[_BatchNorm], staged: Stages, arguments: Any, device: torch.device
+) -> None:
     """What was recorded must compute what the network does: code may have branched on what a stand-in is not."""
     args, kwargs = arguments
     with contextlib.ExitStack() as stack:
         # The layers' own forward would talk to other ranks, and update buffers.
         for layer in layers:
             stack.enter_context(forward_replaced(layer, functools.partial(_alone, layer)))
-        with undisturbed([network], torch.device("cpu")) as (generators, state):
+        with undisturbed([network], device) as (generators, state):
             plain = type(network).forward(network, *args, **kwargs)
             state.restore()
             generators.restore()

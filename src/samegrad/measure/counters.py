@@ -50,6 +50,12 @@ def read_allocator(device: torch.device) -> AllocatorReading | None:
     )
 
 
+def retries(device: torch.device) -> int:
+    """How often the allocator gave back what it had cached and tried again, since the process began."""
+    reading = read_allocator(device)
+    return 0 if reading is None else reading.retries
+
+
 def reset_peaks(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -75,8 +81,9 @@ def take_workspaces(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
+    # Graphs that were closed are let go of, and their segments given back.
+    release_cached(device)
     if not _has_captured(device):
-        torch.cuda.synchronize(device)
         torch._C._cuda_clearCublasWorkspaces()
         release_cached(device)
     ones = torch.ones(8, 8, device=device, requires_grad=True)

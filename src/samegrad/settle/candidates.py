@@ -17,6 +17,7 @@ from samegrad.levers import Execution
 from samegrad.levers.compile import Compile
 from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
 from samegrad.levers.graphs import Graphs
+from samegrad.measure import counters
 from samegrad.measure.probe import Rung
 from samegrad.records import Budget, Plan
 from samegrad.settle.ladder import measured, measured_whole, most_bytes
@@ -57,6 +58,8 @@ class Search:
 
     def measured(self, plan: Plan) -> Tried | None:
         """``plan`` as it runs; None where it does not fit, or cannot run."""
+        if Graphs.name not in plan.levers:
+            self.forget_captures()
         start = time.perf_counter()
         try:
             rung = self._rung(plan)
@@ -72,6 +75,10 @@ class Search:
             return None
         self.fitted |= plan.levers.keys()
         return Tried(plan, rung, time.perf_counter() - start)
+
+    def forget_captures(self) -> None:
+        """Gives back what libraries took for the stream of captures: no plan without them holds it."""
+        counters.take_workspaces(self.declared.device)
 
     def _rung(self, plan: Plan) -> Rung | None:
         with applied(plan, self.declared, plan.batch_rows) as execution:

@@ -75,6 +75,8 @@ def quicker_plan(
                 best = candidate
     if convolves:
         best = _with_algorithms(best, search, options)
+    if Graphs.name not in best.plan.levers:
+        search.forget_captures()
     return _told(_as_measured(best, before), search)
 
 

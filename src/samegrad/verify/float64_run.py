@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 
@@ -64,7 +65,7 @@ class Float64Run:
                 with seen:
                     return twin.reference(rows)
 
-            with no_autocast(planned.declared):
+            with repeatable(planned.declared):
                 oracle = wide.run(watched)
                 if oracle.by_name.keys() != plain.by_name.keys():
                     # It would leave gradients there.
@@ -82,12 +83,22 @@ class Float64Run:
         return cls(oracle, again, seen.dtype, seen.where, twin, wide, behind)
 
     def unrest(self) -> Unrest:
-        with no_autocast(self.planned.declared):
+        with repeatable(self.planned.declared):
             return unrest_of(self.planned, self.bench, self.plain)
 
     def checks(self, allowance: Allowance) -> list[Check]:
         return widened_if_needed(self.plain, self.ours, allowance, self.unrest)
 
 
-def no_autocast(declared: DeclaredStep) -> torch.autocast:
-    return torch.autocast(declared.device.type, enabled=False)
+@contextlib.contextmanager
+def repeatable(declared: DeclaredStep) -> Iterator[None]:
+    """A block without autocast, where convolutions repeat themselves: cuDNN's transposed ones in float64 would not."""
+    # torch has no types here.
+    cudnn = cast(Any, torch.backends.cudnn)
+    before = cudnn.deterministic
+    cudnn.deterministic = True
+    try:
+        with torch.autocast(declared.device.type, enabled=False):
+            yield
+    finally:
+        cudnn.deterministic = before

@@ -40,11 +40,15 @@ _MAGNITUDE_PARTS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Runs each side from the same buffers and generators, on rows of its own: forwards may write on their input."""
+    """Runs each side from the same buffers and generators, on rows of its own: forwards may write on their input.
+
+    ``retries_before``: how often the allocator had begun again before anything ran here.
+    """
 
     generators: Generators
     state: ModuleState
     rows: Any
+    retries_before: int = 0
 
     def run(self, side: Callable[[Any], Gradients]) -> Gradients:
         self.state.restore()
@@ -107,7 +111,8 @@ class Planned:
             sizes = {name: None if g is None else g.abs() for name, g in found.by_name.items()}
             keeping = self._keeping_magnitudes(execution.declared)
             if keeping is not None:
-                sizes |= _magnitudes(keeping, rows, self.layout, self.parts, self.loss_scale)
+                parts = self.parts if isinstance(self.split, SplitStep) else None
+                sizes |= _magnitudes(keeping, rows, self.layout, parts, self.loss_scale)
             return dataclasses.replace(found, magnitudes=sizes)
 
     def _run(self, declared: DeclaredStep, rows: Any, side: Side) -> Gradients:
@@ -181,8 +186,9 @@ def _arrived(
 
 
 def _magnitudes(
-    keeping: ChunkedStep, batch: Any, layout: RowLayout, parts: Sequence[int], loss_scale: float
+    keeping: ChunkedStep, batch: Any, layout: RowLayout, parts: Sequence[int] | None, loss_scale: float
 ) -> dict[str, Tensor | None]:
+    """Σ|g_k| of small parts; of the plan's ``parts`` where small ones do not repeat, nothing where it has none."""
     # Near an optimum a chunk's own gradient is what is left of terms that cancel, while rounding grows with the
     # terms: their size is taken from parts much smaller than the plan's.
     fine = trees.even_sizes(layout.rows, max(1, layout.rows // _MAGNITUDE_PARTS))
@@ -192,6 +198,8 @@ def _magnitudes(
             small = keeping.totals(batch, layout, fine, scaler, key=step_key())
         except GradientsDiffer:
             # Of parts that the plan does not have; the plan's own are compared beside this.
+            if parts is None:
+                return {}
             small = keeping.totals(batch, layout, parts, scaler, key=step_key())
     return _by_name(keeping.declared, small.parameters, small.magnitudes or [], loss_scale)
 
