@@ -121,6 +121,7 @@ def measured(case: Case, step: sg.Step, steps: int) -> dict[str, Any]:
         "peak_reserved_bytes": max(result.peak_reserved_bytes or 0 for result in results) or None,
         "allocator_retries": timed[-1].allocator_retries,
         "plan": None if step.plan is None else step.plan.levers,
+        "reasons": None if step.plan is None else step.plan.reasons,
     }
 
 

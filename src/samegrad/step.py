@@ -22,7 +22,7 @@ from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
 from samegrad.errors import UsageError
 from samegrad.exact.find_head import named_head
 from samegrad.exact.loop import agreed_cut
-from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.one_chunk import ChunkedStep
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.softmax_loss import reduced_loss
 from samegrad.exact.split import plain_backward

@@ -111,24 +111,35 @@ def _room_between(step: sg.Step, plan: Plan) -> int:
     return (plan.predicted_peak_bytes + below.predicted_peak_bytes) // 2
 
 
+def _free_blocks() -> list[int]:
+    """Sizes of what the allocator holds and does not use, the largest first; small blocks are of another kind."""
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    blocks = [block for segment in segments for block in segment["blocks"]]
+    return sorted((b["size"] for b in blocks if b["state"] == "inactive" and b["size"] > 2**20), reverse=True)
+
+
 class _short_of_memory:
-    """The allocator may hold ``room_bytes``, by a cap alone or by a cap and a ballast under it."""
+    """The allocator may hold ``room_bytes``, by a cap alone or by a cap and a ballast under it.
+
+    What lies free in segments that cannot be given back (another test's tensors are in them) is no room.
+    """
 
     def __init__(self, way: str, room_bytes: int) -> None:
         self._way, self._room_bytes = way, room_bytes
-        self._ballast: Tensor | None = None
+        self._ballast: list[Tensor] = []
 
     def __enter__(self) -> None:
         torch.cuda.empty_cache()
-        extra = 0
+        for free_bytes in _free_blocks():
+            self._ballast.append(torch.empty(free_bytes, dtype=torch.uint8, device=DEVICE))
         if self._way == "ballast":
-            extra = 512 * 2**20
-            self._ballast = torch.empty(extra, dtype=torch.uint8, device=DEVICE)
+            self._ballast.append(torch.empty(512 * 2**20, dtype=torch.uint8, device=DEVICE))
+        extra = sum(ballast.nbytes for ballast in self._ballast)
         total = torch.cuda.mem_get_info(DEVICE)[1]
         torch.cuda.set_per_process_memory_fraction(fraction_of_cap(self._room_bytes + extra, total), DEVICE)
 
     def __exit__(self, *_: object) -> None:
-        self._ballast = None
+        self._ballast.clear()
         counters.uncap_allocator(DEVICE)
 
 

@@ -19,6 +19,7 @@ Source: PyTorch documentation, "CUDA Graphs".
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -33,7 +34,7 @@ from samegrad.exact import program
 from samegrad.exact.aliases import NARROW, GradientMagnitudes, zero_sum
 from samegrad.exact.captured_chunk import ASKED, CapturedChunk, capture_stream, is_alone, place_of, shape_of
 from samegrad.exact.constants import Constants
-from samegrad.exact.forward import StepForward
+from samegrad.exact.graph_memory import growing_segments
 from samegrad.exact.pass_programs import ChunkWork, LossMaker, eager_loss, notes_of
 from samegrad.exact.program import LossSums
 from samegrad.exact.state import StateTransaction
@@ -127,11 +128,11 @@ class CapturedPass:
         self.aliases = [nn.Parameter(p.detach()) for p in self._parameters]
         self.sums = LossSums(self._device)
         self._key = None if draws.sites is None else torch.zeros((), dtype=torch.int64, device=self._device)
-        forward = StepForward(
-            declared,
-            work.forward.batch_rows,
-            StepDraws(draws.sites, self._key, are_all=True),
-            StateTransaction(declared.network, ()),
+        forward = self._forward = dataclasses.replace(
+            work.forward,
+            draws=StepDraws(draws.sites, self._key, are_all=True),
+            state=StateTransaction(declared.network, ()),
+            row_ids=None,
         )
         own = ChunkWork(declared, work.aliases, forward, work.form)
         self._inside = functools.partial(work.inside, forward.draws)
@@ -251,11 +252,12 @@ class CapturedPass:
         places = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         static = trees.unflatten(places, spec)
         here: Any = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(here)
         with self._inside():
-            with cast(Any, torch.cuda).stream(self._stream):
-                self._warm_up(static)
-            here.wait_stream(self._stream)
+            with self._forward.warming_up():
+                self._stream.wait_stream(here)
+                with cast(Any, torch.cuda).stream(self._stream):
+                    self._warm_up(static)
+                here.wait_stream(self._stream)
             gc.collect()
             torch.cuda.empty_cache()
             graph = self._captured(static)
@@ -305,7 +307,7 @@ class CapturedPass:
             alias.grad = total if alias.dtype not in NARROW else None
         try:
             # Other threads (the reader of rows) may allocate while this one captures.
-            with torch.cuda.graph(
+            with growing_segments(), torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 self._body(*static)

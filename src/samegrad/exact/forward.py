@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -59,6 +60,13 @@ class StepForward:
         if self.state.kept:
             with torch.no_grad():
                 self.first(chunk, ids)
+
+    def check(self, loss: Tensor) -> None:
+        """Raises CannotSplit for a loss whose gradients have no place; what was examined needs no look."""
+
+    def warming_up(self) -> AbstractContextManager[None]:
+        """A block in which chunks run that are not the step's: the state that they change is put aside as ever."""
+        return contextlib.nullcontext()
 
     def committed(self) -> AbstractContextManager[None]:
         return self.state.committed()

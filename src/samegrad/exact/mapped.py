@@ -28,7 +28,6 @@ from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.ranks import Agreement
 from samegrad.exact.schemes import Scheme
 from samegrad.exact.shared_leaves import stood_in
-from samegrad.exact.split import SplitStep
 from samegrad.exact.state import StateRule
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Before, ModuleState
@@ -136,5 +135,3 @@ def _added_up(
             sums[owner] = part if owner not in sums else sums[owner] + part
     return [sums.get(parameter) for parameter in parameters]
 
-
-ChunkedStep = SplitStep | MappedStep

@@ -88,6 +88,7 @@ def eager_loss(work: ChunkWork, _: StandingSums | None = None) -> LossOfChunk:
         outputs = work.forward.first(chunk, ids)
         announce(Phase.LOSS)
         loss = checked_loss(work.declared.loss_fn(outputs, chunk)).reshape(())
+        work.forward.check(loss)
         return loss, losses.count_of(loss) if work.form is Form.COUNTED else None
 
     return loss_of

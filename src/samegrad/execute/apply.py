@@ -11,7 +11,9 @@ from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_graphs import CapturedPrograms
 from samegrad.exact.compiled import CompiledLoss
-from samegrad.exact.mapped import ChunkedStep, MappedStep
+from samegrad.exact.examine_loss import module_hooks
+from samegrad.exact.mapped import MappedStep
+from samegrad.exact.one_chunk import ChunkedStep, OneChunkStep
 from samegrad.exact.pass_programs import EagerPrograms, LossMaker, Programs, eager_loss
 from samegrad.exact.split import Chunks, SplitStep
 from samegrad.execute.ways import Ways
@@ -101,10 +103,16 @@ def chunked_step(
 
     Raises CannotSplit when the step was examined and cannot run that way, or for levers that exclude each other.
     """
-    if execution.programmed:
-        _check_programmed(execution, ways)
     if execution.inside is not None:
         _check_inside(execution, aliases)
+    if _is_one_chunk(execution, ways):
+        _check_one_chunk(execution, ways)
+        return OneChunkStep(
+            execution.declared, aliases, ways.mapped_examination(),
+            programs_of(execution) if programs is None else programs, inside=execution.inside,
+        )  # fmt: skip
+    if execution.programmed:
+        _check_programmed(execution, ways)
     if (scheme := execution.mapping) is not None:
         return MappedStep(execution.declared, aliases, ways.mapped_examination(), scheme)
     if ways.by_rows is None:
@@ -122,6 +130,26 @@ def chunked_step(
     )  # fmt: skip
 
 
+def _is_one_chunk(execution: Execution, ways: Ways) -> bool:
+    """Whether all rows are captured as one chunk, since they cannot be split in one pass."""
+    if not execution.captures or execution.compiler is not None or execution.splits or execution.mapping is not None:
+        return False
+    return ways.by_rows is None or ways.by_rows.passes == 2
+
+
+def _check_one_chunk(execution: Execution, ways: Ways) -> None:
+    """Raises CannotSplit for what would not run when the step on all rows is replayed."""
+    if hooks := module_hooks(execution.declared.network):
+        found = f"hooks of the user's, which a replay would not call: {hooks}"
+    elif ways.waits_inside:
+        found = "the step waits for other ranks"
+    elif execution.travels:
+        found = f"{execution.travels} moves tensors to the host and back while the step runs"
+    else:
+        return
+    raise CannotSplit(asked="capture the step on all rows", found=found, do="leave graphs out of the plan")
+
+
 def _check_programmed(execution: Execution, ways: Ways) -> None:
     """Raises CannotSplit where a chunk's forward, loss and backward are not one piece of work."""
     names = [name for name, taken in (("compile", execution.compiler), ("graphs", execution.captures)) if taken]
@@ -130,6 +158,8 @@ def _check_programmed(execution: Execution, ways: Ways) -> None:
         found = "parts of the model run in chunks, or the loss of all rows does, and those are not one chunk's work"
     elif ways.by_rows is not None and ways.by_rows.passes == 2:
         found = f"the step takes two passes, with the loss between them ({ways.by_rows.reason})"
+    elif execution.captures and execution.travels:
+        found = f"{execution.travels} moves tensors to the host and back while a chunk runs"
     elif execution.captures and ways.by_rows is not None and ways.by_rows.module_hooks:
         found = f"hooks of the user's run in every chunk, and a replay would not call them: {ways.by_rows.module_hooks}"
     else:

@@ -46,6 +46,7 @@ class Execution:
     vanish where the loss is not scaled. ``one_pass_for``: the lever that needs the loss in the pass that computes the
     outputs, and ``head`` the head whose loss runs in chunks. ``again``: blocks that run again in backward.
     ``compiler``: what the loss of a chunk is compiled with. ``captures``: chunks are captured and replayed.
+    ``travels``: the lever that moves tensors to the host and back meanwhile.
     """
 
     declared: DeclaredStep
@@ -62,6 +63,7 @@ class Execution:
     again: tuple[tuple[str, ...], ...] = ()
     compiler: CompilerSettings | None = None
     captures: bool = False
+    travels: str = ""
 
     @property
     def maps(self) -> bool:

@@ -63,7 +63,8 @@ class OffloadSaved:
         keeping = _Keeping(self.smallest_bytes, everywhere=self.modules is None)
         with parts_called(self.name, declared.network, self.modules or [], keeping.call):
             forward = Within(declared.forward, keeping.forward)
-            yield dataclasses.replace(execution, declared=dataclasses.replace(declared, forward=forward))
+            changed = dataclasses.replace(declared, forward=forward)
+            yield dataclasses.replace(execution, declared=changed, travels=self.name)
 
     def knobs(self) -> dict[str, Any]:
         return {"smallest_bytes": self.smallest_bytes, "modules": self.modules}

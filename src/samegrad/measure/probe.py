@@ -17,7 +17,7 @@ from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses
 from samegrad.exact.attributes import put_back
 from samegrad.exact.handoff import hooks_silenced
-from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.one_chunk import ChunkedStep
 from samegrad.exact.phases import announce, arriving_chunks, listening
 from samegrad.exact.shared_leaves import cut_loose
 from samegrad.exact.split import sliced_chunks, under_draws

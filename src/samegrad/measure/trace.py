@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotTrace
 from samegrad.exact.aliases import ParameterAliases
-from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.one_chunk import ChunkedStep
 from samegrad.exact.phases import listening
 from samegrad.exact.split import SplitStep, plain_backward
 from samegrad.exact.step_draws import StepDraws

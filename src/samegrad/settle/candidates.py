@@ -17,6 +17,7 @@ from samegrad.levers import Execution
 from samegrad.levers.compile import Compile
 from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
 from samegrad.levers.graphs import Graphs
+from samegrad.levers.layout import Layout
 from samegrad.measure import counters
 from samegrad.measure.probe import Rung
 from samegrad.records import Budget, Plan
@@ -24,7 +25,7 @@ from samegrad.settle.ladder import measured, measured_whole, most_bytes
 from samegrad.settle.probing import Measurement
 
 # Levers that are tried so, the one that is tried last first.
-TRIED_LEVERS = (ConvolutionAlgorithms.name, Compile.name, Graphs.name)
+TRIED_LEVERS = (ConvolutionAlgorithms.name, Compile.name, Graphs.name, Layout.name)
 
 
 @dataclasses.dataclass(frozen=True)

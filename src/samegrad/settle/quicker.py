@@ -25,6 +25,7 @@ from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.compile import Compile
 from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
 from samegrad.levers.graphs import Graphs
+from samegrad.levers.layout import Layout
 from samegrad.levers.recompute import Recompute
 from samegrad.measure.probe import Rung, measure_whole
 from samegrad.measure.within_memory import WithinMemory
@@ -64,34 +65,36 @@ def quicker_plan(
     search = Search(declared, aliases, measurement, batch, budget)
     if budget.counting is not Counting.CUDA_ALLOCATOR:
         return _told(settled, search)
-    one_chunk_is_one_work, convolves = not _refused(settled, search), _convolves(search, options)
-    before = _before(settled, search) if one_chunk_is_one_work or convolves else None
+    chunks_are_work = not _refused(settled, search)
+    laid_out, convolves = (_may_be_tried(lever, search, options) for lever in (Layout, ConvolutionAlgorithms))
+    before = _before(settled, search) if chunks_are_work or laid_out or convolves else None
     if before is None:
         return _told(settled, search)
     best = Tried(settled, before, 0.0)
-    if one_chunk_is_one_work:
-        for candidate in _candidates(settled, search, options):
+    # Rows in another layout are what is compiled and captured then.
+    if laid_out and Layout.name not in settled.levers:
+        best = _with_kernels(Layout.name, best, search, options)
+    if chunks_are_work:
+        for candidate in _candidates(best.plan, search, options):
             if _pays(candidate, best, options):
                 best = candidate
     if convolves:
-        best = _with_algorithms(best, search, options)
+        best = _with_kernels(ConvolutionAlgorithms.name, best, search, options)
     if Graphs.name not in best.plan.levers:
         search.forget_captures()
-    return _told(_as_measured(best, before), search)
+    return _told(_as_measured(best, settled, before), search)
 
 
-def _convolves(search: Search, options: Options) -> bool:
-    """Whether there are convolutions whose algorithms may be tried; the reason is kept where they may not."""
-    if options.allow < ConvolutionAlgorithms.exactness:
-        exactness = ConvolutionAlgorithms.exactness
-        search.reasons[ConvolutionAlgorithms.name] = f"not allowed: {exactness.explained()} ({exactness.name})"
+def _may_be_tried(lever: type[Layout | ConvolutionAlgorithms], search: Search, options: Options) -> bool:
+    """Whether there are convolutions that may take other kernels; the reason is kept where they may not."""
+    if options.allow < lever.exactness:
+        search.reasons[lever.name] = f"not allowed: {lever.exactness.explained()} ({lever.exactness.name})"
         return False
-    return ConvolutionAlgorithms.name not in search.measurement.footprint.refusals
+    return lever.name not in search.measurement.footprint.refusals
 
 
-def _with_algorithms(best: Tried, search: Search, options: Options) -> Tried:
-    """``best``, or the same with cuDNN's algorithms tried, where that fits and is faster."""
-    name = ConvolutionAlgorithms.name
+def _with_kernels(name: str, best: Tried, search: Search, options: Options) -> Tried:
+    """``best``, or the same by the other kernels of the lever ``name``, where that fits and is faster."""
     found = search.measured(_with(best.plan, {name: {}}))
     if found is None:
         search.reasons.setdefault(name, _NONE_FITS)
@@ -246,7 +249,7 @@ def _rows_of(plan: Plan) -> int:
 
 def _compiled_plan(settled: Plan, levers: dict[str, dict[str, Any]], rows: int) -> Plan:
     """The settled plan's batch and layout, ``rows`` at a time, compiled under ``levers``."""
-    kept = {name: knobs for name, knobs in settled.levers.items() if name == "layout"}
+    kept = {name: knobs for name, knobs in settled.levers.items() if name == Layout.name}
     if rows < settled.batch_rows:
         kept |= {name: knobs for name, knobs in settled.levers.items() if name == "host_rows"}
         kept |= {"split_rows": {"rows": rows, "kept_chunks": 0}}
@@ -274,12 +277,12 @@ def _compiling_seconds(tried: Tried) -> float:
     return tried.once_seconds if Compile.name in tried.plan.levers else 0.0
 
 
-def _as_measured(best: Tried, before: Rung) -> Plan:
+def _as_measured(best: Tried, settled: Plan, before: Rung) -> Plan:
     if best.once_seconds == 0.0:
         return best.plan
     reasons = dict(best.plan.reasons)
     for name in TRIED_LEVERS:
-        if name in best.plan.levers:
+        if name in best.plan.levers and name not in settled.levers:
             reasons[name] = (
                 f"taken: measured {format_seconds(best.rung.seconds)} a step and {format_bytes(best.rung.peak_bytes)}, "
                 f"{format_seconds(before.seconds)} without; {format_seconds(best.once_seconds)} once"
@@ -300,7 +303,7 @@ def _told(plan: Plan, search: Search) -> Plan:
         elif search.budget.counting is Counting.CUDA_ALLOCATOR:
             fits = name in search.fitted
             why[name] = _NO_FASTER if fits else _NONE_FITS
-    algorithms = search.reasons.get(ConvolutionAlgorithms.name)
-    if algorithms is not None and ConvolutionAlgorithms.name not in plan.levers:
-        why[ConvolutionAlgorithms.name] = algorithms
+    for name in (Layout.name, ConvolutionAlgorithms.name):
+        if name in search.reasons and name not in plan.levers:
+            why[name] = search.reasons[name]
     return dataclasses.replace(plan, reasons=plan.reasons | why)

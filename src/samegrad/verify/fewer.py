@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from samegrad import trees
 from samegrad.exact.mapped import MappedExamination, MappedStep
+from samegrad.exact.one_chunk import OneChunkStep
 from samegrad.exact.split import SplitStep, sliced_chunks
 from samegrad.execute.apply import applied, programs_of
 from samegrad.levers import Lever, Slot, levers_of
@@ -50,6 +51,8 @@ def only(planned: Planned, levers: Sequence[Lever]) -> Planned:
     split = planned.split
     if execution.mapping is not None:
         split = MappedStep(planned.declared, split.aliases, _mapped_examination(planned), execution.mapping)
+    elif isinstance(split, OneChunkStep):
+        split = dataclasses.replace(split, inside=execution.inside, programs=programs_of(execution))
     elif isinstance(split, SplitStep):
         split = dataclasses.replace(
             split, inside=execution.inside, chunks=sliced_chunks if stays else split.chunks,
@@ -60,7 +63,7 @@ def only(planned: Planned, levers: Sequence[Lever]) -> Planned:
 
 def _mapped_examination(planned: Planned) -> MappedExamination:
     split = planned.split
-    if isinstance(split, MappedStep):
+    if isinstance(split, (MappedStep, OneChunkStep)):
         return split.examination
     by_rows = None if split is None else split.examination
     return MappedExamination("", planned.sites, by_rows, sites_are_all=by_rows is not None)

@@ -17,7 +17,7 @@ import torch
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
-from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.one_chunk import ChunkedStep
 from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.step_draws import StepDraws

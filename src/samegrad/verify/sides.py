@@ -20,7 +20,8 @@ from samegrad.exact import losses
 from samegrad.exact.draw_sites import DrawSites
 from samegrad.exact.draws import StepKey
 from samegrad.exact.handoff import hooks_silenced
-from samegrad.exact.mapped import ChunkedStep, MappedStep
+from samegrad.exact.mapped import MappedStep
+from samegrad.exact.one_chunk import ChunkedStep, OneChunkStep
 from samegrad.exact.shared_leaves import cut_loose
 from samegrad.exact.split import SplitStep, under_draws
 from samegrad.exact.step_draws import StepDraws
@@ -40,15 +41,11 @@ _MAGNITUDE_PARTS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Runs each side from the same buffers and generators, on rows of its own: forwards may write on their input.
-
-    ``retries_before``: how often the allocator had begun again before anything ran here.
-    """
+    """Runs each side from the same buffers and generators, on rows of its own: forwards may write on their input."""
 
     generators: Generators
     state: ModuleState
     rows: Any
-    retries_before: int = 0
 
     def run(self, side: Callable[[Any], Gradients]) -> Gradients:
         self.state.restore()
@@ -125,10 +122,9 @@ class Planned:
         """What sums up the sizes of small parts' gradients, where anything does: by rows, where that can be."""
         if self.split is None:
             return None if self.by_rows is None else self.by_rows.keeping_magnitudes()
-        by_rows = self.split.examination.by_rows if isinstance(self.split, MappedStep) else None
-        if by_rows is None:
-            return _declared_as(declared, self.split).keeping_magnitudes()
-        return SplitStep(self.declared, self.split.aliases, by_rows).keeping_magnitudes()
+        if isinstance(self.split, (MappedStep, OneChunkStep)) and self.split.examination.by_rows is not None:
+            return SplitStep(self.declared, self.split.aliases, self.split.examination.by_rows).keeping_magnitudes()
+        return _declared_as(declared, self.split).keeping_magnitudes()
 
 
 def _declared_as(declared: DeclaredStep, split: ChunkedStep) -> ChunkedStep:

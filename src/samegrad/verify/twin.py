@@ -23,7 +23,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.calls import line_from
 from samegrad.exact.float64 import float64_declared
-from samegrad.exact.mapped import ChunkedStep
+from samegrad.exact.one_chunk import ChunkedStep
 from samegrad.exact.split import SplitStep
 from samegrad.verify.sides import Planned
 
