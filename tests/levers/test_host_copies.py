@@ -151,6 +151,14 @@ def test_a_storage_with_several_uses_comes_once(course: list[tuple[str, int]]) -
     assert [size for what, size in course if what == "asked"] == [size for size in SIZES[::-1] for _ in range(2)]
 
 
+def test_planted_storages_that_are_not_held_for_their_next_use_are_caught(
+    course: list[tuple[str, int]], monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(HostCopy, "there", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_a_storage_with_several_uses_comes_once(course)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_another_order_of_need_is_right_too(seed: int, course: list[tuple[str, int]]) -> None:
     """Nodes that keep several storages each, of which some are shared, in a graph that joins at random."""

@@ -12,6 +12,7 @@ from torch import nn
 from samegrad.declared import DeclaredStep
 from samegrad.execute.apply import applied, standing
 from samegrad.levers import _host_copies
+from samegrad.measure.copies_beside import CopiesBeside
 from samegrad.measure.events import MemoryEvent, Operation, Trace
 from samegrad.measure.target import Target
 from samegrad.measure.timing import Limit
@@ -168,6 +169,12 @@ def test_forward_and_backward_take_the_longer_of_what_they_compute_and_what_trav
     assert seconds(*forward, computed(Phase.BACKWARD)) == pytest.approx(longer, abs=2.1 * copying * max(1.0, share))
     both = seconds(*forward, *backward, operation(Phase.LOSS))
     assert 2 * longer <= both <= 2 * longer + 4 * copying * max(1.0, share)
+
+
+def test_planted_copies_on_the_stream_that_computes_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CopiesBeside, "takes", staticmethod(lambda one: one.bus_bytes and one.phase is Phase.FORWARD))
+    with pytest.raises(AssertionError):
+        test_forward_and_backward_take_the_longer_of_what_they_compute_and_what_travels(1.1)
 
 
 def test_what_comes_back_in_the_optimizers_turn_or_is_awaited_at_once_hides_behind_nothing() -> None:
