@@ -133,7 +133,7 @@ def test_planted_hooks_that_are_gone_when_a_block_runs_again_are_caught(monkeypa
     def forgetful(self: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         if self._saved is None:
             return forward(*args, **kwargs)
-        with self._saved.travelling():
+        with self._saved.hooked():
             return forward(*args, **kwargs)
 
     monkeypatch.setattr(_Keeping, "call", forgetful)
@@ -142,7 +142,7 @@ def test_planted_hooks_that_are_gone_when_a_block_runs_again_are_caught(monkeypa
 
 
 def test_planted_zeros_from_the_host_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_saved_tensors._HostCopy, "_send", lambda self, there: self._bytes.zero_())
+    monkeypatch.setattr(_saved_tensors.HostCopy, "_send", lambda self, there: self._bytes.zero_())
     for scheme in SCHEMES:
         with pytest.raises(AssertionError):
             test_a_lever_changes_nothing_of_what_a_scheme_computes(scheme, spread, 0.0, "everything offloaded")

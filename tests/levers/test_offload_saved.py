@@ -31,13 +31,13 @@ D = torch.float64
 def sent(monkeypatch: Patch) -> list[int]:
     """The bytes of every storage that goes to the host."""
     sizes: list[int] = []
-    right = _saved_tensors._HostCopy._send
+    right = _saved_tensors.HostCopy._send
 
     def noted(self: Any, there: Tensor) -> None:
         sizes.append(there.nbytes)
         right(self, there)
 
-    monkeypatch.setattr(_saved_tensors._HostCopy, "_send", noted)
+    monkeypatch.setattr(_saved_tensors.HostCopy, "_send", noted)
     return sizes
 
 
@@ -286,7 +286,7 @@ def test_parts_of_a_storage_whose_writes_are_counted_apart_are_kept_apart() -> N
 
 
 def test_planted_copies_shared_over_counts_are_caught(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(_saved_tensors._HostCopy, "is_of", lambda self, storage, counted: True)
+    monkeypatch.setattr(_saved_tensors.HostCopy, "is_of", lambda self, storage, counted: True)
     monkeypatch.setattr(_saved_tensors, "id", lambda counted: 0, raising=False)
     with pytest.raises(AssertionError):
         test_parts_of_a_storage_whose_writes_are_counted_apart_are_kept_apart()

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from samegrad.declared import DeclaredStep
 from samegrad.execute.apply import applied, standing
+from samegrad.levers import _host_copies
+from samegrad.measure.copies_beside import CopiesBeside
 from samegrad.measure.events import MemoryEvent, Operation, Trace
 from samegrad.measure.target import Target
 from samegrad.measure.timing import Limit
@@ -79,43 +82,107 @@ def test_state_on_the_host_is_missing_while_the_step_runs_and_back_in_the_optimi
     assert sum(moved[0]) == -state_bytes and sum(moved[1]) == 0 and sum(map(abs, moved[1])) == 2 * state_bytes
 
 
-def test_saved_tensors_leave_the_card_and_come_back_over_its_link() -> None:
+def deep_step() -> tuple[DeclaredStep, Any]:
+    """Many layers of one width and few weights, so that most of what it holds are storages of ``HIDDEN_BYTES``."""
     torch.manual_seed(0)
-    declared, batch = step_of("pictures", "no optimizer")
+    layers = [layer for _ in range(12) for layer in (nn.Linear(6, 6), nn.Tanh())]
+    batch = torch.randn(ROWS, 40, 6), torch.randint(0, 5, (ROWS,))
+    return declared_on(nn.Sequential(*layers, nn.Flatten(), nn.Linear(240, 5)), optimizer="no optimizer"), batch
+
+
+HIDDEN_BYTES = ROWS * 40 * 6 * 4
+GRADIENT_BYTES = 12 * (6 + 1) * 6 * 4
+
+
+def test_saved_tensors_leave_the_card_and_come_back_over_its_link() -> None:
+    declared, batch = deep_step()
     plain, trace = (traced(declared, batch, plan, "cuda") for plan in (plan_of(), plan_of("offload_saved")))
-    assert peak_bytes(trace) < peak_bytes(plain)
-    out = sum(-o.bus_bytes for o in trace.operations if o.step == 1 and o.bus_bytes < 0)
-    back = sum(o.bus_bytes for o in trace.operations if o.step == 1 and o.bus_bytes > 0)
-    # What nothing holds when it is asked for again comes again.
-    assert 0 < out <= back
+    out = [o.bus_bytes for o in trace.operations if o.step == 1 and o.bus_bytes < 0]
+    back = [o.bus_bytes for o in trace.operations if o.step == 1 and o.bus_bytes > 0]
+    # Each layer's input is the tanh's output before it: saved by both, it travels once.
+    assert out == [-HIDDEN_BYTES] * 12 and back == [HIDDEN_BYTES] * 12
+    # Of twelve, three are on the device: one that is used, and two ahead. (At the peaks gradients are not the same.)
+    saved_bytes = peak_by_phase(plain)[Phase.BACKWARD] - peak_by_phase(trace)[Phase.BACKWARD]
+    assert saved_bytes == pytest.approx((12 - 3) * HIDDEN_BYTES, abs=GRADIENT_BYTES)
     roofline = Target.named("H200").roofline
     bound = {moment.limit for moment in roofline.follow(trace.operations) if moment.operation.bus_bytes}
     assert bound <= {Limit.BUS, Limit.LAUNCH}
 
 
+def test_what_comes_ahead_is_in_the_traced_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared, batch = deep_step()
+    trace = traced(declared, batch, plan_of("offload_saved"), "cuda")
+    monkeypatch.setattr(_host_copies, "MOST_AHEAD", 0)
+    on_demand = traced(declared, batch, plan_of("offload_saved"), "cuda")
+    ahead_bytes = peak_by_phase(trace)[Phase.BACKWARD] - peak_by_phase(on_demand)[Phase.BACKWARD]
+    assert ahead_bytes == pytest.approx(2 * HIDDEN_BYTES, abs=GRADIENT_BYTES)
+
+
+def operation(phase: Phase, **changes: Any) -> Operation:
+    moved = Operation("aten.relu.default", "", phase, 1, 0, 1, "float32", 1)
+    return moved._replace(**changes)
+
+
+def copied(phase: Phase, bus_bytes: int) -> Operation:
+    return operation(phase, name="aten.copy_.default", bus_bytes=bus_bytes)
+
+
+ROOFLINE = Target.named("H200").roofline
+LAUNCHING = 200e-6
+
+
+def seconds(*operations: Operation) -> float:
+    return sum(moment.elapsed_seconds for moment in ROOFLINE.follow(operations))
+
+
 def test_copies_to_the_host_go_on_beside_the_forward_and_the_backward_waits_for_them() -> None:
-    roofline = Target.named("H200").roofline
-
-    def operation(phase: Phase, **changes: Any) -> Operation:
-        moved = Operation("aten.relu.default", "", phase, 1, 0, 1, "float32", 1)
-        return moved._replace(**changes)
-
-    copy = operation(Phase.FORWARD, name="aten.copy_.default", bus_bytes=-(10**9))
-    copying = roofline.device_seconds(copy)[0]
+    copy = copied(Phase.FORWARD, -(10**9))
+    copying = ROOFLINE.device_seconds(copy)[0]
     assert copying > 0.01
     short, backward = operation(Phase.FORWARD), operation(Phase.BACKWARD)
-
-    def seconds(*operations: Operation) -> float:
-        return sum(moment.elapsed_seconds for moment in roofline.follow(operations))
-
-    launching = 100e-6
-    assert seconds(copy, short) < launching
-    assert seconds(copy, copy, short) < launching
+    assert seconds(copy, short) < LAUNCHING
+    assert seconds(copy, copy, short) < LAUNCHING
     # Two may be on their way; a third waits for the first, and the backward for all.
-    assert seconds(copy, copy, copy, short) == pytest.approx(copying, abs=launching)
-    assert seconds(copy, copy, copy, short, backward) == pytest.approx(3 * copying, abs=launching)
+    assert seconds(copy, copy, copy, short) == pytest.approx(copying, abs=LAUNCHING)
+    assert seconds(copy, copy, copy, short, backward) == pytest.approx(3 * copying, abs=LAUNCHING)
     # In the optimizer's turn they are on the stream that computes.
-    assert seconds(operation(Phase.OPTIMIZER, bus_bytes=-(10**9))) == pytest.approx(copying, abs=launching)
+    assert seconds(operation(Phase.OPTIMIZER, bus_bytes=-(10**9))) == pytest.approx(copying, abs=LAUNCHING)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9, 1.1, 3.0])
+def test_forward_and_backward_take_the_longer_of_what_they_compute_and_what_travels(share: float) -> None:
+    """``share``: of a copy's seconds, what is computed for each storage that is saved, in either direction."""
+    copying = ROOFLINE.device_seconds(copied(Phase.FORWARD, -(10**9)))[0]
+    moved_bytes = round(share * copying * 1e12)
+    rate = moved_bytes / ROOFLINE.device_seconds(operation(Phase.FORWARD, moved_bytes=moved_bytes))[0]
+
+    def computed(phase: Phase) -> Operation:
+        return operation(phase, moved_bytes=round(share * copying * rate))
+
+    count = 20
+    forward = [computed(Phase.FORWARD), copied(Phase.FORWARD, -(10**9))] * count
+    back, compute = copied(Phase.BACKWARD, 10**9), computed(Phase.BACKWARD)
+    # As they are issued: the first, two ahead, and one more each time that one is used.
+    backward = [back] * 3 + [compute, back] * (count - 3) + [compute] * 3
+    longer = count * copying * max(1.0, share)
+    # At either end a copy has nothing to hide behind.
+    assert seconds(*forward, computed(Phase.BACKWARD)) == pytest.approx(longer, abs=2.1 * copying * max(1.0, share))
+    both = seconds(*forward, *backward, operation(Phase.LOSS))
+    assert 2 * longer <= both <= 2 * longer + 4 * copying * max(1.0, share)
+
+
+def test_planted_copies_on_the_stream_that_computes_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CopiesBeside, "takes", staticmethod(lambda one: one.bus_bytes and one.phase is Phase.FORWARD))
+    with pytest.raises(AssertionError):
+        test_forward_and_backward_take_the_longer_of_what_they_compute_and_what_travels(1.1)
+
+
+def test_what_comes_back_in_the_optimizers_turn_or_is_awaited_at_once_hides_behind_nothing() -> None:
+    back, compute = copied(Phase.BACKWARD, 10**9), operation(Phase.BACKWARD)
+    copying = ROOFLINE.device_seconds(back)[0]
+    assert seconds(back, compute) == pytest.approx(copying, abs=LAUNCHING)
+    in_turn = [copied(Phase.OPTIMIZER, 10**9), operation(Phase.OPTIMIZER)] * 2
+    assert seconds(*in_turn) == pytest.approx(2 * copying, abs=LAUNCHING)
 
 
 @pytest.mark.parametrize("lever", LEVERS)

@@ -237,7 +237,7 @@ def test_what_is_chosen_for_a_card_is_followed_whole_before_it_is_believed() -> 
     step, batch = stepped("pictures")
     _, footprint = plainly_followed("pictures")
     assert footprint.steady_cap_bytes is not None
-    total = int(0.75 * footprint.steady_cap_bytes)
+    total = int(0.8 * footprint.steady_cap_bytes)
     ahead = plan_ahead(step, batch, CARD, budget=total)
     assert ahead.plan.levers
     assert ahead.predicted.steady_cap_bytes is not None and ahead.predicted.steady_cap_bytes <= total

@@ -7,17 +7,16 @@
 
 On CUDA copies leave on a stream of their own. Two may be on their way while the computation goes on; then it waits, so
 that their memory is free for what comes next in its order. (``record_stream`` would free it when the host happens to
-see that a copy is done; the host is far ahead, and nothing would be saved.) Pinned memory comes from torch's caching
-allocator, which keeps blocks for the next step and hands none out again before the copies that use it are done.
+see that a copy is done; the host is far ahead, and nothing would be saved.) They come back ahead of backward's asking,
+on another stream (``_host_copies``). Pinned memory comes from torch's caching allocator, which keeps blocks for the
+next step and hands none out again before the copies that use it are done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import sys
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor
 
 from samegrad.errors import UsageError
-from samegrad.exact.dataless import has_data, is_torchs_own, memory_of
+from samegrad.exact.dataless import is_torchs_own, memory_of
+from samegrad.levers._host_copies import HostCopy, WayBack
 
 # Copies to the host that may be on their way.
 _MOST_LEAVING = 2
@@ -37,9 +37,11 @@ class SavedTensors:
     def __init__(self, smallest_bytes: int, resident: Iterable[Tensor]) -> None:
         self._smallest_bytes = max(1, smallest_bytes)
         self._resident = {memory_of(t) for t in resident if _is_plain(t)}
-        self._copies: dict[tuple[int, int, int], _HostCopy] = {}
+        self._copies: dict[tuple[int, int, int], HostCopy] = {}
+        # Of each device; a forward has one, but for models that lie on several.
+        self._ways_back: dict[torch.device, WayBack] = {}
         # Storages are held until the computation has waited for their copies.
-        self._leaving: deque[tuple[torch.UntypedStorage, _HostCopy]] = deque()
+        self._leaving: deque[tuple[torch.UntypedStorage, HostCopy]] = deque()
 
     @classmethod
     def all_staying(cls) -> SavedTensors:
@@ -48,12 +50,21 @@ class SavedTensors:
 
     @contextlib.contextmanager
     def travelling(self) -> Iterator[None]:
-        """A block in which what autograd saves goes to the host."""
+        """A block in which what autograd saves goes to the host, and after which all of it has left."""
+        with self.leaving(), self.hooked():
+            yield
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """A block, with parts of it ``hooked``, after which all that went has left."""
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
-                yield
+            yield
         finally:
             self._let_go(0)
+
+    def hooked(self) -> contextlib.AbstractContextManager[None]:
+        """A part of a block in which what autograd saves goes to the host."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> _Staying | _Travelling:
         if not _is_plain(tensor) or not self._is_worth_it(tensor):
@@ -63,7 +74,7 @@ class SavedTensors:
     def _is_worth_it(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().nbytes() >= self._smallest_bytes and memory_of(tensor) not in self._resident
 
-    def _copy_of(self, tensor: Tensor) -> _HostCopy:
+    def _copy_of(self, tensor: Tensor) -> HostCopy:
         storage = tensor.untyped_storage()
         # Written in place between two times that it is saved, it holds something else. Parts of a storage may be
         # counted apart (recurrent layers write gates so), and what one count says is nothing about the others.
@@ -72,7 +83,8 @@ class SavedTensors:
         copy = self._copies.get(key)
         # Once a storage is freed, another may stand at its address.
         if copy is None or not copy.is_of(storage, counted):
-            copy = self._copies[key] = _HostCopy(tensor, counted)
+            way_back = self._ways_back.setdefault(tensor.device, WayBack())
+            copy = self._copies[key] = HostCopy(tensor, counted, way_back)
             self._leaving.append((storage, copy))
             self._let_go(_MOST_LEAVING)
         return copy
@@ -101,9 +113,13 @@ class _Staying:
 
 @dataclasses.dataclass(frozen=True)
 class _Travelling:
-    """A view of a storage that is on the host. ``counter`` counts what is written in place on the tensor saved."""
+    """A view of a storage that is on the host. ``counter`` counts what is written in place on the tensor saved.
 
-    copy: _HostCopy
+    ``place``: in the order of what was saved.
+    """
+
+    copy: HostCopy
+    place: int
     dtype: torch.dtype
     offset: int
     shape: torch.Size
@@ -112,70 +128,23 @@ class _Travelling:
     version: int
 
     @classmethod
-    def of(cls, tensor: Tensor, copy: _HostCopy) -> _Travelling:
+    def of(cls, tensor: Tensor, copy: HostCopy) -> _Travelling:
         # Detached, it shares the count; with other data, it holds none of the memory that is to be free.
         counter = tensor.detach()
         counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         offset = int(tensor.storage_offset())
-        return cls(copy, tensor.dtype, offset, tensor.shape, tensor.stride(), counter, tensor._version)
+        place = copy.saved_again()
+        return cls(copy, place, tensor.dtype, offset, tensor.shape, tensor.stride(), counter, tensor._version)
 
     def unpacked(self) -> Tensor:
         _check_unwritten(self.counter, self.version, self.shape)
-        storage = self.copy.brought_back()
+        storage = self.copy.brought_back(self.place)
         empty = torch.empty(0, dtype=self.dtype, device=self.copy.device)
         return empty.set_(storage, self.offset, self.shape, self.stride)
 
 
 def _unpack(packed: _Staying | _Travelling) -> Tensor:
     return packed.unpacked()
-
-
-class _HostCopy:
-    """The bytes of a storage on the host; while somebody else holds it, also the storage or what it came back as."""
-
-    def __init__(self, tensor: Tensor, counted: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.device = tensor.device
-        # What only stands for CUDA's has no streams and is not pinned.
-        self._beside = self.device.type == "cuda" and has_data(tensor)
-        self._storage, self._counted = weakref.ref(storage), weakref.ref(counted)
-        self._bytes = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu", pin_memory=self._beside)
-        self._left: torch.cuda.Event | None = None
-        self._send(torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage))
-
-    def is_of(self, storage: torch.UntypedStorage, counted: Tensor) -> bool:
-        """Whether these are bytes of ``storage`` as ``counted`` counts what is written on it."""
-        return self._storage() is storage and self._counted() is counted
-
-    def wait_until_left(self) -> None:
-        """What is computed from now on comes after the copy to the host."""
-        if self._left is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._left)
-
-    def brought_back(self) -> torch.UntypedStorage:
-        storage = self._storage()
-        if storage is None:
-            there = torch.empty(self._bytes.shape, dtype=torch.uint8, device=self.device)
-            self.wait_until_left()
-            there.copy_(self._bytes, non_blocking=True)
-            storage = there.untyped_storage()
-            self._storage = weakref.ref(storage)
-        return storage
-
-    def _send(self, there: Tensor) -> None:
-        if not self._beside:
-            self._bytes.copy_(there)
-            return
-        stream = _stream_to_host(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._bytes.copy_(there, non_blocking=True)
-        self._left = stream.record_event()
-
-
-@functools.cache
-def _stream_to_host(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 Saves: the kept tensors of the model's forward, but for what is on the device anyway: parameters, buffers, the batch.
 What the loss keeps stays, since backward begins with it.
-Costs: every kept byte travels twice. Out it goes beside the computation, on a stream of its own; backward waits for
-its way in. Pinned host memory, in blocks of powers of two.
+Costs: every kept byte travels twice, beside the computation, on streams of its own; where the link takes longer, the
+computation waits for it. Ahead of their turn in backward come no more bytes than the two largest storages have. Pinned
+host memory, in blocks of powers of two.
 Why the gradient is the same: backward reads the bits that forward kept, with the same strides. A kept tensor that is
 modified in place before backward raises, as autograd does.
 Refuses: models on the CPU, where it is on the host already. In a forward that uses torch.func, torch refuses it.
@@ -85,12 +86,12 @@ class _Keeping:
         saved = SavedTensors(self._smallest_bytes, [leaf for leaf in resident if isinstance(leaf, Tensor)])
         self._saved = saved
         try:
-            with saved.travelling() if self._everywhere else contextlib.nullcontext():
+            with saved.travelling() if self._everywhere else saved.leaving():
                 yield
         finally:
             self._saved = None
 
     def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a part. In a block that runs again in backward, it is to save what it saved before: as many."""
-        with (self._saved or SavedTensors.all_staying()).travelling():
+        with (self._saved or SavedTensors.all_staying()).hooked():
             return forward(*args, **kwargs)

@@ -6,7 +6,7 @@ its own clock: a kernel starts when the host has launched it and the device has 
 large operations takes the device's time, a step of small ones the host's, and one that changes between the two pays
 for each stretch what that stretch is bound by. A sum of maxima would not see the lead that the host gained.
 
-What a forward sends to the host leaves beside the computation, which waits where two copies are on their way already.
+What a forward sends to the host leaves beside the computation and comes back beside it (``copies_beside``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 from samegrad.errors import UsageError
 from samegrad.json_record import Record
 from samegrad.measure.cards import Card
+from samegrad.measure.copies_beside import CopiesBeside
 from samegrad.measure.devices import Calibration, calibration_in_words, find_calibration
 from samegrad.measure.events import Operation, Trace
 from samegrad.measure.operation_classes import OperationClass, class_of, host_waits_for
@@ -34,8 +35,6 @@ _QUEUED_LAUNCHES = 1024
 # Of a link's rate, what copies of pinned memory reach where it was not measured: 50 GB/s of 63 on PCIe 5.0 x16, by
 # which torch plans its own offloading (torch._functorch._activation_offloading).
 _LINK_FRACTION = 0.8
-# Copies to the host that may be on their way while the computation goes on.
-_MOST_LEAVING = 2
 
 
 class Limit(enum.Enum):
@@ -74,17 +73,14 @@ class Roofline:
         """Each operation on both clocks, which begin at zero, as after a loss was read."""
         host = device = reached = 0.0
         queued: collections.deque[float] = collections.deque()
-        # When copies to the host that go on beside the computation will be there.
-        leaving: collections.deque[float] = collections.deque([0.0] * _MOST_LEAVING, maxlen=_MOST_LEAVING)
+        beside = CopiesBeside()
         for operation in operations:
             launching = self.host_seconds(operation)
             working, limit = self.device_seconds(operation)
             host += launching
-            if operation.phase is not Phase.FORWARD:
-                device = max(device, leaving[-1])
-            if operation.bus_bytes < 0 and operation.phase is Phase.FORWARD:
-                device = max(device, leaving[0])
-                leaving.append(max(device, host, leaving[-1]) + working)
+            device = beside.reach(operation.phase, device)
+            if beside.takes(operation):
+                device = beside.begin(operation, device, host, working)
             elif operation.kernels:
                 device = max(device, host) + working
                 queued.extend([device] * operation.kernels)
