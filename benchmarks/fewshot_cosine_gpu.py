@@ -3,7 +3,8 @@
 In float32 and under AMP: the document's formulation (two forwards, the d x d covariance), ours before any lever (one
 forward, Gram trick), then ours inside 4, 2.5 and 1.75 GiB. Of each the peak that the allocator reserved, the
 milliseconds of a step with its optimizer's turn (the median of --steps after three), and how far its gradients are
-from those of ours before any lever, beside how far two plain calls are from each other. A budget caps the allocator
+from those of ours before any lever and from those in float64 (of a net that has not learnt, AMP's are far from both),
+beside how far two plain calls are from each other. A budget caps the allocator
 while it is planned for and run, so a peak above it would be an out-of-memory error. Where all queries at once do not
 fit, the head takes 16 at a time, and the line says so.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -60,6 +62,16 @@ class Case:
         """The gradients of ours before any lever, on the host."""
         with capped(self.device, None):
             return gradients_of(self, self.plain())
+
+    @functools.cached_property
+    def reference_in_float64(self) -> list[Tensor]:
+        """The same gradients in float64, of a copy of the model."""
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model).double()
+        twin.optimizer = torch.optim.AdamW(twin.model.parameters(), lr=1e-5)
+        twin.episode, twin.amp = self.episode.double(), None
+        with capped(self.device, None):
+            return gradients_of(twin, twin.plain())
 
     def loss(self) -> Any:
         whole = dataclasses.replace(self.options, query_rows=0)
@@ -109,7 +121,12 @@ def difference(found: list[Tensor], reference: list[Tensor]) -> float:
 
 def measured(case: Case, step: sg.Step, steps: int) -> dict[str, Any]:
     """Gradients first, from the weights of the reference; then timed steps, whose weights are put back."""
-    figures: dict[str, Any] = {"gradient_difference": difference(gradients_of(case, step), case.reference)}
+    found = gradients_of(case, step)
+    figures: dict[str, Any] = {
+        "gradient_difference": difference(found, case.reference),
+        "difference_from_float64": difference(found, case.reference_in_float64),
+    }
+    del found
     weights = {name: value.to("cpu", copy=True) for name, value in case.model.state_dict().items()}
     counter = None if case.device.type == "cuda" else sg.count_bytes(step)
     results = list(sg.train(step, [case.episode] * (WARM_UP_STEPS + steps), counter=counter))
@@ -133,7 +150,7 @@ def plain_cell(case: Case, steps: int) -> dict[str, Any]:
 
 
 def document_cell(case: Case, steps: int) -> dict[str, Any]:
-    _ = case.reference
+    _ = case.reference, case.reference_in_float64
     with capped(case.device, None):
         try:
             return measured(case, case.document(), steps)
@@ -144,7 +161,7 @@ def document_cell(case: Case, steps: int) -> dict[str, Any]:
 
 def attempt(case: Case, budget: str, query_rows: int, steps: int) -> dict[str, Any]:
     """Planned and run inside ``budget``, the queries ``query_rows`` at a time (0: all at once)."""
-    _ = case.reference
+    _ = case.reference, case.reference_in_float64
     # The backbone sees all images of an episode.
     cost = PlanningCost(type(case.model.backbone), case.options.episode_images)
     figures: dict[str, Any] = {"budget": budget, "query_rows": query_rows, "planning": cost.phases}
@@ -161,7 +178,8 @@ def attempt(case: Case, budget: str, query_rows: int, steps: int) -> dict[str, A
                 return figures | measured(case, step, steps)
             except torch.OutOfMemoryError as error:
                 case.optimizer.zero_grad()
-                return figures | {"runs": False, "error": str(error).splitlines()[0]}
+                plan = None if step.plan is None else step.plan.levers
+                return figures | {"runs": False, "plan": plan, "error": " ".join(str(error).split())}
 
 
 def budget_cell(case: Case, budget: str, steps: int, beside: dict[str, Any]) -> dict[str, Any]:
