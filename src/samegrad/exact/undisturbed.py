@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, put_back, same_tensor
-from samegrad.exact.dataless import computing
+from samegrad.exact.dataless import computing, has_data
 from samegrad.exact.held import Held, held_by
 from samegrad.exact.module_hooks import ModuleHooks
 
@@ -96,12 +96,14 @@ class ModuleState:
         self._held = held
         self._others = ModuleState(held.modules) if held.modules else None
         self._parts = [(name, part) for module in modules for name, part in module.named_modules()]
-        self._buffers = [
-            (part, name, key, buffer, buffer.detach().clone())
+        buffers = [
+            (part, name, key, buffer)
             for name, part in self._parts
             for key, buffer in part._buffers.items()
             if buffer is not None
         ]
+        copies = _copies_of([buffer for _, _, _, buffer in buffers])
+        self._buffers = [(*place, copy) for place, copy in zip(buffers, copies)]
         self._attributes = [(part, name, _attributes(part)) for name, part in self._parts]
         self._hooks = ModuleHooks(part for _, part in self._parts)
         self._versions = self._read_versions()
@@ -167,6 +169,18 @@ class ModuleState:
         self._held.restore()
         if self._others is not None:
             self._others.restore()
+
+
+@torch.no_grad()
+def _copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each; plain ones in a few kernels together, since a step has hundreds of small buffers."""
+    plain = [t for t in tensors if type(t) is Tensor and t.layout is torch.strided and has_data(t)]
+    if len(plain) < len(tensors):
+        return [tensor.detach().clone() for tensor in tensors]
+    copies = [torch.empty_like(tensor) for tensor in plain]
+    if copies:
+        torch._foreach_copy_(copies, plain)
+    return copies
 
 
 # What nn.Module keeps for itself.
