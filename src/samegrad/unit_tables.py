@@ -12,7 +12,8 @@ from samegrad.json_record import Record
 class Unit(Record):
     """One stretch of a step's forward, a block or the code between two, as the planner sees it. Bytes of all its rows.
 
-    ``name`` is the module's path, "" for code between blocks. ``kept_bytes``: what its forward adds until its backward,
+    ``name`` is the module's path, "" for code between blocks; ``paths`` those of several modules that are one unit,
+    called one after another. ``kept_bytes``: what its forward adds until its backward,
     the output included, which is ``output_bytes`` of them; ``crossing_bytes`` of the output are read beyond the next
     unit, by a skip connection. ``forward_extra_bytes``: the peak of its forward above what stands before it.
     ``arrival_extra_bytes``: what is live when the gradient of its output arrives, beyond the resident bytes and what
@@ -42,6 +43,12 @@ class Unit(Record):
     chunk_seconds: float = 0.0
     offloadable_bytes: int = 0
     moved_bytes: int = 0
+    paths: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The paths of its modules; none for code between blocks."""
+        return self.paths or (self.name,) * bool(self.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

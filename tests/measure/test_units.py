@@ -120,6 +120,23 @@ def test_a_block_that_runs_twice_cannot_be_chosen() -> None:
     assert [unit.backward_seconds for unit in units] == [1.0, 1.0, 1.0, 0.0]
 
 
+def test_modules_that_run_again_as_one_are_one_unit() -> None:
+    step = Written()
+    kept = [step.does(module, FORWARD, [(10, ACTIVATION)])[0] for module in ("a.in", "b", "c", "cc")]
+    [loss] = step.does("", LOSS, [(4, ACTIVATION)])
+    for module, storage in zip(("cc", "c", "b", "a.in"), reversed(kept)):
+        step.does(module, BACKWARD, [(6, TEMPORARY)], [storage])
+    step.does("", Phase.OPTIMIZER, [], [loss])
+    units = units_of(step.trace(), [["a", "b"], "c"], [1.0] * 10).units
+    assert [(unit.name, unit.modules) for unit in units] == [("a to b", ("a", "b")), ("c", ("c",)), ("", ())]
+    assert [unit.recomputable for unit in units] == [True, True, False]
+    assert [unit.kept_bytes for unit in units] == [20, 10, 14]
+    assert [unit.backward_seconds for unit in units] == [2.0, 1.0, 1.0]
+    # A trace in which other modules run between the two has no such unit.
+    apart = units_of(step.trace(), [["a", "c"], "b"], [1.0] * 10).units
+    assert [unit.recomputable for unit in apart] == [False, True, False, False]
+
+
 def test_storages_are_rounded_up_one_by_one() -> None:
     rounded = units_of(two_blocks_and_a_gap().trace(), ["a", "b"], [0.0] * 14, round_to_bytes=512)
     assert rounded.resident_bytes == 1024

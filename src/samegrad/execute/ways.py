@@ -54,7 +54,8 @@ _FEWEST_ROWS = 2
 class Ways:
     """What was found: the examination of a step split by rows, or why it cannot be and the other ways there are.
 
-    ``mapped``: levers that put parts of the model into chunks, each tried against the plain forward. ``sites``: where
+    ``mapped``: levers that put parts of the model into chunks, each tried against the plain forward. ``untried``: such
+    as keep less than those for more time, which nothing stands in the way of so far. ``sites``: where
     the model draws. ``rules``: how state that it changes, running statistics apart, is reduced over chunks.
     ``refusals``: lever to why this step cannot take it, or need not. ``collectives``: chunks wait for other ranks.
     """
@@ -62,6 +63,7 @@ class Ways:
     by_rows: Examination | None
     refusal: CannotSplit | None = None
     mapped: tuple[MappingLever, ...] = ()
+    untried: tuple[MappingLever, ...] = ()
     sites: DrawSites | None = None
     rules: tuple[StateRule, ...] = ()
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -163,8 +165,9 @@ def _ways_on(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layo
         refusals.pop(lever.name, None)
         return True
 
+    untried: tuple[MappingLever, ...] = ()
     if segments is None and has_batchnorm(declared.network):
-        _try_batchnorm(declared, fits)
+        untried = _try_batchnorm(declared, fits)
     else:
         refusals[ExactBatchNorm.name] = "no BatchNorm in training mode"
     if not mapped:
@@ -181,20 +184,24 @@ def _ways_on(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layo
         refusals[Recompute.name] = "segments= names the parts that run again"
     elif not any(isinstance(lever, Recompute) for lever in mapped):
         _try_units(declared, batch, layout, fits, refusals)
-    return Ways(None, refusal, tuple(mapped), sites, rules or (), refusals)
+    return Ways(None, refusal, tuple(mapped), untried, sites, rules or (), refusals)
 
 
-def _try_batchnorm(declared: DeclaredStep, fits: Callable[[MappingLever], bool]) -> None:
-    """The full batch block by block, then chunks in lockstep; chunks that meet only where lockstep cannot record."""
+def _try_batchnorm(declared: DeclaredStep, fits: Callable[[MappingLever], bool]) -> tuple[MappingLever, ...]:
+    """The full batch block by block, then chunks in lockstep; chunks that meet only where lockstep cannot record.
+
+    Returns lockstep with less that is kept, for whoever has too little memory for all boundaries.
+    """
     if blocks := find_blocks(declared.network):
         fits(Recompute([*blocks]))
     if fits(ExactBatchNorm(1)):
         layers = len(has_batchnorm(declared.network))
         if layers > _KEEP_EVERY:
-            fits(ExactBatchNorm(1, keep_every=_KEEP_EVERY))
-            fits(ExactBatchNorm(1, together=max(_TOGETHER, math.isqrt(layers))))
+            together = max(_TOGETHER, math.isqrt(layers))
+            return ExactBatchNorm(1, keep_every=_KEEP_EVERY), ExactBatchNorm(1, together=together)
     else:
         fits(ExactBatchNorm(1, scheme_name="rendezvous"))
+    return ()
 
 
 def _try_segments(
@@ -250,7 +257,7 @@ def _over_ranks(
             found=f"the forward also changes {model.rules[0].name}, and backward runs rows again",
             do="update that state outside the forward, or run the step whole on every rank",
         )
-    return Ways(None, refusal, (ExactBatchNorm(1),), model.sites, collectives=True)
+    return Ways(None, refusal, (ExactBatchNorm(1),), sites=model.sites, collectives=True)
 
 
 def refuse_sharded_segments(segments: Sequence[str] | None) -> None:

@@ -68,14 +68,23 @@ class Probe:
 
 
 def probe_split(
-    split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int], timed_runs: int = TIMED_RUNS
+    split: ChunkedStep,
+    batch: Any,
+    layout: RowLayout,
+    sizes: Sequence[int],
+    timed_runs: int = TIMED_RUNS,
+    *,
+    is_warm: bool = False,
 ) -> Probe:
     """The split step in chunks of ``sizes``, the first rows of ``batch``, up to but without the hand-over.
 
-    ``timed_runs``: 0 where only bytes are asked for; its seconds are then not a number.
+    ``timed_runs``: 0 where only bytes are asked for; its seconds are then not a number. ``is_warm``: a probe of this
+    step on other rows came right before.
     """
     few, few_layout = _first_rows(batch, layout, sum(sizes))
-    return _probed(split.declared, batch, lambda: split.totals(few, few_layout, sizes), sizes, timed_runs)
+    return _probed(
+        split.declared, batch, lambda: split.totals(few, few_layout, sizes), sizes, timed_runs, is_warm=is_warm
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,13 +177,14 @@ def probe_plain(
     batch_rows: int,
     draws: StepDraws | None = None,
     timed_runs: int = TIMED_RUNS,
+    is_warm: bool = False,
 ) -> Probe:
     """The plain step on the first ``batch_rows`` rows; its gradients are taken and dropped.
 
-    ``timed_runs``: 0 where only bytes are asked for; its seconds are then not a number.
+    ``timed_runs`` and ``is_warm`` as in ``probe_split``.
     """
     with _plain_run(declared, batch, layout, batch_rows, draws) as run:
-        return _probed(declared, batch, run, [batch_rows], timed_runs)
+        return _probed(declared, batch, run, [batch_rows], timed_runs, is_warm=is_warm)
 
 
 def time_plain(
@@ -232,12 +242,15 @@ def _probed(
     batch: Any,
     run: Callable[[], object],
     sizes: Sequence[int],
-    timed_runs: int = TIMED_RUNS,
+    timed_runs: int,
+    *,
+    is_warm: bool,
 ) -> Probe:
     device = declared.device
     with step_undisturbed(declared):
-        # The first run creates library handles and workspaces that later ones share.
-        run()
+        if not is_warm:
+            # The first run creates library handles and workspaces that later ones share.
+            run()
         seconds = _shortest(run, device, timed_runs)
         counter = ByteCounter(device, gradients_of=[declared.network], with_timeline=True)
         claim_residents(counter, declared, batch)

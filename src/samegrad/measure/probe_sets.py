@@ -54,7 +54,9 @@ def probes_on(
     while wanted:
         n = wanted.pop(0)
         with WithinMemory(declared) as memory:
-            probes[n] = probe_plain(declared, batch, layout, batch_rows=n, draws=draws, timed_runs=timed_runs)
+            probes[n] = probe_plain(
+                declared, batch, layout, batch_rows=n, draws=draws, timed_runs=timed_runs, is_warm=bool(probes)
+            )
             continue
         fewer = [few for few in (fewest, fewest + 1) if few < n and few not in probes]
         wanted = fewer[: max(0, enough - len(probes))] if enough > 1 else []
@@ -83,7 +85,8 @@ def split_probes(
         with WithinMemory(split.declared) as memory:
             runs = [timed_runs if index in (0, len(shapes) - 1) else 0 for index in range(len(shapes))]
             return [
-                probe_split(split, batch, layout, trees.even_sizes(n, r), often) for (r, n), often in zip(shapes, runs)
+                probe_split(split, batch, layout, trees.even_sizes(n, r), often, is_warm=(r, n) != shapes[0])
+                for (r, n), often in zip(shapes, runs)
             ]
         if rows == 1:
             raise memory.refusal(asked="measure the step in chunks of a row", do=MORE_ROOM)
@@ -100,10 +103,11 @@ def mapped_probes(
         shapes = _few_shapes(layout, rows)
         if not in_chunks:
             shapes = list(dict.fromkeys((n, n) for _, n in shapes))
+        runs = [0] * (len(shapes) - 1) + [timed_runs]
         with WithinMemory(step.declared) as memory:
             return [
-                probe_split(step, batch, layout, trees.even_sizes(n, r), timed_runs if (r, n) == shapes[-1] else 0)
-                for r, n in shapes
+                probe_split(step, batch, layout, trees.even_sizes(n, r), often, is_warm=(r, n) != shapes[0])
+                for (r, n), often in zip(shapes, runs)
             ]
         if rows == 1:
             raise memory.refusal(asked=f"measure the step on {shapes[-1][1]} of its rows, in parts", do=MORE_ROOM)

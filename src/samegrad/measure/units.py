@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from samegrad.errors import BadInput
 from samegrad.measure.events import Operation, Trace
@@ -19,10 +19,15 @@ from samegrad.unit_tables import Unit, UnitTable
 
 _FORWARD = (Phase.FORWARD, Phase.LOSS)
 
+# The paths of the modules that are one unit; none for the code between units.
+_Block = tuple[str, ...]
+# The block that the operations of a module belong to, by the module's path.
+_Owners = Mapping[str, _Block]
+
 
 def units_of(
     trace: Trace,
-    blocks: Sequence[str],
+    blocks: Sequence[str | Sequence[str]],
     operation_seconds: Sequence[float],
     *,
     row_independent: Collection[str] = (),
@@ -31,7 +36,8 @@ def units_of(
 ) -> UnitTable:
     """The units of the plain step that ``trace`` followed, on all its rows, in forward order.
 
-    ``blocks``: module paths that can run again in backward; what runs outside them is a unit named "" for each stretch.
+    ``blocks``: module paths that can run again in backward, a list of them for modules that do so as one; what runs
+    outside them is a unit named "" for each stretch.
     ``operation_seconds``: for each operation of the trace. ``row_independent``: blocks that treat rows alone, where
     ``launch_seconds`` a kernel is what a chunk costs by itself. ``round_to_bytes``: every storage takes a multiple of
     it, on CUDA of 512. A block that runs in several stretches is not recomputable, since its calls cannot be chosen one
@@ -43,16 +49,18 @@ def units_of(
     """
     stretches = _stretches(trace, blocks, operation_seconds)
     lifetimes = Lifetimes.of(trace.events, round_to_bytes=round_to_bytes)
-    names = [stretch.block for stretch in stretches]
+    calls = [stretch.block for stretch in stretches]
     units: list[Unit] = []
     for stretch in stretches:
         forward, backward = slice(stretch.start, stretch.stop), slice(stretch.arrival, stretch.end)
-        recomputable = bool(stretch.block) and names.count(stretch.block) == 1
-        independent = recomputable and stretch.block in row_independent
+        recomputable = bool(stretch.block) and calls.count(stretch.block) == 1
+        name = " to ".join(dict.fromkeys([*stretch.block[:1], *stretch.block[-1:]]))
+        independent = recomputable and name in row_independent
         kernels = [operation.kernels for operation in (*2 * trace.operations[forward], *trace.operations[backward])]
         units.append(
             Unit(
-                name=stretch.block,
+                name=name,
+                paths=stretch.block if len(stretch.block) > 1 else (),
                 **_bytes_of(stretch, lifetimes, units[-1].output_bytes if units else 0),
                 forward_seconds=sum(operation_seconds[forward]),
                 backward_seconds=sum(operation_seconds[backward]),
@@ -69,14 +77,16 @@ def units_of(
 class _Stretch:
     """A unit's operations: ``start`` to ``stop`` in forward, ``arrival`` to ``end`` in backward, the ends excluded."""
 
-    block: str
+    block: _Block
     start: int
     stop: int
     arrival: int = 0
     end: int = 0
 
 
-def _stretches(trace: Trace, blocks: Sequence[str], operation_seconds: Sequence[float]) -> list[_Stretch]:
+def _stretches(
+    trace: Trace, blocks: Sequence[str | Sequence[str]], operation_seconds: Sequence[float]
+) -> list[_Stretch]:
     operations = trace.operations
     step = max((operation.step for operation in operations), default=0)
     forward = [k for k, o in enumerate(operations) if o.step == step and o.phase in _FORWARD]
@@ -95,18 +105,19 @@ def _stretches(trace: Trace, blocks: Sequence[str], operation_seconds: Sequence[
             asked="the units of a traced step", found=wrong,
             do="trace the plain step: all rows at once, nothing run again",
         )  # fmt: skip
-    runs = _runs(operations, forward, blocks)
+    owners = _owners({operation.module for operation in operations}, blocks)
+    runs = _runs(operations, forward, owners)
     stops = [*(run[1][0] for run in runs[1:]), backward[0]]
     ahead = [_Stretch(block, inside[0], stop) for (block, inside), stop in zip(runs, stops)]
-    return _with_backward(ahead, operations, backward, blocks)
+    return _with_backward(ahead, operations, backward, owners)
 
 
 def _with_backward(
-    ahead: list[_Stretch], operations: Sequence[Operation], backward: Sequence[int], blocks: Sequence[str]
+    ahead: list[_Stretch], operations: Sequence[Operation], backward: Sequence[int], owners: _Owners
 ) -> list[_Stretch]:
     """The stretches with their backward. What lies between two blocks belongs to the code between them, if any."""
-    own: dict[str, list[list[int]]] = {}
-    for block, inside in _runs(operations, [k for k in backward if _block_of(operations[k], blocks)], blocks):
+    own: dict[_Block, list[list[int]]] = {}
+    for block, inside in _runs(operations, [k for k in backward if owners[operations[k].module]], owners):
         own.setdefault(block, []).append(inside)
     found: list[_Stretch] = []
     cursor = backward[0]
@@ -125,17 +136,27 @@ def _with_backward(
 
 
 def _runs(
-    operations: Sequence[Operation], indices: Sequence[int], blocks: Sequence[str]
-) -> list[tuple[str, list[int]]]:
+    operations: Sequence[Operation], indices: Sequence[int], owners: _Owners
+) -> list[tuple[_Block, list[int]]]:
     """Consecutive operations of one block."""
-    grouped = itertools.groupby(indices, key=lambda k: _block_of(operations[k], blocks))
+    grouped = itertools.groupby(indices, key=lambda k: owners[operations[k].module])
     return [(block, list(inside)) for block, inside in grouped]
 
 
-def _block_of(operation: Operation, blocks: Sequence[str]) -> str:
-    """The innermost block that ``operation`` ran in, "" for none."""
-    inside = [b for b in blocks if operation.module == b or operation.module.startswith(f"{b}.")]
-    return max(inside, key=len, default="")
+def _owners(modules: Collection[str], blocks: Sequence[str | Sequence[str]]) -> dict[str, _Block]:
+    """For each of ``modules`` the innermost block that its operations run in, an empty one for none."""
+    block_at = {path: block for block in map(_as_paths, blocks) for path in block}
+    found: dict[str, _Block] = {}
+    for module in modules:
+        above = module
+        while above and above not in block_at:
+            above = above.rpartition(".")[0]
+        found[module] = block_at.get(above, ())
+    return found
+
+
+def _as_paths(block: str | Sequence[str]) -> _Block:
+    return (block,) if isinstance(block, str) else tuple(block)
 
 
 def _bytes_of(stretch: _Stretch, lifetimes: Lifetimes, entering_bytes: int) -> dict[str, int]:

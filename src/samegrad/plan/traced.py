@@ -116,20 +116,25 @@ def _recompute(table: UnitTable, choice: ChainChoice) -> list[Recompute]:
     blocks: list[str | list[str]] = []
     for stage in choice.stages:
         if stage.way is Way.RECOMPUTE:
-            names = [unit.name for unit in table.units[stage.first : stage.last + 1]]
+            names = [name for unit in table.units[stage.first : stage.last + 1] for name in unit.modules]
             blocks.append(names if len(names) > 1 else names[0])
     return [Recompute(blocks)] if blocks else []
 
 
 def _stages_of(table: UnitTable, blocks: Sequence[str | list[str]]) -> tuple[Stage, ...] | None:
     """The stages in which ``blocks`` run again; None where they are no units of the table."""
-    places = {unit.name: place for place, unit in enumerate(table.units) if unit.recomputable}
+    places = {name: place for place, unit in enumerate(table.units) if unit.recomputable for name in unit.modules}
     runs = {}
     for entry in blocks:
         names = [entry] if isinstance(entry, str) else entry
         if any(name not in places for name in names):
             return None
-        runs[places[names[0]]] = places[names[-1]]
+        begin, end = places[names[0]], places[names[-1]]
+        inside = table.units[begin : end + 1]
+        # Code between modules, or a part of what is one unit.
+        if not all(unit.recomputable for unit in inside) or [n for u in inside for n in u.modules] != list(names):
+            return None
+        runs[begin] = end
     stages, place = [], 0
     while place < len(table.units):
         last = runs.get(place)

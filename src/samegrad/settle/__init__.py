@@ -29,6 +29,7 @@ from samegrad.settle.on_card import footprint_of, settle_on_card, with_levers_on
 from samegrad.settle.probed_ways import with_probed_ways
 from samegrad.settle.probing import Measurement, aliases_for, measure
 from samegrad.settle.quicker import quicker_plan
+from samegrad.settle.untried_ways import with_untried_ways, with_ways_needed
 
 __all__ = [
     "Ahead",
@@ -64,7 +65,8 @@ def measure_step(step: Declares, batch: Any, device: torch.device | str | None =
     declared = step.declared
     if _is_card(device, declared):
         return follow(declared, aliases_for(declared), batch, Target.named(str(device)))[1]
-    return measure(declared, batch, aliases_for(declared)).footprint
+    aliases = aliases_for(declared)
+    return with_untried_ways(declared, aliases, measure(declared, batch, aliases), batch).footprint
 
 
 def _is_card(device: torch.device | str | None, declared: DeclaredStep) -> bool:
@@ -94,14 +96,16 @@ def measure_for(
     declared: DeclaredStep, batch: Any, aliases: ParameterAliases, budget: Budget, options: Options
 ) -> Measurement:
     """The measurement that a plan within ``budget`` is chosen from: where the plain step is too much, the step is also
-    probed under levers that leave its chunks as they are, and followed."""
+    probed under levers that leave its chunks as they are, and followed; ways that keep least, where the others do not
+    do."""
     measurement = measure(declared, batch, aliases)
     footprint = measurement.footprint
     if footprint.predicted_peak_bytes(rows=footprint.batch_rows) <= usable_bytes(budget):
         return measurement
     measurement = with_probed_ways(declared, aliases, measurement, batch, budget, options)
     measurement = followed_beside(declared, aliases, measurement, batch, budget, options)
-    return with_blocks_again(declared, aliases, measurement, batch)
+    measurement = with_blocks_again(declared, aliases, measurement, batch)
+    return with_ways_needed(declared, aliases, measurement, batch, budget, options)
 
 
 def settle_plan(

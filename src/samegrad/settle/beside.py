@@ -23,6 +23,7 @@ from samegrad.records import Budget, Footprint
 from samegrad.settle.followed_step import FollowedStep, look_at_step
 from samegrad.settle.lever_ways import with_lever_ways
 from samegrad.settle.probing import Measurement
+from samegrad.settle.single_layers import with_blocks
 from samegrad.settle.traced_ways import traced_ways
 from samegrad.unit_tables import TracedWay, UnitTable
 
@@ -46,6 +47,7 @@ def followed_beside(
         target, look = Target.at_hand(declared.device), look_at_step(declared, batch, layout)
         step = FollowedStep(declared, aliases, batch, layout, target, measurement.ways, look)
         plain = step.trace_whole({})
+        step = with_blocks(step, plain)
         ways, refusals = traced_ways(step, plain)
         known = {name: why for name, why in refusals.items() if name not in footprint.refusals}
         kept = {n: why for n, why in footprint.refusals.items() if n != Recompute.name or Recompute.name in refusals}

@@ -82,7 +82,8 @@ def _look(declared: DeclaredStep, rows: Any) -> Look:
 class FollowedStep:
     """A step that is planned for ``target``. ``ways``: to run it in chunks, as examined or, without data, assumed.
 
-    ``look``: what one look at it shows.
+    ``look``: what one look at it shows. ``blocks``: the paths of modules that may run again in backward, each entry by
+    itself or as one with those beside it.
     """
 
     declared: DeclaredStep
@@ -92,11 +93,7 @@ class FollowedStep:
     target: Target
     ways: Ways
     look: Look
-
-    @property
-    def blocks(self) -> list[str]:
-        """The modules that may run again in backward, each by itself."""
-        return [unit.paths[0] for unit in self.look.units.units if len(unit.paths) == 1 and unit.has_parts]
+    blocks: tuple[tuple[str, ...], ...] = ()
 
     @property
     def batch_stands_on_device(self) -> bool:

@@ -39,6 +39,7 @@ from samegrad.measure.trace_reading import (
 )
 from samegrad.records import Category, Counting, Footprint, Origin, PhaseLaw
 from samegrad.settle.followed_step import LOOKED_AT_ROWS, FollowedStep, Look, look_at_step
+from samegrad.settle.single_layers import with_blocks
 from samegrad.settle.traced_ways import traced_ways
 from samegrad.trees import RowLayout
 from samegrad.unit_tables import TracedWay
@@ -60,6 +61,7 @@ def follow(
     step = FollowedStep(declared, aliases, batch, layout, target, ways, look)
     if ways.sites is not None:
         plain = step.trace_whole({})
+    step = with_blocks(step, plain)
     traced, refusals = traced_ways(step, plain)
     # Levers are asked about the step on the card, wherever the model is.
     unsuited = unsuited_levers(dataclasses.replace(declared, device=torch.device("cuda", 0)))

@@ -21,12 +21,14 @@ from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.following import follow
 from samegrad.settle.on_card import budget_of_cap, footprint_of, named
 from samegrad.settle.probing import aliases_for, measure
+from samegrad.settle.untried_ways import with_untried_ways
 
 
 def front_here(declared: DeclaredStep, batch: Any, options: Options) -> Front:
     """The front on the device that the model is on."""
     aliases = aliases_for(declared)
-    footprint = followed_beside(declared, aliases, measure(declared, batch, aliases), batch).footprint
+    measurement = with_untried_ways(declared, aliases, measure(declared, batch, aliases), batch)
+    footprint = followed_beside(declared, aliases, measurement, batch).footprint
     return _front(declared, batch, footprint, plan_front(footprint, options))
 
 

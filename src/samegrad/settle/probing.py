@@ -41,8 +41,10 @@ from samegrad.units import format_bytes
 
 # The share of the plain step's peak from which on logits are worth probes of their own.
 _WORTH_FRACTION = 0.05
+# Runs by which the parts of a model in chunks are timed: rungs of the ladder are timed again.
+_TIMED_RUNS = 2
 # What a backward takes, in forwards.
-_BACKWARD_FORWARDS = 2.0
+BACKWARD_FORWARDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +115,8 @@ def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> 
     seconds_per_row, seconds_per_chunk = times(parts or plain)
     probed, variants = [*plain, *parts], []
     for lever in ways.mapped:
-        mapped = MappedStep(declared, aliases, ways.mapped_examination(), lever.scheme())
         try:
-            probes = mapped_probes(mapped, batch, layout, in_chunks="rows" in lever.knobs())
+            probes = lever_probes(declared, aliases, ways, lever, batch)
         except (CannotSplit, OutOfMemory) as refused:
             # Its forward could be tried; what stands in the way is the loss or what the forward brings into it.
             refusals[lever.name] = refused.found
@@ -196,17 +197,27 @@ def _by_rows(declared: DeclaredStep, aliases: ParameterAliases, examination: Exa
     return SplitStep(declared, aliases, examination, stream_chunks)
 
 
+def lever_probes(
+    declared: DeclaredStep, aliases: ParameterAliases, ways: Ways, lever: MappingLever, batch: Any,
+    timed_runs: int = _TIMED_RUNS,
+) -> list[Probe]:  # fmt: skip
+    """The step by ``lever`` on a few rows. Raises CannotSplit where its loss stands in the way, and OutOfMemory."""
+    mapped = MappedStep(declared, aliases, ways.mapped_examination(), lever.scheme())
+    in_chunks = "rows" in lever.knobs()
+    return mapped_probes(mapped, batch, declared.layout(batch), in_chunks=in_chunks, timed_runs=timed_runs)
+
+
 def _variant(
     lever: MappingLever, probes: Sequence[Probe], plain_row_seconds: float | None, missing: int, optimizer_law: PhaseLaw
 ) -> Variant:
     seconds = None
     if plain_row_seconds is not None:
         # By its forwards: at a few rows launches are nearly all of the time, and what a row takes is lost in it.
-        seconds = plain_row_seconds * (lever.forwards + _BACKWARD_FORWARDS) / (1 + _BACKWARD_FORWARDS)
+        seconds = plain_row_seconds * (lever.forwards + BACKWARD_FORWARDS) / (1 + BACKWARD_FORWARDS)
     largest = probes[-1]
     return Variant(
         lever=lever.name,
-        knobs={knob: value for knob, value in lever.knobs().items() if knob != "rows"},
+        knobs=knobs_but_rows(lever),
         laws=(*fit_mapped_laws(probes, missing_bytes=missing), optimizer_law),
         forwards_per_step=lever.forwards,
         seconds_per_row=seconds,
@@ -214,6 +225,10 @@ def _variant(
         if seconds is None
         else max(0.0, largest.seconds - seconds * largest.batch_rows) / largest.chunks,
     )
+
+
+def knobs_but_rows(lever: MappingLever) -> dict[str, Any]:
+    return {knob: value for knob, value in lever.knobs().items() if knob != "rows"}
 
 
 def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> bool:

@@ -104,7 +104,10 @@ def traces_under(step: FollowedStep, levers: dict[str, dict[str, Any]], whole: T
 
 
 def way_of(
-    step: FollowedStep, levers: dict[str, dict[str, Any]], traces: dict[int, Trace], blocks: Sequence[str]
+    step: FollowedStep,
+    levers: dict[str, dict[str, Any]],
+    traces: dict[int, Trace],
+    blocks: Sequence[Sequence[str]],
 ) -> TracedWay:
     """The step as it was followed under ``levers``: ``traces`` by their rows, the whole batch among them.
 
@@ -160,7 +163,7 @@ def _in_blocks(size_bytes: int) -> int:
     return -(-size_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
 
 
-def _table(step: FollowedStep, trace: Trace, blocks: Sequence[str]) -> UnitTable:
+def _table(step: FollowedStep, trace: Trace, blocks: Sequence[Sequence[str]]) -> UnitTable:
     return units_of(trace, blocks, step.target.seconds_of(trace), round_to_bytes=CUDA_BLOCK_BYTES)
 
 

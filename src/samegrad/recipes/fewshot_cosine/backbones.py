@@ -56,6 +56,8 @@ class ResNetBackbone(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        # A layer, so that the whole stem can run again as one.
+        self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         wide_in = width
         for number, count in enumerate(blocks):
@@ -72,7 +74,7 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (N, d) of images (N, channels, height, width)."""
-        x: Tensor = self.pool(F.relu(self.bn1(self.conv1(images))))
+        x: Tensor = self.pool(self.relu(self.bn1(self.conv1(images))))
         for number in range(1, 5):
             x = getattr(self, f"layer{number}")(x)
         return x.flatten(1)
