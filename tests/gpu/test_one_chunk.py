@@ -168,3 +168,17 @@ def test_its_pool_is_made_of_segments_that_grow_and_nothing_else_is() -> None:
     later = torch.empty(64 * 2**20, device="cuda")
     [own] = [s for s in segments() if s["address"] <= later.data_ptr() < s["address"] + s["total_size"]]
     assert not own["is_expandable"]
+
+
+def test_under_a_plan_with_growing_segments_all_that_is_new_grows_and_the_bits_are_the_same() -> None:
+    plain, _ = trained(torch.float32, {})
+    grown, _ = trained(torch.float32, {"expandable_segments": {}})
+    for (loss, mine, _), (plain_loss, theirs, _) in zip(grown, plain):
+        assert torch.equal(loss, plain_loss)
+        assert_bitwise(mine, theirs)
+    torch.cuda.empty_cache()
+    with sg.Step(made(), coupled, plan=plan_with(expandable_segments={})) as step:
+        step.backward(batches()[0])
+        wide = torch.empty(64 * 2**20, device="cuda")
+        [own] = [s for s in segments() if s["address"] <= wide.data_ptr() < s["address"] + s["total_size"]]
+        assert own["is_expandable"]

@@ -246,7 +246,7 @@ def test_where_nothing_fits_it_is_said_whether_the_allocator_holds_it(
     assert known.footprint is not None
     budget = int(0.9 * known.footprint.predicted_peak_bytes(rows=ROWS))
     monkeypatch.setattr(ladder, "measured", lambda *_: None)
-    monkeypatch.setattr(ladder, "_whole_if_close", lambda *_: "out of memory")
+    monkeypatch.setattr(ladder, "measured_whole", lambda *_: None)
     monkeypatch.setattr(ladder, "_held_for_nothing", lambda _: held)
     with pytest.raises(sg.BudgetTooSmall, match=said):
         stepped(one_pass, budget=budget).prepare(batch)

@@ -34,7 +34,7 @@ from samegrad.exact import program
 from samegrad.exact.aliases import NARROW, GradientMagnitudes, zero_sum
 from samegrad.exact.captured_chunk import ASKED, CapturedChunk, capture_stream, is_alone, place_of, shape_of
 from samegrad.exact.constants import Constants
-from samegrad.exact.graph_memory import growing_segments
+from samegrad.exact.growing_segments import growing_segments
 from samegrad.exact.pass_programs import ChunkWork, LossMaker, eager_loss, notes_of
 from samegrad.exact.program import LossSums
 from samegrad.exact.state import StateTransaction

@@ -33,6 +33,7 @@ class Slot(enum.IntEnum):
     ALGORITHMS = 8
     COMPILE = 9
     CAPTURE = 10
+    ALLOCATOR = 11
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

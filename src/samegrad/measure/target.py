@@ -96,9 +96,13 @@ class Target:
             host_bytes=host_bytes,
         )  # fmt: skip
 
-    def reserve(self, trace: Trace) -> Reserved:
-        """What the allocator reserves for the traced step with its library workspaces, run over and over."""
-        return predict_reserved(repeat_steps(with_workspaces(trace, self.libraries)), self.rules)
+    def reserve(self, trace: Trace, *, expandable_segments: bool = False) -> Reserved:
+        """What the allocator reserves for the traced step with its library workspaces, run over and over.
+
+        ``expandable_segments``: in segments that grow, whatever the environment says.
+        """
+        rules = dataclasses.replace(self.rules, expandable_segments=True) if expandable_segments else self.rules
+        return predict_reserved(repeat_steps(with_workspaces(trace, self.libraries)), rules)
 
     def seconds_of(self, trace: Trace) -> tuple[float, ...]:
         """Seconds of each operation of the trace, as it moves the end of what has been computed."""

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from samegrad.levers import PredictedLever, find_levers
+from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.plan.traced import predict_traced
 from samegrad.plan.whole_ways import footprint_under, whole_levers_of
 from samegrad.records import Footprint, Origin
@@ -14,8 +15,9 @@ from samegrad.records import Footprint, Origin
 def predict_plan(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> Footprint:
     """The footprint under ``levers``, in slot order. Raises BadInput where one of them was neither followed nor probed.
 
-    Peaks are those that ``footprint`` counts: counted bytes, or what is allocated.
+    Peaks are those that ``footprint`` counts: counted bytes, or what is allocated, in whatever segments.
     """
+    levers = {name: knobs for name, knobs in levers.items() if name != ExpandableSegments.name}
     followed = predict_traced(footprint, levers)
     whole = whole_levers_of(levers)
     # Of a split alone the bytes are known better from its own laws.

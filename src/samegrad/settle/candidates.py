@@ -16,12 +16,13 @@ from samegrad.execute.apply import applied, loss_maker_of, programs_of
 from samegrad.levers import Execution
 from samegrad.levers.compile import Compile
 from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
+from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.layout import Layout
 from samegrad.measure import counters
 from samegrad.measure.probe import Rung
 from samegrad.records import Budget, Plan
-from samegrad.settle.ladder import measured, measured_whole, most_bytes
+from samegrad.settle.ladder import measured, measured_whole, most_bytes, run_or_grow
 from samegrad.settle.probing import Measurement
 
 # Levers that are tried so, the one that is tried last first.
@@ -63,7 +64,7 @@ class Search:
             self.forget_captures()
         start = time.perf_counter()
         try:
-            rung = self._rung(plan)
+            plan, rung = run_or_grow(plan, self._rung, self.measurement.footprint, self.most)
         except CannotSplit as refused:
             self._refuse(plan, refused.found)
             return None
@@ -95,7 +96,7 @@ class Search:
         """What runs ``plan``; what was compiled for it before is captured as it is."""
         if execution.compiler is None:
             return programs_of(execution)
-        same = (Graphs.name, ConvolutionAlgorithms.name)
+        same = (Graphs.name, ConvolutionAlgorithms.name, ExpandableSegments.name)
         levers = repr({name: knobs for name, knobs in plan.levers.items() if name not in same})
         return programs_of(execution, self._compiled.setdefault(levers, loss_maker_of(execution)))
 

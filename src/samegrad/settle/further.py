@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from samegrad.errors import BudgetTooSmall, CannotSplit
+from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import budget_for
 from samegrad.plan.options import Options
@@ -19,13 +20,15 @@ def smaller_plans(footprint: Footprint, plan: Plan, allow: Exactness) -> Iterato
     """Plans of ``footprint`` below ``plan``, each the fastest that is predicted to need an eighth less than the last.
 
     Where none needs so much less, the smallest there is comes last. No tensor and no device is touched. Each keeps
-    the budget and the signature of ``plan``.
+    the budget and the signature of ``plan``, and the kind of segments that it had.
     """
+    segments = {name: knobs for name, knobs in plan.levers.items() if name == ExpandableSegments.name}
     failed: Plan | None = plan
     while failed is not None and failed.predicted_peak_bytes is not None:
         found = _smaller(footprint, failed, failed.predicted_peak_bytes, allow)
         if found is not None:
-            yield dataclasses.replace(found, budget=plan.budget, signature=plan.signature)
+            levers = found.levers | segments
+            yield dataclasses.replace(found, levers=levers, budget=plan.budget, signature=plan.signature)
         failed = found
 
 

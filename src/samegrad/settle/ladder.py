@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step, in_force, programs_of
 from samegrad.levers import Execution
 from samegrad.levers._variants import variant_in
+from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
@@ -56,17 +58,23 @@ def settle(
     for plan in choose_plan(footprint, options, budget):
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
-        if sizes is None or execution.runs_whole:
-            found = _whole_if_close(declared, batch, measurement, plan, most)
-            if found is None:
-                return plan, footprint, None
-            tried.append(f"all rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
-            continue
-        rung = measured(declared, aliases, measurement, batch, plan, budget.counting, most)
+        whole = sizes is None or execution.runs_whole
+        if whole and (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most:
+            return plan, footprint, None
+
+        # Kernels are chosen by the rows as well: small probes may have seen others (distances, recurrent layers).
+        run: Callable[[Plan], Rung | None] = (
+            functools.partial(measured_whole, declared, batch, measurement, most=most)
+            if whole
+            else lambda one: measured(declared, aliases, measurement, batch, one, budget.counting, most)
+        )
+        one, rung = run_or_grow(plan, run, footprint, most)
         if rung is not None and rung.peak_bytes <= most:
-            seconds = rung.seconds + _more_turn_seconds(plan, footprint)
-            return dataclasses.replace(plan, predicted_seconds=seconds), footprint, rung.peak_bytes
-        rows = max(sizes)
+            if whole:
+                return one, footprint, None
+            seconds = rung.seconds + _more_turn_seconds(one, footprint)
+            return dataclasses.replace(one, predicted_seconds=seconds), footprint, rung.peak_bytes
+        rows = "all" if whole else max(sizes or ())
         found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
         tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
         if options.rows is not None:
@@ -85,6 +93,28 @@ def settle(
         found="every rung measured more than that: " + "; ".join(tried[-4:]),
         do="raise the budget; please report the step, since its prediction was wrong",
     )
+
+
+def run_or_grow(
+    plan: Plan, run: Callable[[Plan], Rung | None], footprint: Footprint, most: int
+) -> tuple[Plan, Rung | None]:
+    """``plan`` and what ``run`` measured of it; where that is more than ``most``, both in segments that grow.
+
+    Their tensors are within the budget as predicted; what is above lies in gaps of segments of fixed sizes.
+    """
+    name, rung = ExpandableSegments.name, run(plan)
+    if (rung is not None and rung.peak_bytes <= most) or name in plan.levers or name in footprint.refusals:
+        return plan, rung
+    grown = dataclasses.replace(
+        plan,
+        levers=plan.levers | {name: {}},
+        reasons=plan.reasons | {name: f"taken: without it {_needed(rung)}, and the budget allows {format_bytes(most)}"},
+    )
+    return grown, run(grown)
+
+
+def _needed(rung: Rung | None) -> str:
+    return "memory ran out" if rung is None else f"{format_bytes(rung.peak_bytes)} were measured"
 
 
 def _held_for_nothing(device: torch.device) -> int:
@@ -158,21 +188,6 @@ def _measured(
     if shown < layout.rows:
         unseen = peak_of(laws, rows, layout.rows) - peak_of(laws, rows, shown)
     return Rung(rung.peak_bytes + unseen, rung.seconds * layout.rows / shown)
-
-
-def _whole_if_close(
-    declared: DeclaredStep, batch: Any, measurement: Measurement, plan: Plan, most: int
-) -> str | None:
-    """What the plain step was found to need where that is too much; it is run where its prediction comes close.
-
-    Kernels are chosen by the rows as well: small probes may have seen others (distances, recurrent layers).
-    """
-    if (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most:
-        return None
-    rung = measured_whole(declared, batch, measurement, plan, most)
-    if rung is None:
-        return "out of memory"
-    return None if rung.peak_bytes <= most else f"measured {format_bytes(rung.peak_bytes)}"
 
 
 def measured_whole(

@@ -10,6 +10,7 @@ import dataclasses
 import math
 
 from samegrad.errors import BudgetTooSmall, CannotSplit, CannotTrace
+from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.measure.trace_reading import (
     CUDA_BLOCK_BYTES,
     by_module_at,
@@ -61,7 +62,7 @@ def settle_on_card(
         if not smallest and (plan.predicted_peak_bytes or 0) * above * _CLEARLY > most:
             continue
         try:
-            predicted = footprint_of(step, footprint, plan)
+            plan, predicted = _followed(step, footprint, plan, most)
         except CannotTrace as error:
             tried.append(f"{named(plan)}: cannot be followed ({error.found})")
             continue
@@ -82,6 +83,17 @@ def settle_on_card(
     )
 
 
+def _followed(step: FollowedStep, footprint: Footprint, plan: Plan, most: int) -> tuple[Plan, Footprint]:
+    """``plan`` and what is predicted under it; where that is more than ``most``, both in segments that grow."""
+    predicted, name = footprint_of(step, footprint, plan), ExpandableSegments.name
+    cap = predicted.steady_cap_bytes or 0
+    if cap <= most or name in footprint.refusals or predicted.peak_allocated_bytes > most:
+        return plan, predicted
+    why = f"taken: without it the allocator would need {format_bytes(cap)}, and the budget allows {format_bytes(most)}"
+    grown = dataclasses.replace(plan, levers=plan.levers | {name: {}}, reasons=plan.reasons | {name: why})
+    return grown, footprint_of(step, footprint, grown)
+
+
 def _ladder(footprint: Footprint, options: Options, budget: Budget) -> tuple[Plan, ...]:
     """Plans whose tensors fit, without the margin for what probes cannot see: each is followed."""
     without_margin = dataclasses.replace(budget, total_bytes=budget_for(budget.total_bytes, budget.counting))
@@ -100,7 +112,7 @@ def budget_of_cap(cap_bytes: int) -> int:
 def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footprint:
     """What the step holds and takes under ``plan``, which is followed. Raises CannotTrace."""
     trace = step.trace(plan)
-    reserved = step.target.reserve(trace)
+    reserved = step.target.reserve(trace, expandable_segments=ExpandableSegments.name in plan.levers)
     peak = find_peak(trace, round_to=CUDA_BLOCK_BYTES)
     seconds = step.target.seconds_of(trace)
     last = sum(s for operation, s in zip(trace.operations, seconds) if operation.step == 1)

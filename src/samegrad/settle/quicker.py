@@ -24,6 +24,7 @@ from samegrad.levers import find_levers
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.compile import Compile
 from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
+from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.layout import Layout
 from samegrad.levers.recompute import Recompute
@@ -249,7 +250,7 @@ def _rows_of(plan: Plan) -> int:
 
 def _compiled_plan(settled: Plan, levers: dict[str, dict[str, Any]], rows: int) -> Plan:
     """The settled plan's batch and layout, ``rows`` at a time, compiled under ``levers``."""
-    kept = {name: knobs for name, knobs in settled.levers.items() if name == Layout.name}
+    kept = {n: knobs for n, knobs in settled.levers.items() if n in (Layout.name, ExpandableSegments.name)}
     if rows < settled.batch_rows:
         kept |= {name: knobs for name, knobs in settled.levers.items() if name == "host_rows"}
         kept |= {"split_rows": {"rows": rows, "kept_chunks": 0}}

@@ -77,7 +77,8 @@ def _lever_at_fault(planned: Planned, rows: Any, recheck: Recheck) -> str:
 
 def _is_plain_call(planned: Planned) -> bool:
     """Whether nothing is left that a gradient could see."""
-    return planned.split is None and all(lever.slot in (Slot.DATA, Slot.STATE) for lever in levers_of(planned.plan))
+    elsewhere = (Slot.DATA, Slot.STATE, Slot.ALLOCATOR)
+    return planned.split is None and all(lever.slot in elsewhere for lever in levers_of(planned.plan))
 
 
 def _passes(planned: Planned, rows: Any, recheck: Recheck) -> bool:

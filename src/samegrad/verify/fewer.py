@@ -32,8 +32,8 @@ def promising_bits(planned: Planned) -> Planned | None:
 
 def _promises_bits(lever: Lever) -> bool:
     if lever.exactness is Exactness.SAME_BITS:
-        # Where the batch or the optimizer's state waits is nothing that a gradient sees.
-        return lever.slot not in (Slot.DATA, Slot.STATE)
+        # Where the batch, the optimizer's state or a tensor lies is nothing that a gradient sees.
+        return lever.slot not in (Slot.DATA, Slot.STATE, Slot.ALLOCATOR)
     return lever.exactness >= Exactness.ROUNDED
 
 
