@@ -79,7 +79,7 @@ def probe_split(
     """The split step in chunks of ``sizes``, the first rows of ``batch``, up to but without the hand-over.
 
     ``timed_runs``: 0 where only bytes are asked for; its seconds are then not a number. ``is_warm``: a probe of this
-    step on other rows came right before.
+    step on other rows came right before, so that a run to warm up is needed for its seconds alone.
     """
     few, few_layout = _first_rows(batch, layout, sum(sizes))
     return _probed(
@@ -248,8 +248,9 @@ def _probed(
 ) -> Probe:
     device = declared.device
     with step_undisturbed(declared):
-        if not is_warm:
-            # The first run creates library handles and workspaces that later ones share.
+        # The first run creates library handles and workspaces that later ones share; the first on other rows, where it
+        # is timed, looks for kernels.
+        if timed_runs or not is_warm:
             run()
         seconds = _shortest(run, device, timed_runs)
         counter = ByteCounter(device, gradients_of=[declared.network], with_timeline=True)
