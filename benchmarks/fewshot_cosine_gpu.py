@@ -24,6 +24,8 @@ import dataclasses
 import functools
 import gc
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -144,6 +146,7 @@ def measured(case: Case, step: sg.Step, steps: int) -> dict[str, Any]:
 
 def plain_cell(case: Case, steps: int) -> dict[str, Any]:
     """Ours before any lever, and how far two calls of it are apart."""
+    _ = case.reference_in_float64
     twice = difference(gradients_of(case, case.plain()), case.reference)
     with capped(case.device, None):
         return {"plain_twice_difference": twice, **measured(case, case.plain(), steps)}
@@ -212,17 +215,33 @@ def main() -> None:
     facts = {"episode": "5-way 5-shot 16-query", **size, **weights}
     name = "fewshot_cosine_cpu" if arguments.cpu else "fewshot_cosine_gpu"
     cells = _results.Cells(name, facts, again=arguments.again)
-    for dtype in arguments.dtypes:
+    wanted = [
+        (dtype, kind, budget)
+        for dtype in arguments.dtypes
+        for kind in arguments.only
+        for budget in (budgets if kind == "samegrad" else [""])
+        if " ".join(filter(None, (dtype, kind, budget))) not in cells
+    ]
+    if len(wanted) > 1:
+        # Each in a process of its own: what one leaves in the allocator would be the next one's.
+        for cell in wanted:
+            run_apart(*cell, arguments)
+        return
+    for dtype, kind, budget in wanted:
         case = Case(FewShotOptions(dtype=dtype, **size, **weights), device)
         about = {"amp": case.amp, "embedding_width": case.model.head.attention.leave.out_features}
-        if "plain" in arguments.only and (key := f"{dtype} plain") not in cells:
-            cells.add(key, about | plain_cell(case, arguments.steps))
-        if "document" in arguments.only and (key := f"{dtype} document") not in cells:
-            cells.add(key, about | document_cell(case, arguments.steps))
-        for budget in budgets if "samegrad" in arguments.only else ():
-            if (key := f"{dtype} samegrad {budget}") not in cells:
-                beside = cells.cells.get(f"{dtype} plain", {})
-                cells.add(key, about | budget_cell(case, budget, arguments.steps, beside))
+        if kind == "samegrad":
+            found = budget_cell(case, budget, arguments.steps, cells.cells.get(f"{dtype} plain", {}))
+        else:
+            found = (plain_cell if kind == "plain" else document_cell)(case, arguments.steps)
+        cells.add(" ".join(filter(None, (dtype, kind, budget))), about | found)
+
+
+def run_apart(dtype: str, kind: str, budget: str, arguments: argparse.Namespace) -> None:
+    command = [sys.executable, __file__, "--dtypes", dtype, "--only", kind, "--steps", str(arguments.steps)]
+    command += ["--budgets", budget] if budget else []
+    command += [flag for flag in ("--cpu", "--again") if getattr(arguments, flag.strip("-"))]
+    subprocess.run(command, check=False)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import samegrad as sg
 from samegrad.exact.stage_tracing import trace_stages
 from samegrad.exact.stages import Untraceable
+from samegrad.execute import trial
 
 from ..contract.plain import cross_entropy
 
@@ -54,6 +55,21 @@ def test_batchnorm_in_chunks_is_believed_where_bfloat16_leaves_few_digits() -> N
 @pytest.mark.parametrize("forward", [None, under_autocast])
 def test_what_couples_rows_beside_it_is_not(forward: Any) -> None:
     assert "sees other rows" in refused(deep(AcrossRows()), forward)
+
+
+def test_copies_in_float64_that_do_not_fit_are_made_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[torch.device] = []
+    right = trial.float64_declared
+
+    def short(declared: Any, device: torch.device) -> Any:
+        tried.append(device)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(declared, device)
+
+    monkeypatch.setattr(trial, "float64_declared", short)
+    assert not refused(deep(nn.Identity()), under_autocast)
+    assert len(tried) > 1 and all(device.type == "cpu" for device in tried[1:])
 
 
 class Dropping(nn.Module):

@@ -151,7 +151,8 @@ def test_planning_takes_it_where_launches_are_what_takes_the_time() -> None:
     with sg.Step(model, coupled, budget="1GiB") as step:
         plan = step.prepare(batch)
         assert "graphs" in plan.levers and "taken: measured" in plan.reasons["graphs"], plan.reasons
-        assert sg.verify_step(step, batch).answer is Same.SAME
+        verdict = sg.verify_step(step, batch)
+        assert verdict.answer is Same.SAME, [check for check in verdict.checks if not check.passed]
 
 
 def segments() -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import chosen_rows
 from samegrad.exact.float64 import float64_declared, widened
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.probes import PROBE_ROWS
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.recomputed import as_runs
@@ -34,6 +35,7 @@ from samegrad.exact.undisturbed import step_undisturbed
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.segments import Segments
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.trees import RowLayout
 
 # How much farther from float64 the chunks' gradients may be than the plain ones, where both are rounded.
@@ -104,11 +106,14 @@ def _is_rounding(trial: _Trial, lever: MappingLever, plain: _Found, chunked: _Fo
     if not trial.rounds():
         return False
     try:
-        wide = trial.in_float64()
-        exact, in_chunks = wide.run(None), wide.run(lever.scheme())
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError):
+        with WithinMemory(trial.declared) as memory:
+            exact, in_chunks = trial.in_float64(trial.declared.device).both_ways(lever)
+        if memory.found:
+            # A few rows, and as much memory as they want.
+            exact, in_chunks = trial.in_float64(torch.device("cpu")).both_ways(lever)
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
         return False
     if exact.differing(in_chunks):
@@ -166,7 +171,7 @@ class _Found:
             if (mine is None) != (other is None):
                 return float("nan")
             if mine is not None and other is not None:
-                apart += float((mine.to(other.dtype) - other).square().sum())
+                apart += float((mine.to(other.device, other.dtype) - other).square().sum())
         return math.sqrt(apart)
 
 
@@ -194,12 +199,15 @@ class _Trial:
         """Whether the model is in a format that float64 could tell more of."""
         return any(p.dtype != torch.float64 for p in self.declared.network.parameters())
 
-    def in_float64(self) -> _Trial:
-        """The same trial of copies in float64."""
-        declared = float64_declared(self.declared, self.declared.device)
-        return dataclasses.replace(
-            self, declared=declared, aliases=ParameterAliases({"": declared.network}), few=widened(self.few)
-        )
+    def in_float64(self, device: torch.device) -> _Trial:
+        """The same trial of copies in float64 on ``device``."""
+        declared = float64_declared(self.declared, device)
+        few = trees.move(widened(self.few), device)
+        return dataclasses.replace(self, declared=declared, aliases=ParameterAliases({"": declared.network}), few=few)
+
+    def both_ways(self, lever: MappingLever) -> tuple[_Found, _Found]:
+        """Plainly, and by the scheme of ``lever``."""
+        return self.run(None), self.run(lever.scheme())
 
     def run(self, scheme: Scheme | None) -> _Found:
         """By ``scheme``, or plainly, under one draw; nothing is left changed."""
