@@ -14,6 +14,7 @@ import torch
 import samegrad.levers as folder
 from samegrad.declared import DeclaredStep, declare
 from samegrad.errors import BadInput
+from samegrad.exact import growing_segments
 from samegrad.execute.apply import applied
 from samegrad.levers import Execution, Lever, Slot, find_levers, find_whole_levers, levers_of, weakest_exactness
 from samegrad.records import Exactness, HeadLaws, Phase, Plan, Variant
@@ -131,6 +132,7 @@ def standing_of(step: DeclaredStep) -> list[Any]:
         list(step.optimizer._optimizer_step_pre_hooks),
         list(step.optimizer._optimizer_step_post_hooks),
         {name: dict(vars(part)) for name, part in step.model.named_modules()},
+        growing_segments.why_not(),
     ]
 
 

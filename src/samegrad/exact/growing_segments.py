@@ -52,14 +52,23 @@ def why_not() -> str:
     return ""
 
 
+class _Told:
+    """What the allocator was told here last, where torch does not say it."""
+
+    settings: str | None = None
+
+
 def _change(settings: str) -> None:
     # torch has no types here.
     cast(Any, torch._C)._accelerator_setAllocatorSettings(settings)
+    _Told.settings = settings
 
 
 def _settings() -> str:
-    """What the allocator was told; older versions of torch do not say it, and are told by the environment."""
+    """What the allocator was told; older versions of torch do not say it, and are told by the environment first."""
     told = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
     if told is not None:
         return str(told())
+    if _Told.settings is not None:
+        return _Told.settings
     return next((os.environ[name] for name in _VARIABLES if os.environ.get(name)), "")
