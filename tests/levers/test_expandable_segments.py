@@ -16,7 +16,7 @@ from samegrad.execute.apply import standing
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.measure.probe import Rung
 from samegrad.records import Plan
-from samegrad.settle.ladder import run_or_grow
+from samegrad.settle.ladder import GrowingWhereNeeded
 
 from ..contract.lever_zoo import MODELS, plan_with
 from ..contract.plain import cross_entropy
@@ -65,15 +65,22 @@ def footprint(refusals: dict[str, str]) -> sg.Footprint:
 
 @pytest.mark.parametrize("without", [None, Rung(120, 1.0)], ids=["out of memory", "more than the budget"])
 def test_it_is_taken_where_gaps_are_what_does_not_fit(without: Rung | None) -> None:
-    def run(plan: Plan) -> Rung | None:
-        return Rung(90, 1.0) if ExpandableSegments.name in plan.levers else without
+    tried: list[bool] = []
 
-    plan, rung = run_or_grow(plan_with(split_rows={"rows": 5}), run, footprint({}), 100)
+    def run(plan: Plan) -> Rung | None:
+        tried.append(ExpandableSegments.name in plan.levers)
+        return Rung(90, 1.0) if tried[-1] else without
+
+    measuring = GrowingWhereNeeded(footprint({}), 100)
+    assert measuring.measured(plan_with(), lambda _: Rung(90, 1.0)) == (plan_with(), Rung(90, 1.0))
+    plan, rung = measuring.measured(plan_with(split_rows={"rows": 5}), run)
     assert list(plan.levers) == ["split_rows", "expandable_segments"] and rung == Rung(90, 1.0)
     assert "taken: without it" in plan.reasons["expandable_segments"]
-    assert run_or_grow(plan_with(), lambda _: Rung(90, 1.0), footprint({}), 100)[0].levers == {}
-    refused = run_or_grow(plan_with(), run, footprint({"expandable_segments": "another allocator"}), 100)
-    assert refused == (plan_with(), without)
+    # Where one needed it, the next begins with it.
+    assert "expandable_segments" in measuring.measured(plan_with(split_rows={"rows": 4}), run)[0].levers
+    assert tried == [False, True, True]
+    refused = GrowingWhereNeeded(footprint({"expandable_segments": "another allocator"}), 100)
+    assert refused.measured(plan_with(), run) == (plan_with(), without)
 
 
 @pytest.mark.parametrize("rows", [None, 5], ids=["whole", "split"])

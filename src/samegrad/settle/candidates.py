@@ -22,7 +22,7 @@ from samegrad.levers.layout import Layout
 from samegrad.measure import counters
 from samegrad.measure.probe import Rung
 from samegrad.records import Budget, Plan
-from samegrad.settle.ladder import measured, measured_whole, most_bytes, run_or_grow
+from samegrad.settle.ladder import GrowingWhereNeeded, measured, measured_whole, most_bytes
 from samegrad.settle.probing import Measurement
 
 # Levers that are tried so, the one that is tried last first.
@@ -53,6 +53,10 @@ class Search:
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     fitted: set[str] = dataclasses.field(default_factory=set)
     _compiled: dict[str, LossMaker] = dataclasses.field(default_factory=dict)
+    _segments: GrowingWhereNeeded = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self._segments = GrowingWhereNeeded(self.measurement.footprint, self.most)
 
     @property
     def most(self) -> int:
@@ -64,7 +68,7 @@ class Search:
             self.forget_captures()
         start = time.perf_counter()
         try:
-            plan, rung = run_or_grow(plan, self._rung, self.measurement.footprint, self.most)
+            plan, rung = self._segments.measured(plan, self._rung)
         except CannotSplit as refused:
             self._refuse(plan, refused.found)
             return None

@@ -55,6 +55,7 @@ def settle(
     footprint = measurement.footprint
     most = most_bytes(budget)
     tried: list[str] = []
+    segments = GrowingWhereNeeded(footprint, most)
     for plan in choose_plan(footprint, options, budget):
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
@@ -68,7 +69,7 @@ def settle(
             if whole
             else lambda one: measured(declared, aliases, measurement, batch, one, budget.counting, most)
         )
-        one, rung = run_or_grow(plan, run, footprint, most)
+        one, rung = segments.measured(plan, run)
         if rung is not None and rung.peak_bytes <= most:
             if whole:
                 return one, footprint, None
@@ -95,22 +96,32 @@ def settle(
     )
 
 
-def run_or_grow(
-    plan: Plan, run: Callable[[Plan], Rung | None], footprint: Footprint, most: int
-) -> tuple[Plan, Rung | None]:
-    """``plan`` and what ``run`` measured of it; where that is more than ``most``, both in segments that grow.
+@dataclasses.dataclass
+class GrowingWhereNeeded:
+    """Measures plans in segments of fixed sizes until one is above ``most`` bytes, from then on in such as grow.
 
-    Their tensors are within the budget as predicted; what is above lies in gaps of segments of fixed sizes.
+    Their tensors are within the budget as predicted; what is above lies in gaps of segments of fixed sizes, and one
+    that has gaps is followed by others that have.
     """
-    name, rung = ExpandableSegments.name, run(plan)
-    if (rung is not None and rung.peak_bytes <= most) or name in plan.levers or name in footprint.refusals:
-        return plan, rung
-    grown = dataclasses.replace(
-        plan,
-        levers=plan.levers | {name: {}},
-        reasons=plan.reasons | {name: f"taken: without it {_needed(rung)}, and the budget allows {format_bytes(most)}"},
-    )
-    return grown, run(grown)
+
+    footprint: Footprint
+    most: int
+    _why: str = ""
+
+    def measured(self, plan: Plan, run: Callable[[Plan], Rung | None]) -> tuple[Plan, Rung | None]:
+        """``plan``, or the same in segments that grow, and what ``run`` measured of it."""
+        name = ExpandableSegments.name
+        if name in plan.levers or name in self.footprint.refusals:
+            return plan, run(plan)
+        if not self._why:
+            rung = run(plan)
+            if rung is not None and rung.peak_bytes <= self.most:
+                return plan, rung
+            self._why = f"taken: without it {_needed(rung)}, and the budget allows {format_bytes(self.most)}"
+        grown = dataclasses.replace(
+            plan, levers=plan.levers | {name: {}}, reasons=plan.reasons | {name: self._why}
+        )
+        return grown, run(grown)
 
 
 def _needed(rung: Rung | None) -> str:
