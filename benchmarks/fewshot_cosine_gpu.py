@@ -54,7 +54,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.model = recipe.make_model(self.options).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=self.device.type == "cuda")
         shape = (self.options.episode_images, self.options.channels, self.options.image_side, self.options.image_side)
         self.episode = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.amp = stepping.amp_dtype(self.options, self.device)

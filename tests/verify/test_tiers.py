@@ -16,7 +16,14 @@ from samegrad.declared import declare
 from samegrad.exact.undisturbed import ModuleState
 from samegrad.records import Same, Verdict
 from samegrad.verify import tolerance
-from samegrad.verify.compare import Allowance, Gradients, same_finiteness, same_function, same_parameters
+from samegrad.verify.compare import (
+    Allowance,
+    Gradients,
+    no_further_from_float64,
+    same_finiteness,
+    same_function,
+    same_parameters,
+)
 from samegrad.verify.precision import precision_in_use, uses_batch_statistics
 from samegrad.verify.state import LeftBehind
 
@@ -187,3 +194,22 @@ def test_a_forward_that_closes_over_the_model_leaves_no_gradient_there() -> None
     step = sg.Step(model, cross_entropy, rows=8, forward=lambda _, batch: model(batch[0]))
     sg.verify_step(step, (torch.arange(N) % 9, labelled(N)[1]))
     assert all(p.grad is None for p in model.parameters())
+
+
+def gradients_of(entries: Tensor) -> Gradients:
+    return Gradients({"weight": entries}, 1.0, {"weight": entries.abs()})
+
+
+@pytest.mark.parametrize(
+    ("precision", "apart", "passes"),
+    [(tolerance.TF32, 5e-3, True), (tolerance.TF32, 0.1, False),
+     (tolerance.precision_of(torch.float32), 5e-3, False), (tolerance.precision_of(torch.float32), 1e-6, True)],
+    ids=["rounded to TF32", "more than rounded", "in float32", "rounded in float32"],
+)  # fmt: skip
+def test_a_plain_step_that_rounds_no_product_to_tf32_is_no_bound_for_one_that_does(
+    precision: tolerance.Precision, apart: float, passes: bool
+) -> None:
+    exact = gradients_of(torch.ones(64))
+    ours = gradients_of(torch.ones(64) * (1 + apart))
+    check = no_further_from_float64(exact, ours, exact, Allowance(tier=2, precision=precision))
+    assert check.passed is passes

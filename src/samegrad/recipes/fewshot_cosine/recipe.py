@@ -236,6 +236,8 @@ def _load_backbone(backbone: nn.Module, path: Path) -> None:
 
 def _make_optimizer(options: FewShotOptions, model: nn.Module) -> torch.optim.Optimizer:
     shared: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    # On CUDA as one kernel, which takes no temporaries: the others take a parameter size.
+    shared["fused"] = next(model.parameters()).device.type == "cuda"
     match options.optimization:
         case "AdamW":
             return torch.optim.AdamW(model.parameters(), **shared)

@@ -167,8 +167,10 @@ def build(options: FlowStyleOptions) -> FlowStyleProgram:
         dtype=weight_dtype(options.dtype),
     ).to(sg.find_device(options.device))
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.size("learning_rate"), weight_decay=options.weight_decay
-    )
+        model.parameters(), lr=options.size("learning_rate"), weight_decay=options.weight_decay,
+        # Which takes no temporaries; the others take a parameter size.
+        fused=next(model.parameters()).device.type == "cuda",
+    )  # fmt: skip
     clip_before_step(optimizer, options.max_grad_norm)
     energy = energy_of(options)
     batch = data.draw_batch(
