@@ -129,3 +129,18 @@ def test_what_is_not_there_yet_or_wrong_is_refused() -> None:
     for wrong in ({"rows": 0}, {"rows": 5, "reduce": "mean"}, {"rows": 5, "process_group": object(), "reduce": "cat"}):
         with pytest.raises(sg.UsageError):
             sg.over(lambda i, _: i, items, **wrong)
+
+
+def test_a_loss_that_maps_over_items_is_followed_for_a_card() -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(6, 3)
+
+    def loss_fn(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits = sg.over(lambda rows, shared: shared(rows), outputs, shared=head, reduce="cat", rows=4)
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    model, batch = nn.Linear(6, 6), (torch.randn(10, 6), torch.randint(0, 3, (10,)))
+    assert sg.measure_step(sg.Step(model, loss_fn), batch, device="H100 SXM 80GB").peak_allocated_bytes > 0
+    # What is seen of values is asked wherever there are some.
+    with pytest.raises(sg.CannotSplit, match="changes when another item is there"):
+        sg.over(lambda rows, _: rows - rows.mean(0), batch[0], shared=None, reduce="cat", rows=4)
