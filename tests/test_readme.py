@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -90,3 +91,13 @@ def test_the_figures_of_planning_are_those_of_the_results() -> None:
     head = result("chunk_loss_cuda")["positions_of_a_chunk"]["4096"]
     share, time = head["activation_bytes_over_plain"], head["step_seconds_over_plain"]
     assert f"| {share:.2f}, {time:.2f} of the plain step's |" in README
+
+
+PAGES = sorted(ROOT.glob("src/samegrad/recipes/*/README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.parent.name for page in PAGES])
+def test_no_page_of_a_recipe_has_a_place_that_was_never_filled(page: Path) -> None:
+    empty = re.compile(r"^[A-Z][A-Z_]{3,}$", re.MULTILINE)
+    assert empty.search(page.read_text()) is None
+    assert empty.search(f"{page.read_text()}\nTABLES\n")
