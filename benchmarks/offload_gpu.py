@@ -66,7 +66,7 @@ def plainly(case: _steps.StepCase, device: str, modules: list[str]) -> Iterator[
     forward = _steps.forward_of(case)
     for path in modules:
         part = model.get_submodule(path)
-        part.forward = saving_on_cpu(part.forward, pin=device == "cuda")  # type: ignore[method-assign]
+        part.forward = saving_on_cpu(part.forward, pin=device == "cuda")  # type: ignore[method-assign]  # the instance's
     yield model, lambda: _steps.loss_of(forward(model, batch), batch).backward()
 
 
@@ -141,11 +141,11 @@ def travelled_bytes(case: _steps.StepCase, plan: Plan, device: str) -> tuple[int
         return coming(self)
 
     try:
-        HostCopy._send, HostCopy.coming = sent, came  # type: ignore[method-assign]  # counted, and put back
+        HostCopy._send, HostCopy.coming = sent, came  # type: ignore[method-assign]  # counted, and put back below
         with offloading(case, plan, device) as (_, run):
             run()
     finally:
-        HostCopy._send, HostCopy.coming = send, coming  # type: ignore[method-assign]
+        HostCopy._send, HostCopy.coming = send, coming  # type: ignore[method-assign]  # as they were
     return sum(sizes["out"]), sum(sizes["back"])
 
 

@@ -130,6 +130,69 @@ def test_a_warm_up_leaves_nothing_and_finds_what_a_replay_would_not_do(where: st
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Norms(nn.Linear):
+    """Writes its weights in the forward, by ``data`` where torch counts no version."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight.data.div_(self.weight.data.norm())
+        return super().forward(input)
+
+
+def test_weights_that_the_step_writes_are_as_before_and_it_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Norms(4, 4), nn.BatchNorm1d(4))
+    batch = torch.randn(ROWS, 4), torch.randint(0, 4, (ROWS,))
+    before, step = model[0].weight.detach().clone(), sg.Step(model, coupled)
+    with pytest.raises(CannotSplit, match="writes its parameters"), whole_forward(step).warming_up():
+        model(batch[0])
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("with_batchnorm", [False, True])
+def test_a_model_that_is_not_to_be_tried_is_not_warmed_up(with_batchnorm: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Norms(4, 4), *[nn.BatchNorm1d(4)] * with_batchnorm)
+    batch = torch.randn(ROWS, 4), torch.randint(0, 4, (ROWS,))
+    before = model[0].weight.detach().clone()
+    plan = sg.Plan(levers={"graphs": {}}, exactness=sg.Exactness.SAME_BITS, batch_rows=ROWS)
+    with sg.Step(model, coupled, plan=plan) as step, pytest.raises(CannotSplit):
+        step.backward(batch)
+    assert torch.equal(model[0].weight, before)
+
+
+class LossThatCounts(nn.Module):
+    """Its buffer has the name of what the model keeps in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs: Tensor, batch: Any) -> Tensor:
+        self.calls.add_(1)
+        return coupled(outputs, batch)
+
+
+class CountsItself(nn.Linear):
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(input)
+
+
+def test_a_buffer_of_the_loss_does_not_hide_state_of_the_model_in_python() -> None:
+    model, loss = CountsItself(), LossThatCounts()
+    batch = torch.randn(ROWS, 4), torch.randint(0, 4, (ROWS,))
+    forward = whole_forward(sg.Step(model, loss))
+    with pytest.raises(CannotSplit, match="changes calls in Python"), forward.warming_up():
+        loss(model(batch[0]), batch)
+    assert model.calls == 0 and float(loss.calls) == 0
+
+
 def whole_forward(step: sg.Step) -> StepForward:
     from samegrad.exact.one_chunk import _WholeForward
     from samegrad.exact.step_draws import StepDraws

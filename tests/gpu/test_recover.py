@@ -115,7 +115,7 @@ def _room_between(step: sg.Step, plan: Plan) -> int:
 
 def _free_blocks() -> list[int]:
     """Sizes of what the allocator holds and does not use, the largest first; small blocks are of another kind."""
-    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]  # torch has no types here
     blocks = [block for segment in segments for block in segment["blocks"]]
     return sorted((b["size"] for b in blocks if b["state"] == "inactive" and b["size"] > 2**20), reverse=True)
 

@@ -328,14 +328,14 @@ class Noting:
 
 def test_the_computation_waits_for_what_nobody_asked_for_before_its_memory_is_free() -> None:
     stream, event = Noting(), object()
-    arriving = Arriving(torch.zeros(3).untyped_storage(), stream, event)  # type: ignore[arg-type]
+    arriving = Arriving(torch.zeros(3).untyped_storage(), stream, event)  # type: ignore[arg-type]  # stand-ins
     del arriving
     assert stream.waited == [event]
 
 
 def test_and_once_for_what_it_asked_for() -> None:
     stream, event = Noting(), object()
-    arriving = Arriving(torch.zeros(3).untyped_storage(), stream, event)  # type: ignore[arg-type]
+    arriving = Arriving(torch.zeros(3).untyped_storage(), stream, event)  # type: ignore[arg-type]  # stand-ins
     arriving.wait()
     del arriving
     assert stream.waited == [event]

@@ -22,6 +22,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import losses, passes
 from samegrad.exact.aliases import GradientMagnitudes, GradientTotals, ParameterAliases
+from samegrad.exact.attributes import same_tensor
 from samegrad.exact.forward import StepForward
 from samegrad.exact.handoff import begin_step, hand_over
 from samegrad.exact.losses import Form
@@ -116,17 +117,27 @@ class _WholeForward(StepForward):
 
     @contextlib.contextmanager
     def warming_up(self) -> Iterator[None]:
-        """State and generators are as before on every way out. Raises CannotSplit for rule 2."""
+        """State, weights and generators are as before on every way out. Raises CannotSplit for rule 2."""
         generators, state = Generators(self.declared.device), ModuleState.of(self.declared)
-        buffers = list(_buffers_of(self.declared))
+        # Of each module by itself: the loss may have a buffer by the name of something else in the model.
+        modules = [_InPlace(module) for module in self.declared.modules]
+        weights = _Weights(self.declared)
+        elsewhere: list[str] = []
+        drew: list[str] = []
         try:
             yield
-            in_place = {name for name, part, key, buffer in buffers if part._buffers.get(key) is buffer}
-            elsewhere = [name for name in state.changed() if name not in in_place]
+            elsewhere = [name for module in modules for name in module.changed_elsewhere()] + state.held_changed()
             drew = generators.advanced()
         finally:
             state.restore()
             generators.restore()
+            written = weights.put_back()
+        if written:
+            raise CannotSplit(
+                asked=_ASKED,
+                found=f"the step itself writes its parameters {', '.join(written[:3])}",
+                do="write them outside of the step, or leave the lever graphs out of the plan",
+            )
         if elsewhere:
             raise CannotSplit(
                 asked=_ASKED,
@@ -145,11 +156,36 @@ class _WholeForward(StepForward):
             return self.declared.forward(self.declared.network, chunk)
 
 
-def _buffers_of(declared: DeclaredStep) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
-    for module in declared.modules:
-        for name, part in module.named_modules():
-            for key, buffer in part._buffers.items():
-                yield f"{name}.{key}" if name else key, part, key, buffer
+class _InPlace:
+    """The state of a module, to tell what changes in the memory of its buffers from what changes elsewhere."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._state = ModuleState([module])
+        self._buffers = [
+            (f"{name}.{key}" if name else key, part, key, buffer)
+            for name, part in module.named_modules()
+            for key, buffer in part._buffers.items()
+        ]
+
+    def changed_elsewhere(self) -> list[str]:
+        in_place = {name for name, part, key, buffer in self._buffers if part._buffers.get(key) is buffer}
+        return [name for name in self._state.changed() if name not in in_place]
+
+
+class _Weights:
+    """Copies of all parameters on the host: a warm-up is no step, and what it writes on them is to be seen."""
+
+    def __init__(self, declared: DeclaredStep) -> None:
+        named = [item for module in declared.modules for item in module.named_parameters()]
+        self._copies = [(name, p, p.detach().to("cpu", copy=True)) for name, p in named]
+
+    @torch.no_grad()
+    def put_back(self) -> list[str]:
+        """The names of those that were written on, which are as before now."""
+        written = [(name, p, copy) for name, p, copy in self._copies if not same_tensor(p.detach().cpu(), copy)]
+        for _, parameter, copy in written:
+            parameter.copy_(copy)
+        return [name for name, _, _ in written]
 
 
 ChunkedStep = SplitStep | MappedStep | OneChunkStep

@@ -16,6 +16,7 @@ from samegrad.exact.mapped import MappedStep
 from samegrad.exact.one_chunk import ChunkedStep, OneChunkStep
 from samegrad.exact.pass_programs import EagerPrograms, LossMaker, Programs, eager_loss
 from samegrad.exact.split import Chunks, SplitStep
+from samegrad.exact.undisturbed import NotToBeTried
 from samegrad.execute.ways import Ways
 from samegrad.levers import Execution, Lever, StandingLever, levers_of
 from samegrad.records import Plan
@@ -143,6 +144,9 @@ def _check_one_chunk(execution: Execution, ways: Ways) -> None:
         found = f"hooks of the user's, which a replay would not call: {hooks}"
     elif ways.waits_inside:
         found = "the step waits for other ranks"
+    elif isinstance(ways.refusal, NotToBeTried):
+        # To warm it up is to try it.
+        found = ways.refusal.found
     elif execution.travels:
         found = f"{execution.travels} moves tensors to the host and back while the step runs"
     else:

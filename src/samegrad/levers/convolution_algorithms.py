@@ -37,7 +37,7 @@ class ConvolutionAlgorithms:
     def unsuited(cls, declared: DeclaredStep) -> str | None:
         if declared.device.type != "cuda":
             return f"cuDNN's algorithms are CUDA's, and the model is on {declared.device}"
-        if not any(isinstance(part, _ConvNd) for module in declared.modules for part in module.modules()):
+        if not convolves(declared):
             return "the model has no convolution layer"
         if torch.backends.cudnn.benchmark:
             return "not needed: torch.backends.cudnn.benchmark is on"
@@ -66,3 +66,8 @@ class ConvolutionAlgorithms:
 
     def knobs(self) -> dict[str, Any]:
         return {}
+
+
+def convolves(declared: DeclaredStep) -> bool:
+    """Whether there are layers whose kernels cuDNN chooses."""
+    return any(isinstance(part, _ConvNd) for module in declared.modules for part in module.modules())

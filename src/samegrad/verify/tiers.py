@@ -19,6 +19,7 @@ from samegrad.errors import GradientsDiffer
 from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.levers import levers_of
+from samegrad.levers.convolution_algorithms import convolves
 from samegrad.measure import counters
 from samegrad.records import Check, Departure, Exactness, Plan
 from samegrad.verify import tolerance
@@ -206,9 +207,9 @@ def _spread(name: str, bench: Bench, planned: Planned, sides: tuple[Gradients, G
         if not planned.plan.levers:
             spread = max(spread, error)
         allowed = tolerance.entry_allowed(planned.precision)
-        if counters.retries(planned.declared.device):
-            # They remember which kernel they took.
-            detail += " could not be asked: memory was short once, and libraries take other kernels then"
+        if counters.retries(planned.declared.device) and convolves(planned.declared):
+            # It remembers which kernel it took.
+            detail += " could not be asked: memory was short once, and cuDNN takes other kernels then"
         else:
             allowed = min(tolerance.UNREST_RATIO * spread, allowed)
             detail += f" was asked; plain calls differ by up to {spread:.2g}"
