@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.exact import losses
-from samegrad.exact import split as engine
+from samegrad.exact import passes as engine
 from samegrad.exact.split import SplitStep
 from samegrad.levers import Execution
 from samegrad.levers.host_rows import HostRows

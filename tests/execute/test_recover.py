@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.exact import handoff, split, whole
+from samegrad.exact import handoff, passes, whole
 from samegrad.exact.out_of_memory import OutOfMemory
 from samegrad.exact.undisturbed import Before, Generators
 from samegrad.execute import recover
@@ -369,4 +369,4 @@ def test_the_engine_undoes_a_failing_hand_over_only_where_it_can() -> None:
     one.grad = None
     other.register_hook(lambda gradient: None)
     assert not handoff.can_be_taken_back(model, [one, other])
-    assert split.hand_over is handoff.hand_over
+    assert passes.hand_over is handoff.hand_over

@@ -20,9 +20,9 @@ from samegrad.exact import losses, program
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import kept_magnitudes
 from samegrad.exact.findings import Examination
-from samegrad.exact.handoff import begin_step, hand_over, hooks_silenced
+from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.loss_gradients import owners_of
-from samegrad.exact.passes import StepTotals
+from samegrad.exact.passes import StepTotals, handed_over
 from samegrad.exact.phases import announce, arriving_chunks
 from samegrad.exact.randomness import DrawSites, StepKey
 from samegrad.exact.ranks import Agreement
@@ -87,11 +87,10 @@ class MappedStep:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
     ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
-        begin_step(self.declared.model)
-        totals = self.totals(batch, layout, sizes, scaler, key)
-        with totals.committed():
-            hand_over(self.declared.model, totals.parameters, totals.totals, self.agreement)
-        return totals.loss
+        def totals() -> StepTotals:
+            return self.totals(batch, layout, sizes, scaler, key)
+
+        return handed_over(self.declared, totals, self.agreement)
 
     def _summed(
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any, draws: StepDraws
@@ -134,4 +133,3 @@ def _added_up(
         if part is not None:
             sums[owner] = part if owner not in sums else sums[owner] + part
     return [sums.get(parameter) for parameter in parameters]
-

@@ -24,7 +24,6 @@ from samegrad.exact import losses, passes
 from samegrad.exact.aliases import GradientMagnitudes, GradientTotals, ParameterAliases
 from samegrad.exact.attributes import same_tensor
 from samegrad.exact.forward import StepForward
-from samegrad.exact.handoff import begin_step, hand_over
 from samegrad.exact.losses import Form
 from samegrad.exact.mapped import MappedExamination, MappedStep
 from samegrad.exact.pass_programs import GradientSums, Programs
@@ -73,11 +72,10 @@ class OneChunkStep:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
     ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
-        begin_step(self.declared.model)
-        totals = self.totals(batch, layout, sizes, scaler, key)
-        with totals.committed():
-            hand_over(self.declared.model, totals.parameters, totals.totals, self.agreement)
-        return totals.loss
+        def totals() -> StepTotals:
+            return self.totals(batch, layout, sizes, scaler, key)
+
+        return passes.handed_over(self.declared, totals, self.agreement)
 
     def _totals(self, batch: Any, layout: RowLayout, scaler: Any, key: StepKey | None) -> StepTotals:
         device = self.declared.device

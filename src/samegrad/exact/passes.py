@@ -26,10 +26,12 @@ from samegrad.exact import losses, program
 from samegrad.exact.aliases import GradientTotals, ParameterAliases
 from samegrad.exact.first_pass import FirstPass, as_in_first_pass, lasting
 from samegrad.exact.forward import StepForward
+from samegrad.exact.handoff import begin_step, hand_over
 from samegrad.exact.loss_gradients import loss_gradients
 from samegrad.exact.losses import Form
 from samegrad.exact.pass_programs import EAGER, ChunkWork, GradientSums, Inside, Programs
 from samegrad.exact.phases import announce
+from samegrad.exact.ranks import Agreement
 from samegrad.records import Phase
 
 
@@ -49,6 +51,20 @@ class StepTotals:
     mismatches: Tensor | None = None
     magnitudes: list[Tensor | None] | None = None
     committed: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+
+
+def handed_over(
+    declared: DeclaredStep, totals_now: Callable[[], StepTotals], agreement: Agreement | None
+) -> Tensor:
+    """The loss, detached, of a step whose totals ``totals_now()`` computes: then they are in ``.grad``.
+
+    As after the plain step's backward, and the state is committed; should anything raise, neither is.
+    """
+    begin_step(declared.model)
+    totals = totals_now()
+    with totals.committed():
+        hand_over(declared.model, totals.parameters, totals.totals, agreement)
+    return totals.loss
 
 
 def single_pass(

@@ -26,7 +26,6 @@ from samegrad.exact.aliases import NARROW, GradientMagnitudes, GradientTotals, P
 from samegrad.exact.dataless import has_data
 from samegrad.exact.findings import Examination
 from samegrad.exact.forward import StepForward
-from samegrad.exact.handoff import begin_step, hand_over
 from samegrad.exact.held import Held, held_by
 from samegrad.exact.loop import with_idle_chunks
 from samegrad.exact.losses import Form
@@ -212,11 +211,10 @@ class SplitStep:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
     ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
-        begin_step(self.declared.model)
-        totals = self.totals(batch, layout, sizes, scaler, key)
-        with totals.committed():
-            hand_over(self.declared.model, totals.parameters, totals.totals, self.agreement)
-        return totals.loss
+        def totals() -> StepTotals:
+            return self.totals(batch, layout, sizes, scaler, key)
+
+        return passes.handed_over(self.declared, totals, self.agreement)
 
     def _agreed_shares(self, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> list[float]:
         ranks = ranks_of(self.declared.modules) if callable(self.declared.normalise) else None
