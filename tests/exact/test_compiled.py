@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samegrad.declared import declare
 from samegrad.errors import CannotSplit
-from samegrad.exact import compiled, sums_in_backward
+from samegrad.exact import compiled, compiled_runs, sums_in_backward
 from samegrad.exact.aliases import GradientTotals
 from samegrad.exact.compiled import CompiledLoss
 from samegrad.exact.compiler import CompilerSettings
@@ -119,8 +120,10 @@ class Blocks(nn.Module):
         return self.head(x)
 
 
-def kept_numbers(again: tuple[tuple[str, ...], ...], batch: Any) -> tuple[list[Tensor | None], int]:
-    """Gradients, and how many numbers as wide as a block's inside a compiled chunk keeps for backward."""
+def kept_numbers(
+    again: tuple[tuple[str, ...], ...], batch: Any, sizes: list[int]
+) -> tuple[list[Tensor | None], int]:
+    """Gradients, and how many numbers as wide as a block's inside a compiled chunk of the first size keeps for backward."""
     model = Blocks().double()
     _, traced, loss_for = steps(model, cross_entropy, batch, CompilerSettings(again=again, fullgraph=True))
     kept: list[int] = []
@@ -137,21 +140,31 @@ def kept_numbers(again: tuple[tuple[str, ...], ...], batch: Any) -> tuple[list[T
         return run
 
     loss_for.compiler.compiled = seeing  # type: ignore[method-assign]
-    layout = traced.declared.layout(batch)
-    found = traced.totals(batch, layout, [layout.rows], key=StepKey.fixed(KEY))
+    found = traced.totals(batch, traced.declared.layout(batch), sizes, key=StepKey.fixed(KEY))
     return found.totals, kept[0]
 
 
 @pytest.mark.slow
-def test_blocks_that_run_again_keep_less_and_draw_the_same() -> None:
+@pytest.mark.parametrize("sizes", [[sum(SIZES)], [9, 4]], ids=["all rows", "chunks that share sums"])
+def test_blocks_that_run_again_keep_less_and_draw_the_same(sizes: list[int]) -> None:
     batch = MODELS["mlp"]()[1]
-    plain, all_kept = kept_numbers((), batch)
-    weights = 3 * 6 * 64
+    plain, all_kept = kept_numbers((), batch, sizes)
+    # Chunks that share the sums of their gradients hold these too.
+    weights = 3 * 6 * 64 * (1 if len(sizes) == 1 else 2)
     for again in ((("layers.0",), ("layers.1",), ("layers.2",)), (("layers.0", "layers.1", "layers.2"),)):
-        mine, kept = kept_numbers(again, batch)
+        mine, kept = kept_numbers(again, batch, sizes)
         assert kept <= weights < all_kept
         for a, b in zip(mine, plain, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_names_its_blocks_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word the plan would keep what it promised to run again."""
+    monkeypatch.setattr(compiled_runs, "_below_network", lambda place: f"renamed.{place}")
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    with pytest.raises(CannotSplit, match=r"(?s)layers\.0 runs again.*does not say which"):
+        kept_numbers((("layers.0",), ("layers.1",)), MODELS["mlp"]()[1], [9, 4])
 
 
 class Broken(nn.Module):

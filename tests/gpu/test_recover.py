@@ -160,6 +160,9 @@ def test_the_cache_is_emptied_when_the_attempt_is_dead() -> None:
 
     with sg.Step(model, one_pass, budget="4GiB", optimizer=optimizer) as step:
         plan = step.prepare(batch)
+        # What stands from step to step is there after the first: places of rows, workspaces of libraries.
+        step.backward(batch)
+        optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         level = torch.cuda.memory_allocated()
         with pytest.MonkeyPatch.context() as monkeypatch, _short_of_memory("cap", _room_between(step, plan)):
@@ -167,4 +170,4 @@ def test_the_cache_is_emptied_when_the_attempt_is_dead() -> None:
             step.backward(batch)
         assert step.recoveries
         # The prefetcher keeps its two places of a chunk from step to step.
-        assert seen and all(allocated <= level + step._prefetcher.device_bytes for allocated in seen)
+        assert seen and max(seen) <= level + step._prefetcher.device_bytes, (seen, level)

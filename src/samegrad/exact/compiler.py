@@ -8,11 +8,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from samegrad.errors import CannotSplit
 from samegrad.exact.undisturbed import Generators
+
+if TYPE_CHECKING:
+    from samegrad.exact.compiled_runs import RunAgain
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -36,6 +40,7 @@ class Compiler:
 
     def __init__(self, settings: CompilerSettings) -> None:
         self._settings = settings
+        self._again: RunAgain | None = None
         self.graph_breaks = 0
         self.compilations = 0
 
@@ -57,6 +62,7 @@ class Compiler:
             if self.compilations != before:
                 # Compilers draw numbers to try kernels on.
                 generators.restore()
+                self._check_again()
             return found
 
         return cast(_Function, run)
@@ -73,24 +79,41 @@ class Compiler:
         from torch._dynamo.utils import counters
 
         breaks, made = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
-        with config.patch(recompile_limit=self._settings.recompile_limit), _running_again(self._settings.again):
+        with config.patch(recompile_limit=self._settings.recompile_limit), self._running_again():
             yield
         self.graph_breaks += sum(counters["graph_break"].values()) - breaks
         self.compilations += counters["stats"]["unique_graphs"] - made
 
+    @contextlib.contextmanager
+    def _running_again(self) -> Iterator[None]:
+        """Blocks that run again in backward are told to the compiler, for what is compiled inside the block."""
+        if not self._settings.again:
+            yield
+            return
+        from torch._inductor import config
 
-@contextlib.contextmanager
-def _running_again(runs: tuple[tuple[str, ...], ...]) -> Iterator[None]:
-    """Blocks that run again in backward are told to the compiler, for what is compiled inside the block."""
-    if not runs:
-        yield
-        return
-    from torch._inductor import config
+        if self._again is None:
+            # Imported where it is needed: the compiler takes seconds to import.
+            from samegrad.exact.compiled_runs import RunAgain
 
-    from samegrad.exact.compiled_runs import RunAgain
+            self._again = RunAgain(self._settings.again)
+        with config.patch(joint_custom_pre_pass=self._again):
+            yield
 
-    with config.patch(joint_custom_pre_pass=RunAgain(runs)):
-        yield
+    def _check_again(self) -> None:
+        """Raises CannotSplit where a block was to run again and the compiler does not know what came from it.
+
+        Graphs from the compiler's cache are not looked at: they were, when they were made.
+        """
+        if self._again is None or self._again.graphs != self.compilations:
+            return
+        if missing := self._again.not_found():
+            raise CannotSplit(
+                asked=f"compile a chunk in which {missing[0]} runs again in backward",
+                found=f"the compiler (torch {torch.__version__}) does not say which of its operations are of it, so that "
+                "all of them would be kept",
+                do="leave the lever compile or those blocks out of the plan; please report the model and the torch version",
+            )
 
 
 def _own_code(function: Any) -> Any:
