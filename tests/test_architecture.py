@@ -14,7 +14,7 @@ FLOORS = [
     {"errors"},
     {"units", "json_record", "kinds"},
     {"unit_tables"},
-    {"records", "trees"},
+    {"records", "trees", "module_walk"},
     {"declared"},
     {"exact"},
     {"measure", "levers", "data", "store", "report"},

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.errors import UsageError
+from samegrad.module_walk import parts_of
 from samegrad.trees import RowLayout
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -102,8 +103,7 @@ class DeclaredStep:
 
     def mode(self) -> str:
         """Which parts of the model are in training mode; checks made in one mode do not hold in another."""
-        flags = [part.training for module in self.modules for part in module.modules()]
-        return "".join("t" if flag else "e" for flag in flags)
+        return "".join("t" if part.training else "e" for part in parts_of(self.modules))
 
 
 def declare(

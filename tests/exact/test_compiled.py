@@ -123,7 +123,7 @@ class Blocks(nn.Module):
 def kept_numbers(
     again: tuple[tuple[str, ...], ...], batch: Any, sizes: list[int]
 ) -> tuple[list[Tensor | None], int]:
-    """Gradients, and how many numbers as wide as a block's inside a compiled chunk of the first size keeps for backward."""
+    """Gradients, and how many numbers as wide as a block's inside the first compiled chunk keeps for backward."""
     model = Blocks().double()
     _, traced, loss_for = steps(model, cross_entropy, batch, CompilerSettings(again=again, fullgraph=True))
     kept: list[int] = []

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from samegrad.exact.sharded import gradients_set_aside, is_sharded, reshard
 from samegrad.exact.sums_in_backward import StandingSums
+from samegrad.module_walk import parts_of
 
 # Sums over many chunks stop growing in these dtypes (bfloat16 after 128 equal terms), so totals are kept in float32.
 NARROW = (torch.bfloat16, torch.float16)
@@ -56,12 +57,19 @@ class ParameterAliases:
 
     def refreshed(self) -> ParameterAliases:
         """Aliases of what is trainable now: users freeze, unfreeze and replace parameters between steps."""
-        fresh = ParameterAliases(self.roots)
-        same = len(fresh._slots) == len(self._slots) and all(
-            a[0] is b[0] and a[1] == b[1] and fresh.parameters[a[2]] is self.parameters[b[2]]
-            for a, b in zip(fresh._slots, self._slots)
+        reshard(list(self.roots.values()))
+        now = [
+            (part, name, parameter)
+            for module in self.roots.values()
+            for part in parts_of([module])
+            for name, parameter in part._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
+        same = len(now) == len(self._slots) and all(
+            part is slot[0] and name == slot[1] and parameter is self.parameters[slot[2]]
+            for (part, name, parameter), slot in zip(now, self._slots)
         )
-        return self if same else fresh
+        return self if same else ParameterAliases(self.roots)
 
     def sharded_names(self) -> set[str]:
         """Names of the parameters that are sharded."""
@@ -102,6 +110,18 @@ class ParameterAliases:
 def zero_sum(alias: Tensor) -> Tensor:
     """A sum of nothing for gradients of ``alias``: float32 where that is narrower."""
     return torch.zeros_like(alias, dtype=torch.float32 if alias.dtype in NARROW else alias.dtype, requires_grad=False)
+
+
+def multiply(sums: Sequence[Tensor | None], factor: Tensor | None) -> None:
+    """``sums`` times ``factor``, () float64, where there is one; in a few kernels, as there are hundreds of sums."""
+    if factor is None:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for total in sums:
+        if total is not None:
+            by_dtype.setdefault(total.dtype, []).append(total)
+    for dtype, standing in by_dtype.items():
+        torch._foreach_mul_(standing, factor.to(dtype))
 
 
 class GradientTotals:
@@ -147,10 +167,12 @@ class GradientTotals:
             total = alias.grad if wide is None else wide
             if standing is not None:
                 total = standing if total is None else standing.add_(total)
-            if total is not None and factor is not None:
-                total.mul_(factor.to(total.dtype))
-            totals.append(None if total is None else total.to(alias.dtype))
+            totals.append(total)
             alias.grad = None
+        multiply(totals, factor)
+        for index, (total, alias) in enumerate(zip(totals, self._aliases)):
+            # One by one, so that each wide sum goes as its narrow total comes.
+            totals[index] = None if total is None else total.to(alias.dtype)
         return totals
 
 
@@ -179,8 +201,5 @@ class GradientMagnitudes(GradientTotals):
         return self._magnitudes
 
     def taken(self, factor: Tensor | None = None) -> list[Tensor | None]:
-        if factor is not None:
-            for tensor in (*self._sums, *self._magnitudes):
-                if tensor is not None:
-                    tensor.mul_(factor.to(tensor.dtype))
+        multiply([*self._sums, *self._magnitudes], factor)
         return [None if s is None else s.to(a.dtype) for s, a in zip(self._sums, self._aliases)]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
-from samegrad.exact.aliases import NARROW, GradientMagnitudes, zero_sum
+from samegrad.exact.aliases import NARROW, GradientMagnitudes, multiply, zero_sum
 from samegrad.exact.captured_chunk import ASKED, CapturedChunk, capture_stream, is_alone, place_of, shape_of
 from samegrad.exact.constants import Constants
 from samegrad.exact.growing_segments import growing_segments
@@ -206,10 +206,7 @@ class CapturedPass:
             return self._magnitudes.taken(factor)
         if not self._running:
             return [None] * len(self.aliases)
-        standing = [total for total in self._totals if total is not None]
-        if factor is not None:
-            for total in standing:
-                total.mul_(factor.to(total.dtype))
+        multiply(self._totals, factor)
         # rule 4: tensors of their own, so that the one that is handed over is not copied.
         return [
             None if total is None else total.detach().to(alias.dtype)

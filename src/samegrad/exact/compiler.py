@@ -110,9 +110,9 @@ class Compiler:
         if missing := self._again.not_found():
             raise CannotSplit(
                 asked=f"compile a chunk in which {missing[0]} runs again in backward",
-                found=f"the compiler (torch {torch.__version__}) does not say which of its operations are of it, so that "
-                "all of them would be kept",
-                do="leave the lever compile or those blocks out of the plan; please report the model and the torch version",
+                found=f"the compiler (torch {torch.__version__}) does not say which of its operations are of it, so "
+                "that all of them would be kept",
+                do="leave the lever compile or those blocks out of the plan; please report the model and the version",
             )
 
 

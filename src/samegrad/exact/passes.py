@@ -90,12 +90,10 @@ def single_pass(
     dtypes.
     """
     device = declared.device
-    weights = torch.tensor(shares, dtype=torch.float64, device=device)
     # A multiple of a power of two is exact where the loss is narrow, n / rows is not; every row of a chunk would carry
     # that rounding, so what is left of the divisor is made up for on the wide sums.
     rest = 2.0 ** round(math.log2(divisor)) / divisor
-    cotangents = weights * scale / rest
-    factor = None if rest == 1 else torch.tensor(rest, dtype=torch.float64, device=device)
+    factor = None if rest == 1 else _filled(rest, device)
     with programs.single_pass(ChunkWork(declared, aliases, forward, form, sums_of, inside)) as running:
         for index, chunk, part in numbered(chunks, sizes):
             if shares[index] == 0:
@@ -104,18 +102,24 @@ def single_pass(
                 else:
                     forward.only_state(chunk, forward.ids(part))
                 continue
-            running.run_once(chunk, forward.ids(part), weights[index], cotangents[index])
+            cotangent = scale * shares[index] / rest
+            running.run_once(chunk, forward.ids(part), _filled(shares[index], device), cotangent)
         sums = running.sums
         loss = sums.loss.clone()
         if form is Form.COUNTED:
             loss = sums.loss / sums.count
             # Chunks ran with cotangents for the count they were expected to have; the true count is known now.
-            factor = torch.where(sums.count == 0, torch.zeros_like(sums.count), 1 / (weights[0] * sums.count))
+            factor = torch.where(sums.count == 0, torch.zeros_like(sums.count), 1 / (shares[0] * sums.count))
         totals, magnitudes = running.totals(factor), running.magnitudes()
     return StepTotals(
         loss if sums.dtype is None else loss.to(sums.dtype), list(aliases.parameters), totals, magnitudes=magnitudes,
         committed=forward.committed,
     )  # fmt: skip
+
+
+def _filled(value: float, device: torch.device) -> Tensor:
+    """() float64 on ``device``. Not a copy from the host, which would wait for all that runs there."""
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def parts_of(sizes: Sequence[int]) -> Iterator[slice]:

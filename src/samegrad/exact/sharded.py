@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from samegrad.errors import CannotSplit
 from samegrad.exact.ranks import Ranks
+from samegrad.module_walk import parameters_of, parts_of
 
 _WHOLE = "run the step whole (rows=<the batch's rows>)"
 
@@ -38,7 +39,7 @@ def sharding_modules(modules: Sequence[nn.Module]) -> list[Any]:
     loaded = sys.modules.get("torch.distributed.fsdp")
     if loaded is None:
         return []
-    return [part for module in modules for part in module.modules() if isinstance(part, loaded.FSDPModule)]
+    return [part for part in parts_of(modules) if isinstance(part, loaded.FSDPModule)]
 
 
 def reshard(modules: Sequence[nn.Module]) -> None:
@@ -49,8 +50,11 @@ def reshard(modules: Sequence[nn.Module]) -> None:
 
 def ranks_of(modules: Sequence[nn.Module]) -> Ranks | None:
     """The ranks that hold parts of the parameters of ``modules``, or None where each rank holds all of them."""
+    if "torch.distributed.tensor" not in sys.modules:
+        # Asked in every step: what was never imported has no instances.
+        return None
     reshard(modules)
-    parameters: list[Any] = [p for module in modules for p in module.parameters()]
+    parameters: list[Any] = parameters_of(modules)
     meshes = dict.fromkeys(p.device_mesh for p in parameters if is_sharded(p))
     if not meshes:
         return None

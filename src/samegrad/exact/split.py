@@ -159,7 +159,7 @@ class SplitStep:
             _check_repeated(totals)
             return None, 0
 
-        ranks = ranks_of(self.declared.modules)
+        ranks = ranks_of(self.declared.modules) if aliases.sharded else None
         # A rank that raised alone would leave the others with gradients that it does not have.
         checked() if ranks is None else ranks.together(checked)
         return totals

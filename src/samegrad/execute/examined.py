@@ -48,7 +48,7 @@ class Examined:
         """The ways to run batches like this one, examined on its first rows where none are known."""
         self.refresh()
         kind = self.kind_of(batch, layout)
-        ranks = ranks_of(self._declared.modules)
+        ranks = ranks_of(self._declared.modules) if self.aliases.sharded else None
         unknown = kind not in self.ways
         # With sharded parameters ranks examine together: when one must, all do.
         if unknown if ranks is None else ranks.largest(unknown) != [0]:

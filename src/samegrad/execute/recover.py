@@ -43,6 +43,7 @@ from samegrad.execute.ways import Ways
 from samegrad.measure import counters
 from samegrad.measure.failures import first_line
 from samegrad.measure.within_memory import let_go, place_of
+from samegrad.module_walk import parameters_of
 from samegrad.records import Phase, Plan, Recovery
 from samegrad.report.recoveries import describe_plan_taken, describe_recovery
 from samegrad.units import format_bytes
@@ -190,8 +191,7 @@ class Attempts:
         self._smaller, self._advice, self._ranks = smaller, advice, ranks
         self._failed: list[str] = []
         self._examination, self._undoable = examination, undoable
-        # The tree of modules is walked once a step.
-        self._parameters = [p for module in declared.modules for p in module.parameters() if p.requires_grad]
+        self._parameters = [p for p in parameters_of(declared.modules) if p.requires_grad]
         self.recoveries: list[Recovery] = []
 
     def __iter__(self) -> Iterator[Attempt]:
