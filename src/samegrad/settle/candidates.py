@@ -11,6 +11,7 @@ from typing import Any
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.captured_chunk import ASKED as CAPTURED
 from samegrad.exact.pass_programs import LossMaker, Programs
 from samegrad.execute.apply import applied, loss_maker_of, programs_of
 from samegrad.levers import Execution
@@ -70,12 +71,14 @@ class Search:
         try:
             plan, rung = self._segments.measured(plan, self._rung)
         except CannotSplit as refused:
-            self._refuse(plan, refused.found)
+            # Of several levers, the one that was tried last.
+            last = next(name for name in TRIED_LEVERS if name in plan.levers)
+            self._refuse(Graphs.name if refused.asked == CAPTURED else last, refused.found)
             return None
         except RuntimeError as error:
             if not _of_a_compiler(error):
                 raise
-            self._refuse(plan, f"the compiler cannot take it ({str(error).splitlines()[0]})")
+            self._refuse(Compile.name, f"the compiler cannot take it ({str(error).splitlines()[0]})")
             return None
         if rung is None or rung.peak_bytes > self.most:
             return None
@@ -104,9 +107,7 @@ class Search:
         levers = repr({name: knobs for name, knobs in plan.levers.items() if name not in same})
         return programs_of(execution, self._compiled.setdefault(levers, loss_maker_of(execution)))
 
-    def _refuse(self, plan: Plan, found: str) -> None:
-        # Of several, the one that was tried last.
-        name = next(name for name in TRIED_LEVERS if name in plan.levers)
+    def _refuse(self, name: str, found: str) -> None:
         self.reasons[name] = f"refused: {found}"
 
 

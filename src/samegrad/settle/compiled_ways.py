@@ -9,7 +9,6 @@ says how many blocks have room to be kept.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 from samegrad.errors import CannotSplit
@@ -61,14 +60,12 @@ def _beside(head: Levers, settled: Plan, search: Search, options: Options) -> It
             found[way].append(one)
         if Compile.name in search.reasons:
             return
-        yield from _captured(found[way], search)
         if way == "kept" and any(rows_of(one.plan) == settled.batch_rows for one in found[way]):
             return
     if (between := _between(settled, head, again, found, search)) is not None:
-        some = search.measured(between)
+        some = _measured(between, search)
         if some is not None:
             yield some
-            yield from _captured([some], search)
 
 
 def _between(
@@ -93,17 +90,15 @@ def _between(
     return compiled_plan(settled, head | {Recompute.name: {"blocks": blocks[: len(blocks) - spared]}}, rows)
 
 
-def _captured(compiled: list[Tried], search: Search) -> Iterator[Tried]:
-    """The one with the most rows that fits when it is captured: without launches, more at a time are no slower.
+def _measured(plan: Plan, search: Search) -> Tried | None:
+    """``plan`` captured; as it is where that does not fit, since a pool of its own holds more, or cannot be.
 
-    A pool of its own holds more than what Python would need, so that it may be one with fewer rows.
+    Without launches it is no slower, and it is compiled for that: otherwise gradients add up in another way.
     """
-    for one in sorted(compiled, key=_tried_rows, reverse=True):
-        captured = search.measured(with_levers(one.plan, {Graphs.name: {}}))
-        if captured is not None:
-            # What was compiled a moment ago is captured; a new process pays for it again.
-            yield dataclasses.replace(captured, once_seconds=captured.once_seconds + one.once_seconds)
-            return
+    captured = None if Graphs.name in search.reasons else search.measured(with_levers(plan, {Graphs.name: {}}))
+    if captured is not None or Compile.name in search.reasons:
+        return captured
+    return search.measured(plan)
 
 
 def _head(search: Search) -> Levers:
@@ -146,7 +141,7 @@ def _by_rows(settled: Plan, levers: Levers, first_rows: int, search: Search, *, 
     rows, tried, fitted = first_rows, set[int](), 0
     while rows not in tried and len(tried) < _MOST_ROWS_TRIED + (fitted == 0):
         tried.add(rows)
-        found = search.measured(compiled_plan(settled, levers, rows))
+        found = _measured(compiled_plan(settled, levers, rows), search)
         if found is not None:
             fitted += 1
             yield found
