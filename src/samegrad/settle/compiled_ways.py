@@ -2,13 +2,14 @@
 
 What a compiler keeps and how fast its kernels are is known when it has compiled, which takes tens of seconds, so few
 are tried. Each way (nothing runs again, every block does) begins with the rows that its followed step was predicted to
-fit with, and goes to as many as a line through what was measured puts within the budget. Between the two ways a line
-says how many blocks have room to be kept.
+fit with, and goes to as many as fit by what a row takes. Between the two ways a line says how many blocks have room to
+be kept.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 from samegrad.errors import CannotSplit
@@ -20,7 +21,7 @@ from samegrad.levers.split_rows import SplitRows
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.options import Options
 from samegrad.plan.traced import predict_traced
-from samegrad.records import Footprint, Plan
+from samegrad.records import Plan
 from samegrad.settle.again_ways import blocks_of
 from samegrad.settle.candidates import Search, Tried
 from samegrad.settle.edits import Levers, compiled_plan, even_rows, rows_of, with_levers
@@ -37,6 +38,23 @@ _HEAD_LOGITS = 2**27
 _ROOM_FRACTION = 0.97
 
 
+@dataclasses.dataclass
+class _Way:
+    """Levers beside the compiler, what Python's step is predicted to hold under them, and what fitted.
+
+    ``blocks``: those that run again. ``predicted``: bytes by the rows at a time, where the step was followed.
+    """
+
+    levers: Levers
+    blocks: list[str | list[str]]
+    predicted: dict[int, int]
+    fitted: list[Tried] = dataclasses.field(default_factory=list)
+
+    @property
+    def largest(self) -> Tried:
+        return max(self.fitted, key=_tried_rows)
+
+
 def compiled_candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
     """Those that fit. A large head's loss runs in chunks, unless the model works on its logits: then they are whole."""
     head = _head(search)
@@ -46,48 +64,38 @@ def compiled_candidates(settled: Plan, search: Search, options: Options) -> Iter
 
 
 def _beside(head: Levers, settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
-    pinned = options.rows is not None
-    again = _again(search)
-    first = {way: rows_of(settled) if pinned else _first_rows(head, runs, settled, search)
-             for way, runs in (("kept", {}), ("again", again))}  # fmt: skip
+    pinned, blocks = options.rows is not None, _blocks(search)
+    kept, again = (_way(head, some, settled, search) for some in ([], blocks))
     # All rows at once and nothing twice is the fastest, where it fits.
-    ways = ("kept", "again") if first["kept"] == settled.batch_rows else ("again", "kept")
-    found: dict[str, list[Tried]] = {}
-    for way in ways if again else ("kept",):
-        found[way] = []
-        for one in _by_rows(settled, head | (again if way == "again" else {}), first[way], search, pinned=pinned):
+    ways = [kept, again] if _first_rows(kept, settled, search) == settled.batch_rows else [again, kept]
+    for way in ways if blocks else [kept]:
+        for one in _by_rows(settled, way, search, pinned=pinned):
             yield one
-            found[way].append(one)
-        if Compile.name in search.reasons:
+            way.fitted.append(one)
+        if Compile.name in search.reasons or any(_tried_rows(one) == settled.batch_rows for one in kept.fitted):
             return
-        if way == "kept" and any(rows_of(one.plan) == settled.batch_rows for one in found[way]):
-            return
-    if (between := _between(settled, head, again, found, search)) is not None:
-        some = _measured(between, search)
-        if some is not None:
-            yield some
+    between = _between(settled, kept, again, search) if kept.fitted and again.fitted else None
+    some = None if between is None else _measured(between, search)
+    if some is not None:
+        yield some
 
 
-def _between(
-    settled: Plan, head: Levers, again: Levers, found: dict[str, list[Tried]], search: Search
-) -> Plan | None:
+def _between(settled: Plan, kept: _Way, again: _Way, search: Search) -> Plan | None:
     """The plan in which as few blocks run again as a line between all and none of them puts within the budget.
 
-    None where that is hardly one less, or where one of the two ways did not fit at all.
+    None where that is hardly one less.
     """
-    if not found.get("again") or not found.get("kept"):
-        return None
-    all_again, kept = max(found["again"], key=_tried_rows), max(found["kept"], key=_tried_rows)
-    rows = _tried_rows(all_again)
-    standing = _standing_bytes(search)
-    kept_bytes = standing + (kept.rung.peak_bytes - standing) / _tried_rows(kept) * rows
-    room_bytes = search.most * _ROOM_FRACTION - all_again.rung.peak_bytes
-    blocks = again[Recompute.name]["blocks"]
-    spared = int(len(blocks) * room_bytes / max(1.0, kept_bytes - all_again.rung.peak_bytes))
-    if not _WORTH_KEEPING * len(blocks) <= spared < len(blocks):
+    rows = _tried_rows(again.largest)
+    more_rows = rows - _tried_rows(kept.largest)
+    again_bytes = again.largest.rung.peak_bytes
+    kept_bytes = kept.largest.rung.peak_bytes + _row_bytes(kept, kept.largest, search) * more_rows
+    room_bytes = search.most * _ROOM_FRACTION - again_bytes
+    spared = int(len(again.blocks) * room_bytes / max(1.0, kept_bytes - again_bytes))
+    if not _WORTH_KEEPING * len(again.blocks) <= spared < len(again.blocks):
         return None
     # The last ones are kept: what they hold is gone when the first of the others runs again.
-    return compiled_plan(settled, head | {Recompute.name: {"blocks": blocks[: len(blocks) - spared]}}, rows)
+    run_again: Levers = {Recompute.name: {"blocks": again.blocks[: len(again.blocks) - spared]}}
+    return compiled_plan(settled, kept.levers | run_again, rows)
 
 
 def _measured(plan: Plan, search: Search) -> Tried | None:
@@ -110,62 +118,68 @@ def _head(search: Search) -> Levers:
     return {ChunkLoss.name: {"head": head.path, "rows": positions}}
 
 
-def _again(search: Search) -> Levers:
-    """Every block of the model run again by itself, where it has blocks."""
-    # Where there are none or memory runs out, the settled plan stands all the same.
+def _blocks(search: Search) -> list[str | list[str]]:
+    """The blocks of the model that can run again, where it has any."""
+    # Where memory runs out, the settled plan stands all the same.
     with WithinMemory(search.declared), contextlib.suppress(CannotSplit):
-        return {Recompute.name: {"blocks": blocks_of(search.declared, search.batch)}}
-    return {}
+        return blocks_of(search.declared, search.batch)
+    return []
 
 
-def _first_rows(head: Levers, again: Levers, settled: Plan, search: Search) -> int:
-    """The rows to begin with: those that Python's step was predicted to fit with, since the compiler's holds less.
-
-    Where that was not followed: those of the settled plan.
-    """
-    footprint = search.measurement.footprint
-    fitting = []
-    for way in footprint.traced:
-        if way.levers.keys() != head.keys():
+def _way(head: Levers, blocks: list[str | list[str]], settled: Plan, search: Search) -> _Way:
+    again: Levers = {Recompute.name: {"blocks": blocks}} if blocks else {}
+    footprint, predicted = search.measurement.footprint, dict[int, int]()
+    for followed in footprint.traced:
+        if followed.levers.keys() != head.keys():
             continue
-        for rows in [table.rows for table in way.tables]:
+        for rows in [table.rows for table in followed.tables]:
             split: Levers = {} if rows == settled.batch_rows else {SplitRows.name: {"rows": rows}}
-            predicted = predict_traced(footprint, way.levers | split | again)
-            if predicted is not None and predicted.peak_bytes <= search.most * _ROOM_FRACTION:
-                fitting.append(rows)
+            found = predict_traced(footprint, followed.levers | split | again)
+            if found is not None:
+                predicted[rows] = found.peak_bytes
+    return _Way(head | again, blocks, predicted)
+
+
+def _first_rows(way: _Way, settled: Plan, search: Search) -> int:
+    """The rows to begin with: those that Python's step fits with, as predicted, or those of the settled plan."""
+    fitting = [rows for rows, held in way.predicted.items() if held <= search.most * _ROOM_FRACTION]
     return even_rows(settled.batch_rows, max(fitting, default=rows_of(settled)))
 
 
-def _by_rows(settled: Plan, levers: Levers, first_rows: int, search: Search, *, pinned: bool) -> Iterator[Tried]:
-    """From ``first_rows`` at a time to as many as a line through what was measured puts within the budget."""
-    rows, tried, fitted = first_rows, set[int](), 0
+def _row_bytes(way: _Way, found: Tried, search: Search) -> float:
+    """What a row more takes: as predicted, or by a line from what stands under every plan through ``found``.
+
+    That line is too steep: what a compiled chunk holds at any size is counted to its rows.
+    """
+    standing_bytes = sum(search.measurement.footprint.resident_bytes.values())
+    by_line = (found.rung.peak_bytes - standing_bytes) / _tried_rows(found)
+    if len(way.predicted) < 2:
+        return max(1.0, by_line)
+    fewest, most = min(way.predicted), max(way.predicted)
+    return max(1.0, min(by_line, (way.predicted[most] - way.predicted[fewest]) / (most - fewest)))
+
+
+def _by_rows(settled: Plan, way: _Way, search: Search, *, pinned: bool) -> Iterator[Tried]:
+    """From the rows to begin with to as many as fit by what a row takes."""
+    batch_rows = settled.batch_rows
+    rows = rows_of(settled) if pinned else _first_rows(way, settled, search)
+    tried, fitted = set[int](), 0
     while rows not in tried and len(tried) < _MOST_ROWS_TRIED + (fitted == 0):
         tried.add(rows)
-        found = _measured(compiled_plan(settled, levers, rows), search)
+        found = _measured(compiled_plan(settled, way.levers, rows), search)
         if found is not None:
             fitted += 1
             yield found
         if pinned or Compile.name in search.reasons:
             return
-        batch_rows = settled.batch_rows
         if found is None:
             rows = even_rows(batch_rows, rows // 2)
-        elif (more := _rows_that_fit(found, rows, batch_rows, search)) >= _WORTH_MORE_ROWS * rows:
-            rows = more
-
-
-def _rows_that_fit(found: Tried, rows: int, batch_rows: int, search: Search) -> int:
-    """The most rows at a time within the budget, by a line from what stands under every plan through ``found``."""
-    standing = _standing_bytes(search)
-    per_row = max(1.0, (found.rung.peak_bytes - standing) / rows)
-    room = (search.most * _ROOM_FRACTION - standing) / per_row
-    return even_rows(batch_rows, min(batch_rows, int(room)))
+            continue
+        room_bytes = search.most * _ROOM_FRACTION - found.rung.peak_bytes
+        more = rows + int(room_bytes / _row_bytes(way, found, search))
+        if (even := even_rows(batch_rows, min(batch_rows, more))) >= _WORTH_MORE_ROWS * rows:
+            rows = even
 
 
 def _tried_rows(one: Tried) -> int:
     return rows_of(one.plan)
-
-
-def _standing_bytes(search: Search) -> int:
-    footprint: Footprint = search.measurement.footprint
-    return sum(footprint.resident_bytes.values())
