@@ -2,8 +2,10 @@
 
 1. With ``--json`` stdout holds exactly one JSON document, on success and on failure; nothing else is written there.
 2. Progress is drawn only on a terminal, and not with ``--quiet`` or ``--json``.
-3. Text from users, files and data is stripped of control characters and never read as markup.
-4. A reader that closes stdout early ends the output, not the command.
+3. What goes on while a command thinks is one line that changes, drawn where progress is and gone before anything else
+   is written; with ``--verbose`` it is notes.
+4. Text from users, files and data is stripped of control characters and never read as markup.
+5. A reader that closes stdout early ends the output, not the command.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from samegrad.errors import EnvironmentProblem
 from samegrad.json_record import SCHEMA_VERSION
-from samegrad.report.words import clean_block
+from samegrad.report.words import clean_block, clean_line
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
+    from rich.live import Live
     from rich.progress import Progress
+
 
 class Console:
     """The two streams of one command, and whether they are talked to."""
@@ -30,32 +34,59 @@ class Console:
     def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False, color: bool = True) -> None:
         self.json, self.quiet, self.verbose, self.color = json, quiet, verbose, color
         self.answered = False
+        self._working: Live | None = None
+        self._bar_is_drawn = False
 
     def result(self, text: str = "") -> None:
         """One paragraph of the result, for a person; silent with ``--json``."""
         if not self.json:
-            _write(sys.stdout, clean_block(text) + "\n")
+            self._write(sys.stdout, clean_block(text) + "\n")
 
     def document(self, document: Mapping[str, Any]) -> None:
         """The JSON document; silent without ``--json``. Not-finite floats must have become null before."""
         if self.json and not self.answered:
             self.answered = True
             whole = {"schema_version": SCHEMA_VERSION, **document}
-            _write(sys.stdout, json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+            self._write(sys.stdout, json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
     def note(self, text: str) -> None:
         """One line for the person at the terminal, on stderr."""
         if not self.quiet:
-            _write(sys.stderr, clean_block(text) + "\n")
+            self._write(sys.stderr, clean_block(text) + "\n")
 
     def detail(self, text: str) -> None:
         """A note for ``--verbose``."""
         if self.verbose:
             self.note(text)
 
+    def working(self, text: str) -> None:
+        """What goes on just now (rule 3); silent with ``--quiet`` and ``--json``."""
+        if self.verbose or self.quiet or self.json or self._bar_is_drawn or not sys.stderr.isatty():
+            self.detail(text)
+            return
+        from rich.live import Live
+        from rich.spinner import Spinner
+        from rich.text import Text
+
+        line = Spinner("dots", Text(clean_line(text)))
+        if self._working is None:
+            # What others print meanwhile is theirs.
+            self._working = Live(
+                line, console=self._rich(sys.stderr), transient=True, redirect_stdout=False, redirect_stderr=False
+            )
+            self._working.start(refresh=True)
+        else:
+            self._working.update(line)
+
+    def done_working(self) -> None:
+        """The line of ``working`` goes."""
+        working, self._working = self._working, None
+        if working is not None:
+            working.stop()
+
     def error(self, text: str) -> None:
         """What went wrong, on stderr, also with ``--quiet``."""
-        _write(sys.stderr, clean_block(text) + "\n")
+        self._write(sys.stderr, clean_block(text) + "\n")
 
     def show(self, *renderables: RenderableType) -> None:
         """Rich tables and panels on stdout, for a person; silent with ``--json``."""
@@ -64,11 +95,16 @@ class Console:
             with rich.capture() as captured:
                 for renderable in renderables:
                     rich.print(renderable, markup=False, highlight=False)
-            _write(sys.stdout, captured.get())
+            self._write(sys.stdout, captured.get())
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        self.done_working()
+        _write(stream, text)
 
     @contextmanager
     def progress(self, title: str, total: int | None) -> Iterator[Bar]:
         """A bar with rate and remaining time on stderr where that is a terminal, else a bar nobody sees."""
+        self.done_working()
         if self.quiet or self.json or not sys.stderr.isatty():
             yield Bar(self, None, title, total)
             return
@@ -83,7 +119,11 @@ class Console:
             progress.TextColumn("{task.fields[state]}", markup=False),
         )
         with progress.Progress(*columns, console=self._rich(sys.stderr), transient=False) as drawn:
-            yield Bar(self, drawn, title, total)
+            self._bar_is_drawn = True
+            try:
+                yield Bar(self, drawn, title, total)
+            finally:
+                self._bar_is_drawn = False
 
     def _rich(self, stream: TextIO) -> RichConsole:
         from rich.console import Console as RichConsole
@@ -116,7 +156,7 @@ class Bar:
 
 
 def end_output(stream: TextIO) -> None:
-    """Lets all that is still written to ``stream`` go nowhere (rule 4)."""
+    """Lets all that is still written to ``stream`` go nowhere (rule 5)."""
     # The interpreter flushes once more at exit and would complain: give it somewhere to write.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())

@@ -60,28 +60,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class ToConsole(logging.Handler):
-    """What the library logs, as notes on stderr."""
+    """What the library logs: warnings as notes on stderr, and what it does just now where somebody looks on."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.note(record.getMessage())
+        say = self._console.note if record.levelno >= logging.WARNING else self._console.working
+        say(record.getMessage())
 
 
 @contextlib.contextmanager
 def telling_warnings(console: Console) -> Iterator[None]:
     """The library's warnings go where the command's notes go, and with ``--quiet`` nowhere."""
     logger, handler = logging.getLogger("samegrad"), ToConsole(console)
-    propagated = logger.propagate
+    propagated, level = logger.propagate, logger.level
     logger.addHandler(handler)
     logger.propagate = False
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
+        console.done_working()
         logger.removeHandler(handler)
         logger.propagate = propagated
+        logger.setLevel(level)
 
 
 def dispatch(line: Sequence[str], console: Console) -> int:

@@ -23,6 +23,7 @@ from samegrad.records import Budget, Footprint
 from samegrad.settle.followed_step import FollowedStep, look_at_step
 from samegrad.settle.lever_ways import with_lever_ways
 from samegrad.settle.probing import Measurement
+from samegrad.settle.progress import working_on
 from samegrad.settle.single_layers import with_blocks
 from samegrad.settle.traced_ways import traced_ways
 from samegrad.unit_tables import TracedWay, UnitTable
@@ -43,6 +44,7 @@ def followed_beside(
     if declared.device.type != "cuda":
         return measurement
     footprint, layout = measurement.footprint, declared.layout(batch)
+    working_on("following the step, to see what each module keeps")
     try:
         target, look = Target.at_hand(declared.device), look_at_step(declared, batch, layout)
         step = FollowedStep(declared, aliases, batch, layout, target, measurement.ways, look)

@@ -25,6 +25,7 @@ from samegrad.measure.probe import Rung
 from samegrad.records import Budget, Plan
 from samegrad.settle.ladder import GrowingWhereNeeded, measured, measured_whole, most_bytes
 from samegrad.settle.probing import Measurement
+from samegrad.settle.progress import trying
 
 # Levers that are tried so, the one that is tried last first.
 TRIED_LEVERS = (ConvolutionAlgorithms.name, Compile.name, Graphs.name, Layout.name)
@@ -67,19 +68,22 @@ class Search:
         """``plan`` as it runs; None where it does not fit, or cannot run."""
         if Graphs.name not in plan.levers:
             self.forget_captures()
-        start = time.perf_counter()
+        start, outcome = time.perf_counter(), trying(plan)
         try:
             plan, rung = self._segments.measured(plan, self._rung)
         except CannotSplit as refused:
             # Of several levers, the one that was tried last.
             last = next(name for name in TRIED_LEVERS if name in plan.levers)
             self._refuse(Graphs.name if refused.asked == CAPTURED else last, refused.found)
+            outcome.refused(refused.found)
             return None
         except RuntimeError as error:
             if not _of_a_compiler(error):
                 raise
             self._refuse(Compile.name, f"the compiler cannot take it ({str(error).splitlines()[0]})")
+            outcome.refused("the compiler cannot take it")
             return None
+        outcome.found(rung, self.most)
         if rung is None or rung.peak_bytes > self.most:
             return None
         self.fitted |= plan.levers.keys()

@@ -39,6 +39,7 @@ from samegrad.measure.trace_reading import (
 )
 from samegrad.records import Category, Counting, Footprint, Origin, PhaseLaw
 from samegrad.settle.followed_step import LOOKED_AT_ROWS, FollowedStep, Look, look_at_step
+from samegrad.settle.progress import working_on
 from samegrad.settle.single_layers import with_blocks
 from samegrad.settle.traced_ways import traced_ways
 from samegrad.trees import RowLayout
@@ -55,6 +56,7 @@ def follow(
 ) -> tuple[FollowedStep, Footprint]:
     """The step, ready to be followed under any plan, and its footprint on ``target``. Raises CannotTrace."""
     layout = declared.layout(batch)
+    working_on(f"following the step for {target.card.name}")
     look = look_at_step(declared, batch, layout)
     plain = trace_step(declared, batch)
     ways, examined = _ways(declared, aliases, batch, layout, look, total_flops(plain) / layout.rows)

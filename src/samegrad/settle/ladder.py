@@ -29,6 +29,7 @@ from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
 from samegrad.settle.probing import Measurement
+from samegrad.settle.progress import trying
 from samegrad.units import format_bytes
 
 # The share of a budget up to which the plain step's prediction is believed as it is.
@@ -69,7 +70,9 @@ def settle(
             if whole
             else lambda one: measured(declared, aliases, measurement, batch, one, budget.counting, most)
         )
+        outcome = trying(plan)
         one, rung = segments.measured(plan, run)
+        outcome.found(rung, most)
         if rung is not None and rung.peak_bytes <= most:
             if whole:
                 return one, footprint, None

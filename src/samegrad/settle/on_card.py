@@ -11,6 +11,7 @@ import math
 
 from samegrad.errors import BudgetTooSmall, CannotSplit, CannotTrace
 from samegrad.levers.expandable_segments import ExpandableSegments
+from samegrad.measure.probe import Rung
 from samegrad.measure.trace_reading import (
     CUDA_BLOCK_BYTES,
     by_module_at,
@@ -26,6 +27,7 @@ from samegrad.plan.predict import predict_plan
 from samegrad.records import Budget, Footprint, Origin, Phase, Plan
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.lever_ways import with_lever_ways
+from samegrad.settle.progress import trying
 from samegrad.units import format_bytes
 
 # What a followed plan's cap may be short by: of 33 steps on one H200 the worst was 5.4 % (benchmarks/prediction.py).
@@ -61,12 +63,15 @@ def settle_on_card(
         smallest = plan is ladder[-1]
         if not smallest and (plan.predicted_peak_bytes or 0) * above * _CLEARLY > most:
             continue
+        outcome = trying(plan)
         try:
             plan, predicted = _followed(step, footprint, plan, most)
         except CannotTrace as error:
+            outcome.refused(error.found)
             tried.append(f"{named(plan)}: cannot be followed ({error.found})")
             continue
         cap = predicted.steady_cap_bytes or 0
+        outcome.found(Rung(cap, predicted.seconds or 0.0), most)
         if cap <= most:
             settled = dataclasses.replace(
                 plan, budget=budget, predicted_peak_bytes=cap, predicted_seconds=predicted.seconds

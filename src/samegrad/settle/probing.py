@@ -36,6 +36,7 @@ from samegrad.measure.probe import TIMED_RUNS, OptimizerTurn, Probe, standing_ba
 from samegrad.measure.probe_sets import MORE_ROOM, kept_row_bytes, mapped_probes, plain_probes, split_probes, times
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Counting, Footprint, Origin, Phase, PhaseLaw, Variant
+from samegrad.settle.progress import working_on
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
@@ -69,6 +70,7 @@ def measure(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> Me
     Rows come through buffers that are given back after each run, so that no larger one is still there in the next.
     Raises OutOfMemory where not even a few rows fit.
     """
+    working_on("examining the step on a few rows")
     with WithinMemory(declared) as memory:
         return _measured(declared, batch, aliases)
     raise memory.refusal(asked="measure the step on a few of its rows", do=MORE_ROOM)
