@@ -2,9 +2,9 @@
 
     python benchmarks/sweep_picture.py [--card h200]
 
-Reads ``results/budget_sweep_<card>.json``, writes the ``.svg`` beside it, and prints the table. To the right: bytes that
-the allocator reserved at its peak. Upwards: the plain step's time over the contender's, in the same file. What did not
-fit its cap, and what computes another function, has no point.
+Reads ``results/budget_sweep_<card>.json``, writes the ``.svg`` beside it, and prints the table. To the right: bytes
+that the allocator reserved at its peak. Upwards: the plain step's time over the contender's, in the same file. What did
+not fit its cap, and what computes another function, has no point.
 """
 
 from __future__ import annotations

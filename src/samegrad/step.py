@@ -41,15 +41,7 @@ from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, Plan, Recovery, Verdict
 from samegrad.report.verdicts import judge
-from samegrad.settle import (
-    Measurement,
-    aliases_for,
-    check_one_of,
-    measure_for,
-    quicker_plan,
-    settle,
-    smaller_plans,
-)
+from samegrad.settle import aliases_for, check_one_of, plan_here, smaller_plans
 from samegrad.trees import RowLayout
 from samegrad.units import format_bytes
 
@@ -316,18 +308,14 @@ class Step:
             _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)
         self._examined.refresh()
         aliases, options = self._examined.aliases, Options(allow=self.allow, expected_steps=self.expected_steps)
-        measurement: Measurement = measure_for(self.declared, batch, aliases, self.budget, options)
-        given = self.declared, aliases, measurement, batch
-        plan, footprint, _ = settle(*given, budget=self.budget, options=options)
-        plan = quicker_plan(*given, plan, budget=self.budget, options=options)
+        plan, footprint, measurement = plan_here(self.declared, aliases, batch, self.budget, options)
         # What the probes left, in cycles and in the allocator's cache, lies as suited them, not the step.
         counters.release_cached(device)
         if self._enforce and not self._capped:
             # Not before: the examination takes rows of its own.
             self._capped = counters.cap_allocator(device, self.budget.total_bytes) is not None
         self._examined.ways[self._examined.kind_of(batch, layout)] = measurement.ways
-        signature = f"{layout.signature(batch)} | {self.declared.model_signature()}"
-        return dataclasses.replace(plan, signature=signature), footprint
+        return plan, footprint
 
     def _check_open(self) -> None:
         if self._closed:

@@ -131,13 +131,13 @@ def test_a_step_that_is_planned_anew_is_measured_as_the_user_made_it(monkeypatch
     model, batch = cnn()
     optimizer = optimizer_of(model)
     seen: list[bool] = []
-    right = step_module.measure_for
+    right = step_module.plan_here
 
     def noting(*given: Any) -> Any:
         seen.append(model[0].weight.is_contiguous() and not optimizer._optimizer_step_pre_hooks)
         return right(*given)
 
-    monkeypatch.setattr(step_module, "measure_for", noting)
+    monkeypatch.setattr(step_module, "plan_here", noting)
     step = sg.Step(model, cross_entropy, budget="1GiB", optimizer=optimizer)
     step.backward(batch)
     step._standing.bring(plan_with(layout={}, optimizer_state={}))

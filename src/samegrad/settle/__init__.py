@@ -41,7 +41,7 @@ __all__ = [
     "measure_step",
     "plan_ahead",
     "plan_followed",
-    "quicker_plan",
+    "plan_here",
     "settle",
     "settle_plan",
     "smaller_plans",
@@ -134,10 +134,19 @@ def settle_plan(
     limit = budget if isinstance(budget, Budget) else counters.read_budget(budget, declared.device)
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow, expected_steps=expected_steps)
-    measurement = measure_for(declared, batch, aliases_for(declared), limit, options)
-    given = declared, aliases_for(declared), measurement, batch
-    plan, footprint, _ = settle(*given, budget=limit, options=options)
-    return quicker_plan(*given, plan, budget=limit, options=options), footprint
+    plan, footprint, _ = plan_here(declared, aliases_for(declared), batch, limit, options)
+    return plan, footprint
+
+
+def plan_here(
+    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, budget: Budget, options: Options
+) -> tuple[Plan, Footprint, Measurement]:
+    """The plan that is settled on the device at hand, made as quick as it was measured to be; and what it came from."""
+    measurement = measure_for(declared, batch, aliases, budget, options)
+    given = declared, aliases, measurement, batch
+    plan, footprint, _ = settle(*given, budget=budget, options=options)
+    plan = quicker_plan(*given, plan, budget=budget, options=options)
+    return dataclasses.replace(plan, signature=declared.signature(batch)), footprint, measurement
 
 
 @dataclasses.dataclass(frozen=True)
