@@ -219,18 +219,9 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-# What does not hold yet, and why.
-OPEN = {
-    ("Mixtral whose experts are balanced over all rows", "followed to the byte"): "1,440 bytes "
-    "of 1.28 MB more than counted; the cause was not found",
-}
-
-
 @pytest.mark.parametrize("check", suite.CHECKS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_promises_hold(name: str, check: str, request: pytest.FixtureRequest) -> None:
-    if (name, check) in OPEN:
-        request.applymarker(pytest.mark.xfail(reason=OPEN[name, check], strict=True))
+def test_the_promises_hold(name: str, check: str) -> None:
     suite.CHECKS[check](CASES[name])
 
 

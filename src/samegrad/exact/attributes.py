@@ -6,9 +6,7 @@ without growing. Objects of other kinds are not looked into; what they do to the
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,26 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from samegrad.exact import containers
+from samegrad.exact.containers import CONTAINERS
 from samegrad.exact.dataless import has_data
 from samegrad.exact.out_of_memory import is_out_of_memory
 
 # What counts or switches something.
 PLAIN = (int, float, str, bool, type(None))
 _ARRAYS = (Tensor, np.ndarray)
-_CONTAINERS = (list, tuple, dict, set, deque)
 # Vocabularies and tables: looking at each entry would cost more than a step.
 _LONGEST = 4096
 _DEEPEST = 3
 
 
 def can_hold_state(value: Any) -> bool:
-    return isinstance(value, (*PLAIN, *_ARRAYS, *_CONTAINERS))
+    return isinstance(value, (*PLAIN, *_ARRAYS, *CONTAINERS))
 
 
 def arrays_in(value: Any, depth: int = 0) -> list[Tensor | np.ndarray]:
     """``value`` where it is a tensor or an array, or those in it where it is a short container."""
-    if isinstance(value, _CONTAINERS) and depth < _DEEPEST and len(value) <= _LONGEST:
-        return [array for entry in _values(value) for array in arrays_in(entry, depth + 1)]
+    if isinstance(value, CONTAINERS) and depth < _DEEPEST and len(value) <= _LONGEST:
+        return [array for entry in containers.values(value) for array in arrays_in(entry, depth + 1)]
     return [value] if isinstance(value, _ARRAYS) else []
 
 
@@ -61,9 +60,9 @@ class Attribute:
 
 @dataclasses.dataclass(frozen=True)
 class _Entries:
-    """A container's shallow copy, and the entries in order with copies of their own."""
+    """A container's content (``containers.plain``), and the entries in order with copies of their own."""
 
-    shallow: Any
+    plain: Any
     entries: tuple[tuple[Any, Any], ...]
 
 
@@ -73,16 +72,11 @@ def _content(value: Any, depth: int = 0) -> Any:
         return None if isinstance(value, nn.Parameter) else value.detach().clone()
     if isinstance(value, np.ndarray):
         return value.copy()
-    if not isinstance(value, _CONTAINERS):
+    if not isinstance(value, CONTAINERS):
         return None
     looked_into = depth < _DEEPEST and len(value) <= _LONGEST
-    entries = tuple((entry, _content(entry, depth + 1)) for entry in _values(value)) if looked_into else ()
-    # A NamedTuple has nothing to copy; nor can it change.
-    return _Entries(value if isinstance(value, tuple) else copy.copy(value), entries)
-
-
-def _values(container: Any) -> list[Any]:
-    return list(container.values()) if isinstance(container, dict) else list(container)
+    entries = containers.values(value) if looked_into else []
+    return _Entries(containers.plain(value), tuple((entry, _content(entry, depth + 1)) for entry in entries))
 
 
 def _same(now: Any, value: Any, content: Any) -> bool:
@@ -96,7 +90,7 @@ def _same(now: Any, value: Any, content: Any) -> bool:
     if isinstance(content, np.ndarray):
         return isinstance(now, np.ndarray) and _same_array(now, content)
     if isinstance(content, _Entries):
-        return isinstance(now, _CONTAINERS) and _same_entries(now, value, content)
+        return isinstance(now, CONTAINERS) and _same_entries(containers.plain(now), value, content)
     if isinstance(now, PLAIN) and isinstance(value, PLAIN):
         return bool(now == value or (now != now and value != value))
     # Of other kinds nothing is known: as little as where they are attributes themselves.
@@ -104,14 +98,14 @@ def _same(now: Any, value: Any, content: Any) -> bool:
 
 
 def _same_entries(now: Any, value: Any, content: _Entries) -> bool:
-    if len(now) != len(content.shallow):
+    if len(now) != len(content.plain):
         return False
     if isinstance(value, set):
-        return bool(now == content.shallow)
-    if isinstance(value, dict) and not (isinstance(now, dict) and now.keys() == content.shallow.keys()):
+        return bool(now == content.plain)
+    if isinstance(value, dict) and not (isinstance(now, dict) and now.keys() == content.plain.keys()):
         return False
     return not content.entries or all(
-        _same(entry, before, copied) for entry, (before, copied) in zip(_values(now), content.entries)
+        _same(entry, before, copied) for entry, (before, copied) in zip(containers.values(now), content.entries)
     )
 
 
@@ -152,11 +146,4 @@ def _restore(value: Any, content: Any) -> None:
     elif isinstance(content, _Entries) and not _known_same(lambda: _same(value, value, content)):
         for entry, copied in content.entries:
             _restore(entry, copied)
-        if isinstance(value, list):
-            value[:] = content.shallow
-        elif isinstance(value, (dict, set)):
-            value.clear()
-            value.update(content.shallow)
-        elif isinstance(value, deque):
-            value.clear()
-            value.extend(content.shallow)
+        containers.refill(value, content.plain)

@@ -8,7 +8,6 @@ writes is undone.
 from __future__ import annotations
 
 import contextlib
-import copy
 import operator
 from collections import deque
 from collections.abc import Iterator
@@ -17,12 +16,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from samegrad.exact import containers
 from samegrad.exact.attributes import PLAIN, can_hold_state
 from samegrad.exact.batchnorm import uses_batch_statistics
+from samegrad.exact.containers import CONTAINERS
 
 # What nn.Module keeps for itself.
 _MODULES_OWN = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, tuple, dict, set, deque)
 # Vocabularies and tables: looking at each entry would cost more than the part.
 _LONGEST = 256
 _DEEPEST = 3
@@ -95,7 +95,7 @@ def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _looked_into(value: Any, depth: int) -> bool:
-    return isinstance(value, _CONTAINERS) and len(value) <= _LONGEST and depth < _DEEPEST
+    return isinstance(value, CONTAINERS) and len(value) <= _LONGEST and depth < _DEEPEST
 
 
 def _look(value: Any, depth: int = 0) -> Any:
@@ -105,7 +105,8 @@ def _look(value: Any, depth: int = 0) -> Any:
     if isinstance(value, np.ndarray):
         return value.tobytes()
     if _looked_into(value, depth):
-        entries = [*value, *value.values()] if isinstance(value, dict) else value
+        content = containers.plain(value)
+        entries = [*content, *content.values()] if isinstance(content, dict) else content
         return id(value), tuple(_look(entry, depth + 1) for entry in entries)
     return value if isinstance(value, PLAIN) else id(value)
 
@@ -118,8 +119,10 @@ def _copied(value: Any, depth: int = 0) -> Any:
         return value.copy()
     if not isinstance(value, (dict, set, list, deque)):
         return value
-    same: Any = copy.copy(value)
+    same = containers.twin(value)
     if _looked_into(value, depth) and not isinstance(value, set):
-        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            same[key] = _copied(entry, depth + 1)
+        content = containers.plain(value)
+        for key, entry in content.items() if isinstance(content, dict) else enumerate(list(content)):
+            content[key] = _copied(entry, depth + 1)
+        containers.refill(same, content)
     return same

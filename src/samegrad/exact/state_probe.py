@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from samegrad.exact import containers
 from samegrad.exact.attributes import same_tensor
 from samegrad.exact.audit import splits_of
+from samegrad.exact.containers import CONTAINERS
 from samegrad.exact.state import Reducer, StateRule, Values, learn_rules
 from samegrad.exact.undisturbed import ModuleState
 
@@ -84,7 +86,8 @@ class StateProbe:
             mine = part._buffers if key in part._buffers else vars(part)
             if key in mine:
                 value = mine[key]
-                kept = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+                copied = containers.twin if isinstance(value, CONTAINERS) else copy.copy
+                kept = value.detach().clone() if isinstance(value, Tensor) else copied(value)
                 values[f"{path}.{key}" if path else key] = kept
         return values
 
