@@ -245,12 +245,14 @@ def the_head_is_found_or_refused_by_name(case: Case) -> None:
 
 
 def measuring_leaves_everything_as_it_was(case: Case) -> None:
-    """Probes of the real step at a few rows: they need no trace."""
+    """Probes of the real step at a few rows, and a trace where there can be one; what forwards return included."""
     model, batch = case.model(), case.batch(ROWS)
     hooks = [len(part._forward_hooks) for part in model.modules()]
     outputs = case.forward(copy.deepcopy(model).eval(), batch)
     with sg.Step(model, case.loss_fn, forward=case.forward) as step, left_alone(model):
         footprint = sg.measure_step(step, batch)
+        if not case.not_traced:
+            trace_step(step.declared, batch, device="cpu")
     assert footprint.peak_allocated_bytes > sum(p.nbytes for p in model.parameters())
     assert [len(part._forward_hooks) for part in model.modules()] == hooks
     again = trees.leaves_of(case.forward(model.eval(), batch))

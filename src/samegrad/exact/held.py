@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from samegrad.declared import DeclaredStep, Within
 from samegrad.errors import UsageError
+from samegrad.exact import containers
 from samegrad.exact.attributes import Attribute, arrays_in, can_hold_state
 from samegrad.exact.softmax_loss import SoftmaxLoss
 
@@ -194,7 +195,8 @@ class _Search:
     def _within(self, held: Any, name: str, depth: int) -> None:
         """Objects in a short container: a list of modules, a dictionary of queues."""
         if isinstance(held, (list, tuple, dict)) and len(held) <= 64:
-            for key, part in held.items() if isinstance(held, dict) else enumerate(held):
+            content = containers.plain(held)
+            for key, part in content.items() if isinstance(content, dict) else enumerate(content):
                 if not can_hold_state(part):
                     self.look(part, f"{name}[{key!r}]", depth + 1)
 
