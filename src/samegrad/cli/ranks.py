@@ -15,6 +15,11 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def rank_count() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def own_folder(output: Path) -> Path:
     """The folder of this rank for ``--output``: the one asked for, or a neighbour of it."""
     rank = own_rank()

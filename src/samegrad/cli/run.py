@@ -1,7 +1,8 @@
 """``samegrad run TARGET``: plan, verify, train, save, stop, resume and report, inside a budget.
 
 1. The folder is held, and its status.json true, from before anything is loaded until the end, whatever the end is.
-2. A resumed run continues with the options, the plan and the bits of the run it continues.
+2. A resumed run continues with the options, the plan and the bits of the run it continues. Another budget or device
+   makes another plan, with the same gradient; whatever would make another training of it is refused.
 3. A signal stops the loop between two ticks; what has been done is saved first.
 """
 
@@ -35,6 +36,10 @@ class RunOptions:
     """Run folder; default: runs/<name>-<date>-<time>."""
     resume: Switch = False
     """Continue the run in --output where its newest checkpoint left off, bit for bit."""
+    resume_from: int | None = None
+    """With --resume: the checkpoint of this step instead of the newest; later ones are set aside by the next save."""
+    strict_resume: Switch = False
+    """With --resume: an error, instead of a warning, where the newest checkpoint cannot be used."""
     plan: Path | None = None
     """A plan.json to run, instead of making a plan."""
     steps: int | None = None
@@ -61,7 +66,8 @@ class RunOptions:
 
 
 # Options of one invocation that a config file, fed back, must not carry on to another.
-_NOT_IN_CONFIG = ("output", "resume", "plan")
+_NOT_IN_CONFIG = ("output", "resume", "resume_from", "strict_resume", "plan")
+CONFIG = "config.json"
 
 
 def main(argv: Sequence[str], console: Console) -> int:
@@ -83,10 +89,41 @@ def parse_run(argv: Sequence[str]) -> tuple[Target, Call]:
     """The target and options of a run; those of the run being resumed lie under all others (rule 2)."""
     target, call = target_call("run", (RunOptions,), argv)
     options = call.part(RunOptions)
-    config = options.output / "config.json" if options.resume and options.output is not None else None
+    for name in ("resume_from", "strict_resume"):
+        if getattr(options, name) not in (None, False) and not options.resume:
+            raise UsageError(
+                asked=f"--{name}", found="the run is not resumed", do="give --resume as well", option=name
+            )
+    config = options.output / CONFIG if options.resume and options.output is not None else None
     if config is None or not config.is_file():
         return target, call
-    return target_call("run", (RunOptions,), argv, below=(config,))
+    target, call = target_call("run", (RunOptions,), argv, below=(config,))
+    _refuse_another_training(target, call, config)
+    return target, call
+
+
+def changed_options(target: Target, call: Call, config: Path) -> dict[str, tuple[Any, Any]]:
+    """The options of ``target`` that are others in ``call`` than in the ``config`` of a run: as they were, as they are.
+
+    Empty where there is no such file. An option that a config of an earlier version does not name is as it was.
+    """
+    if not config.is_file():
+        return {}
+    before, now = (json.loads(text) for text in (config.read_text(), config_text(target, call)))
+    names = values_of(call.part(target.options_class))
+    return {name: (before[name], now[name]) for name in names if name in before and before[name] != now[name]}
+
+
+def _refuse_another_training(target: Target, call: Call, config: Path) -> None:
+    allowed: Any = target.options_class
+    for name, (before, now) in changed_options(target, call, config).items():
+        if name not in allowed.changes_on_resume:
+            raise UsageError(
+                asked=f"--{name} {now} ({call.origins[name]}) in a run that is resumed",
+                found=f"it began with {before} ({config}), and would be another training with {now}",
+                do=f"leave {name} out, or start a new run in another folder",
+                option=name,
+            )
 
 
 def open_folder(target: Target, options: RunOptions) -> RunFolder:

@@ -7,6 +7,7 @@ import math
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,21 +21,24 @@ from samegrad.cli.measured import measured_footprint
 from samegrad.cli.options import Call
 from samegrad.cli.planned import Planned, plan_step
 from samegrad.cli.programs import advised, load_training
-from samegrad.cli.ranks import first_folder
-from samegrad.cli.run import RunOptions, config_text
+from samegrad.cli.ranks import first_folder, rank_count
+from samegrad.cli.run import CONFIG, RunOptions, changed_options, config_text
 from samegrad.cli.run_health import peaks_of
 from samegrad.cli.run_memory import memory_notes, thrashing_line
 from samegrad.cli.run_story import Summary, read_metrics, read_plan, read_record, read_story, verdict_text
 from samegrad.cli.stopping import StopFlag, Stopped, listening
 from samegrad.cli.target import Target
 from samegrad.cli.training import Outcome, Tick, Training, counting_of
-from samegrad.errors import GradientsDiffer, NonFinite
+from samegrad.errors import BadInput, GradientsDiffer, NonFinite
 from samegrad.measure import counters
 from samegrad.records import Budget, Plan, Same, Verdict
 from samegrad.report import render_markdown, render_report
 from samegrad.report.terminal import memory_line
 from samegrad.report.verdicts import judge
 from samegrad.store import RunFolder, load_checkpoint, save_checkpoint
+
+# In a checkpoint's state, beside the program's own.
+_RANKS = "ranks"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,17 +82,19 @@ def run_session(target: Target, call: Call, folder: RunFolder, console: Console)
     """Trains ``target`` in ``folder``, from the start or from its newest checkpoint."""
     options = call.part(RunOptions)
     with Status(folder, target.name) as status, listening() as stop, advised(target):
-        if not options.resume:
-            folder.write_text("config.json", config_text(target, call))
-        given = _given_plan(folder, options)
+        # Before the config is written: what is another budget or device asks for another plan.
+        changed = changed_options(target, call, folder.path / CONFIG) if options.resume else {}
+        folder.write_text(CONFIG, config_text(target, call))
+        given = _given_plan(folder, options, changed)
         training = load_training(target, call)
         if options.resume:
-            _resume(training, folder, console)
+            _resume(training, folder, options, console)
             stop.saved = str(folder.path)
         planned = _plan(training, folder, given, console)
         _write_summary(training, folder, planned, Outcome())
         try:
-            verdict = _verify(training, folder, options, console)
+            as_before = options.resume and given is not None and options.plan is None
+            verdict = _verify(training, folder, options, console, as_before=as_before)
             _train(training, folder, planned.plan, options, stop, console)
             # After training, because only now the optimizer's state is there to be counted.
             measured = measured_footprint(training.step, training.batch, planned.footprint)
@@ -141,16 +147,29 @@ class Status:
         self.folder.write_status({"schema_version": 1, "name": self.name, "state": state, **rest})
 
 
-def _given_plan(folder: RunFolder, options: RunOptions) -> Plan | None:
-    """The plan asked for, or that of the run being resumed (rule 2)."""
+def _given_plan(folder: RunFolder, options: RunOptions, changed: Mapping[str, object]) -> Plan | None:
+    """The plan asked for, or that of the run being resumed, unless its budget or device is another (rule 2)."""
     if options.plan is not None:
         return read_plan(options.plan)
-    return read_record(folder.path / "plan.json", Plan) if options.resume else None
+    planned_anew = not options.resume or not changed.keys().isdisjoint(("budget", "device"))
+    return None if planned_anew else read_record(folder.path / "plan.json", Plan)
 
 
-def _resume(training: Training, folder: RunFolder, console: Console) -> None:
-    checkpoint = load_checkpoint(first_folder(folder.path) / folder.checkpoints.name)
-    for sentence in (*checkpoint.warnings, *training.restore(checkpoint)):
+def _resume(training: Training, folder: RunFolder, options: RunOptions, console: Console) -> None:
+    checkpoints = first_folder(folder.path) / folder.checkpoints.name
+    checkpoint = load_checkpoint(checkpoints, step=options.resume_from, strict=options.strict_resume)
+    ranks = checkpoint.state.get(_RANKS, 1)
+    if ranks != rank_count():
+        raise BadInput(
+            asked=f"resume {training.title} on {rank_count()} ranks",
+            found=f"it was saved by a run on {ranks}, each of which has its share of every batch",
+            do=f"start it with torchrun --nproc-per-node {ranks}" if ranks > 1 else "start it without torchrun",
+            file=str(checkpoint.path),
+        )
+    for sentence in checkpoint.warnings:
+        # Steps are lost: said also with --quiet.
+        console.error(f"warning: {sentence}")
+    for sentence in training.restore(checkpoint):
         console.note(f"warning: {sentence}")
     dropped = folder.rewind_metrics(step=training.steps_done - 1)
     redo = f"; {dropped} later lines of metrics.jsonl will be written again" if dropped else ""
@@ -169,9 +188,11 @@ def _plan(training: Training, folder: RunFolder, given: Plan | None, console: Co
     return planned
 
 
-def _verify(training: Training, folder: RunFolder, options: RunOptions, console: Console) -> Verdict:
-    """The verdict on the step before it trains; a resumed run's was given when it began."""
-    verdict = read_record(folder.path / "verdict.json", Verdict) if options.resume else None
+def _verify(
+    training: Training, folder: RunFolder, options: RunOptions, console: Console, *, as_before: bool
+) -> Verdict:
+    """The verdict on the step before it trains; that of a run resumed under its plan was given when it began."""
+    verdict = read_record(folder.path / "verdict.json", Verdict) if as_before else None
     if verdict is None:
         verdict = sg.verify_step(training.step, training.batch, rows=options.verify_rows)
         folder.write_text("verdict.json", verdict.to_json())
@@ -217,7 +238,8 @@ def _train(
 
 
 def _save(training: Training, folder: RunFolder, stop: StopFlag) -> None:
-    save_checkpoint(folder.checkpoints, step=training.steps_done, tensors=training.tensors(), state=training.state())
+    state = {**training.state(), _RANKS: rank_count()}
+    save_checkpoint(folder.checkpoints, step=training.steps_done, tensors=training.tensors(), state=state)
     stop.saved = str(folder.path)
 
 

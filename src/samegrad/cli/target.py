@@ -30,7 +30,13 @@ _FILE_TARGET = re.compile(r"(?P<path>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FunctionOptions:
-    """Passed to the function as keywords of the same names, where it has such parameters."""
+    """Passed to the function as keywords of the same names, where it has such parameters.
+
+    ``changes_on_resume``: what may be another in a run that goes on.
+    """
+
+    # Without a type, so that it is no option itself.
+    changes_on_resume = frozenset(("budget", "device"))
 
     budget: str | None = None
     """Bytes the step may hold: 6GiB, 512MiB, 80%."""

@@ -7,6 +7,8 @@
 1. Nothing in the folder is touched before the lock is held; left-over temporaries are removed after.
 2. The lock file stays: removing it would let two processes lock two files of one name.
 3. A forked child (a data worker) gives its copy of the lock up, or it would outlive a killed parent.
+4. A folder in which nothing has been done yet (a start that was refused: options and a status, no plan) is as good as
+   an empty one.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from samegrad.store.metrics import append_line, json_line, rewind
 LOCK = "run.lock"
 _METRICS = "metrics.jsonl"
 _STATUS = "status.json"
+# rule 4
+_OF_A_START = {_STATUS, "config.json"}
 _FREE_SPACE = "free space there, or give another --output"
 
 
@@ -58,7 +62,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:
-        """A new folder, or an existing empty one. Raises UsageError where a run stands already."""
+        """A new folder, or an existing one in which nothing was done. Raises UsageError where a run stands already."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
@@ -284,7 +288,8 @@ def _entries(path: Path) -> list[str]:
 
 def _refuse_used(path: Path) -> None:
     used = [name for name in _entries(path) if name != LOCK]
-    if used:
+    # Without a status, config.json is somebody's own.
+    if used and not (_STATUS in used and set(used) <= _OF_A_START):
         raise UsageError(
             asked=f"start a new run in {path}",
             found=f"the folder is not empty: {', '.join(used[:5])}",

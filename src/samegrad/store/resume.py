@@ -134,7 +134,7 @@ def _not_there(folder: Path, found: Sequence[Found], step: int | None) -> BadInp
     return BadInput(
         asked="load the newest checkpoint" if step is None else f"load the checkpoint of step {step}",
         found=f"{folder}: {there}",
-        do="give one of these steps" if steps else "give a run's folder that holds a checkpoint, or start a new run",
+        do="give one of these steps" if steps else "nothing was saved there: start the run, without --resume",
         file=str(folder),
     )
 
@@ -151,7 +151,7 @@ def _way_out(found: Sequence[Found], *, before: Path) -> str:
                 check_contents(one.path, manifest)
         except Damaged:
             continue
-        return f"previous good: {one.path.name}; resume from step {one.step}"
+        return f"previous good: {one.path.name}; resume from it with --resume_from {one.step}"
     return "no good checkpoint before it: restore the file from a copy, or start a new run"
 
 

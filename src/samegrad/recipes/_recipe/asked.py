@@ -15,7 +15,13 @@ EmptyCache = Literal["never", "validation", "step"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonOptions:
-    """What every recipe can be asked."""
+    """What every recipe can be asked.
+
+    ``changes_on_resume``: what may be another in a run that goes on; all else would make another training of it.
+    """
+
+    # Without a type, so that it is no option itself.
+    changes_on_resume = frozenset(("budget", "device", "empty_cache"))
 
     budget: str | None = None
     """Bytes the training step may hold: 6GiB, 512MiB, 80%. Without it, what is free now."""

@@ -17,6 +17,8 @@ PURE_HALF = ("half", "fp16", "pure_float16", "float16_weights")
 class AutoencoderOptions(CommonOptions):
     """The options the document names, with its values, and those of the data and the start."""
 
+    changes_on_resume = CommonOptions.changes_on_resume | {"num_epochs"}
+
     num_epochs: int = 300
     """Optimizer steps at most: one step an epoch, on the whole training set."""
     learning_rate: float = 1e-3

@@ -23,6 +23,8 @@ _REAL_EPOCHS, _REAL_EPISODES, _OFFLINE_EPOCHS, _OFFLINE_EPISODES = 50, 200, 6, 6
 class FewShotOptions(CommonOptions):
     """The options the document and its program name, with their values, and those of the data."""
 
+    changes_on_resume = CommonOptions.changes_on_resume | {"num_epoch", "test_iter"}
+
     method: Literal["FSCT_cosine", "FSCT_softmax"] = "FSCT_cosine"
     """Attention of prototypes over queries: by cosine, or by softmax (the published ablation)."""
     dataset: Literal["glyphs", "digits", "miniImagenet", "CIFAR", "CUB", "Omniglot"] = "glyphs"
