@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from samegrad.exact.looking_on import LookingOn
 
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 # Functional collectives wait in an operation of their own, which is none itself.
@@ -24,9 +25,9 @@ class CollectiveSeen(Exception):
     """A collective was about to run; the text is its name. It did not run."""
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+class _Watch(LookingOn):
     def __init__(self, allowed: tuple[str, ...]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        super().__init__()
         self._allowed = (*allowed, *_WAITS)
 
     def __torch_dispatch__(

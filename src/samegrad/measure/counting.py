@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
+from samegrad.exact.looking_on import LookingOn
 from samegrad.records import Category, Phase, TimelinePoint
 
 _BORN_IN = {
@@ -43,7 +43,7 @@ def count_bytes(step: _Declares, *, with_timeline: bool = False) -> ByteCounter:
     return ByteCounter(step.declared.device, gradients_of=step.declared.modules, with_timeline=with_timeline)
 
 
-class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+class ByteCounter(LookingOn):
     """Counts live bytes of tensors on ``device`` while it is entered. It is a ``phases.Listener``.
 
     ``gradients_of``: modules whose parameters' ``.grad`` are gradients. ``with_timeline`` keeps the course of the
@@ -53,7 +53,7 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     def __init__(
         self, device: torch.device, *, gradients_of: Iterable[nn.Module] = (), with_timeline: bool = False
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        super().__init__()
         self._device_type = device.type
         self._gradients_of = list(gradients_of)
         self._known: dict[int, tuple[Any, int, Category]] = {}

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.nn.modules import module as module_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad import trees
 from samegrad.errors import CannotTrace
+from samegrad.exact.looking_on import LookingOn
 from samegrad.measure import kernel_shapes, known_values, operation_costs
 from samegrad.measure.events import MemoryEvent, Operation
 from samegrad.measure.shadows import Twins
@@ -68,7 +68,7 @@ def _path_within(caller: str, owner: str, path: str) -> str:
     return caller + path[len(owner) :] if path.startswith(f"{owner}.") else f"{caller}.{path}"
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+class Recorder(LookingOn):
     """Operations and memory events of whatever runs inside.
 
     ``twins``: for tensors with data that the user's code brings from elsewhere, a closure say. ``paths``: a module's
@@ -78,7 +78,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
     def __init__(
         self, dispatch: Dispatch, twins: Twins, paths: Mapping[int, str], gradients_of: Iterable[nn.Module] = ()
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        super().__init__()
         self._dispatch = dispatch
         self._device_type = dispatch.device.type
         self.twins = twins

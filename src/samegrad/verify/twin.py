@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad import trees
 from samegrad.data.prefetch import stream_chunks
@@ -23,6 +22,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.calls import line_from
 from samegrad.exact.float64 import float64_declared
+from samegrad.exact.looking_on import LookingOn
 from samegrad.exact.one_chunk import ChunkedStep
 from samegrad.exact.split import SplitStep
 from samegrad.verify.sides import Planned
@@ -60,11 +60,11 @@ def copied(declared: DeclaredStep) -> DeclaredStep:
     return dataclasses.replace(declared, model=network, loss_fn=loss_fn, optimizer=None)
 
 
-class NarrowestSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+class NarrowestSeen(LookingOn):
     """Keeps the narrowest floating dtype that any operation inside the block returned, and ``where`` that was first."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        super().__init__()
         self.dtype = torch.float64
         self.where = ""
 

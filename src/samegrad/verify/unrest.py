@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from samegrad import trees
 from samegrad.exact.batchnorm import uses_batch_statistics
+from samegrad.exact.looking_on import LookingOn
 from samegrad.exact.replaced_forward import forward_replaced
 from samegrad.exact.undisturbed import ModuleState
 from samegrad.levers import Slot, levers_of
@@ -127,11 +127,11 @@ def _takes_other_kernels(planned: Planned) -> bool:
     )
 
 
-class _MovedResults(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+class _MovedResults(LookingOn):
     """Inside the block every new tensor that an operation returns is moved by ``nudge``."""
 
     def __init__(self, nudge: Nudge) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        super().__init__()
         self._nudge = nudge
 
     def __torch_dispatch__(
