@@ -53,32 +53,87 @@ def test_a_step_is_yielded_after_it_with_gradients_cleared_and_its_index() -> No
         assert result.seconds > 0 and result.peak_allocated_bytes is None
 
 
-def plain_weights_of_means(divisors: tuple[int, int]) -> dict[str, Tensor]:
-    """After a step on two batches and one on what is left, their summed gradients divided by ``divisors``."""
+def plain_weights_of(groups: Any, loss: Any = cross_entropy) -> dict[str, Tensor]:
+    """After one step on each of ``groups``, batches laid together."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for group, divisor in zip((BATCHES[:2], BATCHES[2:]), divisors):
-        for batch in group:
-            (cross_entropy(model(batch[0]), batch) / divisor).backward()
+    for group in groups:
+        whole = tuple(torch.cat(leaves) for leaves in zip(*group))
+        loss(model(whole[0]), whole).backward()
         optimizer.step()
         optimizer.zero_grad()
     return dict(model.named_parameters())
 
 
-def test_several_batches_a_step_are_the_mean_of_their_losses_also_where_they_run_out() -> None:
+@pytest.mark.parametrize("per_step", [2, 3])
+def test_several_batches_a_step_are_one_large_batch_whatever_their_sizes(per_step: int) -> None:
     step = stepped(optimizer=torch.optim.SGD)
-    results = list(sg.train(step, BATCHES, batches_per_step=2))
-    assert [r.batch_rows for r in results] == [49, 11] and [r.index for r in results] == [0, 1]
-    model = mlp()
-    losses = [float(cross_entropy(model(batch[0]), batch)) for batch in BATCHES[:2]]
-    assert results[0].loss == pytest.approx(sum(losses) / 2, rel=1e-12)
+    results = list(sg.train(step, BATCHES, batches_per_step=per_step))
+    groups = [BATCHES[:per_step], BATCHES[per_step:]] if per_step < 3 else [BATCHES]
+    assert [r.batch_rows for r in results] == [sum(len(batch[0]) for batch in group) for group in groups]
+    first = tuple(torch.cat(leaves) for leaves in zip(*groups[0]))
+    with torch.no_grad():
+        assert results[0].loss == pytest.approx(float(cross_entropy(mlp()(first[0]), first)), rel=1e-12)
     trained = dict(step.declared.model.named_parameters())
-    assert_close(trained, plain_weights_of_means((2, 1)))
-    # What a mean over the batches that should have been there would have given.
-    short = plain_weights_of_means((2, 2))
-    assert max(float((short[name] - trained[name]).abs().max()) for name in short) > 1e-6
+    assert_close(trained, plain_weights_of(groups))
+    # What a mean of the batches' means would have given.
+    model = mlp()
+    for batch in groups[0]:
+        (cross_entropy(model(batch[0]), batch) / len(groups[0])).backward()
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+    means = dict(model.named_parameters())
+    assert max(float((means[name] - trained[name]).abs().max()) for name in means) > 1e-6
+
+
+def ignoring(outputs: Tensor, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(outputs, batch[1], ignore_index=0)
+
+
+def summed(outputs: Tensor, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(outputs, batch[1], reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("loss", "normalise"), [(ignoring, lambda batch: (batch[1] != 0).sum()), (summed, "sum")], ids=["counted", "sum"]
+)
+def test_several_batches_a_step_count_what_the_loss_is_divided_by(loss: Any, normalise: Any) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    step = sg.Step(model, loss, rows=4, optimizer=optimizer, normalise=normalise)
+    results = list(sg.train(step, BATCHES, batches_per_step=3))
+    assert_close(dict(model.named_parameters()), plain_weights_of([BATCHES], loss))
+    whole = tuple(torch.cat(leaves) for leaves in zip(*BATCHES))
+    with torch.no_grad():
+        assert results[0].loss == pytest.approx(float(loss(mlp()(whole[0]), whole)), rel=1e-12)
+
+
+def test_no_batches_a_step_are_refused() -> None:
     with pytest.raises(sg.UsageError, match="not a positive number"):
-        next(sg.train(step, BATCHES, batches_per_step=0))
+        next(sg.train(stepped(), BATCHES, batches_per_step=0))
+
+
+def stepping_in_backward(model: nn.Module) -> None:
+    inside = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: inside[p].step())
+
+
+@pytest.mark.parametrize("how", [{"batches_per_step": 2}, {"scaler": torch.amp.GradScaler("cpu")}], ids=["several batches", "scaler"])
+def test_hooks_that_step_in_backward_are_refused_where_the_gradient_is_not_whole(how: dict[str, Any]) -> None:
+    step = stepped()
+    before = {k: v.clone() for k, v in step.declared.model.state_dict().items()}
+    stepping_in_backward(step.declared.model)
+    with pytest.raises(sg.UsageError, match="steps an optimizer inside backward"):
+        next(sg.train(step, BATCHES, **how))
+    assert same(before, step.declared.model.state_dict())
+
+
+def test_hooks_that_only_look_are_no_reason_to_refuse() -> None:
+    step, seen = stepped(), []
+    for parameter in step.declared.model.parameters():
+        parameter.register_post_accumulate_grad_hook(seen.append)
+    list(sg.train(step, BATCHES, batches_per_step=2))
+    assert seen
 
 
 def test_several_batches_a_step_are_unscaled_before_they_are_averaged() -> None:
@@ -156,6 +211,23 @@ def test_a_scaler_is_used_as_the_plain_recipe_uses_it() -> None:
     (plain_weights, plain_scale), (our_weights, our_scale) = run(plainly), run(ours)
     assert plain_scale == our_scale == 16.0
     assert_close(our_weights, plain_weights)
+
+
+def test_with_a_scaler_a_loss_that_is_not_finite_skips_its_step_and_ten_in_a_row_are_an_error() -> None:
+    model = mlp(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    step = sg.Step(model, lambda z, b: cross_entropy(z, b) * b[2].mean(), rows=4, optimizer=optimizer)
+    good = (BATCHES[0][0].float(), BATCHES[0][1], torch.ones(29))
+    bad = (*good[:2], torch.full((29,), math.inf))
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    loop = sg.train(step, [bad, good, *[bad] * 11], scaler=scaler)
+    assert next(loop).loss == math.inf and same(weights, model.state_dict()) and scaler.get_scale() == 512.0
+    assert math.isfinite(next(loop).loss) and not same(weights, model.state_dict())
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(sg.NonFinite, match="10 steps in a row"):
+        list(loop)
+    assert same(weights, model.state_dict())
 
 
 def test_with_a_scaler_a_gradient_that_overflows_skips_its_step_and_the_loop_goes_on() -> None:

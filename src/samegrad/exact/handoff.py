@@ -111,10 +111,10 @@ def can_be_taken_back(model: nn.Module, parameters: Sequence[Tensor]) -> bool:
 
 
 def has_hooks(leaf: Tensor) -> bool:
-    return bool(leaf._backward_hooks or _post_accumulate_hooks(leaf))
+    return bool(leaf._backward_hooks or post_accumulate_hooks(leaf))
 
 
-def _post_accumulate_hooks(leaf: Tensor) -> Any:
+def post_accumulate_hooks(leaf: Tensor) -> Any:
     # Absent until the first one is registered.
     return getattr(leaf, "_post_accumulate_grad_hooks", None)
 
@@ -136,7 +136,7 @@ def _through_reducer(ddp: DistributedDataParallel, stub: _Stub) -> Tensor:
 def gradients_apart(leaves: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
     """A block whose backward leaves the gradients of ``leaves`` in the list, and ``.grad`` and hooks unaware of it."""
     before = [leaf.grad for leaf in leaves]
-    post = [(leaf, hooks) for leaf in leaves if (hooks := _post_accumulate_hooks(leaf))]
+    post = [(leaf, hooks) for leaf in leaves if (hooks := post_accumulate_hooks(leaf))]
     found: list[Tensor | None] = []
     try:
         for leaf in leaves:

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
-from samegrad.errors import NonFinite, UsageError
+from samegrad.errors import BadInput, NonFinite, UsageError
 from samegrad.exact.phases import announce, listening
+from samegrad.exact.stepping_hooks import refuse_stepping_hooks
 from samegrad.measure import counters
 from samegrad.measure.counting import ByteCounter
 from samegrad.measure.probe import claim_residents
 from samegrad.records import Phase, Recovery, StepResult
+
+# Steps in a row that a scaler may skip: by then its scale is a thousandth of what it was.
+_MOST_SKIPPED = 10
 
 
 class Trainable(Protocol):
@@ -50,11 +54,16 @@ def train(
 ) -> Iterator[StepResult]:
     """One optimizer step a batch; yields after each, with gradients already cleared.
 
-    ``batches_per_step``: so many batches one after another for one optimizer step, on the mean of their losses; where
-    they run out, the last step's mean is over those that are left. Each is a step's worth of memory by itself.
-    ``scaler``: a GradScaler, used as PyTorch's own recipe does. ``counter`` (from ``count_bytes``): counts the tensor
-    bytes of every step, which is what a peak means where there is no CUDA allocator. Raises NonFinite before the
-    optimizer steps, weights unchanged, and UsageError when the step was declared without an optimizer.
+    ``batches_per_step``: so many batches one after another for one optimizer step, each weighed by its rows, or by
+    what ``normalise(batch)`` of the step counts, so that their loss is that of one large batch; a loss that
+    ``normalise`` says is a sum is added up. Where they run out, the last step is made of those that are left. A loss
+    that couples rows sees one batch at a time, and one that counts its targets by itself (``ignore_index``) needs
+    ``normalise``. Each is a step's worth of memory by itself.
+    ``scaler``: a GradScaler, used as PyTorch's own recipe does: it skips steps whose gradients are not finite; after
+    ten in a row NonFinite is raised. ``counter`` (from ``count_bytes``): counts the tensor bytes of every step, which
+    is what a peak means where there is no CUDA allocator. Raises NonFinite before the optimizer steps, weights
+    unchanged, and UsageError when the step was declared without an optimizer, or when hooks on parameters step one
+    inside backward where a gradient is not whole by then (``scaler``, several batches a step).
     """
     optimizer = step.declared.optimizer
     if optimizer is None:
@@ -67,8 +76,15 @@ def train(
         raise UsageError(
             asked=f"train(..., batches_per_step={batches_per_step})", found="not a positive number", do="give 1 or more"
         )
+    if scaler is not None or batches_per_step > 1:
+        refuse_stepping_hooks(
+            (p for module in step.declared.modules for p in module.parameters()),
+            asked="train(...)" if scaler is None else "train(scaler=...)",
+            do="take the hooks off and let train step the optimizer, or train on one batch a step without a scaler",
+        )
     device = step.declared.device
     reading = counters.read_allocator(device)
+    skipped = 0
     upcoming = iter(batches)
     groups = iter(lambda: list(itertools.islice(upcoming, batches_per_step)), [])
     for index, group in enumerate(groups, start=first_index):
@@ -83,6 +99,14 @@ def train(
             with counter, listening(counter):
                 loss, norm = _one_step(step, optimizer, group, scaler, index)
             counter.forget([leaf for leaf in trees.leaves_of(group) if isinstance(leaf, Tensor)])
+        skipped = skipped + 1 if not math.isfinite(loss) or not math.isfinite(norm) else 0
+        if skipped == _MOST_SKIPPED:
+            raise NonFinite(
+                asked=f"step {index}",
+                found=f"loss {loss:g}, gradient norm {norm:g}, and so for {skipped} steps in a row, which the scaler "
+                "skipped; the weights are those before them",
+                do="look at those batches' rows, lower the learning rate, or compute in bfloat16 or float32",
+            )
         counters.synchronize(device)
         retries_before = reading.retries if reading else 0
         reading = counters.read_allocator(device)
@@ -104,17 +128,23 @@ def train(
 def _one_step(
     step: Trainable, optimizer: torch.optim.Optimizer, batches: Sequence[Any], scaler: Any, index: int
 ) -> tuple[float, float]:
-    losses = [step.backward(batch, scaler=scaler) for batch in batches]
-    loss = math.fsum(map(float, losses)) / len(losses)
+    weights = _weights(step.declared, batches)
+    losses = []
+    for batch, weight, before in zip(batches, weights, [weights[0], *weights]):
+        if weight != before:
+            # What stands is in units of this batch's weight from here on; batches of one size are left as they are.
+            torch._foreach_mul_(_gradients(optimizer), before / weight)
+        losses.append(step.backward(batch, scaler=scaler))
+    whole = math.fsum(weights) if step.declared.normalise != "sum" else 1.0
+    loss = math.fsum(float(loss) * weight for loss, weight in zip(losses, weights)) / whole
     if scaler is not None:
         scaler.unscale_(optimizer)
-    if len(batches) > 1:
-        # What was added up was their sum. Divided once: a loss divided before would be another declared loss.
-        for gradient in _gradients(optimizer):
-            gradient.div_(len(batches))
+    if (share := weights[-1] / whole) != 1:
+        # What was added up was their sum. Once: a loss divided before would be another declared loss.
+        torch._foreach_mul_(_gradients(optimizer), share)
     norm = gradient_norm(optimizer)
-    # With a scaler a gradient that is not finite is the scaler's affair: it skips the step and lowers the scale.
-    if not math.isfinite(loss) or (scaler is None and not math.isfinite(norm)):
+    # With a scaler what is not finite is the scaler's affair: it skips the step and lowers the scale.
+    if scaler is None and not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise NonFinite(
             asked=f"step {index}",
@@ -129,6 +159,24 @@ def _one_step(
         scaler.update()
     optimizer.zero_grad()
     return loss, norm
+
+
+def _weights(declared: DeclaredStep, batches: Sequence[Any]) -> list[float]:
+    """What each batch counts in the mean of all of them; 1 each where losses are added up."""
+    normalise = declared.normalise
+    if normalise == "sum" or len(batches) == 1:
+        return [1.0] * len(batches)
+    if callable(normalise):
+        counts = [float(normalise(batch)) for batch in batches]
+    else:
+        counts = [float(declared.layout(batch).rows) for batch in batches]
+    if not all(count > 0 for count in counts):
+        raise BadInput(
+            asked="batches with at least one row or target that counts each",
+            found=f"normalise(batch) is {counts} for the batches of one step",
+            do="drop batches without valid targets",
+        )
+    return counts
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
