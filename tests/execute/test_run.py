@@ -118,7 +118,9 @@ def stepping_in_backward(model: nn.Module) -> None:
         parameter.register_post_accumulate_grad_hook(lambda p: inside[p].step())
 
 
-@pytest.mark.parametrize("how", [{"batches_per_step": 2}, {"scaler": torch.amp.GradScaler("cpu")}], ids=["several batches", "scaler"])
+@pytest.mark.parametrize(
+    "how", [{"batches_per_step": 2}, {"scaler": torch.amp.GradScaler("cpu")}], ids=["several batches", "scaler"]
+)
 def test_hooks_that_step_in_backward_are_refused_where_the_gradient_is_not_whole(how: dict[str, Any]) -> None:
     step = stepped()
     before = {k: v.clone() for k, v in step.declared.model.state_dict().items()}

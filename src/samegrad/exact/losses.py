@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samegrad.errors import CannotSplit
+
 
 class Form(enum.Enum):
     """How the loss of the batch follows from the losses of its chunks."""
@@ -133,6 +135,21 @@ def leaves_under(loss: Tensor) -> list[Tensor]:
     if loss.grad_fn is None:
         return [loss] if loss.requires_grad else []
     return [node.variable for node in _walk(loss.grad_fn) if node.name().endswith("AccumulateGrad")]
+
+
+def gradients_apart_from(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of ``loss`` with respect to ``leaves``, and ``.grad`` of nothing changed.
+
+    Raises CannotSplit where a part of the graph cannot be followed that way.
+    """
+    if loss.grad_fn is not None and any(node.name() == "CheckpointFunctionBackward" for node in _walk(loss.grad_fn)):
+        raise CannotSplit(
+            asked="the gradients of the plain step, to measure or to compare with",
+            found="a part of the model is checkpointed with use_reentrant=True: it hands gradients to .grad alone",
+            do="give torch.utils.checkpoint.checkpoint use_reentrant=False, or leave it out: where a budget asks for "
+            "it, blocks run again without it",
+        )
+    return torch.autograd.grad(loss, list(leaves))
 
 
 def _walk(root: Any) -> Iterator[Any]:

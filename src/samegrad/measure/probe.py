@@ -223,7 +223,7 @@ def _plain_run(
         announce(Phase.BACKWARD)
         leaves = losses.leaves_under(loss)
         with hooks_silenced(leaves), torch.autocast(declared.device.type, enabled=False):
-            return torch.autograd.grad(loss, leaves)
+            return losses.gradients_apart_from(loss, leaves)
 
     try:
         yield run

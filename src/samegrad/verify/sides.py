@@ -144,7 +144,7 @@ def plain_gradients(
         loss = checked_loss(declared.loss_fn(declared.forward(declared.network, whole), whole))
     leaves = losses.leaves_under(loss)
     with hooks_silenced(leaves), torch.autocast(declared.device.type, enabled=False):
-        gradients = torch.autograd.grad(loss * loss_scale if loss_scale != 1 else loss, leaves)
+        gradients = losses.gradients_apart_from(loss * loss_scale if loss_scale != 1 else loss, leaves)
     return Gradients(_by_name(declared, leaves, gradients, loss_scale), float(loss.detach()))
 
 
