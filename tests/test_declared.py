@@ -158,3 +158,54 @@ def test_a_function_within_a_block_is_still_seen_for_what_it_is() -> None:
     assert torch.equal(changed.loss_fn(outputs, (X, Y)), cross_entropy(outputs, (X, Y)))
     assert [entry == "left" for entry in entered] == [False, False, True, True]
     assert entered[0][0] is outputs
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(), nn.functional.cross_entropy, nn.NLLLoss()], ids=["module", "function", "nll"]
+)
+def test_a_loss_of_targets_is_refused_with_the_line_to_write(loss: Any) -> None:
+    with pytest.raises(UsageError, match=r"(?s)takes outputs and targets.*lambda outputs, batch"):
+        declare(mlp(), loss)
+
+
+def test_a_loss_of_numbers_may_be_meant_as_it_is() -> None:
+    model, batch = nn.Linear(6, 6), torch.randn(5, 6)
+    assert torch.isfinite(plain_loss(declare(model, nn.MSELoss()), batch))
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    with pytest.raises(UsageError, match="none of the optimizer's parameters is the model's"):
+        declare(mlp(), cross_entropy, optimizer=torch.optim.SGD(mlp().parameters(), 0.1))
+    model = mlp()
+    # Some of them are trained: that is a choice.
+    declare(model, cross_entropy, optimizer=torch.optim.SGD([next(model.parameters())], 0.1))
+
+
+class TakesTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(x) * times
+        return outputs
+
+
+def test_a_model_of_two_arguments_asks_for_a_forward() -> None:
+    wanted = r"(?s)TakesTwo\.forward takes x, times.*forward=lambda model, batch: model\(\*batch"
+    with pytest.raises(UsageError, match=wanted):
+        default_forward(TakesTwo(), (torch.randn(5, 6), torch.ones(5, 1)))
+
+
+def test_a_type_error_of_the_models_own_is_left_as_it_is() -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + "one"  # type: ignore[operator]  # what is wrong with it
+
+    with pytest.raises(TypeError):
+        default_forward(Wrong(), (torch.ones(2), torch.ones(2)))
+
+
+def test_a_loss_that_is_not_returned_says_where_labels_go() -> None:
+    with pytest.raises(UsageError, match=r"(?s)NoneType.*forward=lambda model, batch: model\(\*\*batch\)"):
+        checked_loss(None)

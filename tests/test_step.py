@@ -302,3 +302,10 @@ def test_sparse_gradients_are_the_plain_ones_and_are_measured_and_verified(coupl
         torch.testing.assert_close(mine.grad.to_dense(), reference.grad.to_dense(), rtol=1e-12, atol=1e-16)
     assert sg.verify_step(step, (ids, y)).same
     assert sg.measure_step(step, (ids, y)).peak_allocated_bytes > 0
+
+
+def test_a_step_says_what_it_is() -> None:
+    step = sg.Step(mlp(), cross_entropy, rows=4)
+    assert repr(step) == "Step(Sequential, rows=4: no plan yet)"
+    step.backward(labelled(13))
+    assert "split_rows" in repr(step)

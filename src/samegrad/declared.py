@@ -14,11 +14,12 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.errors import UsageError
-from samegrad.module_walk import parts_of
+from samegrad.module_walk import parameters_of, parts_of
 from samegrad.trees import RowLayout
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -131,6 +132,14 @@ def declare(
             found=f"loss_fn is a {type(loss_fn).__name__}, which cannot be called",
             do="pass loss_fn(outputs, batch) that returns the full-batch loss",
         )
+    if type(loss_fn) in (nn.CrossEntropyLoss, nn.NLLLoss) or loss_fn in (F.cross_entropy, F.nll_loss):
+        # Those of numbers may be meant: a batch can be its own target.
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise UsageError(
+            asked=f"Step(model, {name})",
+            found=f"{name} takes outputs and targets; loss_fn is called with outputs and the whole batch",
+            do="loss_fn=lambda outputs, batch: loss(outputs, batch[1])",
+        )
     if isinstance(model, nn.DataParallel):
         raise UsageError(
             asked="Step(nn.DataParallel(...), ...)",
@@ -143,6 +152,7 @@ def declare(
             found="neither 'mean', 'sum' nor a function of the batch",
             do="normalise='mean', normalise='sum', or normalise=lambda batch: (batch[1] != -100).sum()",
         )
+    _check_optimizer(optimizer, model, loss_fn)
     return DeclaredStep(
         model=model,
         loss_fn=loss_fn,
@@ -154,6 +164,21 @@ def declare(
         segments=_checked_names(segments),
         head=head,
     )
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, loss_fn: Loss) -> None:
+    """Raises UsageError where the optimizer would never move this model."""
+    if optimizer is None:
+        return
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = parameters_of([model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])])
+    if taken and own and taken.isdisjoint(map(id, own)):
+        raise UsageError(
+            asked="Step(model, loss_fn, optimizer=optimizer)",
+            found="none of the optimizer's parameters is the model's: it was made for another model, or before this "
+            "one was copied",
+            do="make it from this model's parameters: AdamW(model.parameters())",
+        )
 
 
 def _checked_names(segments: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -192,7 +217,17 @@ def default_forward(module: nn.Module, batch: Any) -> Any:
         taken = _keywords(module)
         return module(**{k: v for k, v in batch.items() if k not in LABEL_KEYS and taken(k)})
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
-        return module(batch[0])
+        try:
+            return module(batch[0])
+        except TypeError as error:
+            if len(wanted := _required(module)) < 2:
+                raise
+            raise UsageError(
+                asked="a default forward for this batch",
+                found=f"{type(module).__name__}.forward takes {', '.join(wanted)}; of a tuple it gets the first entry",
+                do="say how the model is called, for example "
+                f"Step(..., forward=lambda model, batch: model(*batch[:{len(wanted)}]))",
+            ) from error
     raise UsageError(
         asked="a default forward for this batch",
         found=f"the batch is a {type(batch).__name__}, not a tensor, tuple, list or mapping",
@@ -208,6 +243,13 @@ def _keywords(module: nn.Module) -> Callable[[str], bool]:
     return lambda name: name in named
 
 
+def _required(module: nn.Module) -> list[str]:
+    """The arguments that ``module.forward`` cannot do without."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in by_place and p.default is p.empty]
+
+
 def plain_loss(declared: DeclaredStep, batch: Any) -> Tensor:
     """The loss of the unconstrained step on ``batch``, with its graph: what every plan must equal."""
     return checked_loss(declared.loss_fn(declared.forward(declared.model, batch), batch))
@@ -220,7 +262,10 @@ def checked_loss(loss: Any) -> Tensor:
         raise UsageError(
             asked="loss_fn(outputs, batch) -> a scalar tensor",
             found=f"it returned {shape}",
-            do="reduce the loss to one number, for example with .mean()",
+            do="reduce the loss to one number, for example with .mean()"
+            if loss is not None
+            else "return the loss. A model that makes it from labels gets them by forward=lambda model, batch: "
+            "model(**batch); otherwise labels go to loss_fn alone",
         )
     if not loss.requires_grad:
         raise UsageError(

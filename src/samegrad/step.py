@@ -40,6 +40,7 @@ from samegrad.measure import counters
 from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, Plan, Recovery, Verdict
+from samegrad.report.front import describe_levers
 from samegrad.report.verdicts import judge
 from samegrad.settle import aliases_for, check_one_of, plan_here, smaller_plans
 from samegrad.trees import RowLayout
@@ -192,6 +193,11 @@ class Step:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        asked = f"rows={self._rows}" if self._rows is not None else f"budget={self.asked_budget!r}"
+        under = "no plan yet" if self.plan is None else describe_levers(self.plan.levers)
+        return f"Step({type(self.declared.model).__name__}, {asked if self._given is None else 'plan=...'}: {under})"
 
     @property
     def rows(self) -> int | tuple[int, ...] | None:
