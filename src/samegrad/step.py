@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from samegrad.data.prefetch import Prefetcher
 from samegrad.declared import DeclaredStep, Forward, Loss, Normalise, declare
-from samegrad.errors import UsageError
+from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.find_head import named_head
 from samegrad.exact.loop import agreed_cut
 from samegrad.exact.one_chunk import ChunkedStep
@@ -29,8 +30,9 @@ from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.whole import WholeStep, reduces_in_backward
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
-from samegrad.execute.examined import Examined, Kind
+from samegrad.execute.examined import Examined
 from samegrad.execute.given import check_allowed, refuse_not_there
+from samegrad.execute.kept_plans import Kept, KeptPlans
 from samegrad.execute.kept_programs import KeptPrograms
 from samegrad.execute.pinned import checked_rows, pinned_plan
 from samegrad.execute.recover import Attempt, Attempts, attempts_for
@@ -43,7 +45,7 @@ from samegrad.records import Budget, Exactness, Footprint, Plan, Recovery, Verdi
 from samegrad.report.front import describe_levers
 from samegrad.report.verdicts import judge
 from samegrad.settle import aliases_for, check_one_of, plan_here, smaller_plans
-from samegrad.trees import RowLayout
+from samegrad.trees import RowLayout, extents_of
 from samegrad.units import format_bytes
 
 _log = logging.getLogger("samegrad")
@@ -113,7 +115,7 @@ class Step:
         self._examined = Examined(self.declared, aliases_for(self.declared))
         self._waits_for_ranks = self._examined.aliases.sharded or reduces_in_backward(self.declared)
         self._given = plan
-        self._plans: dict[Kind, tuple[Plan, Footprint]] = {}
+        self._plans = KeptPlans()
         self._row_counts = RowCounts(self.declared)
         self._standing = Standing(self.declared)
         self._programs = KeptPrograms()
@@ -250,7 +252,8 @@ class Step:
     def _fall_to(self, plan: Plan, batch: Any, layout: RowLayout) -> Execution:
         """The execution of a smaller plan, which stays in the place of the one that ran out of memory."""
         assert self.footprint is not None
-        self._plans[self._examined.kind_of(batch, layout)] = plan, self.footprint
+        kept = Kept(plan, self.footprint, extents_of(batch, layout))
+        self._plans.keep(self._examined.kind_of(batch, layout), kept)
         return self._execution(batch, layout)
 
     def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout, *, kept: bool) -> ChunkedStep:
@@ -294,17 +297,27 @@ class Step:
             self._examined.accept_plan(self._given, batch, layout)
         else:
             # A layer that is frozen or switched to eval mode makes another step of it.
-            kind = self._examined.kind_of(batch, layout)
-            known = self._plans.get(kind)
-            if known is None or layout.rows > known[0].batch_rows:
+            kind, extents = self._examined.kind_of(batch, layout), extents_of(batch, layout)
+            known = self._plans.of(kind, extents, layout.rows, lambda plan: self._accepts(plan, batch, layout))
+            if known is None:
                 self._standing.close()
                 self._programs.close()
-                known = self._plans[kind] = self._planned(batch, layout)
-            self.plan, self.footprint = known
+                known = self._plans.keep(kind, Kept(*self._planned(batch, layout), extents))
+            self.plan, self.footprint = known.plan, known.footprint
         assert self.plan is not None
         check_allowed(self.plan, self.allow)
         with applied(self.plan, self.declared, layout.rows) as execution:
             return execution
+
+    def _accepts(self, plan: Plan, batch: Any, layout: RowLayout) -> bool:
+        """Whether ``plan``, made for a batch that is longer somewhere, can run this one too."""
+        with contextlib.suppress(CannotSplit), applied(plan, self.declared, layout.rows) as execution:
+            if not execution.runs_whole:
+                ways = self._examined.ways_for(batch, layout)
+                self._examined.accept_levers(plan, batch, layout, ways)
+                chunked_step(execution, self._examined.aliases, ways, self._chunks)
+            return True
+        return False
 
     def _planned(self, batch: Any, layout: RowLayout) -> tuple[Plan, Footprint]:
         device = self.declared.device

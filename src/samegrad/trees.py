@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,28 @@ def is_row_source(leaf: Any) -> TypeGuard[RowSource]:
     return not isinstance(leaf, Tensor) and isinstance(leaf, RowSource)
 
 
+class LeafExtent(NamedTuple):
+    """A leaf of a batch: what it is, and how long it is along every axis but that of the rows (1 there)."""
+
+    what: str
+    row_axis: int | None
+    lengths: tuple[int, ...]
+
+
+Extents = tuple[LeafExtent, ...]
+
+
+def covers(large: Extents, small: Extents) -> bool:
+    """Whether batches of ``small`` are like those of ``large`` and nowhere longer."""
+    return len(large) == len(small) and all(
+        a.what == b.what
+        and a.row_axis == b.row_axis
+        and len(a.lengths) == len(b.lengths)
+        and all(theirs <= ours for ours, theirs in zip(a.lengths, b.lengths))
+        for a, b in zip(large, small)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
     """Where the rows of a batch are: ``axes[i]`` is leaf i's row axis, or None for a leaf all chunks share.
@@ -68,6 +90,19 @@ class RowLayout:
             else:
                 parts.append(f"{path}:{type(leaf).__name__}")
         return " ".join(parts)
+
+
+def extents_of(batch: Any, layout: RowLayout) -> Extents:
+    """What ``batch`` is made of, leaf by leaf."""
+    found = []
+    for leaf, axis, path in zip(pytree.tree_leaves(batch), layout.axes, layout.paths):
+        what, lengths = f"{path}:{type(leaf).__name__}", tuple[int, ...]()
+        if isinstance(leaf, Tensor) or is_row_source(leaf):
+            grad = "+grad" * (isinstance(leaf, Tensor) and leaf.requires_grad)
+            what += f" {leaf.dtype}{grad}"
+            lengths = tuple(1 if i == axis else int(n) for i, n in enumerate(leaf.shape))
+        found.append(LeafExtent(what, axis, lengths))
+    return tuple(found)
 
 
 def find_rows(batch: Any, batch_axes: Any = None) -> RowLayout:

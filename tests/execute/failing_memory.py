@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import samegrad as sg
+from samegrad.execute.kept_plans import Kept
 from samegrad.measure.counting import ByteCounter
 from samegrad.records import Budget, Counting, Exactness, Footprint, Origin, Plan
+from samegrad.trees import extents_of
 
 D = torch.float64
 ROWS = 7
@@ -208,7 +210,8 @@ class Rerun:
         self._generator = torch.get_rng_state()
         declared = self.step.declared
         self._key = declared.layout(self.batch).signature(self.batch), declared.mode()
-        self._plan = plan(kind.left), _footprint()
+        extents = extents_of(self.batch, declared.layout(self.batch))
+        self._plan = Kept(plan(kind.left), _footprint(), extents)
         self.run(None)
         self.expected, self.unmoved = self.by_itself(kind.taken), self.by_itself(kind.left)
 
@@ -222,7 +225,7 @@ class Rerun:
         self.model.load_state_dict(self._state)
         self.model.zero_grad()
         torch.set_rng_state(self._generator)
-        self.step._plans[self._key] = self._plan
+        self.step._plans.keep(self._key, self._plan)
 
     def run(self, at: int | None, error: BaseException | None = None) -> tuple[Left, FailsAt]:
         """What the step leaves when operation ``at`` runs out of memory."""
