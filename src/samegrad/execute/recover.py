@@ -275,7 +275,8 @@ def attempts_for(
     if ddp is None:
         return stays(advice=_NO_MORE, smaller=smaller)
     # Ranks that ran out of batches (join) answer DDP's own collectives only.
-    waits_inside = ways is not None and ways.waits_inside
+    # A static graph counts every gradient that arrives, also those of a whole step that are not to be reduced yet.
+    waits_inside = (ways is not None and ways.waits_inside) or ddp.static_graph
     if waits_inside or ddp._join_config.enable or shared_over_ranks(declared.network):
         return stays(advice=_WAITING, undoable=False)
     return stays(advice=_NO_MORE, smaller=smaller, ranks=Ranks((ddp.process_group,), declared.device))
