@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
 from samegrad.exact.aliases import ParameterAliases
+from samegrad.exact.batchnorm import uses_batch_statistics
 from samegrad.exact.examine import chosen_rows
 from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.out_of_memory import is_out_of_memory
@@ -84,6 +85,13 @@ def examine_mapped(
     sizes = [first, few_layout.rows - first] if few_layout.rows > 1 else [1]
     trial = _Trial(declared, aliases, few, few_layout, sizes, sites, rules)
     plain = trial.run(None)
+    if plain.counted_again and isinstance(lever, ExactBatchNorm):
+        raise CannotSplit(
+            asked=f"run parts of the model in chunks by {lever.name}",
+            found=f"{plain.counted_again[0]} runs again in backward, inside a torch.utils.checkpoint of the model, and "
+            "the plain step updates its running statistics twice",
+            do="take the checkpoint out of the model: chunks save memory in its place, and update them once",
+        )
     chunked = trial.run(lever.scheme())
     if different := plain.differing(chunked):
         if _is_rounding(trial, lever, plain, chunked):
@@ -136,10 +144,11 @@ def _not_the_same_again(
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """Outputs by their place, and gradients by parameter."""
+    """Outputs by their place, and gradients by parameter; the BatchNorm layers that counted a batch in backward."""
 
     outputs: list[tuple[str, Any]]
     gradients: dict[str, Tensor | None]
+    counted_again: tuple[str, ...] = ()
 
     def differing(self, other: _Found) -> list[str]:
         places, others = ([place for place, _ in side.outputs] for side in (self, other))
@@ -222,13 +231,24 @@ class _Trial:
                 stack.enter_context(scheme(network, sizes=self.sizes, draws=draws, rules=self.rules))
             with draws.all_rows(ids):
                 outputs = program.seen(declared.forward(network, self.few))
+            counts = _batch_counts(network)
             live = [leaf for leaf in program.tensors_in(outputs) if leaf.requires_grad]
             cotangents = [torch.linspace(-1, 1, leaf.numel(), device=leaf.device).view(leaf.shape) for leaf in live]
             cotangents = [c.to(leaf.dtype) for c, leaf in zip(cotangents, live)]
             with torch.autocast(declared.device.type, enabled=False):
                 gradients = _gradients(live, standing, cotangents)
+            again = tuple(name for name, count in _batch_counts(network).items() if count != counts[name])
         found = trees.flatten_with_paths(trees.map_tensors(outputs, Tensor.detach), "outputs")
-        return _Found(found, dict(zip(self.aliases.names, gradients)))
+        return _Found(found, dict(zip(self.aliases.names, gradients)), again)
+
+
+def _batch_counts(network: nn.Module) -> dict[str, int]:
+    """How many batches each BatchNorm layer has counted."""
+    return {
+        name: int(part.num_batches_tracked)
+        for name, part in network.named_modules()
+        if uses_batch_statistics(part) and part.num_batches_tracked is not None
+    }
 
 
 def _gradients(

@@ -1,4 +1,4 @@
-"""Models with checkpoints of their own: the reentrant kind hides its gradients, and is refused by name."""
+"""Models with checkpoints of their own: what they hide or do twice is refused by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import samegrad as sg
+from samegrad.declared import declare
+from samegrad.execute.trial import examine_mapped
+from samegrad.levers.exact_batchnorm import ExactBatchNorm
+from samegrad.settle import aliases_for
 
 from ..contract.plain import assert_close, cross_entropy, labelled
 
@@ -57,3 +61,31 @@ def test_the_other_kind_is_planned_and_verified() -> None:
         step.backward(BATCH)
         assert sg.verify_step(step, BATCH).same
     assert_close({name: p.grad for name, p in model.named_parameters()}, plain_gradients())
+
+
+class Normed(nn.Module):
+    def __init__(self, *, checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed = checkpointed
+        self.first, self.last = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU()), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Any = checkpoint(self.first, x, use_reentrant=False) if self.checkpointed else self.first(x)
+        outputs: Tensor = self.last(hidden)
+        return outputs
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_statistics_that_a_checkpoint_updates_twice_are_refused_in_chunks(checkpointed: bool) -> None:
+    """PyTorch's plain step counts every batch twice there; lockstep would count it once."""
+    model = Normed(checkpointed=checkpointed).double()
+    declared = declare(model, cross_entropy)
+    aliases, layout = aliases_for(declared), declared.layout(BATCH)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if checkpointed:
+        with pytest.raises(sg.CannotSplit, match=r"first\.1 runs again in backward.*statistics twice"):
+            examine_mapped(declared, aliases, BATCH, layout, ExactBatchNorm(rows=4), None)
+    else:
+        examine_mapped(declared, aliases, BATCH, layout, ExactBatchNorm(rows=4), None)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
