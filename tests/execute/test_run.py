@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad.exact.out_of_memory import OutOfMemory
 from samegrad.execute.run import gradient_norm
 
 from ..contract.plain import assert_close, cross_entropy, labelled, mlp, same
@@ -213,6 +214,15 @@ def test_a_scaler_is_used_as_the_plain_recipe_uses_it() -> None:
     (plain_weights, plain_scale), (our_weights, our_scale) = run(plainly), run(ours)
     assert plain_scale == our_scale == 16.0
     assert_close(our_weights, plain_weights)
+
+
+def test_an_optimizer_that_runs_out_of_memory_is_said_to_have_moved_some_weights() -> None:
+    class Greedy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfMemory, match=r"(?s)optimizer\.step\(\).*some weights may have moved"):
+        next(sg.train(stepped(optimizer=Greedy), BATCHES))
 
 
 def test_with_a_scaler_a_loss_that_is_not_finite_skips_its_step_and_ten_in_a_row_are_an_error() -> None:

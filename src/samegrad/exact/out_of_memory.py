@@ -21,7 +21,7 @@ _OUT_OF_MEMORY_CODE = 2
 
 
 class OutOfMemory(OverBudget, torch.OutOfMemoryError):
-    """Out of memory, and either there was no smaller plan or none may be taken. Nothing of the step stays."""
+    """Out of memory, and either there was no smaller plan or none may be taken. Nothing of a backward stays."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import BadInput, NonFinite, UsageError
+from samegrad.exact.out_of_memory import OutOfMemory, is_out_of_memory
 from samegrad.exact.phases import announce, listening
 from samegrad.exact.stepping_hooks import refuse_stepping_hooks
 from samegrad.measure import counters
@@ -152,13 +154,30 @@ def _one_step(
             do="look at that batch's rows, lower the learning rate, or clip the gradients",
         )
     announce(Phase.OPTIMIZER)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+    with _known_lack_of_memory(index):
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
     optimizer.zero_grad()
     return loss, norm
+
+
+@contextlib.contextmanager
+def _known_lack_of_memory(index: int) -> Iterator[None]:
+    """A block of the optimizer's turn, which cannot be undone: Raises OutOfMemory that says so."""
+    try:
+        yield
+    except Exception as error:  # of many types; all but one kind go on
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            asked=f"step {index}: optimizer.step()",
+            found="memory ran out in the optimizer's turn; some weights may have moved and others not",
+            do="go on from the last checkpoint, with a smaller budget, and with optimizer= given to the Step, so that "
+            "what its turn takes is planned",
+        ) from error
 
 
 def _weights(declared: DeclaredStep, batches: Sequence[Any]) -> list[float]:
