@@ -108,6 +108,17 @@ def test_several_batches_a_step_count_what_the_loss_is_divided_by(loss: Any, nor
         assert results[0].loss == pytest.approx(float(loss(mlp()(whole[0]), whole)), rel=1e-12)
 
 
+def test_batches_whose_targets_are_left_out_ask_what_they_count() -> None:
+    batches = [(x, y.clone()) for x, y in BATCHES]
+    batches[1][1][3] = -100
+    step = stepped()
+    wanted = r"(?s)batch\[1\] holds -100.*normalise=lambda batch: \(batch\[1\] != -100\)"
+    with pytest.raises(sg.UsageError, match=wanted):
+        next(sg.train(step, batches, batches_per_step=2))
+    # One batch a step counts for itself.
+    assert len(list(sg.train(stepped(), batches))) == 3
+
+
 def test_no_batches_a_step_are_refused() -> None:
     with pytest.raises(sg.UsageError, match="not a positive number"):
         next(sg.train(stepped(), BATCHES, batches_per_step=0))

@@ -31,6 +31,10 @@ from samegrad.records import Phase, Recovery, StepResult
 _MOST_SKIPPED = 10
 
 
+# cross_entropy's and nll_loss's ignore_index where nobody says another.
+_IGNORED = -100
+
+
 class Trainable(Protocol):
     """A step that knows its model and optimizer: a ``Step``, for one."""
 
@@ -188,6 +192,8 @@ def _weights(declared: DeclaredStep, batches: Sequence[Any]) -> list[float]:
     if callable(normalise):
         counts = [float(normalise(batch)) for batch in batches]
     else:
+        for batch in batches if normalise is None else ():
+            _refuse_ignored_targets(batch)
         counts = [float(declared.layout(batch).rows) for batch in batches]
     if not all(count > 0 for count in counts):
         raise BadInput(
@@ -196,6 +202,17 @@ def _weights(declared: DeclaredStep, batches: Sequence[Any]) -> list[float]:
             do="drop batches without valid targets",
         )
     return counts
+
+
+def _refuse_ignored_targets(batch: Any) -> None:
+    """Raises UsageError where rows do not say what a batch counts: the loss will leave targets out."""
+    for path, leaf in trees.flatten_with_paths(batch, "batch"):
+        if isinstance(leaf, Tensor) and leaf.dtype == torch.int64 and bool((leaf == _IGNORED).any()):
+            raise UsageError(
+                asked="several batches a step, each weighed by its rows",
+                found=f"{path} holds {_IGNORED}, by which torch's losses leave targets out: a batch counts what is left",
+                do=f"say what each counts: Step(..., normalise=lambda batch: ({path} != {_IGNORED}).sum())",
+            )
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
