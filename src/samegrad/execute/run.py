@@ -210,7 +210,7 @@ def _refuse_ignored_targets(batch: Any) -> None:
         if isinstance(leaf, Tensor) and leaf.dtype == torch.int64 and bool((leaf == _IGNORED).any()):
             raise UsageError(
                 asked="several batches a step, each weighed by its rows",
-                found=f"{path} holds {_IGNORED}, by which torch's losses leave targets out: a batch counts what is left",
+                found=f"{path} holds {_IGNORED}, by which torch's losses leave targets out; what is left counts",
                 do=f"say what each counts: Step(..., normalise=lambda batch: ({path} != {_IGNORED}).sum())",
             )
 
