@@ -48,8 +48,18 @@ class Boundary:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, place: TracebackType | None
     ) -> bool:
-        if error is None:
-            return True
+        try:
+            if error is not None:
+                self._end(error)
+            self.console.finish()
+        except EnvironmentProblem as unwritten:
+            # What the command came to counts for more than that nobody could be told.
+            self.code = self.code or unwritten.exit_code
+            self.console.error(f"error: {unwritten}")
+        return True
+
+    def _end(self, error: BaseException) -> None:
+        """The exit code of ``error``, told."""
         if self.debug and not isinstance(error, SystemExit):
             self.console.error("".join(traceback.format_exception(error)))
         match error:
@@ -66,7 +76,6 @@ class Boundary:
                 self._tell(known, getattr(error, "__notes__", []))
             case _:
                 self._bug(error)
-        return True
 
     def _tell(self, error: SamegradError, advice: Sequence[str]) -> None:
         self.code = error.exit_code
