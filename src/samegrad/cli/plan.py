@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from samegrad.cli.console import Console
 from samegrad.cli.devices import find_card_asked
 from samegrad.cli.options import Switch
+from samegrad.cli.output_folder import check_output
 from samegrad.cli.target import FunctionTarget, Target, asked_device, target_call
 from samegrad.errors import UsageError
 from samegrad.units import format_bytes, format_seconds
@@ -67,6 +68,7 @@ class Answer:
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("plan", (PlanOptions,), argv)
     options = call.part(PlanOptions)
+    check_output(options.output)
     card = find_card_asked(asked_device(target, call))
     from samegrad.cli.programs import advised, load_training
     from samegrad.cli.run_story import read_plan, write_records

@@ -9,6 +9,7 @@ from typing import Literal
 
 from samegrad.cli.console import Console
 from samegrad.cli.devices import refuse_card
+from samegrad.cli.output_folder import check_output
 from samegrad.cli.target import asked_device, target_call
 from samegrad.errors import UsageError
 
@@ -34,6 +35,7 @@ class VerifyOptions:
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("verify", (VerifyOptions,), argv)
     options = call.part(VerifyOptions)
+    check_output(options.output)
     refuse_card("verify", asked_device(target, call))
     import samegrad as sg
     from samegrad.cli.planned import plan_step
