@@ -17,6 +17,7 @@ from samegrad.cli.options import Switch
 from samegrad.cli.output_folder import check_output
 from samegrad.cli.target import FunctionTarget, Target, asked_device, target_call
 from samegrad.errors import UsageError
+from samegrad.recipes import OutOfRange
 from samegrad.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
-            raise UsageError(asked=f"--steps {self.steps}", found="less than 1", do="give 1 or more", option="steps")
+            raise OutOfRange(asked=f"--steps {self.steps}", found="less than 1", do="give 1 or more", option="steps")
         ways = [name for name in ("pareto", "table", "plan") if getattr(self, name)]
         if len(ways) > 1:
             raise UsageError(

@@ -24,6 +24,7 @@ from samegrad.cli.output_folder import check_output
 from samegrad.cli.ranks import own_folder, own_rank
 from samegrad.cli.target import Target, asked_device, target_call
 from samegrad.errors import UsageError
+from samegrad.recipes import OutOfRange
 
 if TYPE_CHECKING:
     from samegrad.store import RunFolder
@@ -56,7 +57,7 @@ class RunOptions:
         for name in ("steps", "save_every", "log_every", "verify_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(asked=f"{name} {value}", found="less than 1", do="give 1 or more", option=name)
+                raise OutOfRange(asked=f"--{name} {value}", found="less than 1", do="give 1 or more", option=name)
         if self.resume and self.output is None:
             raise UsageError(
                 asked="--resume",

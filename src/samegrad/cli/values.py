@@ -39,6 +39,14 @@ class Written:
     items: tuple[Written, ...] = ()
 
 
+class NotFinite(ValueError):
+    """A number that is NaN or infinite; ``value`` is it, so that what accepts the option can say what it accepts."""
+
+    def __init__(self, sentence: str, value: float) -> None:
+        self.value = value
+        super().__init__(sentence)
+
+
 def convert(written: Written, hint: Any) -> Any:
     """``written`` as the type ``hint``. Raises ValueError saying what was found and what is accepted."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -107,12 +115,15 @@ def _int(written: Written) -> int:
 
 def _float(written: Written) -> float:
     if written.kind in (Kind.INT, Kind.FLOAT, Kind.WORD):
+        # YAML writes .nan and -.inf.
+        yaml = written.kind is Kind.FLOAT and written.text.lower().lstrip("+-") in (".nan", ".inf")
         try:
-            value = float(written.text)
+            value = float(written.text.replace(".", "") if yaml else written.text)
         except ValueError:
             raise _wrong(written, float) from None
         if math.isfinite(value):
             return value
+        raise NotFinite(str(_wrong(written, float)), value)
     raise _wrong(written, float)
 
 

@@ -11,7 +11,7 @@ from samegrad.cli.console import Console
 from samegrad.cli.devices import refuse_card
 from samegrad.cli.output_folder import check_output
 from samegrad.cli.target import asked_device, target_call
-from samegrad.errors import UsageError
+from samegrad.recipes import OutOfRange
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 1:
-            raise UsageError(asked=f"--rows {self.rows}", found="less than 1", do="give 1 or more", option="rows")
+            raise OutOfRange(asked=f"--rows {self.rows}", found="less than 1", do="give 1 or more", option="rows")
 
 
 def main(argv: Sequence[str], console: Console) -> int:
