@@ -191,6 +191,38 @@ def test_what_is_not_finite_is_answered_with_the_range(files: Path, text: str) -
     assert found == (says if text.lower() in ("+.inf", "inf") else f"{says}: it must be positive")
 
 
+@pytest.mark.parametrize("text", ["010", "0x10", "0o7", "1_000", "+5", "-0", "1e3", "true"])
+def test_a_whole_number_means_the_same_in_every_source(
+    files: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*line: str) -> object:
+        try:
+            return read(*line).sizes
+        except UsageError as error:
+            return error.found.partition(": ")[2].removeprefix("sizes: ")
+
+    Path("list.yaml").write_text(f"sizes: [{text}]\n")
+    in_file, on_line = answer("--config", "list.yaml"), answer("--sizes", text)
+    monkeypatch.setenv("SAMEGRAD_SIZES", text)
+    assert in_file == on_line == answer()
+
+
+@pytest.mark.parametrize("text", ["1", "0", "true", "False", "yes", "on", "2", "None"])
+def test_a_truth_means_the_same_in_files_and_the_environment(
+    files: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*line: str) -> object:
+        try:
+            return read(*line).tied
+        except UsageError as error:
+            return error.found.partition(": ")[2].removeprefix("tied: ")
+
+    Path("truth.yaml").write_text(f"tied: {text}\n")
+    in_file = answer("--config", "truth.yaml")
+    monkeypatch.setenv("SAMEGRAD_TIED", text)
+    assert in_file == answer()
+
+
 def test_a_list_with_what_is_not_finite_is_refused(files: Path) -> None:
     assert "'nan' is not a finite number" in outside("--shares", "0.5", "nan").found
 
