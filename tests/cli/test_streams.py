@@ -28,6 +28,7 @@ def test_half_a_document_is_a_failure(folder: Path, unbuffered: str) -> None:
     ran = shell("recipes cat autoencoder --json > half.json", before="ulimit -f 1; ", unbuffered=unbuffered)
     assert ran.returncode == 4
     assert "write the result to stdout" in ran.stderr
+    assert "1024 bytes (ulimit -f)" in ran.stderr
     assert "Exception ignored" not in ran.stderr
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from samegrad.errors import EnvironmentProblem
+from samegrad.errors import EnvironmentProblem, too_large_a_file
 from samegrad.json_record import SCHEMA_VERSION
 from samegrad.report.words import clean_block, clean_line
 
@@ -191,11 +191,10 @@ def _write(stream: TextIO, text: str) -> None:
         end_output(stream)
         if stream is sys.stderr:
             return
-        raise EnvironmentProblem(
-            asked="write the result to stdout",
-            found=f"{error.strerror or error}",
-            do="write it to a place with free space",
-        ) from error
+        found, do = f"{error.strerror or error}", "write it to a place with free space"
+        if error.errno == errno.EFBIG:
+            found, do = too_large_a_file()
+        raise EnvironmentProblem(asked="write the result to stdout", found=found, do=do) from error
 
 
 def _write_whole(stream: TextIO, text: str) -> None:
