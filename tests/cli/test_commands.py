@@ -282,8 +282,8 @@ def test_config_validate_lists_all_values_out_of_range(cli: Cli, folder: Path) -
         "bad.yaml:1: learning_rate -1.0: it must be positive and finite",
         "bad.yaml:2: latent_dim 0: it must be at least 1",
         "bad.yaml:3: train_fraction 1.5: it must lie between 0 and 1",
-        "bad.yaml:4: save_every 0: less than 1",
-        "bad.yaml:5: steps -4: less than 1",
+        "bad.yaml:4: save_every 0: it must be at least 1",
+        "bad.yaml:5: steps -4: it must be at least 1",
         "bad.yaml:6: weight_penalty: '.nan' is not a finite number: it must be 0 or positive, and finite",
     ):
         assert line in ran.err

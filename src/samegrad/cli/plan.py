@@ -48,7 +48,9 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
-            raise OutOfRange(asked=f"--steps {self.steps}", found="less than 1", do="give 1 or more", option="steps")
+            raise OutOfRange(
+                asked=f"--steps {self.steps}", found="it must be at least 1", do="give 1 or more", option="steps"
+            )
         ways = [name for name in ("pareto", "table", "plan") if getattr(self, name)]
         if len(ways) > 1:
             raise UsageError(

@@ -57,7 +57,9 @@ class RunOptions:
         for name in ("steps", "save_every", "log_every", "verify_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise OutOfRange(asked=f"--{name} {value}", found="less than 1", do="give 1 or more", option=name)
+                raise OutOfRange(
+                    asked=f"--{name} {value}", found="it must be at least 1", do="give 1 or more", option=name
+                )
         if self.resume and self.output is None:
             raise UsageError(
                 asked="--resume",

@@ -29,7 +29,9 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 1:
-            raise OutOfRange(asked=f"--rows {self.rows}", found="less than 1", do="give 1 or more", option="rows")
+            raise OutOfRange(
+                asked=f"--rows {self.rows}", found="it must be at least 1", do="give 1 or more", option="rows"
+            )
 
 
 def main(argv: Sequence[str], console: Console) -> int:
