@@ -6,6 +6,7 @@ import inspect
 import json
 import pickle
 import re
+import resource
 
 import pytest
 
@@ -64,3 +65,12 @@ def test_the_json_document_names_the_place() -> None:
     assert document == {
         "code": "bad-input", "message": "read: row 3", "hint": "fix it", "file": "x.npy", "option": "--data"
     }  # fmt: skip
+
+
+def test_a_file_that_is_too_large_is_told_by_the_limit_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2048, 4096))
+    found, do = errors.too_large_a_file()
+    assert "2048 bytes (ulimit -f)" in found and "ulimit" in do
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    found, do = errors.too_large_a_file()
+    assert "file system" in found and "ulimit" not in do

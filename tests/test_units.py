@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samegrad.errors import UsageError
-from samegrad.units import format_bytes, format_seconds, parse_bytes, parse_share
+from samegrad.units import check_amount, format_bytes, format_seconds, parse_bytes, parse_share
 
 POWERS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -38,6 +38,22 @@ def test_a_bare_number_is_refused_with_both_readings(text: str) -> None:
         parse_bytes(text, option="--budget")
     assert f"{text.strip()}GiB" in caught.value.do and f"{text.strip()}GB" in caught.value.do
     assert caught.value.option == "--budget"
+
+
+@pytest.mark.parametrize("text", ["0", "0.0", "0.0000000001", "99999999999", "8", "8.5"])
+def test_what_is_suggested_for_a_bare_number_is_accepted(text: str) -> None:
+    with pytest.raises(UsageError, match="without a unit") as caught:
+        parse_bytes(text)
+    for suggested in re.findall(r"[0-9.]+Gi?B", caught.value.do):
+        assert parse_bytes(suggested) > 0
+
+
+def test_an_amount_or_a_share_is_a_budget() -> None:
+    for text in ("6GiB", "80%"):
+        check_amount(text)
+    for text in ("8", "110%", "much"):
+        with pytest.raises(UsageError):
+            check_amount(text)
 
 
 NO_AMOUNTS = ["0GiB", "0", "-1GiB", "", "GiB", "6 gigs", "6GiB6", "1e30GiB", "1e400GiB", "0.2B", "NaNGiB"]

@@ -114,6 +114,16 @@ class NonFinite(SamegradError):
     exit_code, code = 6, "non-finite"
 
 
+def too_large_a_file() -> tuple[str, str]:
+    """What an error of the system says with EFBIG, and what to do; room on the disk has no part in it."""
+    import resource
+
+    most_bytes = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if most_bytes == resource.RLIM_INFINITY:
+        return "the file system takes no file as large", "write to another file system"
+    return f"the limit on the size of a file was hit: {most_bytes} bytes (ulimit -f)", "raise the limit with ulimit -f"
+
+
 def missing_extra(*, package: str, extra: str, wanted_for: str) -> EnvironmentProblem:
     """The error for a package that an extra brings, with the line that installs it."""
     return EnvironmentProblem(

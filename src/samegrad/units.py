@@ -17,6 +17,7 @@ _UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15,
 }  # fmt: skip
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]+)\s*", re.IGNORECASE)
+_BARE = re.compile(r"\s*[0-9]+(?:\.[0-9]+)?\s*")
 _SHARE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 
 
@@ -24,12 +25,11 @@ def parse_bytes(text: str, *, option: str = "budget") -> int:
     """Bytes meant by ``text``: ``"6GiB"`` is 6 * 2**30, ``"6GB"`` is 6 * 10**9. Raises UsageError."""
     match = _AMOUNT.fullmatch(text)
     if match is None or match[2].lower() not in _UNITS:
-        bare = re.fullmatch(r"\s*[0-9.]+\s*", text)
+        bare = _BARE.fullmatch(text) is not None
         raise UsageError(
             asked=f"{option} {text!r}",
             found="a number without a unit" if bare else "not an amount of bytes",
-            do=f"write the unit, for example {option}={text.strip()}GiB (2**30 bytes) or {text.strip()}GB"
-            " (10**9 bytes)" if bare else "write a positive number and a unit: 512MiB, 6GiB, 8GB",
+            do=_with_unit(text.strip(), option) if bare else "write a positive number and a unit: 512MiB, 6GiB, 8GB",
             option=option,
         )
     amount = float(match[1]) * _UNITS[match[2].lower()]
@@ -41,6 +41,19 @@ def parse_bytes(text: str, *, option: str = "budget") -> int:
             option=option,
         )
     return int(amount)
+
+
+def _with_unit(number: str, option: str) -> str:
+    """What to write instead of ``number``; only what would be accepted."""
+    if float(number) * _UNITS["gb"] >= 1 and float(number) * _UNITS["gib"] < 2**60:
+        return f"write the unit, for example {option}={number}GiB (2**30 bytes) or {number}GB (10**9 bytes)"
+    return f"write a positive number and a unit, for example {option}=1GiB"
+
+
+def check_amount(text: str, *, option: str = "budget") -> None:
+    """Raises UsageError where ``text`` is neither an amount of bytes nor a share of a device."""
+    if parse_share(text, option=option) is None:
+        parse_bytes(text, option=option)
 
 
 def parse_share(text: str, *, option: str = "budget") -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from samegrad.measure.cards import CARDS
 from samegrad.measure.target import Target
@@ -145,6 +146,25 @@ def test_an_unknown_card_is_a_mistake_with_the_nearest_names(cli: Cli, command: 
     ran = cli(command, "cards.py:train", "--device", asked, "--json")
     assert (ran.code, ran.document["error"]["option"]) == (2, "device")
     assert nearest in ran.document["error"]["message"] + ran.document["error"]["hint"]
+
+
+@pytest.mark.parametrize(("asked", "meant"), [("cuad:0", "cuda:0"), ("CUDA:1", "cuda:1"), ("cup", "cpu")])
+def test_a_slip_in_a_device_is_answered_with_the_device(cli: Cli, asked: str, meant: str) -> None:
+    ran = cli("plan", "autoencoder", "--device", asked)
+    assert ran.code == 2
+    assert f"did you mean '{meant}'?" in ran.err
+
+
+@pytest.mark.parametrize("device", ["vulkan", "hpu"])
+def test_a_device_that_torch_cannot_use_here_is_a_matter_of_the_machine(cli: Cli, device: str) -> None:
+    ran = cli("plan", "autoencoder", "--device", device, "--json")
+    assert (ran.code, ran.document["error"]["option"]) == (4, "device")
+    assert "cannot use it here" in ran.document["error"]["message"]
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is there")
+def test_mps_is_refused_where_there_is_none(cli: Cli) -> None:
+    assert cli("run", "autoencoder", "--device", "mps").code == 4
 
 
 @pytest.mark.parametrize("command", ["run", "verify"])

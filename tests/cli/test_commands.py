@@ -272,6 +272,47 @@ def test_config_validate_answers_with_the_exit_code(cli: Cli, folder: Path) -> N
     assert error["file"] == "bad.yaml"
 
 
+def test_config_validate_lists_all_values_out_of_range(cli: Cli, folder: Path) -> None:
+    (folder / "bad.yaml").write_text(
+        "learning_rate: -1\nlatent_dim: 0\ntrain_fraction: 1.5\nsave_every: 0\nsteps: -4\nweight_penalty: .nan\n"
+    )
+    ran = cli("config", "validate", "autoencoder", "--config", "bad.yaml")
+    assert ran.code == 2
+    for line in (
+        "bad.yaml:1: learning_rate -1.0: it must be positive and finite",
+        "bad.yaml:2: latent_dim 0: it must be at least 1",
+        "bad.yaml:3: train_fraction 1.5: it must lie between 0 and 1",
+        "bad.yaml:4: save_every 0: it must be at least 1",
+        "bad.yaml:5: steps -4: it must be at least 1",
+        "bad.yaml:6: weight_penalty: '.nan' is not a finite number: it must be 0 or positive, and finite",
+    ):
+        assert line in ran.err
+
+
+@pytest.mark.parametrize("budget", ["8", "0", "110%"])
+def test_config_reads_a_budget_as_a_run_does(cli: Cli, budget: str) -> None:
+    shown, run = (cli(*command, "autoencoder", "--budget", budget) for command in (("config", "show"), ("run",)))
+    assert (shown.code, shown.err) == (run.code, run.err)
+    assert shown.code == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "has"),
+    [
+        (("autoencoder", "--device", "cpu"), "cpu has "),
+        (("steps.py:budgeted",), "cpu has "),
+        (("steps.py:train",), "cpu has "),
+        (("autoencoder", "--device", "RTX 4070 Laptop"), "RTX 4070 Laptop has 8.00 GiB"),
+    ],
+)
+def test_a_budget_of_more_than_there_is_is_refused_with_what_there_is(
+    cli: Cli, line: tuple[str, ...], has: str
+) -> None:
+    ran = cli("plan", *line, "--budget", "1PiB", "--json")
+    assert (ran.code, ran.document["error"]["option"]) == (2, "budget")
+    assert has in ran.document["error"]["message"]
+
+
 def test_config_refuses_another_action(cli: Cli) -> None:
     assert "did you mean 'show'" in cli("config", "shwo", "autoencoder").err
 

@@ -77,6 +77,14 @@ def test_a_config_that_is_not_plain_options_is_refused(tmp_path: Path, name: str
     assert not Path("canary").exists()
 
 
+def test_a_key_that_stands_twice_is_told_with_each_place_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("rows: 1\n\nrows: 3\n")
+    with pytest.raises(UsageError) as caught:
+        read_config(path)
+    assert caught.value.found == f"{path}:3: 'rows' stands here and at {path}:1"
+
+
 def test_an_alias_bomb_is_refused_before_it_grows(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     levels = "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 9))

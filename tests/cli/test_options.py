@@ -10,6 +10,7 @@ import pytest
 
 from samegrad.cli.options import StreamOptions, Switch, parse_call, parse_line
 from samegrad.errors import UsageError
+from samegrad.recipes import OutOfRange
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,125 @@ def test_a_value_out_of_range_is_told_with_its_place(files: Path) -> None:
     Path("low.yaml").write_text("learning_rate: 1\nnum_epochs: 0\n")
     error = wrong("--config", "low.yaml")
     assert (error.found, error.file, error.option) == ("low.yaml:2: below 1", "low.yaml", "num_epochs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RangedOptions:
+    """Options that have ranges, and one that needs another."""
+
+    rate: float = 0.1
+    width: int = 8
+    depth: int = 2
+    shares: tuple[float, ...] = (0.5,)
+    budget: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "width", "depth"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise OutOfRange(asked=f"--{name} {value}", found="it must be positive", do="1", option=name)
+        if self.depth > self.width:
+            raise UsageError(asked="--depth", found="deeper than wide", do="less", option="depth")
+
+
+def outside(*line: str) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        parse_call("toy", [ToyOptions, RangedOptions], line, target="toy")
+    return caught.value
+
+
+def test_all_values_out_of_range_are_told_at_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("bad.yaml").write_text("rate: -1\nlearning_rate: x\nbudget: 8\n")
+    monkeypatch.setenv("SAMEGRAD_WIDTH", "0")
+    error = outside("--config", "bad.yaml", "--depth", "-3")
+    assert error.found.splitlines()[1:] == [
+        "    bad.yaml:2: learning_rate: 'x' is not a finite number",
+        "    bad.yaml:3: budget 8: a number without a unit",
+        "    bad.yaml:1: rate -1.0: it must be positive",
+        "    SAMEGRAD_WIDTH: width 0: it must be positive",
+        "    --depth -3: it must be positive",
+    ]
+    assert (error.file, error.option) == ("bad.yaml", "learning_rate")
+
+
+def test_options_against_each_other_are_judged_once_each_is_right(files: Path) -> None:
+    assert outside("--depth", "9").found == "--depth: deeper than wide"
+    assert outside("--depth", "9", "--rate", "0").found == "--rate: it must be positive"
+    assert "deeper" not in outside("--depth", "9", "--rate", "0", "--width", "0").found
+
+
+@pytest.mark.parametrize("text", [".nan", "-.inf", "nan", "+.INF", "inf"])
+def test_what_is_not_finite_is_answered_with_the_range(files: Path, text: str) -> None:
+    Path("nan.yaml").write_text(f"width: 9\nrate: {text}\n")
+    says = f"nan.yaml:2: rate: '{text}' is not a finite number"
+    found = outside("--config", "nan.yaml").found
+    # Infinity lies in this range, and is refused all the same.
+    assert found == (says if text.lower() in ("+.inf", "inf") else f"{says}: it must be positive")
+
+
+@pytest.mark.parametrize("text", ["010", "0x10", "0o7", "1_000", "+5", "-0", "1e3", "true"])
+def test_a_whole_number_means_the_same_in_every_source(
+    files: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*line: str) -> object:
+        try:
+            return read(*line).sizes
+        except UsageError as error:
+            return error.found.partition(": ")[2].removeprefix("sizes: ")
+
+    Path("list.yaml").write_text(f"sizes: [{text}]\n")
+    in_file, on_line = answer("--config", "list.yaml"), answer("--sizes", text)
+    monkeypatch.setenv("SAMEGRAD_SIZES", text)
+    assert in_file == on_line == answer()
+
+
+@pytest.mark.parametrize("text", ["1", "0", "true", "False", "yes", "on", "2", "None"])
+def test_a_truth_means_the_same_in_files_and_the_environment(
+    files: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*line: str) -> object:
+        try:
+            return read(*line).tied
+        except UsageError as error:
+            return error.found.partition(": ")[2].removeprefix("tied: ")
+
+    Path("truth.yaml").write_text(f"tied: {text}\n")
+    in_file = answer("--config", "truth.yaml")
+    monkeypatch.setenv("SAMEGRAD_TIED", text)
+    assert in_file == answer()
+
+
+def test_a_list_with_what_is_not_finite_is_refused(files: Path) -> None:
+    assert "'nan' is not a finite number" in outside("--shares", "0.5", "nan").found
+
+
+@pytest.mark.parametrize("text", ["8", "0", "110%", "0%", "6 gigs", "0GiB"])
+def test_what_is_no_amount_of_memory_is_refused_where_options_are_read(files: Path, text: str) -> None:
+    Path("budget.yaml").write_text(f"budget: {text}\n")
+    error = outside("--config", "budget.yaml")
+    assert error.found.startswith("budget.yaml:1: ")
+    assert (error.file, error.option) == ("budget.yaml", "budget")
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "file"),
+    [
+        ("tied: true\noptim:\n  nmae: x\n", "optim.nmae", "wrong.yaml"),
+        ("num_epoks: 3\n", "num_epoks", "wrong.yaml"),
+        ("learning_rate: x\n", "learning_rate", "wrong.yaml"),
+    ],
+)
+def test_a_mistake_names_its_option_and_file(files: Path, text: str, option: str, file: str) -> None:
+    Path("wrong.yaml").write_text(text)
+    error = wrong("--config", "wrong.yaml")
+    assert (error.option, error.file) == (option, file)
+
+
+def test_a_mistake_on_the_line_names_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (wrong("--foo", "3").option, wrong("--num_epochs", "3", "4").file) == ("foo", None)
+    assert wrong("--num_epochs", "x").option == "num_epochs"
+    monkeypatch.setenv("SAMEGRAD_NUM_EPOCH", "3")
+    assert wrong().option == "num_epoch"
 
 
 def test_a_flag_may_complete_what_a_file_began(files: Path) -> None:

@@ -29,7 +29,9 @@ def items(*words: str) -> Written:
     [
         (written("3"), int, 3),
         (written("-3", Kind.INT), int, -3),
-        (written("0o17", Kind.INT), int, 15),
+        (written("1_000", Kind.INT), int, 1000),
+        (written("1_000"), int, 1000),
+        (written("+0"), int, 0),
         (written("1e-4", Kind.FLOAT), float, 1e-4),
         (written("2", Kind.INT), float, 2.0),
         (written("12:30"), str, "12:30"),
@@ -38,6 +40,7 @@ def items(*words: str) -> Written:
         (written("true", Kind.BOOL), bool, True),
         (written("False"), bool, False),
         (written("1"), bool, True),
+        (written("0", Kind.INT), bool, False),
         (written("null", Kind.NULL), int | None, None),
         (written("None"), str | None, None),
         (written("None"), Path | None, None),
@@ -68,7 +71,8 @@ def test_a_value_is_what_its_option_declares(given: Written, hint: Any, value: A
         (written(".nan", Kind.FLOAT), float, "not a finite number"),
         (written("inf"), float, "not a finite number"),
         (written("no"), bool, "not true or false"),
-        (written("1", Kind.INT), bool, "not true or false"),
+        (written("2", Kind.INT), bool, "not true or false"),
+        (written("1", Kind.TEXT), bool, "not true or false"),
         (written("null", Kind.NULL), int, "not a whole number"),
         (written("null", Kind.NULL), str, "not text"),
         (items("1"), str, "a list is not text"),
@@ -84,6 +88,13 @@ def test_what_is_not_the_declared_type_is_refused_in_words(given: Written, hint:
     with pytest.raises(ValueError) as caught:
         convert(given, hint)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Kind.WORD, Kind.INT])
+@pytest.mark.parametrize("text", ["010", "-010", "00", "08", "0x10", "0X1f", "0o17", "0b11"])
+def test_a_whole_number_is_decimal_whoever_wrote_it(text: str, kind: Kind) -> None:
+    with pytest.raises(ValueError, match="decimal digits without a leading 0"):
+        convert(written(text, kind), int)
 
 
 def test_only_a_close_name_is_suggested() -> None:

@@ -318,6 +318,7 @@ def test_a_line_that_the_disk_refuses_is_not_left_by_half(path: Path, fork: Fork
             resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
             with pytest.raises(EnvironmentProblem) as caught:
                 run.append_metrics({"step": 2})
+            assert "20 bytes (ulimit -f)" in caught.value.found
             cause = caught.value.__cause__
             assert isinstance(cause, OSError)
             assert cause.errno == errno.EFBIG

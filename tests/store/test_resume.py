@@ -157,7 +157,7 @@ def test_a_newer_schema_has_its_own_text(two: Path) -> None:
 
 def test_an_empty_or_absent_folder_is_never_a_fresh_start(tmp_path: Path) -> None:
     assert "no checkpoint" in refused(tmp_path).found
-    assert "not a folder" in refused(tmp_path / "none").found
+    assert refused(tmp_path / "none").found == f"{tmp_path / 'none'}: not a folder"
     (tmp_path / ".tmp-1-step-00000003").mkdir()
     assert "no checkpoint" in refused(tmp_path).found
 

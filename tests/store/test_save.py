@@ -234,7 +234,8 @@ def save_with_a_small_disk(folder: Path, limit_bytes: int) -> None:
         save_checkpoint(folder, step=2, tensors={"model": {"w": torch.full((50_000,), 2.0)}}, state={})
     assert str(folder) in caught.value.found
     assert "needed" in caught.value.found
-    assert "free" in caught.value.found
+    assert f"{limit_bytes} bytes (ulimit -f)" in caught.value.found
+    assert "ulimit -f" in caught.value.do
     cause = caught.value.__cause__
     assert isinstance(cause, OSError)
     assert cause.errno == errno.EFBIG

@@ -19,7 +19,7 @@ from typing import Self
 
 from samegrad.cli.console import Console, end_output
 from samegrad.cli.stopping import Stopped
-from samegrad.errors import BadInput, EnvironmentProblem, OverBudget, SamegradError
+from samegrad.errors import BadInput, EnvironmentProblem, OverBudget, SamegradError, too_large_a_file
 
 INTERNAL = 70
 _ENVIRONMENT = {
@@ -28,7 +28,6 @@ _ENVIRONMENT = {
     errno.EPERM: "not permitted",
     errno.EROFS: "the file system is read-only",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than allowed",
 }
 
 
@@ -48,8 +47,18 @@ class Boundary:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, place: TracebackType | None
     ) -> bool:
-        if error is None:
-            return True
+        try:
+            if error is not None:
+                self._end(error)
+            self.console.finish()
+        except EnvironmentProblem as unwritten:
+            # What the command came to counts for more than that nobody could be told.
+            self.code = self.code or unwritten.exit_code
+            self.console.error(f"error: {unwritten}")
+        return True
+
+    def _end(self, error: BaseException) -> None:
+        """The exit code of ``error``, told."""
         if self.debug and not isinstance(error, SystemExit):
             self.console.error("".join(traceback.format_exception(error)))
         match error:
@@ -66,7 +75,6 @@ class Boundary:
                 self._tell(known, getattr(error, "__notes__", []))
             case _:
                 self._bug(error)
-        return True
 
     def _tell(self, error: SamegradError, advice: Sequence[str]) -> None:
         self.code = error.exit_code
@@ -100,7 +108,7 @@ def known_error(error: BaseException) -> SamegradError | None:
     """``error`` as one with an exit code of its own, or None where it can only be a bug in us."""
     if isinstance(error, SamegradError):
         return error
-    if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+    if isinstance(error, OSError) and error.errno in (*_ENVIRONMENT, errno.EFBIG):
         return _environment(error)
     if _is_out_of_memory(error):
         return OverBudget(
@@ -151,9 +159,8 @@ def save_traceback(error: BaseException) -> str:
 
 def _environment(error: OSError) -> EnvironmentProblem:
     path = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else "a file"
-    return EnvironmentProblem(
-        asked=f"use {path}",
-        found=_ENVIRONMENT[error.errno or 0],
-        do="choose another folder with --output, or make room",
-        file=str(path),
-    )
+    if error.errno == errno.EFBIG:
+        found, do = too_large_a_file()
+    else:
+        found, do = _ENVIRONMENT[error.errno or 0], "choose another folder with --output, or make room"
+    return EnvironmentProblem(asked=f"use {path}", found=found, do=do, file=str(path))

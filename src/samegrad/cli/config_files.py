@@ -41,7 +41,8 @@ def read_config(path: Path) -> dict[str, Written]:
     options: dict[str, Written] = {}
     for name, written in _flatten(path, root, ""):
         if name in options:
-            _refuse(path, None, f"{written.where}: {name!r} stands here and at {options[name].where}")
+            line = int(written.where.rpartition(":")[2])
+            _refuse(path, line, f"{name!r} stands here and at {options[name].where}")
         options[name] = written
     return options
 

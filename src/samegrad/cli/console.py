@@ -5,11 +5,15 @@
 3. What goes on while a command thinks is one line that changes, drawn where progress is and gone before anything else
    is written; with ``--verbose`` it is notes.
 4. Text from users, files and data is stripped of control characters and never read as markup.
-5. A reader that closes stdout early ends the output, not the command.
+5. A reader that closes stdout early ends the output, not the command; so does a stream that was closed from the start.
+6. A result that stdout does not take whole is an error. What stderr does not take is lost, and changes nothing else:
+   there is nowhere left to tell it.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
@@ -17,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from samegrad.errors import EnvironmentProblem
+from samegrad.errors import EnvironmentProblem, too_large_a_file
 from samegrad.json_record import SCHEMA_VERSION
 from samegrad.report.words import clean_block, clean_line
 
@@ -88,6 +92,11 @@ class Console:
         """What went wrong, on stderr, also with ``--quiet``."""
         self._write(sys.stderr, clean_block(text) + "\n")
 
+    def finish(self) -> None:
+        """Raises EnvironmentProblem where what others wrote to stdout, help say, did not all get there."""
+        self._write(sys.stdout, "")
+        self._write(sys.stderr, "")
+
     def show(self, *renderables: RenderableType) -> None:
         """Rich tables and panels on stdout, for a person; silent with ``--json``."""
         if not self.json:
@@ -155,6 +164,16 @@ class Bar:
             self._drawn.console.print(clean_block(text), markup=False, highlight=False)
 
 
+def open_closed_streams() -> None:
+    """Gives this process somewhere to write where it was started without stdout or stderr (rule 5).
+
+    Without that the next file to be opened would get the stream's number, and what a library prints.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
+
+
 def end_output(stream: TextIO) -> None:
     """Lets all that is still written to ``stream`` go nowhere (rule 5)."""
     # The interpreter flushes once more at exit and would complain: give it somewhere to write.
@@ -165,13 +184,30 @@ def end_output(stream: TextIO) -> None:
 
 def _write(stream: TextIO, text: str) -> None:
     try:
-        stream.write(text)
-        stream.flush()
+        _write_whole(stream, text)
     except BrokenPipeError:
         end_output(stream)
     except OSError as error:
-        raise EnvironmentProblem(
-            asked="write the result to stdout" if stream is sys.stdout else "write to stderr",
-            found=f"{error.strerror}",
-            do="write it to a place with free space",
-        ) from error
+        end_output(stream)
+        if stream is sys.stderr:
+            return
+        found, do = f"{error.strerror or error}", "write it to a place with free space"
+        if error.errno == errno.EFBIG:
+            found, do = too_large_a_file()
+        raise EnvironmentProblem(asked="write the result to stdout", found=found, do=do) from error
+
+
+def _write_whole(stream: TextIO, text: str) -> None:
+    raw = getattr(stream, "buffer", None)
+    stream.flush()
+    if not isinstance(raw, io.RawIOBase):
+        stream.write(text)
+        stream.flush()
+        return
+    # With PYTHONUNBUFFERED a stream passes over that fewer bytes were taken than given; the next write says why.
+    rest = memoryview(text.encode(stream.encoding, stream.errors or "strict"))
+    while rest:
+        taken = raw.write(rest)
+        if taken is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        rest = rest[taken:]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from samegrad.cli.console import Console
 from samegrad.cli.options import parse_line
+from samegrad.cli.output_folder import check_output
 
 # Small enough for two cores and half a minute, large enough that the plain step needs several times the budget.
 DEMO_FLAGS = (
@@ -32,6 +33,7 @@ class DemoOptions:
 
 def main(argv: Sequence[str], console: Console) -> int:
     options = parse_line("samegrad demo", DemoOptions, argv)
+    check_output(options.output)
     from samegrad.cli.run import parse_run
     from samegrad.cli.run_session import run_session, tell
     from samegrad.store import RunFolder

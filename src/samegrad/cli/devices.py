@@ -5,6 +5,7 @@ Names of cards are read without importing torch.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,10 +37,18 @@ def _card(name: str) -> Card:
     except UsageError as error:
         raise UsageError(
             asked=f"--device {name!r}",
-            found=f"no device of torch's (cpu, cuda, cuda:1), and as a card: {error.found}",
+            found=f"no device of torch's (cpu, cuda, cuda:1){_nearest_device(name)}, and as a card: {error.found}",
             do=error.do,
             option="device",
         ) from None
+
+
+def _nearest_device(name: str) -> str:
+    """``"; did you mean 'cuda:0'?"`` for a device's name with a slip in it, or nothing."""
+    kind, _, number = name.partition(":")
+    near = difflib.get_close_matches(kind.lower(), ("cpu", "cuda", "auto"), n=1)
+    index = f":{number}" if number.isdecimal() and near == ["cuda"] else ""
+    return f"; did you mean {near[0] + index!r}?" if near else ""
 
 
 def refuse_card(command: str, device: str | None) -> None:

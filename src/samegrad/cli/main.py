@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from samegrad import __version__
 from samegrad.cli.boundary import Boundary
-from samegrad.cli.console import Console
+from samegrad.cli.console import Console, open_closed_streams
 from samegrad.errors import UsageError
 
 COMMANDS = {
@@ -46,6 +46,7 @@ def overview() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: this process's) and returns its exit code."""
     line = list(sys.argv[1:] if argv is None else argv)
+    open_closed_streams()
     # Read before everything else, because they also decide how a mistake in the line is told.
     flags = {token.replace("-", "_") for token in line if token.startswith("-") and "=" not in token}
     console = Console(

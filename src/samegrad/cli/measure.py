@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from samegrad.cli.console import Console
 from samegrad.cli.devices import find_card_asked
+from samegrad.cli.output_folder import check_output
 from samegrad.cli.target import asked_device, target_call
 from samegrad.units import format_bytes
 
@@ -56,6 +57,8 @@ class Measured:
 
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("measure", (MeasureOptions,), argv)
+    output = call.part(MeasureOptions).output
+    check_output(output)
     card = find_card_asked(asked_device(target, call))
     from samegrad.cli.programs import advised, load_training
     from samegrad.cli.stopping import listening
@@ -65,7 +68,6 @@ def main(argv: Sequence[str], console: Console) -> int:
         found = _measure_here(training, console) if card is None else _measure_ahead(training, card)
     _tell(found, console)
     console.document(found.to_dict())
-    output = call.part(MeasureOptions).output
     if output is not None:
         _write(found, f"What one step of {training.title} holds", output, console)
     return 0

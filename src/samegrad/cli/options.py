@@ -16,17 +16,26 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from samegrad.cli.config_files import read_config
-from samegrad.cli.values import Kind, Written, convert, nearest
+from samegrad.cli.mistakes import (
+    ENVIRONMENT_PREFIX,
+    Mistake,
+    file_of,
+    outside_ranges,
+    placed,
+    placing,
+    refuse,
+    with_ranges,
+)
+from samegrad.cli.values import Kind, NotFinite, Written, convert, nearest
 from samegrad.errors import UsageError
 
 Part = TypeVar("Part")
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-ENVIRONMENT_PREFIX = "SAMEGRAD_"
 # In config.json beside the options: for people, and to tell a config from another recipe's.
 CONFIG_NOTES = ("schema_version", "samegrad_version", "target")
 
@@ -99,10 +108,13 @@ def parse_call(
         # a switch that is on already would leave tyro nothing but to turn it off.
         under = {} if name in switches else values
         problems += _lay_over({name: _as_one(found, hints[name])}, hints, under, origins)
-    if problems:
-        _refuse(prog, problems)
+    outside = outside_ranges(kinds, values)
+    if problems or len(outside) > 1:
+        refuse(prog, with_ranges(problems, outside, values, origins))
+    if outside:
+        raise placed(outside[0], origins)
     lower = {kind: _filled(kind, values, origins) for kind in kinds}
-    with _placing(origins):
+    with placing(origins):
         return Call(parts=_read_line(prog, lower, argv), origins=origins)
 
 
@@ -118,7 +130,7 @@ def _first_origin(kind: type, name: str) -> str:
     return "recipe" if of_recipe else "default"
 
 
-def _words_on_line(argv: Sequence[str], hints: Mapping[str, Any]) -> tuple[dict[str, list[Written]], list[str]]:
+def _words_on_line(argv: Sequence[str], hints: Mapping[str, Any]) -> tuple[dict[str, list[Written]], list[Mistake]]:
     """The words after each option of ``argv``, and the options that do not exist. Short flags are left to tyro."""
     words: dict[str, list[Written]] = {}
     problems = []
@@ -136,7 +148,8 @@ def _words_on_line(argv: Sequence[str], hints: Mapping[str, Any]) -> tuple[dict[
         name = name[3:] if negated else name
         where = f"--{name}"
         if name not in hints:
-            problems.append(f"unknown option '--{name}'{nearest(where, [f'--{n}' for n in hints])}")
+            near = nearest(where, [f"--{n}" for n in hints])
+            problems.append(Mistake(text=f"unknown option '--{name}'{near}", option=name))
             current = []
         elif hints[name] is bool:
             words[name] = [Written(text=str(not negated), kind=Kind.WORD, where=where)]
@@ -149,16 +162,19 @@ def _words_on_line(argv: Sequence[str], hints: Mapping[str, Any]) -> tuple[dict[
         name: [dataclasses.replace(word, where=f"--{name}") for word in found] for name, found in words.items()
     }
     if words.get("config") == []:
-        problems.append("--config: no file is named")
+        problems.append(Mistake(text="--config: no file is named", option="config"))
     return {name: found for name, found in located.items() if found}, problems
 
 
 def _as_one(found: list[Written], hint: Any) -> Written:
     """The words of one option as one value; what follows a scalar's first word is tyro's to refuse."""
-    wants_list = any(typing.get_origin(h) in (tuple, list) for h in (hint, *typing.get_args(hint)))
-    if not wants_list:
+    if not _wants_list(hint):
         return found[0]
     return Written(text="", kind=Kind.LIST, where=found[0].where, items=tuple(found))
+
+
+def _wants_list(hint: Any) -> bool:
+    return any(typing.get_origin(h) in (tuple, list) for h in (hint, *typing.get_args(hint)))
 
 
 def _file_layer(path: Path, target: str | None, sections: Sequence[str] = ()) -> dict[str, Written]:
@@ -197,51 +213,47 @@ def _environment_layer(hints: Mapping[str, Any]) -> dict[str, Written]:
     }
 
 
-def _misspelt_variables(hints: Mapping[str, Any]) -> list[str]:
+def _misspelt_variables(hints: Mapping[str, Any]) -> list[Mistake]:
     """Variables of ours that no option reads but nearly does; others belong to other commands and recipes."""
     known = [ENVIRONMENT_PREFIX + name.upper() for name in hints]
     ours = [name for name in os.environ if name.startswith(ENVIRONMENT_PREFIX) and name not in known]
     near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in ours}
-    return [f"{name}: no such option; did you mean {found[0]!r}?" for name, found in near.items() if found]
+    return [
+        Mistake(
+            text=f"{name}: no such option; did you mean {found[0]!r}?",
+            option=name.removeprefix(ENVIRONMENT_PREFIX).lower(),
+        )
+        for name, found in near.items()
+        if found
+    ]
 
 
 def _lay_over(
     layer: Mapping[str, Written], hints: Mapping[str, Any], values: dict[str, Any], origins: dict[str, str]
-) -> list[str]:
+) -> list[Mistake]:
     """Puts ``layer`` over ``values`` and ``origins``; returns what is wrong in it, one line each."""
     problems = []
     for name, written in layer.items():
         if name not in hints:
-            problems.append(f"{written.where}: unknown option {name!r}{nearest(name, hints)}")
+            text = f"{written.where}: unknown option {name!r}{nearest(name, hints)}"
+            problems.append(Mistake(text=text, option=name, where=written.where))
             continue
         try:
             values[name] = convert(written, hints[name])
             origins[name] = written.where
         except ValueError as error:
-            in_file = not written.where.startswith(("--", ENVIRONMENT_PREFIX))
-            problems.append(f"{written.where}: {f'{name}: ' if in_file else ''}{error}")
+            text = f"{written.where}: {f'{name}: ' if file_of(written.where) else ''}{error}"
+            problems.append(Mistake(text=text, option=name, where=written.where))
+            if isinstance(error, NotFinite) and not _wants_list(hints[name]):
+                # It is refused already, and kept for its range to be told.
+                values[name], origins[name] = error.value, written.where
     return problems
 
 
 def _filled(kind: type, values: Mapping[str, Any], origins: Mapping[str, str]) -> Any:
     names = {field.name for field in dataclasses.fields(kind)}
-    with _placing(origins):
+    with placing(origins):
         return kind(**{name: value for name, value in values.items() if name in names})
-
-
-@contextlib.contextmanager
-def _placing(origins: Mapping[str, str]) -> typing.Iterator[None]:
-    """Adds to a dataclass's own complaint who wrote the value: it knows the range, only we know the place."""
-    try:
-        yield
-    except UsageError as error:
-        where = origins.get(error.option or "", "default")
-        if where in ("default", "recipe"):
-            raise
-        raise UsageError(
-            asked=error.asked, found=f"{where}: {error.found}", do=error.do,
-            file=where.rpartition(":")[0] or None, option=error.option,
-        ) from None  # fmt: skip
 
 
 def parse_line(prog: str, kind: type[Part], argv: Sequence[str]) -> Part:
@@ -268,7 +280,9 @@ def _read_line(prog: str, lower: Mapping[type, Any], argv: Sequence[str]) -> tup
         # Between the box's title and its first rule stands what is wrong; below, help that --help shows as well.
         lines = [line.strip("│╭╮╰╯ ") for line in said.getvalue().splitlines()[1:]]
         told = lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))]
-        _refuse(prog, [" ".join(filter(None, told)) or "the options cannot be read"])
+        text = " ".join(filter(None, told)) or "the options cannot be read"
+        option = re.search(r"--([A-Za-z_]+)", text)
+        refuse(prog, [Mistake(text=text, option=option[1] if option else None)])
     return tuple(getattr(parsed, field.name) for field in dataclasses.fields(whole))
 
 
@@ -281,15 +295,3 @@ def without_prefix(kind: type) -> Any:
 def _title(kind: type) -> str:
     """``RunOptions`` as the heading tyro derives from a field's name: ``run``."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__.removesuffix("Options")).lower()
-
-
-def _refuse(prog: str, problems: Sequence[str]) -> NoReturn:
-    place = re.match(r"(.+):\d+: ", problems[0])
-    option = re.search(r"(?:--|option '|: )([a-z_.]+)", problems[0])
-    raise UsageError(
-        asked=prog,
-        found=problems[0] if len(problems) == 1 else "\n    ".join([f"{len(problems)} mistakes", *problems]),
-        do=f"{prog} --help lists every option and what it accepts",
-        file=place[1] if place else None,
-        option=option[1] if option else None,
-    )

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from samegrad.cli.console import Console
 from samegrad.cli.devices import find_card_asked
 from samegrad.cli.options import Switch
+from samegrad.cli.output_folder import check_output
 from samegrad.cli.target import FunctionTarget, Target, asked_device, target_call
 from samegrad.errors import UsageError
+from samegrad.recipes import OutOfRange
 from samegrad.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
-            raise UsageError(asked=f"--steps {self.steps}", found="less than 1", do="give 1 or more", option="steps")
+            raise OutOfRange(
+                asked=f"--steps {self.steps}", found="it must be at least 1", do="give 1 or more", option="steps"
+            )
         ways = [name for name in ("pareto", "table", "plan") if getattr(self, name)]
         if len(ways) > 1:
             raise UsageError(
@@ -67,6 +71,7 @@ class Answer:
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("plan", (PlanOptions,), argv)
     options = call.part(PlanOptions)
+    check_output(options.output)
     card = find_card_asked(asked_device(target, call))
     from samegrad.cli.programs import advised, load_training
     from samegrad.cli.run_story import read_plan, write_records

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 import samegrad as sg
 from samegrad.cli.boundary import known_error
 from samegrad.cli.devices import find_card_asked
+from samegrad.cli.mistakes import file_of
 from samegrad.cli.options import Call
 from samegrad.cli.run_story import PictureFile
 from samegrad.cli.target import FunctionTarget, Target
 from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, counting_of
 from samegrad.errors import BudgetTooSmall, CannotSplit, OverBudget, SamegradError, UsageError
+from samegrad.measure import counters
 from samegrad.recipes import Program, Recipe, find_health, find_recipe, run_epochs
 from samegrad.recipes._recipe import CacheEmptying
 from samegrad.records import Counting, Footprint, Plan
@@ -34,7 +36,7 @@ from samegrad.store import (
     rng_to_tensors,
     tensors_into_optimizer,
 )
-from samegrad.units import format_bytes, format_seconds
+from samegrad.units import format_bytes, format_seconds, parse_bytes, parse_share
 
 
 @contextlib.contextmanager
@@ -64,14 +66,38 @@ def load_training(target: Target, call: Call) -> Training:
                 do="make it on a device, or plan for a card by name: samegrad plan --device 'RTX 4070'",
                 option="device",
             )  # fmt: skip
+        _check_budget(target, call, lambda: loaded.step.declared.device)
         return FunctionTraining(target.name, loaded.step, loaded.batches, budget=loaded.budget)
     recipe = find_recipe(target.name)
+    _check_budget(target, call, lambda: sg.find_device(options.device))
     if find_card_asked(options.device) is not None:
         # A card may be elsewhere; the model is made here, and the budget is the card's: nothing is measured for
         # it here.
         here = dataclasses.replace(options, device="cpu", budget=None)
         return RecipeTraining(recipe, recipe.build(here), budget=options.budget)
     return RecipeTraining(recipe, recipe.build(options))
+
+
+def _check_budget(target: Target, call: Call, device: Callable[[], torch.device]) -> None:
+    """Raises UsageError where ``--budget`` is more than there is: on the card that is planned for, or on ``device``."""
+    options: Any = call.part(target.options_class)
+    if options.budget is None or parse_share(options.budget) is not None:
+        return
+    card = find_card_asked(options.device)
+    if card is not None:
+        whole_bytes, how, name = card.memory_bytes, card.memory_basis, card.name
+    else:
+        here = device()
+        (whole_bytes, how), name = counters.total_bytes(here), counters.device_name(here)
+    if parse_bytes(options.budget) > whole_bytes:
+        place = call.origins["budget"]
+        raise UsageError(
+            asked=f"--budget {options.budget}",
+            found=f"{place}: {name} has {format_bytes(whole_bytes)} in all ({how})",
+            do="give less than that, a share of it such as 80%, or plan for a larger card by name with --device",
+            file=file_of(place),
+            option="budget",
+        )
 
 
 def _check_one_way(target: Target, call: Call, others: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import tyro
 
 from samegrad.cli.console import Console
 from samegrad.cli.options import parse_line
+from samegrad.cli.output_folder import check_output
 from samegrad.cli.values import nearest
 from samegrad.errors import UsageError
 from samegrad.recipes import recipe_names
@@ -88,6 +89,7 @@ def _copy(source: Path, folder: Path | None, console: Console) -> None:
             found="no folder to copy into",
             do=f"samegrad recipes cp {source.name} .",
         )
+    check_output(folder, option=None)
     target = folder / source.name
     if target.exists():
         raise UsageError(

@@ -10,6 +10,7 @@ import tyro
 
 from samegrad.cli.console import Console
 from samegrad.cli.options import parse_line
+from samegrad.cli.output_folder import check_output
 from samegrad.cli.run_story import read_story
 from samegrad.report import render_markdown, render_report
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str], console: Console) -> int:
     options = parse_line("samegrad report", ReportOptions, argv)
     story = read_story(options.run_dir)
     output = options.output or options.run_dir
+    check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     html, markdown = output / "report.html", output / "report.md"
     html.write_text(render_report(story), encoding="utf-8")

@@ -20,9 +20,11 @@ from samegrad.cli.config import values_of
 from samegrad.cli.console import Console
 from samegrad.cli.devices import refuse_card
 from samegrad.cli.options import Call, Switch
+from samegrad.cli.output_folder import check_output
 from samegrad.cli.ranks import own_folder, own_rank
 from samegrad.cli.target import Target, asked_device, target_call
 from samegrad.errors import UsageError
+from samegrad.recipes import OutOfRange
 
 if TYPE_CHECKING:
     from samegrad.store import RunFolder
@@ -55,7 +57,9 @@ class RunOptions:
         for name in ("steps", "save_every", "log_every", "verify_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(asked=f"{name} {value}", found="less than 1", do="give 1 or more", option=name)
+                raise OutOfRange(
+                    asked=f"--{name} {value}", found="it must be at least 1", do="give 1 or more", option=name
+                )
         if self.resume and self.output is None:
             raise UsageError(
                 asked="--resume",
@@ -68,6 +72,8 @@ class RunOptions:
 # Options of one invocation that a config file, fed back, must not carry on to another.
 _NOT_IN_CONFIG = ("output", "resume", "resume_from", "strict_resume", "plan")
 CONFIG = "config.json"
+# Where runs go that name no folder.
+_RUNS = Path("runs")
 
 
 def main(argv: Sequence[str], console: Console) -> int:
@@ -130,10 +136,11 @@ def open_folder(target: Target, options: RunOptions) -> RunFolder:
     """The run's folder, held: the one asked for, or a new one that no other process got."""
     from samegrad.store import RunFolder
 
+    check_output(options.output or _RUNS)
     if options.output is not None:
         own = own_folder(options.output)
         return RunFolder.resume(own) if options.resume else RunFolder.create(own)
-    return RunFolder.create(_new_folder(Path("runs"), target.name))
+    return RunFolder.create(_new_folder(_RUNS, target.name))
 
 
 def _new_folder(parent: Path, name: str) -> Path:

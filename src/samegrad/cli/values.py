@@ -10,11 +10,15 @@ import dataclasses
 import difflib
 import enum
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+_DECIMAL = re.compile(r"[+-]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)")
+_OTHER_BASE = re.compile(r"[+-]?(?:0[0-9_]+|0[box][0-9a-f_]+)", re.IGNORECASE)
 
 
 class Kind(enum.Enum):
@@ -37,6 +41,14 @@ class Written:
     kind: Kind
     where: str
     items: tuple[Written, ...] = ()
+
+
+class NotFinite(ValueError):
+    """A number that is NaN or infinite; ``value`` is it, so that what accepts the option can say what it accepts."""
+
+    def __init__(self, sentence: str, value: float) -> None:
+        self.value = value
+        super().__init__(sentence)
 
 
 def convert(written: Written, hint: Any) -> Any:
@@ -89,30 +101,33 @@ def _wrong(written: Written, hint: Any) -> ValueError:
 
 def _bool(written: Written) -> bool:
     word = written.text.lower()
-    if written.kind in (Kind.BOOL, Kind.WORD) and word in ("true", "false"):
-        return word == "true"
-    if written.kind is Kind.WORD and word in ("0", "1"):
-        return word == "1"
+    if written.kind in (Kind.BOOL, Kind.INT, Kind.WORD) and word in ("true", "false", "1", "0"):
+        return word in ("true", "1")
     raise _wrong(written, bool)
 
 
 def _int(written: Written) -> int:
     if written.kind in (Kind.INT, Kind.WORD):
-        try:
-            return int(written.text, 0 if written.kind is Kind.INT else 10)
-        except ValueError:
-            pass
+        text = written.text.strip()
+        if _DECIMAL.fullmatch(text):
+            return int(text)
+        if _OTHER_BASE.fullmatch(text):
+            # 010 is eight to some readers of YAML and ten to others; nobody is to guess.
+            raise ValueError(f"{text!r} is not a whole number in decimal digits without a leading 0")
     raise _wrong(written, int)
 
 
 def _float(written: Written) -> float:
     if written.kind in (Kind.INT, Kind.FLOAT, Kind.WORD):
+        # YAML writes .nan and -.inf.
+        yaml = written.kind is Kind.FLOAT and written.text.lower().lstrip("+-") in (".nan", ".inf")
         try:
-            value = float(written.text)
+            value = float(written.text.replace(".", "") if yaml else written.text)
         except ValueError:
             raise _wrong(written, float) from None
         if math.isfinite(value):
             return value
+        raise NotFinite(str(_wrong(written, float)), value)
     raise _wrong(written, float)
 
 

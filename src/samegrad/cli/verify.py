@@ -9,8 +9,9 @@ from typing import Literal
 
 from samegrad.cli.console import Console
 from samegrad.cli.devices import refuse_card
+from samegrad.cli.output_folder import check_output
 from samegrad.cli.target import asked_device, target_call
-from samegrad.errors import UsageError
+from samegrad.recipes import OutOfRange
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +29,15 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 1:
-            raise UsageError(asked=f"--rows {self.rows}", found="less than 1", do="give 1 or more", option="rows")
+            raise OutOfRange(
+                asked=f"--rows {self.rows}", found="it must be at least 1", do="give 1 or more", option="rows"
+            )
 
 
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("verify", (VerifyOptions,), argv)
     options = call.part(VerifyOptions)
+    check_output(options.output)
     refuse_card("verify", asked_device(target, call))
     import samegrad as sg
     from samegrad.cli.planned import plan_step

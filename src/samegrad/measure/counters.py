@@ -208,7 +208,19 @@ def find_device(name: str) -> torch.device:
             do="try --device cpu, or see 'samegrad doctor'",
             option="device",
         )
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if device.type == "cuda":
+        return torch.device("cuda", device.index or 0)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        # Each backend that this torch or this machine lacks says so in a way of its own.
+        raise EnvironmentProblem(
+            asked=f"device {name!r}",
+            found=f"torch {torch.__version__} cannot use it here: {str(error).splitlines()[0]}",
+            do="try --device cpu, or see 'samegrad doctor'",
+            option="device",
+        ) from error
+    return device
 
 
 def cap_allocator(device: torch.device, budget_bytes: int) -> float | None:

@@ -10,6 +10,7 @@ Rules, cited by number:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -17,7 +18,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from samegrad.errors import EnvironmentProblem
+from samegrad.errors import EnvironmentProblem, too_large_a_file
 from samegrad.store import faults
 from samegrad.units import format_bytes
 
@@ -133,6 +134,10 @@ def disk_problem(
     error: OSError, *, asked: str, path: Path, do: str, needed_bytes: int | None = None
 ) -> EnvironmentProblem:
     """The error for a file operation that the system refused, with its reason and the free space."""
+    if error.errno == errno.EFBIG:
+        reason, do = too_large_a_file()
+        needed = "" if needed_bytes is None else f"; needed {format_bytes(needed_bytes)}"
+        return EnvironmentProblem(asked=asked, found=f"{path}: {reason}{needed}", do=do, file=str(path))
     found = f"{path}: {error.strerror or error}"
     try:
         free = format_bytes(free_bytes(path if path.is_dir() else path.parent))

@@ -130,7 +130,7 @@ def _not_there(folder: Path, found: Sequence[Found], step: int | None) -> BadInp
     if steps:
         there = f"no step {step}; the steps there are {', '.join(map(str, steps))}"
     else:
-        there = f"no checkpoint in {folder}" if folder.is_dir() else f"{folder} is not a folder"
+        there = "no checkpoint in it" if folder.is_dir() else "not a folder"
     return BadInput(
         asked="load the newest checkpoint" if step is None else f"load the checkpoint of step {step}",
         found=f"{folder}: {there}",

@@ -13,6 +13,13 @@ import samegrad as sg
 EmptyCache = Literal["never", "validation", "step"]
 
 
+class OutOfRange(sg.UsageError):
+    """A value that is wrong by itself, whatever the other options are.
+
+    The command line asks on past it, so that all such values are told at once.
+    """
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonOptions:
     """What every recipe can be asked.
@@ -36,36 +43,42 @@ class CommonOptions:
 
     def __post_init__(self) -> None:
         if self.random_seed < 0:
-            self._refuse("random_seed", "a negative seed", "give 0 or more")
+            self._out_of_range("random_seed", "a negative seed", "give 0 or more")
 
     def _refuse(self, name: str, found: str, do: str) -> NoReturn:
+        """Refuses what does not go with other options."""
         value: Any = getattr(self, name)
         raise sg.UsageError(asked=f"--{name} {value}", found=found, do=do, option=name)
+
+    def _out_of_range(self, name: str, found: str, do: str) -> NoReturn:
+        """Refuses what is wrong by itself. These checks come before those of options against each other."""
+        value: Any = getattr(self, name)
+        raise OutOfRange(asked=f"--{name} {value}", found=found, do=do, option=name)
 
     def _at_least(self, least: int, *names: str, do: str = "give a positive whole number") -> None:
         """Refuses a number below ``least``; None is a number that is left open."""
         for name in names:
             value = getattr(self, name)
             if value is not None and value < least:
-                self._refuse(name, f"it must be at least {least}", do)
+                self._out_of_range(name, f"it must be at least {least}", do)
 
     def _positive(self, *names: str, do: str) -> None:
         """Refuses what is no finite number above 0; None is a number that is left open."""
         for name in names:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                self._refuse(name, "it must be positive and finite", do)
+                self._out_of_range(name, "it must be positive and finite", do)
 
     def _not_negative(self, *names: str, do: str) -> None:
         """Refuses what is no finite number from 0 up; None is a number that is left open."""
         for name in names:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                self._refuse(name, "it must be 0 or positive, and finite", do)
+                self._out_of_range(name, "it must be 0 or positive, and finite", do)
 
     def _known_dtype(self, known: Sequence[str]) -> None:
         """Refuses a ``dtype`` that is none of ``known``, with the nearest one."""
         if self.dtype not in known:
             near = difflib.get_close_matches(self.dtype, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            self._refuse("dtype", f"no number format of this recipe{hint}", f"use one of {', '.join(known)}")
+            self._out_of_range("dtype", f"no number format of this recipe{hint}", f"use one of {', '.join(known)}")

@@ -58,8 +58,9 @@ class AutoencoderOptions(CommonOptions):
         )
         self._positive("learning_rate", do="give for example 1e-3")
         if not 0 < self.train_fraction < 1:
-            self._refuse("train_fraction", "it must lie between 0 and 1", "give for example 0.5")
+            self._out_of_range("train_fraction", "it must lie between 0 and 1", "give for example 0.5")
         self._not_negative("weight_penalty", do="give for example 0.1")
+        self._check_dtype()
         if self.weight_penalty and not self.tied:
             self._refuse("weight_penalty", "only the tied model has that penalty", "add --tied, or leave it out")
         if None not in (self.num_partitions, self.accumulation_steps) and (
@@ -70,7 +71,6 @@ class AutoencoderOptions(CommonOptions):
                 f"--num_partitions {self.num_partitions} says otherwise, and both mean the partitions of one step",
                 "give one of the two",
             )
-        self._check_dtype()
 
     @property
     def pinned_partitions(self) -> int | None:
@@ -85,7 +85,7 @@ class AutoencoderOptions(CommonOptions):
 
     def _check_dtype(self) -> None:
         if self.dtype in PURE_HALF:
-            self._refuse(
+            self._out_of_range(
                 "dtype",
                 "weights in float16 do not train: Adam's eps of 1e-8 is 0 there (the smallest positive number is "
                 "6e-8), so it divides by zero, and squared errors overflow above 65504",

@@ -93,9 +93,9 @@ class FewShotOptions(CommonOptions):
         self._at_least(0, "gradient_accumulation_steps", "query_rows", do="give 0 or more")
         self._not_negative("weight_decay", "lambda_I", "lambda_V", "lambda_C", "momentum", do="give for example 0.1")
         self._positive("learning_rate", do="give for example 1e-3")
+        self._known_dtype(DTYPES)
         if not self.lambda_I and not self.lambda_V and not self.lambda_C:
             self._refuse("lambda_I", "all three weights are 0, so there is nothing to train", "give one of them")
-        self._known_dtype(DTYPES)
         if self.gradient_accumulation_steps > self.episode_images:
             self._refuse(
                 "gradient_accumulation_steps", f"an episode has {self.episode_images} images",

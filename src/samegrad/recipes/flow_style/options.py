@@ -118,7 +118,7 @@ class FlowStyleOptions(CommonOptions):
         for name in ("patch_size", "swd_scales"):
             sizes = getattr(self, name)
             if any(size < 1 or size % 2 == 0 for size in (sizes if isinstance(sizes, tuple) else (sizes,))):
-                self._refuse(name, "a patch has a middle", "give odd sizes, such as 3")
+                self._out_of_range(name, "a patch has a middle", "give odd sizes, such as 3")
         if self.swd_scale_weights and len(self.swd_scale_weights) != len(self.swd_scales):
             self._refuse("swd_scale_weights", f"{len(self.swd_scales)} swd_scales", "give one weight for each")
         if self.checkpoint_every is not None and self.use_gradient_checkpointing is False:
@@ -132,7 +132,9 @@ class FlowStyleOptions(CommonOptions):
         )  # fmt: skip
         for name in ("max_samples", "max_spatial_samples", "epsilon_warmup_epochs"):
             if getattr(self, name) < 0:
-                self._refuse(name, "it must not be negative", "give a whole number; 0 is all of them, or no warm-up")
+                self._out_of_range(
+                    name, "it must not be negative", "give a whole number; 0 is all of them, or no warm-up"
+                )
         self._positive("learning_rate", "max_grad_norm", do="give for example 1e-4 or 1.0")
         self._not_negative(
             "last_learning_rate", "weight_decay", "w_style", "w_content", "vel_reg_weight", "cfg_scale",
@@ -140,11 +142,13 @@ class FlowStyleOptions(CommonOptions):
         )  # fmt: skip
         for name in ("epsilon", "label_drop_prob", "start_time"):
             if not 0 <= getattr(self, name) < 1:
-                self._refuse(name, "it must be at least 0 and less than 1", "give for example 0.1")
+                self._out_of_range(name, "it must be at least 0 and less than 1", "give for example 0.1")
         if not 0 < self.held_out_fraction < 1:
-            self._refuse("held_out_fraction", "it must lie between 0 and 1", "give for example 0.2")
+            self._out_of_range("held_out_fraction", "it must lie between 0 and 1", "give for example 0.2")
         if self.base_channels is not None and self.base_channels % 4:
-            self._refuse("base_channels", "channels are normalised four and more at a time", "give a multiple of 4")
+            self._out_of_range(
+                "base_channels", "channels are normalised four and more at a time", "give a multiple of 4"
+            )
 
     def size(self, name: str) -> Any:
         """The option ``name``, or where it is unset the document's value or that of the bundled pictures."""

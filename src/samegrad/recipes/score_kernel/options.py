@@ -85,13 +85,15 @@ class ScoreKernelOptions(CommonOptions):
             "process_timeout",
         )  # fmt: skip
         self._at_least(1, "train_samples_size", do="give a positive whole number, or leave it out")
+        self._at_least(0, "chunk_size", do="give centers at a time, or 0 for the budget's choice")
+        self._at_least(1, "accumulation_steps")
         self._positive("lr", do="give for example 5e-4")
         self._not_negative("weight_decay", "max_grad_norm", do="give for example 1e-4, or 0 to leave it off")
         if not (math.isfinite(self.stability) and self.stability > 0):
-            self._refuse("stability", "log det P needs a positive diagonal", "give for example 0.01")
+            self._out_of_range("stability", "log det P needs a positive diagonal", "give for example 0.01")
         self._not_negative("noise", do="give for example 0.1")
         if self.dtype not in DTYPES:
-            self._refuse(
+            self._out_of_range(
                 "dtype", "log-weights of hundreds go through a softmax, where half precision has no digits left",
                 f"use one of {', '.join(DTYPES)}",
             )  # fmt: skip
@@ -104,9 +106,6 @@ class ScoreKernelOptions(CommonOptions):
         self._check_strategy()
 
     def _check_strategy(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 0:
-            self._refuse("chunk_size", "it must be 0 or more", "give centers at a time, or 0 for the budget's choice")
-        self._at_least(1, "accumulation_steps")
         if self.chunk_size and self.accumulation_steps is not None:
             self._refuse(
                 "accumulation_steps", f"--chunk_size {self.chunk_size} says it too: both cut the centers of one step",

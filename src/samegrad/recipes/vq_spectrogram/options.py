@@ -102,20 +102,21 @@ class VQSpectrogramOptions(CommonOptions):
             "n_patches", "epochs",
         )  # fmt: skip
         if self.patch_len < PATCH_MULTIPLE or self.patch_len % PATCH_MULTIPLE:
-            self._refuse("patch_len", "the encoder halves it three times", "give a multiple of 8, such as 64")
+            self._out_of_range("patch_len", "the encoder halves it three times", "give a multiple of 8, such as 64")
         if min(self.channels) < 1:
-            self._refuse("channels", "a layer without channels", "give three positive whole numbers")
+            self._out_of_range("channels", "a layer without channels", "give three positive whole numbers")
         self._positive("lr", do="give for example 1e-3")
         self._not_negative(
             "lambda_recon", "lambda_vq", "lambda_machine_id", "lambda_transform", "grad_clip", do="give for example 1.0"
         )
         for name in ("commitment_warmup_epochs", "lr_warmup_epochs"):
             if getattr(self, name) < 0:
-                self._refuse(name, "a negative number of epochs", "give 0 or more")
+                self._out_of_range(name, "a negative number of epochs", "give 0 or more")
         if not 0 <= self.commitment_warmup_start <= 1:
-            self._refuse("commitment_warmup_start", "it must lie between 0 and 1", "give for example 0.25")
+            self._out_of_range("commitment_warmup_start", "it must lie between 0 and 1", "give for example 0.25")
         if self.subset_fraction is not None and not 0 < self.subset_fraction <= 1:
-            self._refuse("subset_fraction", "it must lie between 0 and 1", "give for example 0.2")
+            self._out_of_range("subset_fraction", "it must lie between 0 and 1", "give for example 0.2")
+        self._known_dtype(DTYPES)
         self._check_phases()
         self._check_machine_type()
         self._check_dtype()
@@ -170,7 +171,7 @@ class VQSpectrogramOptions(CommonOptions):
         fractions = (self.phase1_frac, self.phase2_frac, self.phase3_frac)
         for name, value in zip(("phase1_frac", "phase2_frac", "phase3_frac"), fractions):
             if not 0 <= value <= 1:
-                self._refuse(name, "it must lie between 0 and 1", "give for example 0.2")
+                self._out_of_range(name, "it must lie between 0 and 1", "give for example 0.2")
         if abs(math.fsum(fractions) - 1) > 1e-6:
             self._refuse(
                 "phase1_frac", f"the three phases are {math.fsum(fractions):g} of the epochs together",
@@ -196,7 +197,6 @@ class VQSpectrogramOptions(CommonOptions):
         )
 
     def _check_dtype(self) -> None:
-        self._known_dtype(DTYPES)
         if self.dtype == "float64" and (self.use_amp or self.memory_saver):
             self._refuse("dtype", "--use_amp computes in half precision", "give one of the two")
 
