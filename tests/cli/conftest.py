@@ -56,6 +56,32 @@ STEPS = '''
     def train():
         return declared(), Batches(12)
 
+    class Drawn(torch.utils.data.Dataset):
+        def __len__(self):
+            return 64 * 40
+
+        def __getitem__(self, index):
+            time.sleep(0.0005)
+            generator = torch.Generator().manual_seed(index)
+            return torch.randn(16, generator=generator), index % 4
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.randn(16), 0)] * 64 * 3)
+
+    def with_a_worker():
+        return declared(), torch.utils.data.DataLoader(Drawn(), batch_size=64, num_workers=1)
+
+    def without_a_length():
+        return declared(), torch.utils.data.DataLoader(Endless(), batch_size=64)
+
+    def scheduled():
+        step = declared()
+        optimizer = step.declared.optimizer
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.1)
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        return step, Batches(12)
+
     def budgeted(budget=None):
         return declared(budget=budget), Batches(3)
 

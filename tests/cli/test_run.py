@@ -211,6 +211,39 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(cli: Cli, folder: Path, s
     assert trace(folder / "whole") == trace(folder / "out")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_loop(
+    cli: Cli, folder: Path, number: signal.Signals, code: int
+) -> None:
+    """As Ctrl-C in a terminal and a batch system send it: what was done is saved."""
+    torch.set_num_threads(1)
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        os._exit(main(["run", "steps.py:with_a_worker", "--output", "out", "-q", "--save_every", "100"]))
+    wait_for_steps(folder / "out", 5)
+    os.killpg(pid, number)
+    assert wait(pid) == code
+    assert load_checkpoint(folder / "out" / "checkpoints").step >= 5
+
+
+def test_batches_without_a_length_are_run(cli: Cli) -> None:
+    ran = cli("run", "steps.py:without_a_length", "--output", "out", "--json")
+    assert ran.code == 0 and ran.document["steps"] == 3
+
+
+def test_a_scheduler_goes_on_where_it_was(cli: Cli, folder: Path) -> None:
+    assert cli("run", "steps.py:scheduled", "--output", "whole").code == 0
+    assert cli("run", "steps.py:scheduled", "--output", "out", "--steps", "7").code == 0
+    assert cli("run", "steps.py:scheduled", "--output", "out", "--resume", "--steps", "12").code == 0
+    same_state(folder / "whole", folder / "out")
+    assert trace(folder / "whole") == trace(folder / "out")
+    source = (folder / "steps.py").read_text()
+    (folder / "steps.py").write_text(source.replace("StepLR(optimizer, 3, gamma=0.1)", "ExponentialLR(optimizer, 0.5)"))
+    ran = cli("run", "steps.py:scheduled", "--output", "out", "--resume")
+    assert ran.code == 3 and "StepLR when it was saved, ExponentialLR now" in ran.err
+
+
 def test_a_second_signal_ends_at_once(folder: Path, start: Callable[..., int]) -> None:
     (folder / "stuck.py").write_text(
         (folder / "steps.py").read_text() + "\ndef stuck():\n    return declared(), Batches(4, seconds=30.0)\n"

@@ -7,7 +7,7 @@ import math
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -221,7 +221,7 @@ def _train(
     saved_at = training.done if options.resume else None
     thrashing = False
     with stop.hold(), console.progress(training.title, training.total) as bar:
-        for tick in training.ticks():
+        for tick in _until_workers_end(training.ticks(), stop):
             told = _record(tick, training, folder)
             if not thrashing and (line := thrashing_line(tick.results)):
                 thrashing = True
@@ -235,6 +235,20 @@ def _train(
             stop.obey()
         if saved_at != training.done:
             _save(training, folder, stop)
+        stop.obey()
+
+
+def _until_workers_end(ticks: Iterator[Tick], stop: StopFlag) -> Iterator[Tick]:
+    """``ticks`` up to where data workers were ended by the signal that asks this process to stop.
+
+    Between two ticks nothing is lost, so that what was done can be saved.
+    """
+    try:
+        yield from ticks
+    except RuntimeError as error:
+        # torch has no type for it.
+        if not stop or "DataLoader worker" not in str(error):
+            raise
 
 
 def _save(training: Training, folder: RunFolder, stop: StopFlag) -> None:

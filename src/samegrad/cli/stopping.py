@@ -2,7 +2,9 @@
 
 1. Outside the loop nothing is at stake that is not saved yet: the signal ends the command where it stands.
 2. In the loop the first signal only sets the flag; the loop saves and then raises ``Stopped``.
-3. A second signal ends the process at once, as if nobody had listened; the last periodic checkpoint stands.
+3. A child that was forked (a worker that reads data) hears what is sent to the whole group, and leaves it to its
+   parent. torch's own workers end on SIGTERM all the same: the loop then saves what was done before (``run_session``).
+4. A second signal ends the process at once, as if nobody had listened; the last periodic checkpoint stands.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class StopFlag:
         self.asked: signal.Signals | None = None
         self.saved: str | None = None
         self._held = False
+        self._process = os.getpid()
 
     def __bool__(self) -> bool:
         return self.asked is not None
@@ -61,7 +64,7 @@ class StopFlag:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.asked = signal.Signals(number)
-        if not self._held:
+        if not self._held and os.getpid() == self._process:
             self.obey()
 
 

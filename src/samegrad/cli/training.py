@@ -1,8 +1,8 @@
 """What ``run`` needs of a program to train, save and report it; and a user's own step as such a program.
 
 1. Ticks are numbered by optimizer step, from 0, also over a resume.
-2. What is saved and read back is everything the next tick depends on: weights, optimizer, random generators,
-   position. A user's own scheduler or EMA is not seen by us and is not saved.
+2. What is saved and read back is everything the next tick depends on: weights, optimizer, its schedulers, random
+   generators, position. A user's own EMA is not seen by us and is not saved.
 3. A resumed iterable is read from its start and what was used is skipped, so its order must follow from the seed.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import samegrad as sg
 from samegrad.cli.run_story import PictureFile
+from samegrad.cli.schedulers import scheduler_states, set_schedulers
 from samegrad.errors import BadInput
 from samegrad.records import Counting, Footprint, Plan, StepResult
 from samegrad.store import (
@@ -105,7 +106,7 @@ class FunctionTraining:
 
     def __init__(self, title: str, step: sg.Step, batches: Iterable[Any], *, budget: str | None = None) -> None:
         self.title, self.step, self.budget, self._done = title, step, budget, 0
-        self._total = len(batches) if isinstance(batches, Sized) else None
+        self._total = _length(batches)
         # One iterator for planning and training: a second one would draw another order from the generators.
         rest = iter(batches)
         found = list(itertools.islice(rest, 1))
@@ -152,7 +153,11 @@ class FunctionTraining:
         return {"model": self._model.state_dict(), "optimizer": optimizer, "rng": rng_to_tensors()}
 
     def state(self) -> Mapping[str, Any]:
-        return {"done": self._done, "optimizer": optimizer_to_tensors(self._optimizer)[1]}
+        return {
+            "done": self._done,
+            "optimizer": optimizer_to_tensors(self._optimizer)[1],
+            "schedulers": scheduler_states(self._optimizer),
+        }
 
     def restore(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         self._done = checkpoint.state["done"]
@@ -165,6 +170,9 @@ class FunctionTraining:
             )
         model_into(self._model, checkpoint.tensors["model"])
         tensors_into_optimizer(self._optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+        # A checkpoint of an earlier version names none.
+        if (states := checkpoint.state.get("schedulers")) is not None:
+            set_schedulers(self._optimizer, states, title=self.title)
         return rng_from_tensors(checkpoint.tensors["rng"])
 
     def finish(self, folder: Path) -> Outcome:
@@ -177,6 +185,14 @@ class FunctionTraining:
     @property
     def _optimizer(self) -> Any:
         return self.step.declared.optimizer
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    """How many there are, where that is known: a DataLoader has a length that an iterable data set may not have."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
 
 
 def _one_then(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
