@@ -154,7 +154,8 @@ def _one_step(
         optimizer.zero_grad()
         raise NonFinite(
             asked=f"step {index}",
-            found=f"loss {loss:g}, gradient norm {norm:g}; the optimizer did not step and the weights are unchanged",
+            found=f"loss {loss:g}, gradient norm {norm:g}{_seen_in(step.declared, batches)}; the optimizer did not "
+            "step and the weights are unchanged",
             do="look at that batch's rows, lower the learning rate, or clip the gradients",
         )
     announce(Phase.OPTIMIZER)
@@ -202,6 +203,25 @@ def _weights(declared: DeclaredStep, batches: Sequence[Any]) -> list[float]:
             do="drop batches without valid targets",
         )
     return counts
+
+
+def _seen_in(declared: DeclaredStep, batches: Sequence[Any]) -> str:
+    """What of the batches may be why: rows that are not finite, targets of which none counts."""
+    found = []
+    for batch in batches:
+        layout = declared.layout(batch)
+        for (path, leaf), axis in zip(trees.flatten_with_paths(batch, "batch"), layout.axes):
+            if not isinstance(leaf, Tensor) or axis is None or not leaf.numel():
+                continue
+            if leaf.is_floating_point() or leaf.is_complex():
+                bad = (~torch.isfinite(leaf)).movedim(axis, 0).flatten(1).any(1) if leaf.dim() > 1 else ~leaf.isfinite()
+                rows = bad.nonzero().flatten().tolist()
+                if rows:
+                    more = "" if len(rows) == 1 else f" and {len(rows) - 1} more"
+                    found.append(f"row {rows[0]}{more} of {path} is not finite")
+            elif leaf.dtype == torch.int64 and bool((leaf == _IGNORED).all()):
+                found.append(f"{path} is {_IGNORED} everywhere: no target counts")
+    return f"; {', '.join(found)}" if found else ""
 
 
 def _refuse_ignored_targets(batch: Any) -> None:
