@@ -28,6 +28,7 @@ from samegrad.exact.sharded import ranks_of
 from samegrad.exact.softmax_loss import reduced_loss
 from samegrad.exact.split import plain_backward
 from samegrad.exact.step_draws import StepDraws
+from samegrad.exact.stepping_hooks import refuse_stepping_hooks
 from samegrad.exact.whole import WholeStep, reduces_in_backward
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
 from samegrad.execute.examined import Examined
@@ -39,6 +40,7 @@ from samegrad.execute.recover import Attempt, Attempts, attempts_for
 from samegrad.execute.row_counts import RowCounts
 from samegrad.levers import Execution
 from samegrad.measure import counters
+from samegrad.module_walk import parameters_of
 from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, Plan, Recovery, Verdict
@@ -135,6 +137,11 @@ class Step:
         plan that was pinned, or none left, OutOfMemory is raised.
         """
         self._check_open()
+        if scaler is not None:
+            refuse_stepping_hooks(
+                parameters_of(self.declared.modules), asked="step.backward(batch, scaler=...)",
+                do="take the hooks off and step the optimizer after scaler.unscale_, or train without a scaler",
+            )  # fmt: skip
         if not torch.is_grad_enabled():
             # Two passes would otherwise leave no gradient and say nothing.
             raise UsageError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from samegrad.cli import run_session
 from samegrad.store import RunFolder, load_checkpoint
 from tests.cli.conftest import Cli
 
@@ -118,3 +120,47 @@ def test_another_number_of_ranks_is_refused(cli: Cli, folder: Path, monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "2")
     ran = cli(*TRAIN, "--resume")
     assert ran.code == 3 and "start it without torchrun" in ran.err
+
+
+def test_a_resume_that_failed_leaves_the_change_to_be_planned_for_by_the_next(cli: Cli, folder: Path) -> None:
+    """The plan of the larger budget must not pass for that of the smaller one."""
+    line = ("run", "steps.py:budgeted", "--output", "out")
+    assert cli(*line, "--budget", "100KiB", "--steps", "2").code == 0
+    weights = load_checkpoint(folder / "out" / "checkpoints").path / "model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + b"\x99")
+    assert cli(*line, "--budget", "60KiB", "--resume").code == 3
+    weights.write_bytes(sound)
+    assert cli(*line, "--budget", "60KiB", "--resume").code == 0
+    assert plan_of(folder / "out")["budget"]["total_bytes"] == 60 * 1024
+
+
+def test_a_verdict_of_the_plan_before_does_not_outlive_it(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("run", "steps.py:budgeted", "--output", "out")
+    assert cli(*line, "--budget", "100KiB", "--steps", "2").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run_session, "_verify", lambda *_, **__: 1 / 0)
+        assert cli(*line, "--budget", "60KiB", "--resume").code != 0
+    assert not (folder / "out" / "verdict.json").exists()
+    assert cli(*line, "--budget", "60KiB", "--resume").code == 0
+    assert (folder / "out" / "verdict.json").exists()
+
+
+class HalfAnEpoch:
+    unit = "epoch"
+
+    def ticks(self) -> Any:
+        raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+        yield
+
+
+def test_an_epoch_that_is_half_done_is_not_saved_as_if_it_had_not_begun() -> None:
+    stop = run_session.StopFlag()
+    stop.asked = signal.SIGTERM
+    half: Any = HalfAnEpoch()
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(run_session._until_workers_end(half, stop))
+    half.unit = "step"
+    assert list(run_session._until_workers_end(half, stop)) == []

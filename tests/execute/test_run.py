@@ -142,6 +142,13 @@ def test_hooks_that_step_in_backward_are_refused_where_the_gradient_is_not_whole
     assert same(before, step.declared.model.state_dict())
 
 
+def test_a_step_that_scales_its_loss_refuses_them_too() -> None:
+    step = stepped()
+    stepping_in_backward(step.declared.model)
+    with pytest.raises(sg.UsageError, match="steps an optimizer inside backward"):
+        step.backward(BATCHES[0], scaler=torch.amp.GradScaler("cpu"))
+
+
 def test_hooks_that_only_look_are_no_reason_to_refuse() -> None:
     step, seen = stepped(), []
     for parameter in step.declared.model.parameters():

@@ -39,6 +39,7 @@ from samegrad.store import RunFolder, load_checkpoint, save_checkpoint
 
 # In a checkpoint's state, beside the program's own.
 _RANKS = "ranks"
+VERDICT = "verdict.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,15 +83,20 @@ def run_session(target: Target, call: Call, folder: RunFolder, console: Console)
     """Trains ``target`` in ``folder``, from the start or from its newest checkpoint."""
     options = call.part(RunOptions)
     with Status(folder, target.name) as status, listening() as stop, advised(target):
-        # Before the config is written: what is another budget or device asks for another plan.
         changed = changed_options(target, call, folder.path / CONFIG) if options.resume else {}
-        folder.write_text(CONFIG, config_text(target, call))
+        if not options.resume:
+            folder.write_text(CONFIG, config_text(target, call))
         given = _given_plan(folder, options, changed)
         training = load_training(target, call)
         if options.resume:
             _resume(training, folder, options, console)
             stop.saved = str(folder.path)
+        if options.resume and (given is None or options.plan is not None):
+            # It was another plan's; should this process end before there is a new one, nobody takes it for this one's.
+            folder.remove(VERDICT)
         planned = _plan(training, folder, given, console)
+        # After the plan: a resume that failed before it is to find the change again, and plan for it.
+        folder.write_text(CONFIG, config_text(target, call))
         _write_summary(training, folder, planned, Outcome())
         try:
             as_before = options.resume and given is not None and options.plan is None
@@ -192,10 +198,10 @@ def _verify(
     training: Training, folder: RunFolder, options: RunOptions, console: Console, *, as_before: bool
 ) -> Verdict:
     """The verdict on the step before it trains; that of a run resumed under its plan was given when it began."""
-    verdict = read_record(folder.path / "verdict.json", Verdict) if as_before else None
+    verdict = read_record(folder.path / VERDICT, Verdict) if as_before else None
     if verdict is None:
         verdict = sg.verify_step(training.step, training.batch, rows=options.verify_rows)
-        folder.write_text("verdict.json", verdict.to_json())
+        folder.write_text(VERDICT, verdict.to_json())
     console.note(judge(verdict).text)
     if not math.isfinite(verdict.max_relative_error):
         raise NonFinite(
@@ -208,7 +214,7 @@ def _verify(
             asked=f"train {training.title} with the gradients of the plain step",
             found=judge(verdict).text,
             do="report it, with verdict.json of the run folder; --plan or --rows with other chunks may go round it",
-            file=str(folder.path / "verdict.json"),
+            file=str(folder.path / VERDICT),
         )
     return verdict
 
@@ -221,7 +227,7 @@ def _train(
     saved_at = training.done if options.resume else None
     thrashing = False
     with stop.hold(), console.progress(training.title, training.total) as bar:
-        for tick in _until_workers_end(training.ticks(), stop):
+        for tick in _until_workers_end(training, stop):
             told = _record(tick, training, folder)
             if not thrashing and (line := thrashing_line(tick.results)):
                 thrashing = True
@@ -238,16 +244,16 @@ def _train(
         stop.obey()
 
 
-def _until_workers_end(ticks: Iterator[Tick], stop: StopFlag) -> Iterator[Tick]:
-    """``ticks`` up to where data workers were ended by the signal that asks this process to stop.
+def _until_workers_end(training: Training, stop: StopFlag) -> Iterator[Tick]:
+    """The ticks up to where data workers were ended by the signal that asks this process to stop.
 
-    Between two ticks nothing is lost, so that what was done can be saved.
+    Between two steps nothing is lost, so that what was done can be saved; an epoch that is half done is neither.
     """
     try:
-        yield from ticks
+        yield from training.ticks()
     except RuntimeError as error:
         # torch has no type for it.
-        if not stop or "DataLoader worker" not in str(error):
+        if not stop or training.unit != "step" or "DataLoader worker" not in str(error):
             raise
 
 

@@ -25,6 +25,7 @@ from samegrad.exact.stepping_hooks import refuse_stepping_hooks
 from samegrad.measure import counters
 from samegrad.measure.counting import ByteCounter
 from samegrad.measure.probe import claim_residents
+from samegrad.module_walk import parameters_of
 from samegrad.records import Phase, Recovery, StepResult
 
 # Steps in a row that a scaler may skip: by then its scale is a thousandth of what it was.
@@ -82,12 +83,12 @@ def train(
         raise UsageError(
             asked=f"train(..., batches_per_step={batches_per_step})", found="not a positive number", do="give 1 or more"
         )
-    if scaler is not None or batches_per_step > 1:
+    if batches_per_step > 1:
+        # With a scaler the step itself refuses them.
         refuse_stepping_hooks(
-            (p for module in step.declared.modules for p in module.parameters()),
-            asked="train(...)" if scaler is None else "train(scaler=...)",
-            do="take the hooks off and let train step the optimizer, or train on one batch a step without a scaler",
-        )
+            parameters_of(step.declared.modules), asked=f"train(..., batches_per_step={batches_per_step})",
+            do="take the hooks off and let train step the optimizer, or train on one batch a step",
+        )  # fmt: skip
     device = step.declared.device
     reading = counters.read_allocator(device)
     skipped = 0
@@ -139,7 +140,7 @@ def _one_step(
     for batch, weight, before in zip(batches, weights, [weights[0], *weights]):
         if weight != before:
             # What stands is in units of this batch's weight from here on; batches of one size are left as they are.
-            torch._foreach_mul_(_gradients(optimizer), before / weight)
+            _multiply(_gradients(optimizer), before / weight)
         losses.append(step.backward(batch, scaler=scaler))
     whole = math.fsum(weights) if step.declared.normalise != "sum" else 1.0
     loss = math.fsum(float(loss) * weight for loss, weight in zip(losses, weights)) / whole
@@ -147,7 +148,7 @@ def _one_step(
         scaler.unscale_(optimizer)
     if (share := weights[-1] / whole) != 1:
         # What was added up was their sum. Once: a loss divided before would be another declared loss.
-        torch._foreach_mul_(_gradients(optimizer), share)
+        _multiply(_gradients(optimizer), share)
     norm = gradient_norm(optimizer)
     # With a scaler what is not finite is the scaler's affair: it skips the step and lowers the scale.
     if scaler is None and not (math.isfinite(loss) and math.isfinite(norm)):
@@ -183,6 +184,11 @@ def _known_lack_of_memory(index: int) -> Iterator[None]:
             do="go on from the last checkpoint, with a smaller budget, and with optimizer= given to the Step, so that "
             "what its turn takes is planned",
         ) from error
+
+
+def _multiply(gradients: list[Tensor], factor: float) -> None:
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def _weights(declared: DeclaredStep, batches: Sequence[Any]) -> list[float]:

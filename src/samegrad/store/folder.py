@@ -123,6 +123,11 @@ class RunFolder:
             ) from error
         return self.path / name
 
+    def remove(self, name: str) -> None:
+        """The file ``name`` in the folder is gone, where it was there."""
+        self._check_held()
+        (self.path / name).unlink(missing_ok=True)
+
     def write_status(self, status: Mapping[str, Any]) -> None:
         """``status.json``, replaced in one move; floats that are not finite become null."""
         self.write_text(_STATUS, json_line(status, place=_STATUS) + "\n")
