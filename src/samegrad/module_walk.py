@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def parts_of(roots: Iterable[nn.Module]) -> list[nn.Module]:
@@ -26,4 +26,10 @@ def parts_of(roots: Iterable[nn.Module]) -> list[nn.Module]:
 def parameters_of(roots: Iterable[nn.Module]) -> list[nn.Parameter]:
     """All parameters of ``roots`` and what is below them, each once."""
     found = {id(p): p for part in parts_of(roots) for p in part._parameters.values() if p is not None}
+    return list(found.values())
+
+
+def buffers_of(roots: Iterable[nn.Module]) -> list[Tensor]:
+    """All buffers of ``roots`` and what is below them, each once."""
+    found = {id(b): b for part in parts_of(roots) for b in part._buffers.values() if b is not None}
     return list(found.values())

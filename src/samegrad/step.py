@@ -31,13 +31,14 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.stepping_hooks import refuse_stepping_hooks
 from samegrad.exact.whole import WholeStep, reduces_in_backward
 from samegrad.execute.apply import Standing, applied, check_scaled, chunked_step
-from samegrad.execute.examined import Examined
+from samegrad.execute.examined import Examined, Kind
 from samegrad.execute.given import check_allowed, refuse_not_there
 from samegrad.execute.kept_plans import Kept, KeptPlans
 from samegrad.execute.kept_programs import KeptPrograms
 from samegrad.execute.pinned import checked_rows, pinned_plan
 from samegrad.execute.recover import Attempt, Attempts, attempts_for
 from samegrad.execute.row_counts import RowCounts
+from samegrad.execute.ways import Ways
 from samegrad.levers import Execution
 from samegrad.measure import counters
 from samegrad.module_walk import parameters_of
@@ -151,13 +152,14 @@ class Step:
             )
         layout, execution = self._agreed_execution(batch)
         assert self.plan is not None
-        attempts = self._attempts(batch, layout, self.plan)
+        kind = self._examined.kind_of(batch, layout)
+        attempts = self._attempts(kind, batch, self.plan)
         for attempt in attempts:
             with attempt:
                 self.recoveries = tuple(attempts.recoveries)
                 if self.recoveries:
-                    execution = self._fall_to(attempt.plan, batch, layout)
-                return self._run(execution, batch, layout, scaler, attempt)
+                    execution = self._fall_to(attempt.plan, kind, batch, layout)
+                return self._run(execution, kind, batch, layout, scaler, attempt)
         raise AssertionError("attempts end by an error")
 
     def prepare(self, worst_batch: Any) -> Plan:
@@ -226,17 +228,19 @@ class Step:
         execution = self._execution(batch, layout)
         if execution.runs_whole:
             execution = dataclasses.replace(execution, sizes=(1,) * layout.rows)
-        return self._in_chunks(execution, batch, layout, kept=False)
+        return self._in_chunks(execution, self._examined.kind_of(batch, layout), batch, layout, kept=False)
 
     def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
         """The draws of the next step: the same for every plan."""
-        return self._examined.draws_for(batch, layout)
+        return self._examined.draws_for(self._examined.kind_of(batch, layout), batch, layout)
 
-    def _run(self, execution: Execution, batch: Any, layout: RowLayout, scaler: Any, attempt: Attempt) -> Tensor:
+    def _run(
+        self, execution: Execution, kind: Kind, batch: Any, layout: RowLayout, scaler: Any, attempt: Attempt
+    ) -> Tensor:
         check_scaled(execution, scaler)
         # Examined first: what levers put on the model is not the user's.
-        chunked = None if execution.runs_whole else self._in_chunks(execution, batch, layout, kept=True)
-        draws = self.draws_for(batch, layout) if chunked is None else None
+        chunked = None if execution.runs_whole else self._in_chunks(execution, kind, batch, layout, kept=True)
+        draws = self._examined.draws_for(kind, batch, layout) if chunked is None else None
         assert self.plan is not None
         self._standing.bring(self.plan)
         with applied(self.plan, self.declared, layout.rows) as running:
@@ -248,28 +252,27 @@ class Step:
             whole = WholeStep(running.declared, attempt.parameters, draws, attempt.examination, attempt.agreement)
             return whole.backward(batch, layout, scaler)
 
-    def _attempts(self, batch: Any, layout: RowLayout, plan: Plan) -> Attempts:
+    def _attempts(self, kind: Kind, batch: Any, plan: Plan) -> Attempts:
         pinned = "rows=" if self._rows is not None else "plan=" if self._given is not None else ""
         further = () if pinned or self.footprint is None else smaller_plans(self.footprint, plan, self.allow)
         return attempts_for(
-            self.declared, batch, plan, iter(further), self._examined.ways.get(self._examined.kind_of(batch, layout)),
+            self.declared, batch, plan, iter(further), self._examined.ways.get(kind),
             pinned=pinned, sharded=self._waits_for_ranks,
         )  # fmt: skip
 
-    def _fall_to(self, plan: Plan, batch: Any, layout: RowLayout) -> Execution:
+    def _fall_to(self, plan: Plan, kind: Kind, batch: Any, layout: RowLayout) -> Execution:
         """The execution of a smaller plan, which stays in the place of the one that ran out of memory."""
         assert self.footprint is not None
-        kept = Kept(plan, self.footprint, extents_of(batch, layout))
-        self._plans.keep(self._examined.kind_of(batch, layout), kept)
+        self._plans.keep(kind, Kept(plan, self.footprint, extents_of(batch, layout)))
         return self._execution(batch, layout)
 
-    def _in_chunks(self, execution: Execution, batch: Any, layout: RowLayout, *, kept: bool) -> ChunkedStep:
+    def _in_chunks(self, execution: Execution, kind: Kind, batch: Any, layout: RowLayout, *, kept: bool) -> ChunkedStep:
         """``kept``: by what was compiled and captured for the batches before."""
-        ways = self._examined.ways_for(batch, layout)
+        ways = self._examined.ways_for(kind, batch, layout)
         assert self.plan is not None
         if self._given is not None or self._rows is not None:
-            self._examined.accept_levers(self.plan, batch, layout, ways)
-        self._row_counts.check(self.plan, execution, ways, batch, layout)
+            self._examined.accept_levers(self.plan, kind, batch, layout, ways)
+        self._row_counts.check(self.plan, execution, ways, kind, batch, layout)
         programs = self._programs.of(self.plan, execution) if kept else None
         return chunked_step(execution, self._examined.aliases, ways, self._chunks, programs)
 
@@ -298,7 +301,7 @@ class Step:
             # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
             self.plan = pinned_plan(
                 self._rows, self.declared, layout,
-                lambda: None if self._examined.aliases.sharded else self._examined.ways_for(batch, layout),
+                lambda: None if self._examined.aliases.sharded else self._ways_for(batch, layout),
             )  # fmt: skip
         elif self._given is not None:
             self._examined.accept_plan(self._given, batch, layout)
@@ -316,12 +319,17 @@ class Step:
         with applied(self.plan, self.declared, layout.rows) as execution:
             return execution
 
+    def _ways_for(self, batch: Any, layout: RowLayout) -> Ways:
+        """The ways to run batches like this one."""
+        return self._examined.ways_for(self._examined.kind_of(batch, layout), batch, layout)
+
     def _accepts(self, plan: Plan, batch: Any, layout: RowLayout) -> bool:
         """Whether ``plan``, made for a batch that is longer somewhere, can run this one too."""
         with contextlib.suppress(CannotSplit), applied(plan, self.declared, layout.rows) as execution:
             if not execution.runs_whole:
-                ways = self._examined.ways_for(batch, layout)
-                self._examined.accept_levers(plan, batch, layout, ways)
+                kind = self._examined.kind_of(batch, layout)
+                ways = self._examined.ways_for(kind, batch, layout)
+                self._examined.accept_levers(plan, kind, batch, layout, ways)
                 chunked_step(execution, self._examined.aliases, ways, self._chunks)
             return True
         return False

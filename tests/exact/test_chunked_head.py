@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from samegrad.errors import UsageError
 from samegrad.exact import chunked_head
+from samegrad.exact.chunk_map import Autocast
 from samegrad.exact.chunked_head import ChunkedLikelihood, HeadLoss
 from samegrad.exact.deferred_logits import DeferredLogits, deferred_head
 from samegrad.exact.pending_logits import Uses
@@ -24,6 +25,22 @@ from .head_zoo import CLASSES, LOSSES, D, LogitLoss, Words, words
 
 Gradients = Sequence[Tensor | None]
 POSITIONS = zoo.ROWS * zoo.LENGTH
+
+
+@pytest.fixture(autouse=True, params=[1, 64])
+def classes_of_a_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and with the zeros behind the vocabulary that CUDA's kernels like."""
+    monkeypatch.setitem(chunked_head._CLASSES_OF_A_TILE, "cpu", request.param)
+
+
+def test_zeros_behind_the_vocabulary_fill_it_to_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = nn.Linear(8, CLASSES)
+    rows = chunked_head.LogitRows(head.weight, head.bias, Autocast.now(["cpu"]))
+    for tile, padded in ((1, CLASSES), (64, 64), (CLASSES, CLASSES)):
+        monkeypatch.setitem(chunked_head._CLASSES_OF_A_TILE, "cpu", tile)
+        leaves = rows.as_leaves()
+        assert leaves.weight.shape == (padded, 8) and leaves.of(torch.ones(3, 8)).shape == (3, CLASSES)
+        assert not leaves.weight[CLASSES:].any()
 
 
 def plain(model: nn.Module, loss: LogitLoss, batch: zoo.Batch) -> tuple[Tensor, Gradients]:
@@ -157,8 +174,10 @@ def test_a_factor_that_is_no_power_of_two_is_not_rounded_to_a_narrow_dtype() -> 
     assert abs(float((ones * factor.bfloat16()).double().mean()) / 0.3 - 1) > 5e-4
 
 
-def test_hidden_rows_get_the_bits_of_the_plain_step() -> None:
+def test_hidden_rows_get_the_bits_of_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each position's term is what it is there, so that everything before the head gets what it gets there."""
+    # With more classes, zeros or not, kernels add up in another order.
+    monkeypatch.setitem(chunked_head._CLASSES_OF_A_TILE, "cpu", 1)
     head, targets = nn.Linear(16, 300), torch.arange(96)
     hidden = torch.randn(96, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     [expected] = torch.autograd.grad(F.cross_entropy(head(hidden), targets), [hidden])
@@ -289,7 +308,7 @@ def last_chunk_only() -> Any:
     def add(self: Any, part: slice, gradients: Sequence[Tensor | None]) -> None:
         if self._hidden is not None:
             self._hidden[part] = gradients[0]
-        self._parameters = list(gradients[1:])
+        self._parameters = [g if g is None else g[:CLASSES] for g in gradients[1:]]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_head._Sums, "add", add)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,3 +122,24 @@ def test_what_excludes_recomputation_says_so() -> None:
         run_by(ways(refused), **RECOMPUTE, exact_batchnorm={"rows": 4})
     with pytest.raises(CannotSplit, match="fully_shard"):
         run_by(ways(), SimpleNamespace(sharded=True), **RECOMPUTE, split_rows={"rows": 4})
+
+
+LEFT_OPEN = """
+import torch
+from torch import nn
+import samegrad as sg
+
+model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(36, 5))
+batch = torch.randn(4, 3, 4, 4), torch.randint(0, 5, (4,))
+plan = sg.Plan(levers={"layout": {}}, exactness=sg.Exactness.SAME_SUM, batch_rows=4)
+loss = lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1])
+step = sg.Step(model, loss, forward=lambda net, batch: net(batch[0]), plan=plan)
+step.backward(batch)
+assert not model[0].weight.is_contiguous()
+"""
+
+
+def test_a_process_that_leaves_its_step_open_ends_well() -> None:
+    """Strides were put back while the interpreter took tensors apart, which ended in a core dump."""
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-500:]

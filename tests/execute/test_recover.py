@@ -95,8 +95,8 @@ def leave_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 def take_another_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = sg.Step._run
 
-    def run(self: sg.Step, execution: Any, batch: Any, *rest: Any) -> Tensor:
-        return plain(self, execution, batch_of(seed=2) if self.recoveries else batch, *rest)
+    def run(self: sg.Step, execution: Any, kind: Any, batch: Any, *rest: Any) -> Tensor:
+        return plain(self, execution, kind, batch_of(seed=2) if self.recoveries else batch, *rest)
 
     monkeypatch.setattr(sg.Step, "_run", run)
 

@@ -11,6 +11,8 @@ have a cotangent each, which is not known yet: their chunks run again in backwar
    is narrow itself: there terms have the cotangent 1, and the sums are divided by the count.
 3. Sums over chunks are kept in float32 at least, and narrow ones are multiplied there: a factor rounded to the head's
    dtype would weigh all rows wrongly.
+4. On CUDA products are slow where a row of logits does not begin at a multiple of some bytes: a vocabulary that ends
+   elsewhere gets classes of zeros behind it, which the likelihood does not see.
 
 Sources: Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, for gradients formed in the forward; Wijmans et al. 2024,
 "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
@@ -40,6 +42,8 @@ Pointwise = Callable[[Tensor], Tensor]
 Likelihood = Callable[[Tensor, Tensor], Tensor]
 # losses(loss, logits, hidden (positions, width), targets (positions,)) -> (positions,), of one chunk
 ChunkLosses = Callable[["HeadLoss", "LogitRows", Tensor, Tensor], Tensor]
+# rule 4, by device type: 128 bytes of the narrowest logits. Elsewhere kernels do not care.
+_CLASSES_OF_A_TILE = {"cuda": 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +51,20 @@ class LogitRows:
     """How a hidden row becomes its logits, and what the model makes of them before the loss takes them.
 
     ``weight`` (classes, width), ``bias`` (classes,) or None. ``autocast``: the blocks that were open at the head.
+    ``beyond``: how many of their last classes are zeros that rule 4 put there.
     """
 
     weight: Tensor
     bias: Tensor | None
     autocast: Autocast
     then: tuple[Pointwise, ...] = ()
+    beyond: int = 0
 
     def of(self, hidden: Tensor) -> Tensor:
         """(..., classes), of ``hidden`` (..., width): the operations of the plain step."""
         with self.autocast.entered():
             logits = F.linear(hidden, self.weight, self.bias)
+        logits = logits[..., : logits.shape[-1] - self.beyond]
         for step in self.then:
             logits = step(logits)
         return logits
@@ -66,14 +73,18 @@ class LogitRows:
         return self._with(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def as_leaves(self) -> LogitRows:
-        """Leaves for one loss's chunks; cast once where autocast would cast them in every chunk."""
-        return self._with(self._leaf(self.weight), None if self.bias is None else self._leaf(self.bias))
+        """Leaves for one loss's chunks: cast once where autocast would cast them in every chunk, and by rule 4."""
+        beyond = -len(self.weight) % _CLASSES_OF_A_TILE.get(self.weight.device.type, 1)
+        bias = None if self.bias is None else self._leaf(self.bias, beyond)
+        return dataclasses.replace(self, weight=self._leaf(self.weight, beyond), bias=bias, beyond=beyond)
 
     def _with(self, weight: Tensor, bias: Tensor | None) -> LogitRows:
         return dataclasses.replace(self, weight=weight, bias=bias)
 
-    def _leaf(self, parameter: Tensor) -> Tensor:
-        return self.autocast.cast(parameter.detach()).requires_grad_(parameter.requires_grad)
+    def _leaf(self, parameter: Tensor, beyond: int) -> Tensor:
+        own = self.autocast.cast(parameter.detach())
+        leaf = torch.cat([own, own.new_zeros(beyond, *own.shape[1:])]) if beyond else own
+        return leaf.requires_grad_(parameter.requires_grad)
 
 
 def losses_of_chunk(loss: HeadLoss, logits: LogitRows, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -150,6 +161,7 @@ class _Sums:
             before, like = self._parameters[index], self._like[1 + index]
             if gradient is None or like is None:
                 continue
+            gradient = gradient[: len(like)]
             if before is None:
                 self._parameters[index] = gradient.to(torch.float32 if like.dtype in NARROW else like.dtype)
             else:

@@ -14,7 +14,8 @@ gone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,38 +25,86 @@ from torch import Tensor, nn
 from samegrad.declared import DeclaredStep
 from samegrad.exact.attributes import PLAIN, can_hold_state
 from samegrad.exact.held import held_in, of_a_library
+from samegrad.module_walk import parts_of
 
 _DEEPEST = 3
 _LONGEST = 256
 # Of nn.Module itself; what else begins with an underscore belongs to the layer.
 _OF_MODULES = frozenset(vars(nn.Module()))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# By their objects: hooks are called as they are, and a submodule has constants of its own.
+_HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_modules"})
+_HOLDERS = frozenset({"_parameters", "_buffers"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """The places, as they were found. ``now()`` reads them again."""
+    """The places, as they were found. ``hold()`` looks at them again.
+
+    Asked before every step, while the device waits: whether each attribute is the object that it was comes first, and
+    only what that does not tell (tensors, containers, other objects) is read.
+    """
 
     device_type: str
-    modules: tuple[nn.Module, ...]
+    ambient: Hashable
+    modules: tuple[_ModuleConstants, ...]
     places: tuple[Callable[[], Any], ...]
     values: tuple[Hashable, ...]
 
     @classmethod
     def of(cls, declared: DeclaredStep) -> Constants:
-        parts = {id(part): part for module in declared.modules for part in module.modules()}
+        parts = {id(part): part for part in parts_of(declared.modules)}
         functions = {f"{type(part).__name__}.forward": type(part).forward for part in parts.values()}
         held = held_in(
             {"loss_fn": declared.loss_fn, "forward": declared.forward, **functions}, declared.modules, largest_bytes=-1
         )
-        modules = (*parts.values(), *(part for module in held.modules for part in module.modules()))
+        modules = tuple(map(_ModuleConstants.of, [*parts.values(), *parts_of(held.modules)]))
         places = tuple(place.read for place in held.places)
         device_type = declared.device.type
-        return cls(device_type, modules, places, (_ambient(device_type), *_values(modules, places)))
+        return cls(device_type, _ambient(device_type), modules, places, _read(places))
 
     def hold(self) -> bool:
         """Whether all of it is as it was."""
-        return self.values == (_ambient(self.device_type), *_values(self.modules, self.places))
+        return (
+            self.ambient == _ambient(self.device_type)
+            and all(module.hold() for module in self.modules)
+            and self.values == _read(self.places)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ModuleConstants:
+    """One module: its attributes' names and objects, which are kept alive, and what of them can change inside.
+
+    ``inside``: attributes that stay the same objects when what they hold becomes another. ``empty``: of torch's own
+    that hold nothing, which are most.
+    """
+
+    attributes: dict[str, Any]
+    names: tuple[str, ...]
+    objects: tuple[Any, ...]
+    inside: tuple[tuple[str, Hashable], ...]
+    empty: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _ModuleConstants:
+        attributes = vars(module)
+        empty = tuple(name for name in (*_HOOKS, *_HOLDERS) if not attributes[name])
+        changing = [name for name, value in attributes.items() if name not in empty and _can_change(name, value)]
+        inside = tuple((name, _inside(name, attributes[name])) for name in changing)
+        return cls(attributes, tuple(attributes), tuple(attributes.values()), inside, empty)
+
+    def hold(self) -> bool:
+        attributes = self.attributes
+        if tuple(attributes) != self.names:
+            return False
+        if not all(map(operator.is_, attributes.values(), self.objects)):
+            # What is computed anew may be equal.
+            pairs = zip(self.names, attributes.values(), self.objects)
+            if any(now is not before and not _same_attribute(name, now, before) for name, now, before in pairs):
+                return False
+        if any(map(attributes.__getitem__, self.empty)):
+            return False
+        return all(_inside(name, attributes[name]) == before for name, before in self.inside)
 
 
 class _Same:
@@ -97,22 +146,37 @@ def _ambient(device_type: str) -> Hashable:
     )
 
 
-def _values(modules: tuple[nn.Module, ...], places: tuple[Callable[[], Any], ...]) -> tuple[Hashable, ...]:
+def _read(places: Sequence[Callable[[], Any]]) -> tuple[Hashable, ...]:
     found: list[Hashable] = []
-    for part in modules:
-        attributes = vars(part)
-        found.append(part.training)
-        found += [tuple((key, _Same(hook)) for key, hook in attributes[name].items()) for name in _HOOKS]
-        found += [(key, _Same(child)) for key, child in attributes["_modules"].items()]
-        found += [_seen(tensor) for tensor in attributes["_parameters"].values()]
-        found += [_seen(tensor) for tensor in attributes["_buffers"].values()]
-        found += [_seen(value) for key, value in attributes.items() if key not in _OF_MODULES]
     for read in places:
         try:
             found.append(_seen(read()))
         except (KeyError, ValueError):  # deleted
             found.append(None)
     return tuple(found)
+
+
+def _can_change(name: str, value: Any) -> bool:
+    """Whether an attribute may hold something else while it stays the same object."""
+    if name in _HOOKS or name in _HOLDERS:
+        return True
+    return name not in _OF_MODULES and not isinstance(value, PLAIN)
+
+
+def _inside(name: str, value: Any) -> Hashable:
+    """What an attribute that can change holds now."""
+    if name in _HOLDERS:
+        return tuple([(key, _seen(tensor)) for key, tensor in value.items()])
+    if name in _HOOKS:
+        return tuple([(key, _Same(entry)) for key, entry in value.items()])
+    return _seen(value)
+
+
+def _same_attribute(name: str, now: Any, before: Any) -> bool:
+    """Whether another object in the place of an attribute says the same; what it holds is looked at by itself."""
+    if name in _HOOKS or name in _HOLDERS or not isinstance(before, PLAIN):
+        return type(now) is type(before)
+    return _seen(now) == _seen(before)
 
 
 def _seen(value: Any, depth: int = 0) -> Hashable:

@@ -34,10 +34,16 @@ def local(tensor: Tensor) -> Tensor:
     return detached
 
 
+def _has_ranks() -> bool:
+    """Whether this process is one of several, or at least of a group: without one nothing is sharded."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def sharding_modules(modules: Sequence[nn.Module]) -> list[Any]:
     """The parts that ``fully_shard`` was applied to, outer ones first."""
     loaded = sys.modules.get("torch.distributed.fsdp")
-    if loaded is None:
+    if loaded is None or not _has_ranks():
         return []
     return [part for part in parts_of(modules) if isinstance(part, loaded.FSDPModule)]
 
@@ -50,7 +56,7 @@ def reshard(modules: Sequence[nn.Module]) -> None:
 
 def ranks_of(modules: Sequence[nn.Module]) -> Ranks | None:
     """The ranks that hold parts of the parameters of ``modules``, or None where each rank holds all of them."""
-    if "torch.distributed.tensor" not in sys.modules:
+    if "torch.distributed.tensor" not in sys.modules or not _has_ranks():
         # Asked in every step: what was never imported has no instances.
         return None
     reshard(modules)

@@ -42,6 +42,7 @@ from samegrad.exact.softmax_loss import SoftmaxLoss
 from samegrad.exact.softmax_passes import softmax_passes
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Before, Generators, ModuleState
+from samegrad.module_walk import buffers_of
 from samegrad.records import Phase
 from samegrad.trees import RowLayout
 
@@ -144,7 +145,7 @@ class SplitStep:
         scale = torch.ones((), dtype=torch.float64, device=device)
         if scaler is not None:
             scale = scaler.scale(torch.ones((), device=device)).to(torch.float64)
-        versions = [(name, b, b._version) for name, b in self.declared.network.named_buffers()]
+        versions = [(b, b._version) for b in buffers_of([self.declared.network])]
         batch, aliases = stood_in(batch, layout, self.aliases)
         standing = dataclasses.replace(self, aliases=aliases)
         draws = StepDraws(self.examination.sites, StepKey() if key is None else key, are_all=True)
@@ -211,6 +212,7 @@ class SplitStep:
         self, batch: Any, layout: RowLayout, sizes: Sequence[int], scaler: Any = None, key: StepKey | None = None
     ) -> Tensor:
         """The step's loss, detached; gradients are in ``.grad`` as after the plain step's backward."""
+
         def totals() -> StepTotals:
             return self.totals(batch, layout, sizes, scaler, key)
 
@@ -238,11 +240,12 @@ class SplitStep:
             return [size / layout.rows for size in sizes]
         return _counted_shares(normalise, batch, layout, sizes)
 
-    def _check_untouched(self, generators: Generators, versions: list[tuple[str, Tensor, int]]) -> None:
+    def _check_untouched(self, generators: Generators, versions: list[tuple[Tensor, int]]) -> None:
         drew = generators.advanced() if self.examination.passes == 1 else []
-        changed = [name for name, buffer, version in versions if buffer._version != version]
-        if not drew and not changed:
+        written = {id(buffer) for buffer, version in versions if buffer._version != version}
+        if not drew and not written:
             return
+        changed = [name for name, buffer in self.declared.network.named_buffers() if id(buffer) in written]
         found = f"the forward drew random numbers ({', '.join(drew)})" if drew else f"buffers changed: {changed[:3]}"
         raise CannotSplit(
             asked="a step whose chunks draw nothing and change nothing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,6 +58,8 @@ class Standing:
         self._stack = contextlib.ExitStack()
         self._levers: Sequence[Lever] = []
         self._brought: dict[str, dict[str, Any]] = {}
+        # A step that nobody closed: at the end of the process tensors are taken apart before blocks are.
+        weakref.finalize(self, self._stack.close)
 
     def bring(self, plan: Plan) -> None:
         """Puts in place what ``plan`` needs, unless it stands already."""

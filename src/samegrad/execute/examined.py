@@ -44,10 +44,9 @@ class Examined:
             self.ways.clear()
             self._accepted.clear()
 
-    def ways_for(self, batch: Any, layout: RowLayout) -> Ways:
-        """The ways to run batches like this one, examined on its first rows where none are known."""
+    def ways_for(self, kind: Kind, batch: Any, layout: RowLayout) -> Ways:
+        """The ways to run batches of ``kind``, as this one is, examined on its first rows where none are known."""
         self.refresh()
-        kind = self.kind_of(batch, layout)
         ranks = ranks_of(self._declared.modules) if self.aliases.sharded else None
         unknown = kind not in self.ways
         # With sharded parameters ranks examine together: when one must, all do.
@@ -55,9 +54,8 @@ class Examined:
             self.ways[kind] = find_ways(self._declared, self.aliases, batch, layout)
         return self.ways[kind]
 
-    def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
+    def draws_for(self, kind: Kind, batch: Any, layout: RowLayout) -> StepDraws:
         """The draws of the next step: the same for every plan."""
-        kind = self.kind_of(batch, layout)
         if kind not in self._draws:
             known = self.ways.get(kind)
             if known is not None:
@@ -75,9 +73,8 @@ class Examined:
             check_model(plan, self._declared)
             self._model_accepted = True
 
-    def accept_levers(self, plan: Plan, batch: Any, layout: RowLayout, ways: Ways) -> None:
+    def accept_levers(self, plan: Plan, kind: Kind, batch: Any, layout: RowLayout, ways: Ways) -> None:
         """Tries the levers of a plan that was not measured here, once a kind. Raises CannotSplit."""
-        kind = self.kind_of(batch, layout)
         if kind not in self._accepted:
             check_levers(plan, self._declared, self.aliases, batch, layout, ways)
             self._accepted.add(kind)

@@ -29,6 +29,7 @@ from samegrad.exact.row_comparisons import close
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import step_undisturbed
+from samegrad.execute.examined import Kind
 from samegrad.execute.ways import Ways
 from samegrad.levers import Execution, levers_of
 from samegrad.levers.segments import Segments
@@ -67,10 +68,10 @@ class RowCounts:
 
     def __init__(self, declared: DeclaredStep) -> None:
         self._declared = declared
-        self._seen: dict[tuple[str, str, _Code], _Seen] = {}
+        self._seen: dict[tuple[Kind, _Code], _Seen] = {}
         self.notes: list[str] = []
 
-    def check(self, plan: Plan, execution: Execution, ways: Ways, batch: Any, layout: RowLayout) -> None:
+    def check(self, plan: Plan, execution: Execution, ways: Ways, kind: Kind, batch: Any, layout: RowLayout) -> None:
         """That the code under ``plan`` is one function of its rows, however many run.
 
         Raises CannotSplit naming the module or the loss, and the line. Nothing of the user's changes.
@@ -79,8 +80,7 @@ class RowCounts:
         if len(sizes) < 2:
             return
         code = _Code.in_chunks(plan, execution, ways)
-        key = layout.signature(batch), self._declared.mode(), code
-        seen = self._seen.setdefault(key, _Seen())
+        seen = self._seen.setdefault((kind, code), _Seen())
         rows = {min(PROBE_ROWS, layout.rows), *sizes, layout.rows} - seen.rows
         if not rows:
             return

@@ -26,6 +26,7 @@ from samegrad.declared import DeclaredStep, Forward
 from samegrad.errors import UsageError
 from samegrad.exact.dataless import is_torchs_own
 from samegrad.levers._lever import Execution, Slot
+from samegrad.module_walk import parts_of
 from samegrad.records import Exactness, Footprint
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -93,7 +94,7 @@ def _on_channels_last(forward: Forward, network: nn.Module, batch: Any) -> Any:
 
 def _weights_of(declared: DeclaredStep) -> list[nn.Parameter]:
     """The weights of convolutions, each once."""
-    parts = [part for module in declared.modules for part in module.modules() if isinstance(part, _CONVOLUTIONS)]
+    parts = [part for part in parts_of(declared.modules) if isinstance(part, _CONVOLUTIONS)]
     # A layer's own parameters and those that a parametrization makes its weight of.
     found = dict.fromkeys(p for part in parts for p in part.parameters() if p.dim() in _FORMATS)
     return [weight for weight in found if _has_memory_of_its_own(weight)]
