@@ -27,10 +27,14 @@ Gradients = Sequence[Tensor | None]
 POSITIONS = zoo.ROWS * zoo.LENGTH
 
 
-@pytest.fixture(autouse=True, params=[1, 64])
-def classes_of_a_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU, and with the zeros behind the vocabulary that CUDA's kernels like."""
-    monkeypatch.setitem(chunked_head._CLASSES_OF_A_TILE, "cpu", request.param)
+@pytest.fixture(autouse=True, params=["cpu", "cuda"])
+def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU; and as on CUDA: zeros behind the vocabulary, and gradients written over logits."""
+    if request.param == "cuda":
+        monkeypatch.setitem(chunked_head._CLASSES_OF_A_TILE, "cpu", 64)
+        monkeypatch.setattr(chunked_head, "_SWEPT_ON", {"cpu"})
+        # The kernel computes in float32; what it stands for is tried in float64.
+        monkeypatch.setattr(chunked_head, "_SWEPT_DTYPES", (*chunked_head._SWEPT_DTYPES, D))
 
 
 def test_zeros_behind_the_vocabulary_fill_it_to_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,10 +178,55 @@ def test_a_factor_that_is_no_power_of_two_is_not_rounded_to_a_narrow_dtype() -> 
     assert abs(float((ones * factor.bfloat16()).double().mean()) / 0.3 - 1) > 5e-4
 
 
+SWEPT = {
+    "flat": True,
+    "transformers": True,
+    "smoothing": True,
+    "none, masked mean": True,
+    "weights": False,
+    "likelihood": False,
+    "capped": False,
+}
+
+
+@pytest.mark.parametrize("name", SWEPT)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_only_a_cross_entropy_of_scores_that_were_widened_is_swept(
+    name: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_head, "_SWEPT_ON", {"cpu"})
+    calls: list[Tensor] = []
+    sweep = chunked_head.cross_entropy_over
+    monkeypatch.setattr(chunked_head, "cross_entropy_over", lambda *args: calls.append(args[0]) or sweep(*args))
+    model, batch = Words().to(kind), words()
+    chunked(model, LOSSES[name], batch, 7)
+    # A likelihood that is narrow itself is called as it is.
+    assert bool(calls) == (SWEPT[name] and (kind is torch.float32 or name == "transformers"))
+    assert all(scores.dtype is kind for scores in calls)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_sweep_is_torchs_own_likelihood(kind: torch.dtype, smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(9, 50, generator=generator) * 4).to(kind)
+    targets = torch.randint(0, CLASSES, (9,), generator=generator)
+    targets[3] = -7
+    cotangents = torch.randn(9, generator=generator)
+    leaf = scores[:, :CLASSES].clone().requires_grad_()
+    expected = F.cross_entropy(leaf.float(), targets, ignore_index=-7, reduction="none", label_smoothing=smoothing)
+    expected.backward(cotangents)
+    losses = chunked_head.cross_entropy_over(scores, CLASSES, targets, cotangents, -7, smoothing)
+    assert torch.equal(losses, expected.detach()) and not scores[:, CLASSES:].any()
+    assert leaf.grad is not None
+    assert_same([scores[:, :CLASSES]], [leaf.grad], kind)
+
+
 def test_hidden_rows_get_the_bits_of_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each position's term is what it is there, so that everything before the head gets what it gets there."""
-    # With more classes, zeros or not, kernels add up in another order.
+    # With more classes, zeros or not, kernels add up in another order; and a sweep is another kernel.
     monkeypatch.setitem(chunked_head._CLASSES_OF_A_TILE, "cpu", 1)
+    monkeypatch.setattr(chunked_head, "_SWEPT_ON", set())
     head, targets = nn.Linear(16, 300), torch.arange(96)
     hidden = torch.randn(96, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     [expected] = torch.autograd.grad(F.cross_entropy(head(hidden), targets), [hidden])
@@ -278,7 +327,8 @@ def mean_of_chunk_means() -> Any:
 
     made = HeadLoss.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeadLoss, "__init__", lambda self, **fields: made(self, **fields | {"of_chunk": of_chunk}))
+        wrong = {"of_chunk": of_chunk, "smoothing": None}
+        patch.setattr(HeadLoss, "__init__", lambda self, **fields: made(self, **fields | wrong))
         yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad.exact.cross_entropy_ops import cross_entropy_over
 from samegrad.exact.deferred_logits import deferred_head
 from samegrad.exact.pending_logits import Uses
 from samegrad.records import Exactness, Plan
@@ -139,3 +142,49 @@ def test_the_loss_does_not_wait_for_the_device() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def rows_of_scores(kind: torch.dtype, padded: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (positions, padded), targets and cotangents, with what is not finite and what is not counted."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    scores = (torch.randn(64, padded, generator=generator, device="cuda") * 5).to(kind)
+    scores[1, 5:900] = float("-inf")
+    scores[2, :CLASSES] = float("-inf")
+    scores[3, 7] = float("nan")
+    scores[4, 7] = float("inf")
+    scores[5] *= 1000
+    targets = torch.randint(0, CLASSES, (64,), generator=generator, device="cuda")
+    targets[6:9] = -100
+    return scores, targets, torch.randn(64, generator=generator, device="cuda")
+
+
+@pytest.mark.parametrize("padded", [CLASSES, CLASSES + 21], ids=["as it is", "padded"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_computes_torchs_own_cross_entropy(kind: torch.dtype, smoothing: float, padded: int) -> None:
+    scores, targets, cotangents = rows_of_scores(kind, padded)
+    leaf = scores[:, :CLASSES].clone().requires_grad_()
+    expected = F.cross_entropy(leaf.float(), targets, reduction="none", label_smoothing=smoothing)
+    expected.backward(cotangents)
+    losses = cross_entropy_over(scores, CLASSES, targets, cotangents, -100, smoothing)
+    assert torch.equal(losses.isfinite(), expected.isfinite())
+    torch.testing.assert_close(losses, expected.detach(), rtol=2e-6, atol=2e-6, equal_nan=True)
+    assert leaf.grad is not None and not scores[:, CLASSES:].any()
+    allowed = 4 * torch.finfo(kind).eps
+    torch.testing.assert_close(scores[:, :CLASSES], leaf.grad, rtol=allowed, atol=allowed * 1e-3, equal_nan=True)
+
+
+NO_CLASS = """
+import torch
+from samegrad.exact.cross_entropy_ops import cross_entropy_over
+scores = torch.zeros(2, 10, device="cuda")
+targets = torch.tensor([1, {target}], device="cuda")
+cross_entropy_over(scores, 10, targets, torch.ones(2, device="cuda"), -100, 0.0)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize(("target", "fails"), [(9, False), (-100, False), (10, True), (-1, True)])
+def test_a_target_that_is_no_class_fails(target: int, fails: bool) -> None:
+    ended = subprocess.run([sys.executable, "-c", NO_CLASS.format(target=target)], capture_output=True, text=True)
+    assert (ended.returncode != 0) is fails and ("assert" in ended.stderr) is fails, ended.stderr[-500:]

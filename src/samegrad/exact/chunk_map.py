@@ -85,6 +85,11 @@ class Autocast:
                 return factor.to(dtype)
         return factor
 
+    def widened(self, dtype: torch.dtype, device_type: str) -> torch.dtype:
+        """What a likelihood of ``dtype`` computes in inside these blocks: float32 where one is open."""
+        inside = any(enabled and kind == device_type for kind, _, enabled in self.states)
+        return torch.promote_types(dtype, torch.float32) if inside else dtype
+
     def entered(self) -> AbstractContextManager[object]:
         """These blocks, open again."""
         blocks = [

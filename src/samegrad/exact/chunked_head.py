@@ -11,7 +11,9 @@ have a cotangent each, which is not known yet: their chunks run again in backwar
    is narrow itself: there terms have the cotangent 1, and the sums are divided by the count.
 3. Sums over chunks are kept in float32 at least, and narrow ones are multiplied there: a factor rounded to the head's
    dtype would weigh all rows wrongly.
-4. On CUDA products are slow where a row of logits does not begin at a multiple of some bytes: a vocabulary that ends
+4. One operation computes a cross-entropy of float32 and writes its gradient over the logits (``cross_entropy_ops.py``)
+   on CUDA, where reading and writing them is what a chunk's time goes to. Every other likelihood is called as it is.
+5. On CUDA products are slow where a row of logits does not begin at a multiple of some bytes: a vocabulary that ends
    elsewhere gets classes of zeros behind it, which the likelihood does not see.
 
 Sources: Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, for gradients formed in the forward; Wijmans et al. 2024,
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
@@ -33,17 +36,33 @@ from samegrad.errors import UsageError
 from samegrad.exact import program
 from samegrad.exact.aliases import NARROW
 from samegrad.exact.chunk_map import Autocast
+from samegrad.exact.cross_entropy_ops import cross_entropy_over
 from samegrad.exact.phases import listener_now
 
 Reduction = Literal["mean", "sum", "none"]
 # From logits (positions, classes) to what the next operation takes, in the shape of the logits.
 Pointwise = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """Logits in another ``dtype``."""
+
+    dtype: torch.dtype
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits.to(self.dtype)
+
+
 # losses(scores (positions, classes), targets (positions,)) -> (positions,)
 Likelihood = Callable[[Tensor, Tensor], Tensor]
 # losses(loss, logits, hidden (positions, width), targets (positions,)) -> (positions,), of one chunk
 ChunkLosses = Callable[["HeadLoss", "LogitRows", Tensor, Tensor], Tensor]
-# rule 4, by device type: 128 bytes of the narrowest logits. Elsewhere kernels do not care.
+# rule 5, by device type: 128 bytes of the narrowest logits. Elsewhere kernels do not care.
 _CLASSES_OF_A_TILE = {"cuda": 64}
+# rule 4
+_SWEPT_ON = {"cuda"}
+_SWEPT_DTYPES = (torch.float32, *NARROW)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +70,7 @@ class LogitRows:
     """How a hidden row becomes its logits, and what the model makes of them before the loss takes them.
 
     ``weight`` (classes, width), ``bias`` (classes,) or None. ``autocast``: the blocks that were open at the head.
-    ``beyond``: how many of their last classes are zeros that rule 4 put there.
+    ``beyond``: how many of their last classes are zeros that rule 5 put there.
     """
 
     weight: Tensor
@@ -73,7 +92,7 @@ class LogitRows:
         return self._with(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def as_leaves(self) -> LogitRows:
-        """Leaves for one loss's chunks: cast once where autocast would cast them in every chunk, and by rule 4."""
+        """Leaves for one loss's chunks: cast once where autocast would cast them in every chunk, and by rule 5."""
         beyond = -len(self.weight) % _CLASSES_OF_A_TILE.get(self.weight.device.type, 1)
         bias = None if self.bias is None else self._leaf(self.bias, beyond)
         return dataclasses.replace(self, weight=self._leaf(self.weight, beyond), bias=bias, beyond=beyond)
@@ -99,7 +118,8 @@ class HeadLoss:
     """A likelihood of logits, ``rows`` positions at a time.
 
     ``class_weight`` (classes,) and ``ignore_index`` are the likelihood's own; they say what a mean is divided by.
-    ``of_chunk``: what computes the losses of a chunk.
+    ``of_chunk``: what computes the losses of a chunk. ``smoothing``: of labels, where the likelihood is a cross-entropy
+    of classes that weigh the same; None elsewhere.
     """
 
     logits: LogitRows
@@ -110,6 +130,7 @@ class HeadLoss:
     class_weight: Tensor | None
     ignore_index: int
     of_chunk: ChunkLosses = losses_of_chunk
+    smoothing: float | None = None
 
     def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The loss of ``hidden`` (positions, width) and ``targets`` (positions,): () or, not reduced, (positions,)."""
@@ -125,6 +146,18 @@ class HeadLoss:
             repeats = listener is not None and 0 < start < last
             with listener.repeating() if listener is not None and repeats else contextlib.nullcontext():
                 yield slice(start, min(start + self.rows, positions))
+
+    def is_swept(self, hidden: Tensor) -> bool:
+        """Whether rule 4 holds: the likelihood is one of float32, and what is in between only widens scores."""
+        if self.smoothing is None or hidden.device.type not in _SWEPT_ON:
+            return False
+        dtype = self.logits.autocast.cast(hidden[:0]).dtype
+        widths = [dtype, *(step.dtype for step in self.logits.then if isinstance(step, Cast))]
+        if len(widths) <= len(self.logits.then) or any(d not in _SWEPT_DTYPES for d in widths):
+            return False
+        if any(torch.promote_types(a, b) is not b for a, b in itertools.pairwise(widths)):
+            return False
+        return self.autocast.widened(widths[-1], hidden.device.type) not in NARROW
 
     def has_half_products(self, hidden: Tensor) -> bool:
         """Whether the head computes in float16; rule 2."""
@@ -203,19 +236,20 @@ def _in_chunks(
 
     ``cotangents``: (positions,), or () for all of them; a narrow loss takes 1 instead of the latter (rule 2).
     """
-    logits = loss.logits.as_leaves()
+    logits, swept = loss.logits.as_leaves(), loss.is_swept(hidden)
 
     def run(part: slice) -> Tensor:
+        if swept:
+            losses, gradients = _swept(loss, logits, hidden.detach(), targets, part, cotangents, sums.wanted)
+            sums.add(part, gradients)
+            return losses
         rows = hidden.detach()[part].requires_grad_(sums.wanted[0])
         leaves = [rows, logits.weight, logits.bias]
         live = [leaf for leaf, wanted in zip(leaves, sums.wanted) if wanted and leaf is not None]
         with torch.set_grad_enabled(bool(live)):
             losses = loss.of_chunk(loss, logits, rows, targets[part])
         if live:
-            if cotangents is None or (cotangents.dim() == 0 and losses.dtype in NARROW):
-                given = torch.ones_like(losses)
-            else:
-                given = cotangents.to(losses.dtype).expand(len(hidden))[part]
+            given = _given(cotangents, part, len(hidden), losses.dtype, hidden.device)
             by_leaf = dict(zip(map(id, live), program.gradients_outside_autocast(losses, given, live)))
             sums.add(part, [by_leaf.get(id(leaf)) for leaf in leaves])
         return losses.detach()
@@ -223,6 +257,40 @@ def _in_chunks(
     for part in loss.parts(len(hidden)):
         # A call of its own: nothing of a chunk is there while the next one runs.
         yield run(part)
+
+
+def _given(
+    cotangents: Tensor | None, part: slice, positions: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The cotangents of the losses of ``part``, in their ``dtype``."""
+    if cotangents is None or (cotangents.dim() == 0 and dtype in NARROW):
+        return torch.ones(part.stop - part.start, dtype=dtype, device=device)
+    return cotangents.to(dtype).expand(positions)[part]
+
+
+@torch.no_grad()
+def _swept(
+    loss: HeadLoss,
+    logits: LogitRows,
+    hidden: Tensor,
+    targets: Tensor,
+    part: slice,
+    cotangents: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """rule 4: the losses of ``part``, and the gradients of its rows, the weight and the bias, as autograd has them."""
+    rows, weight = logits.autocast.cast(hidden[part]), logits.weight
+    given = _given(cotangents, part, len(hidden), torch.promote_types(rows.dtype, torch.float32), hidden.device)
+    assert loss.smoothing is not None
+    with logits.autocast.off().entered():
+        scores = F.linear(rows, weight, logits.bias)
+        classes = len(weight) - logits.beyond
+        losses = cross_entropy_over(scores, classes, targets[part], given, loss.ignore_index, loss.smoothing)
+        return losses, [
+            (scores @ weight).to(hidden.dtype) if wanted[0] else None,
+            scores.mT @ rows if wanted[1] else None,
+            scores.sum(0) if wanted[2] and logits.bias is not None else None,
+        ]
 
 
 class ChunkedLikelihood(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samegrad.exact.chunk_map import Autocast
-from samegrad.exact.chunked_head import HeadLoss, Likelihood
+from samegrad.exact.chunked_head import Cast, HeadLoss, Likelihood
 from samegrad.exact.pending_logits import PendingLogits
 
 Rule = Callable[..., Any]
@@ -103,7 +103,7 @@ def converted(known: PendingLogits, function: Any, *args: Any, **kwargs: Any) ->
         return NotImplemented
     if like.dtype is known.dtype:
         return known
-    return known.then(functools.partial(Tensor.to, dtype=like.dtype), like.dtype)
+    return known.then(Cast(like.dtype), like.dtype)
 
 
 def detached(known: PendingLogits, _: Any) -> Any:
@@ -158,7 +158,8 @@ def cross_entropy(
     )
     if size_average is not None or reduce is not None:
         return NotImplemented
-    return _loss(known, likelihood, target, weight, ignore_index, reduction)
+    smoothing = label_smoothing if weight is None else None
+    return _loss(known, likelihood, target, weight, ignore_index, reduction, smoothing)
 
 
 def nll_loss(
@@ -178,7 +179,13 @@ def nll_loss(
 
 
 def _loss(
-    known: PendingLogits, likelihood: Likelihood, target: Any, weight: Tensor | None, ignore_index: int, reduction: str
+    known: PendingLogits,
+    likelihood: Likelihood,
+    target: Any,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float | None = None,
 ) -> Any:
     classes_second = known.class_axis == min(1, len(known.positions))
     # Targets that are probabilities have a float for every logit: they are as large as the logits are.
@@ -197,6 +204,7 @@ def _loss(
         class_weight=weight,
         ignore_index=ignore_index,
         of_chunk=known.losses,
+        smoothing=smoothing,
     )
     known.uses.note_loss(target.numel())
     found = loss(known.hidden.reshape(-1, known.hidden.shape[-1]), target.reshape(-1))
