@@ -21,7 +21,7 @@ import samegrad as sg
 
 from .checkpoint import SavedFlow, load_flow
 from .data import WrongLatent, read_latent
-from .preprocess import open_picture
+from .preprocess import middle_square
 
 
 def style_file(
@@ -79,7 +79,7 @@ def _read(flow: SavedFlow, source: Path, side: int) -> Tensor:
             ) from None
     if flow.codec is None:
         raise _no_codec(source)
-    return flow.codec.encode(open_picture(source, side)[None])[0]
+    return flow.codec.encode(middle_square(source, side)[None])[0]
 
 
 def _no_codec(path: Path) -> sg.UsageError:
