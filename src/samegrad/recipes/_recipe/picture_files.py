@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-import samegrad as sg
+from samegrad.recipes._recipe.refused_files import refused_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,18 +38,9 @@ def open_picture(path: Path, *, what: str, mode: Literal["L", "RGB"]) -> Image.I
     try:
         with Image.open(path) as opened:
             return _eight_bits(ImageOps.exif_transpose(opened), opened.format).convert(mode)
-    except FileNotFoundError:
-        found = "no such file"
-    except IsADirectoryError:
-        found = "a folder"
     except (*_READING_ERRORS, Image.DecompressionBombError) as error:
-        found = (str(error) or type(error).__name__).partition("\n")[0]
-    raise sg.BadInput(
-        asked=f"{what} in {path}",
-        found=found,
-        do="write or fetch the file anew as PNG or JPEG, or take it out of the data",
-        file=str(path),
-    )
+        do = "write or fetch the file anew as PNG or JPEG, or take it out of the data"
+        raise refused_file(path, what=what, found=error, do=do) from None
 
 
 def _eight_bits(picture: Image.Image, file_format: str | None) -> Image.Image:
