@@ -19,6 +19,7 @@ from samegrad.cli.main import main
 from samegrad.recipes.fewshot_cosine import data
 from samegrad.recipes.fewshot_cosine.layouts import Splits, open_splits
 from samegrad.recipes.fewshot_cosine.options import FewShotOptions
+from samegrad.recipes.fewshot_cosine.recipe import make_model
 
 CLASSES = {"train": ("cat", "dog"), "val": ("owl", "pig"), "test": ("ant", "bee")}
 
@@ -318,6 +319,28 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(layout: Callable
     for path in (*tmp_path.glob("*.txt"), *tmp_path.glob("*.csv"), *tmp_path.glob("*.json")):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_text().replace("\n", "\r\n").encode())
     assert [opened(tmp_path).named(split) for split in data.SPLITS] == before
+
+
+@pytest.mark.parametrize("name", ["backbone.pt", "backbone.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no weights", None, "missing"])
+def test_a_wrong_backbone_file_is_refused_by_its_path(name: str, content: bytes | str | None, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(sg.BadInput) as refused:
+        make_model(FewShotOptions(dataset="digits", FETI=path))
+    assert refused.value.file == str(path) and str(path) in str(refused.value)
+
+
+def test_a_backbone_of_other_content_is_refused_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "backbone.pt"
+    for content in ([1], {"layer1.0.weight": 3}, {"layer1.0.weight": torch.full((3,), torch.nan)}):
+        torch.save(content, path)
+        with pytest.raises(sg.BadInput) as refused:
+            make_model(FewShotOptions(dataset="digits", FETI=path))
+        assert refused.value.file == str(path)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow tells of each damaged tag
