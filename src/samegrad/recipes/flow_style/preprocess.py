@@ -61,7 +61,13 @@ def preprocess(raw_data_root: Path, output_root: Path, target_size: int = 256) -
             file=str(raw_data_root),
         )
     pictures = {path: middle_square(path, target_size) for paths in named.values() for path in paths}
-    codec = fit_codec(torch.stack(list(pictures.values())))
+    try:
+        codec = fit_codec(torch.stack(list(pictures.values())))
+    except ValueError as error:
+        raise sg.BadInput(
+            asked=f"a codec of the pictures in {raw_data_root}", found=str(error), do="give more pictures, or others",
+            file=str(raw_data_root),
+        ) from None  # fmt: skip
     output_root.mkdir(parents=True, exist_ok=True)
     written = [codec.save(output_root / FILE_NAME)]
     for path, picture in pictures.items():
