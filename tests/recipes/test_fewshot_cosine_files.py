@@ -123,6 +123,15 @@ def test_a_broken_picture_is_refused_by_its_path_class_and_number(fault: str, tm
     assert "picture 1 of the class cat" in refused.value.asked and refused.value.exit_code == 3
 
 
+def test_a_strip_is_refused_that_would_be_gigabytes_once_it_is_as_wide_as_asked(tmp_path: Path) -> None:
+    path = folder_layout(tmp_path)
+    Image.new("L", (20_000, 1)).save(path)
+    # A small side, so that a failure of this test takes no memory.
+    with pytest.raises(sg.BadInput, match="20000 x 1 pixels") as refused:
+        opened(tmp_path, side=2).base.read(0, [1])
+    assert refused.value.file == str(path)
+
+
 def test_a_picture_that_goes_while_it_is_used_is_refused_by_its_path(tmp_path: Path) -> None:
     path = folder_layout(tmp_path)
     splits = opened(tmp_path)

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from samegrad.recipes._recipe.picture_files import open_picture
+from samegrad.recipes._recipe.refused_files import refused_file
 
 from .data import COLOUR, INK, RESIZED_OVER_CUT, normalised
+
+# The shorter side is made as long as asked, and the longer one with it: a strip of a few KB would be gigabytes.
+_LONGEST_OVER_SHORTEST = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +39,11 @@ class ImageFiles:
         return torch.stack([self._read(of_class, image) for image in images])
 
     def _read(self, of_class: int, image: int) -> Tensor:
-        picture = open_picture(
-            self.files[of_class][image],
-            what=f"picture {image} of the class {self.names[of_class]}",
-            mode="RGB" if self.channels == 3 else "L",
-        )
+        path, what = self.files[of_class][image], f"picture {image} of the class {self.names[of_class]}"
+        picture = open_picture(path, what=what, mode="RGB" if self.channels == 3 else "L")
+        if max(picture.size) > _LONGEST_OVER_SHORTEST * min(picture.size):
+            found = f"{picture.width} x {picture.height} pixels, a strip of which little would be seen"
+            raise refused_file(path, what=what, found=found, do="cut it to what it shows, or take it out of the data")
         resized = int(self.side * RESIZED_OVER_CUT)
         ratio = resized / min(picture.size)
         width, height = (max(resized, round(length * ratio)) for length in picture.size)
