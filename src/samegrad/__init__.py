@@ -35,6 +35,7 @@ _HOMES = {
     "Story": "report",
     "UsageError": "errors",
     "Verdict": "records",
+    "check_rows": "data.readers",
     "choose_plan": "plan.choose",
     "count_bytes": "measure.counting",
     "find_device": "measure.counters",

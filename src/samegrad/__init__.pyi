@@ -1,5 +1,6 @@
 """The public names, for type checkers; ``__init__.py`` loads them on first use."""
 
+from samegrad.data.readers import check_rows as check_rows
 from samegrad.data.readers import open_rows as open_rows
 from samegrad.data.rows import Rows as Rows
 from samegrad.declared import DeclaredStep as DeclaredStep

@@ -232,6 +232,35 @@ def test_paths_that_hold_no_rows_are_refused_by_name(tmp_path: Path) -> None:
             sg.open_rows(tmp_path / name)
 
 
+@pytest.mark.parametrize("pattern", ["", "/*.npy", "**rows.npy"])
+def test_patterns_that_are_none_are_refused_by_the_option(tmp_path: Path, pattern: str) -> None:
+    np.save(tmp_path / "rows.npy", np.zeros((2, 3)))
+    with pytest.raises(sg.UsageError, match="pattern") as refused:
+        sg.open_rows(tmp_path, pattern=pattern)
+    assert refused.value.option == "pattern"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.npy")
+    # A reader in the background, so that a failure is a failure and no hang.
+    held = os.open(tmp_path / "rows.npy", os.O_RDWR)
+    os.write(held, b"no array")
+    try:
+        with pytest.raises(sg.BadInput, match="no regular file"):
+            sg.open_rows(tmp_path / "rows.npy")
+    finally:
+        os.close(held)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    lists = pa.array([[1.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table([lists, lists], names=["twice", "twice"]), tmp_path / "rows.parquet")
+    for column in (None, "twice"):
+        with pytest.raises(sg.BadInput, match="2 columns are called 'twice'") as refused:
+            sg.open_rows(tmp_path / "rows.parquet", column=column)
+        assert refused.value.file == str(tmp_path / "rows.parquet")
+
+
 def test_options_that_do_not_apply_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", numbers(2, 2))
     with pytest.raises(sg.UsageError, match="column"):

@@ -224,6 +224,8 @@ def test_a_conversion_that_would_drop_fractions_or_hide_another_is_refused() -> 
         Rows(numbered(3, 2)).converted(torch.int64)
     with pytest.raises(sg.UsageError, match="fractions would be lost"):
         Rows(np.arange(3)).converted(torch.int32, scale=0.5)
+    with pytest.raises(sg.UsageError, match="imaginary parts would be lost"):
+        Rows(np.zeros((3, 2), dtype=np.complex64)).converted(torch.float32)
     with pytest.raises(sg.UsageError, match="converted already"):
         Rows(numbered(3, 2)).converted(torch.float64).converted(torch.float32)
 

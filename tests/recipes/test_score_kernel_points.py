@@ -14,7 +14,7 @@ import torch
 import samegrad as sg
 from samegrad.recipes.score_kernel import data, toys
 from samegrad.recipes.score_kernel.options import ScoreKernelOptions
-from samegrad.recipes.score_kernel.splits import open_points, read_state
+from samegrad.recipes.score_kernel.splits import open_points
 
 
 def options(**values: Any) -> ScoreKernelOptions:
@@ -130,14 +130,6 @@ def test_an_empty_folder_is_answered_with_the_layout(tmp_path: Path) -> None:
 def test_cifar_without_a_folder_is_answered_with_the_layout_and_the_offline_default() -> None:
     with pytest.raises(sg.UsageError, match=r"cifar-10-batches-py.* --data digits"):
         options(data="cifar10")
-
-
-def test_files_that_hold_no_tensors_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "factornet.pt"
-    for content in (b"", b"nothing", pickle.dumps(Harmful())):
-        path.write_bytes(content)
-        with pytest.raises(sg.BadInput):
-            read_state(path)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,14 @@ def _opened(path: str) -> Iterator[Any]:
 def _read_footer(path: str, column: str | None) -> _Part:
     with _opened(path) as file:
         schema, rows = file.schema_arrow, file.metadata.num_rows
+        twice = [name for name in schema.names if schema.names.count(name) > 1 and column in (None, name)]
+        if twice:
+            raise BadInput(
+                asked=f"rows of {path}",
+                found=f"{schema.names.count(twice[0])} columns are called {twice[0]!r}",
+                do="write the file anew, each column with a name of its own",
+                file=path,
+            )
         lists = {field.name: dtype for field in schema if (dtype := _list_dtype(field.type)) is not None}
         if column in schema.names and column not in lists:
             raise BadInput(

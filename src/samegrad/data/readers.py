@@ -48,10 +48,18 @@ def open_rows(path: str | os.PathLike[str], *, column: str | None = None, patter
     root = Path(path)
     files = _files_in(root, pattern) if root.is_dir() else [root]
     suffixes = sorted({file.suffix.lower() for file in files})
-    if not root.exists() or len(suffixes) != 1 or suffixes[0] not in (*_PARQUET, *_MAPPED):
+    found = None
+    if not root.exists():
+        found = "no such file or directory"
+    elif not (root.is_dir() or root.is_file()):
+        # Reading a pipe would wait for whoever writes into it.
+        found = "no regular file"
+    elif len(suffixes) != 1 or suffixes[0] not in (*_PARQUET, *_MAPPED):
+        found = f"files of type {', '.join(map(repr, suffixes))}"
+    if found is not None:
         raise BadInput(
             asked=f"rows of {root}",
-            found=f"files of type {', '.join(map(repr, suffixes))}" if root.exists() else "no such file or directory",
+            found=found,
             do="give a .npy, .safetensors or .parquet file, or a directory of one of these",
             file=str(root),
         )
@@ -101,7 +109,13 @@ def check_rows(rows: RowSource, *, partition_rows: int = 4096) -> None:
 
 def _files_in(folder: Path, pattern: str | None) -> list[Path]:
     patterns = ("*.parquet", "*.npy", "*.safetensors") if pattern is None else (pattern,)
-    files = sorted(file for each in patterns for file in folder.glob(each) if file.is_file())
+    try:
+        files = sorted(file for each in patterns for file in folder.glob(each) if file.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(
+            asked=f"the files pattern={pattern!r} in {folder}", found=str(error), do="give a pattern such as *.npy",
+            option="pattern",
+        ) from None  # fmt: skip
     if not files:
         there = sorted(file.name for file in folder.iterdir())[:5]
         raise BadInput(

@@ -163,15 +163,20 @@ class Rows:
     def converted(self, dtype: torch.dtype, *, scale: float | None = None) -> Rows:
         """Rows that ``read`` returns as ``row.to(dtype) * scale``; what is stored stays as it is.
 
-        Raises UsageError where that would drop fractions, or when these rows are converted already.
+        Raises UsageError where that would drop fractions or imaginary parts, or when these rows are converted already.
         """
-        narrowing = self._dtype.is_floating_point and not dtype.is_floating_point
-        already = self._scale is not None or self._dtype != self._pieces[0].values.dtype
-        if narrowing or already or (scale is not None and not dtype.is_floating_point):
+        found, do = None, "convert to a floating-point dtype"
+        if self._scale is not None or self._dtype != self._pieces[0].values.dtype:
+            found, do = "the rows are converted already", "convert the original rows once"
+        elif self._dtype.is_complex and not dtype.is_complex:
+            found, do = "the imaginary parts would be lost", "convert to a complex dtype, or give their real parts"
+        elif (self._dtype.is_floating_point or scale is not None) and not dtype.is_floating_point:
+            found = "the fractions would be lost"
+        if found is not None:
             raise UsageError(
                 asked=f"convert {self._dtype} rows to {dtype}" + ("" if scale is None else f" times {scale:g}"),
-                found="the rows are converted already" if already else "the fractions would be lost",
-                do="convert the original rows once" if already else "convert to a floating-point dtype",
+                found=found,
+                do=do,
             )
         new = copy.copy(self)
         new._dtype, new._scale = dtype, scale

@@ -7,7 +7,7 @@ nothing of ours) and ``recipe.py`` (a ``RECIPE``). Whoever runs a program logs a
 nothing is called back.
 
 Beside what is here, for whoever has torch already: ``written.py``, ``precision.py``, ``clipping.py``, ``pictures.py``,
-``pinned.py``.
+``pinned.py``. Files that users bring are read by ``picture_files.py``, ``array_files.py`` and ``tensor_files.py``.
 """
 
 from samegrad.recipes._recipe.asked import CommonOptions, OutOfRange

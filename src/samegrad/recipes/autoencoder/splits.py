@@ -1,4 +1,4 @@
-"""Where the rows come from: real ones under ``--data_root``, or patches of bundled pictures; opened, not read."""
+"""Where the rows come from: real ones under ``--data_root``, or patches of bundled pictures."""
 
 from __future__ import annotations
 
@@ -39,15 +39,14 @@ class Splits:
 
 
 def open_splits(options: AutoencoderOptions) -> Splits:
-    """The rows of ``--data_root``, or patches of the bundled pictures; read when they are needed.
+    """The rows of ``--data_root``, each read once to see that it is finite, or patches of the bundled pictures.
 
-    Raises BadInput for rows that cannot be read, UsageError for more patches than there are, EnvironmentProblem
-    when scikit-image is not installed.
+    Raises BadInput for rows that cannot be read or trained on, UsageError for more patches than there are,
+    EnvironmentProblem when scikit-image is not installed.
     """
     dtype = weight_dtype(options.dtype)
     if options.data_root is not None:
-        rows = as_rows(_opened(options.data_root, options.layer_for_activation), dtype=dtype)
-        return _split(rows, options)
+        return _split(_opened(options.data_root, options.layer_for_activation), options, dtype=dtype)
     try:
         train, validation, test = data.patch_splits(
             options.patch_rows, options.fractions, seed=options.random_seed, dtype=dtype
@@ -69,16 +68,25 @@ def _opened(root: Path, layer: int) -> sg.Rows:
     return sg.open_rows(root, column=f"activation_layer_{layer}" if parquet else None)
 
 
-def _split(rows: sg.Rows, options: AutoencoderOptions) -> Splits:
+def _split(stored: sg.Rows, options: AutoencoderOptions, *, dtype: torch.dtype) -> Splits:
+    if len(stored.shape) != 2 or 0 in stored.shape or stored.dtype.is_complex:
+        raise _unfit(stored, options)
+    rows = as_rows(stored, dtype=dtype)
     parts = rows.split(options.fractions, seed=options.random_seed)
-    if rows.shape[1:] == () or min(map(len, parts)) == 0:
-        raise sg.BadInput(
-            asked=f"rows to train, validate and test on in {options.data_root}",
-            found=f"an array of shape {rows.shape}",
-            do="give (rows, numbers), with enough rows that each of the three parts gets one",
-            file=str(options.data_root),
-        )
+    if min(map(len, parts)) == 0:
+        raise _unfit(stored, options)
+    # One NaN in rows to validate or test on makes every figure NaN, and in those to train on the wrong thing is blamed.
+    sg.check_rows(rows)
     return Splits(train=parts[0], validation=parts[1], test=parts[2], described=rows.described)
+
+
+def _unfit(rows: sg.Rows, options: AutoencoderOptions) -> sg.BadInput:
+    return sg.BadInput(
+        asked=f"rows to train, validate and test on in {options.data_root}",
+        found=f"an array of shape {rows.shape}, {rows.dtype}",
+        do="give (rows, numbers), real ones, with enough rows that each of the three parts gets one",
+        file=str(options.data_root),
+    )
 
 
 def as_rows(rows: Any, *, dtype: torch.dtype | None = None) -> Any:

@@ -1,16 +1,14 @@
 """Images by class, and episodes drawn from them: plain PyTorch and numpy, nothing of ours.
 
 An episode takes a few classes and a few images of each, at random; it is a function of its seed alone. Images are read
-when an episode takes them: from memory, where a class is a tensor of bytes, or from files.
+when an episode takes them: from memory, where a class is a tensor of bytes, or from files (``image_files.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,72 +58,10 @@ class HeldImages:
         return normalised(read, self.colours)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageFiles:
-    """Classes on disk: ``files[c]`` are the paths of a class. Every image is resized and cut to ``side`` pixels.
-
-    ``channels``: 3 for colour, 1 for ink on paper, which is turned round so that paper is 0.
-    """
-
-    names: tuple[str, ...]
-    files: tuple[tuple[Path, ...], ...]
-    side: int
-    channels: int = 3
-
-    def count(self, of_class: int) -> int:
-        return len(self.files[of_class])
-
-    def read(self, of_class: int, images: Sequence[int]) -> Tensor:
-        return torch.stack([self._read(self.files[of_class][image]) for image in images])
-
-    def _read(self, path: Path) -> Tensor:
-        from PIL import Image
-
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB" if self.channels == 3 else "L")
-        resized = int(self.side * RESIZED_OVER_CUT)
-        ratio = resized / min(picture.size)
-        width, height = (max(resized, round(length * ratio)) for length in picture.size)
-        picture = picture.resize((width, height))
-        left, top = (picture.width - self.side) // 2, (picture.height - self.side) // 2
-        cut = np.asarray(picture.crop((left, top, left + self.side, top + self.side)), dtype=np.float32) / 255
-        values = torch.from_numpy(cut)
-        if self.channels == 3:
-            return normalised(values.permute(2, 0, 1), COLOUR)
-        return normalised(1 - values.unsqueeze(0), INK)
-
-
 def normalised(images: Tensor, colours: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     """Images (..., channels, height, width) with the mean taken off each colour, over its deviation."""
     mean, deviation = (torch.tensor(c, dtype=images.dtype).view(-1, 1, 1) for c in colours)
     return (images - mean) / deviation
-
-
-def read_split_json(path: Path, *, root: Path, side: int, channels: int = 3) -> ImageFiles:
-    """The classes of a split file: an object with ``label_names``, ``image_names`` and ``image_labels``.
-
-    Image names are absolute, or relative to ``root``. ``image_labels`` count through all splits in some files and
-    through one in others: classes without an image here are left out. Raises ValueError saying what is wrong.
-    """
-    document = json.loads(path.read_text(encoding="utf-8"))
-    missing = [key for key in ("label_names", "image_names", "image_labels") if key not in document]
-    if missing:
-        raise ValueError(f"no {missing[0]!r} in it")
-    names, images, labels = (document[key] for key in ("label_names", "image_names", "image_labels"))
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} image_names, but {len(labels)} image_labels")
-    by_label: dict[int, list[Path]] = {}
-    for image, label in zip(images, labels):
-        by_label.setdefault(int(label), []).append(root / image)
-    ordered = sorted(by_label)
-    # Some files name all classes, some only their own.
-    called = {label: str(names[place if len(names) == len(ordered) else label]) for place, label in enumerate(ordered)}
-    return ImageFiles(
-        names=tuple(called[label] for label in ordered),
-        files=tuple(tuple(by_label[label]) for label in ordered),
-        side=side,
-        channels=channels,
-    )
 
 
 def enough_classes(classes: ImageClasses, per_class: int) -> list[int]:

@@ -11,9 +11,7 @@ in the root itself, in ``split``, ``splits``, or one folder below those (``split
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +19,11 @@ import samegrad as sg
 from samegrad.recipes._recipe import INSTALL
 
 from . import data, offline
+from .image_files import ImageFiles
 from .options import OFFLINE, FewShotOptions
+from .split_files import listed_classes
 
 _ALIASES = {"base": ("base", "train"), "val": ("val", "valid", "validation"), "novel": ("novel", "test")}
-_IMAGE_FOLDERS = ("", "data", "images", "images_background", "images_evaluation")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
-_ROTATION = re.compile(r"/rot\d+$")
 
 EXPECTED = {
     "miniImagenet": "base.json, val.json, novel.json; or images/*.jpg with train.csv, val.csv, test.csv",
@@ -84,7 +81,7 @@ def open_splits(options: FewShotOptions) -> Splits:
     return Splits(**opened, described=f"{options.dataset} in {root}; classes of base, val, novel: {counts}")
 
 
-def _open_split(root: Path, split: str, options: FewShotOptions) -> data.ImageFiles:
+def _open_split(root: Path, split: str, options: FewShotOptions) -> ImageFiles:
     path = next(_split_files(root, split), None)
     if path is None:
         raise sg.BadInput(
@@ -94,27 +91,20 @@ def _open_split(root: Path, split: str, options: FewShotOptions) -> data.ImageFi
             file=str(root),
         )
     try:
-        if path.suffix == ".json":
-            classes = data.read_split_json(path, root=root, side=options.image_side, channels=options.channels)
-        else:
-            by_class = _listed_images(path, root) if path.suffix == ".csv" else _listed_folders(path, root)
-            classes = data.ImageFiles(
-                names=tuple(by_class), files=tuple(by_class.values()), side=options.image_side,
-                channels=options.channels,
-            )  # fmt: skip
-        missing = next((files[0] for files in classes.files if not files[0].is_file()), None)
-        if missing is not None:
-            raise ValueError(f"it names {missing}, which is no file")
-        if not classes.names:
-            raise ValueError("it names no class")
-    except (ValueError, KeyError, OSError) as error:
+        classes = listed_classes(path, root)
+    except (ValueError, OSError) as error:
         raise sg.BadInput(
             asked=f"the {split} classes of {options.dataset}",
             found=f"{path}: {error}",
             do=f"put right that file; expected: {EXPECTED[options.dataset]}",
             file=str(path),
         ) from None
-    return classes
+    return ImageFiles(
+        names=tuple(name for name, _ in classes),
+        files=tuple(files for _, files in classes),
+        side=options.image_side,
+        channels=options.channels,
+    )
 
 
 def _split_files(root: Path, split: str) -> Iterator[Path]:
@@ -127,31 +117,7 @@ def _split_files(root: Path, split: str) -> Iterator[Path]:
                     yield folder / f"{name}{suffix}"
 
 
-def _listed_images(path: Path, root: Path) -> dict[str, tuple[Path, ...]]:
-    """Classes of a ``filename,label`` file."""
-    found: dict[str, list[Path]] = {}
-    with path.open(newline="", encoding="utf-8") as lines:
-        for line in csv.DictReader(lines):
-            found.setdefault(line["label"], []).append(root / "images" / line["filename"])
-    return {name: tuple(files) for name, files in found.items()}
-
-
-def _listed_folders(path: Path, root: Path) -> dict[str, tuple[Path, ...]]:
-    """Classes of a file with a folder a line. Rotated copies of a class (``/rot090``) are the class itself."""
-    listed = [_ROTATION.sub("", line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    found = {}
-    for name in dict.fromkeys(listed):
-        folder = next((root / part / name for part in _IMAGE_FOLDERS if (root / part / name).is_dir()), None)
-        if folder is None:
-            raise ValueError(f"it names the class {name}, which has no folder in {root}")
-        files = tuple(sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES))
-        if not files:
-            raise ValueError(f"{folder} has no images")
-        found[name] = files
-    return found
-
-
-def _refuse_shared(opened: dict[str, data.ImageFiles], root: Path) -> None:
+def _refuse_shared(opened: dict[str, ImageFiles], root: Path) -> None:
     for split, others in (("base", ("val", "novel")), ("val", ("novel",))):
         for other in others:
             # By folder or file as well: names may count from 0 in each split.

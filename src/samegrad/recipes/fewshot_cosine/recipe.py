@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.recipes._recipe import Cell, Program, Recipe, needed_for_pictures
+from samegrad.recipes._recipe.tensor_files import read_tensors
 from samegrad.recipes._recipe.written import save_picture, save_weights
 
 from . import data, stepping
@@ -220,15 +220,13 @@ def _embedding_width(backbone: nn.Module, channels: int, side: int) -> int:
 
 
 def _load_backbone(backbone: nn.Module, path: Path) -> None:
+    weights = read_tensors(path, what="the backbone of --FETI")
     try:
-        weights = (
-            safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-        )
         backbone.load_state_dict(weights)
-    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+    except RuntimeError as error:
         raise sg.BadInput(
             asked=f"--FETI {path}",
-            found=str(error).splitlines()[0],
+            found=f"weights of another backbone ({' '.join(str(error).split())[:200]})",
             do="give this backbone's state dict as .safetensors or .pt, with the names of backbone.state_dict()",
             file=str(path),
         ) from None

@@ -4,21 +4,26 @@
     decode: the other way; what four components of 192 numbers do not hold is lost
 
 It stands in for Stable Diffusion's encoder where there is no network to fetch it: latents of the same shape, and a
-decoder to look at them. Plain PyTorch.
+decoder to look at them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from samegrad.recipes._recipe.refused_files import refused_file
+from samegrad.recipes._recipe.tensor_files import read_tensors
+
 BLOCK_SIDE = 8
 COMPONENTS = 4
 FILE_NAME = "codec.safetensors"
+SHAPES = {"mean": (192,), "components": (COMPONENTS, 192), "spread": (COMPONENTS,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +58,23 @@ def _blocks(pictures: Tensor) -> Tensor:
 
 
 def load_codec(path: Path) -> LinearCodec:
-    """The codec in a file that ``save`` wrote. Raises ValueError for another file."""
-    try:
-        found = safetensors.torch.load_file(path)
-        return LinearCodec(found["mean"], found["components"], found["spread"])
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: no codec ({error})") from None
+    """The codec in a file that ``save`` wrote. Raises BadInput for another file."""
+    found = read_tensors(path, what="a codec")
+    problem = codec_problem(found)
+    if problem is not None:
+        raise refused_file(path, what="a codec", found=problem, do="preprocess the pictures again")
+    return LinearCodec(**found)
+
+
+def codec_problem(found: Mapping[str, Tensor]) -> str | None:
+    """Why ``found`` is not what a codec is made of; None where it is."""
+    missing = [name for name in SHAPES if name not in found]
+    if missing or len(found) > len(SHAPES):
+        return f"no {missing[0]} in it" if missing else f"more than {', '.join(SHAPES)}"
+    wrong = [name for name, shape in SHAPES.items() if found[name].shape != shape]
+    if wrong:
+        return f"{wrong[0]} has shape {tuple(found[wrong[0]].shape)}, not {SHAPES[wrong[0]]}"
+    return "spread is not above 0" if not bool((found["spread"] > 0).all()) else None
 
 
 def fit_codec(pictures: Tensor) -> LinearCodec:

@@ -1,19 +1,15 @@
 """Latents by style, and logical batches drawn from them. Plain PyTorch.
 
-    root/<style>/*.pt        one latent a file, (4, H, W) or (1, 4, H, W); Stable Diffusion's are 4 x 32 x 32
-
-Files are read without running anything in them (``weights_only``). Everything random about a batch is drawn here, once
-for the whole logical batch: which images, noise, times, which labels are dropped, which patches are compared and along
-which directions. Rows of it may then be computed in any chunks.
+Everything random about a batch is drawn here, once for the whole logical batch: which images, noise, times, which
+labels are dropped, which patches are compared and along which directions. Rows of it may then be computed in any
+chunks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +19,6 @@ from torch import Generator, Tensor
 LATENT_CHANNELS = 4
 # Stable Diffusion's factor: latents of its encoder have a standard deviation of 5.5, scaled ones of 1.
 SCALING_FACTOR = 0.18215
-# Below this a latent has been scaled down once too often, by the document's rule.
-_SCALED_TWICE_STD = 0.5
 
 
 class StyleBatch(NamedTuple):
@@ -86,62 +80,17 @@ class Latents:
         return dataclasses.replace(self, latents=self.latents.to(dtype))
 
 
-class WrongLatent(ValueError):
-    """A file or folder that holds no latents of the layout above; ``path`` is where."""
-
-    def __init__(self, path: Path, found: str) -> None:
-        super().__init__(f"{path}: {found}")
-        self.path, self.found = path, found
-
-
-def read_latents(root: Path) -> Latents:
-    """Every ``root/<style>/*.pt``; styles are numbered in the order of their names. Raises WrongLatent."""
-    if not root.is_dir():
-        raise WrongLatent(root, "no such folder")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and any(path.glob("*.pt")))
-    if len(folders) < 2:
-        raise WrongLatent(root, f"{len(folders)} folders with .pt files in them; a style transfer takes two or more")
-    parts, ids = [], []
-    for number, folder in enumerate(folders):
-        for path in sorted(folder.glob("*.pt")):
-            parts.append(read_latent(path))
-            ids.append(number)
-            if parts[-1].shape != parts[0].shape:
-                raise WrongLatent(path, f"shape {tuple(parts[-1].shape)}, others have {tuple(parts[0].shape)}")
-    return Latents(torch.stack(parts), torch.tensor(ids), tuple(folder.name for folder in folders))
-
-
-def read_latent(path: Path) -> Tensor:
-    """One latent (4, H, W) float32. Raises WrongLatent for a file that is none or would have to run code."""
-    try:
-        latent = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        told = (str(error) or type(error).__name__).splitlines()[0]
-        raise WrongLatent(path, f"not a plain tensor file ({told})") from None
-    if isinstance(latent, Tensor) and latent.dim() == 4 and len(latent) == 1:
-        latent = latent[0]
-    if not isinstance(latent, Tensor) or latent.dim() != 3 or len(latent) != LATENT_CHANNELS:
-        shape = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
-        raise WrongLatent(path, f"{shape}, not ({LATENT_CHANNELS}, height, width)")
-    if latent.shape[1] % 4 or latent.shape[2] % 4:
-        raise WrongLatent(path, f"{tuple(latent.shape)}: height and width must be multiples of 4")
-    latent = latent.float()
-    if not bool(latent.isfinite().all()):
-        raise WrongLatent(path, "values that are not finite")
-    return latent / SCALING_FACTOR if float(latent.std()) < _SCALED_TWICE_STD else latent
-
-
 def split_latents(latents: Latents, held_out_fraction: float, *, seed: int) -> tuple[Latents, Latents]:
     """Training and held-out latents, each style split alike, at least one of every style on both sides.
 
-    Raises WrongLatent for a style with a single latent.
+    Raises ValueError for a style with a single latent.
     """
     order = np.random.default_rng(seed)
     kept, held = [], []
     for number, name in enumerate(latents.names):
         members = order.permutation(np.flatnonzero(latents.style_ids.numpy() == number))
         if len(members) < 2:
-            raise WrongLatent(Path(name), "one latent, and both training and evaluation take one of every style")
+            raise ValueError(f"{name} has one latent, and both training and evaluation take one of every style")
         count = min(len(members) - 1, max(1, round(held_out_fraction * len(members))))
         held += members[:count].tolist()
         kept += members[count:].tolist()

@@ -20,8 +20,8 @@ from torch import Generator, Tensor
 import samegrad as sg
 
 from .checkpoint import SavedFlow, load_flow
-from .data import WrongLatent, read_latent
-from .preprocess import open_picture
+from .latent_files import read_latent
+from .preprocess import middle_square
 
 
 def style_file(
@@ -39,13 +39,7 @@ def style_file(
 
     ``changed``: settings of the sampler to use instead of the checkpoint's.
     """
-    try:
-        flow = load_flow(checkpoint)
-    except ValueError as error:
-        raise sg.BadInput(
-            asked=f"style a picture with {checkpoint}", found=str(error), do="give flow_style.pt of a run folder",
-            file=str(checkpoint),
-        ) from None  # fmt: skip
+    flow = load_flow(checkpoint)
     for name, number in (("target_style_id", target_style_id), ("source_style_id", source_style_id)):
         if number is not None and not 0 <= number < len(flow.names):
             known = ", ".join(f"{i} {style}" for i, style in enumerate(flow.names))
@@ -68,18 +62,11 @@ def style_file(
 
 def _read(flow: SavedFlow, source: Path, side: int) -> Tensor:
     """The source as a latent (4, H, W)."""
-    if not source.is_file():
-        raise sg.BadInput(asked=f"style {source}", found="no such file", do="give a picture or a .pt", file=str(source))
     if source.suffix == ".pt":
-        try:
-            return read_latent(source)
-        except WrongLatent as wrong:
-            raise sg.BadInput(
-                asked=f"a latent in {source}", found=str(wrong), do="give a tensor (4, height, width)", file=str(source)
-            ) from None
+        return read_latent(source)
     if flow.codec is None:
         raise _no_codec(source)
-    return flow.codec.encode(open_picture(source, side)[None])[0]
+    return flow.codec.encode(middle_square(source, side)[None])[0]
 
 
 def _no_codec(path: Path) -> sg.UsageError:

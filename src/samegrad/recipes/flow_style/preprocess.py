@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.recipes._recipe.picture_files import open_picture
 
 from .codec import BLOCK_SIDE, FILE_NAME, fit_codec
 
@@ -26,15 +27,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _SIDE_MULTIPLE = 4 * BLOCK_SIDE
 
 
-def open_picture(path: Path, side: int) -> Tensor:
+def middle_square(path: Path, side: int) -> Tensor:
     """The middle square of a picture, (3, side, side) in [0, 1]. Raises BadInput for a file that is no picture."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as opened:
-            fitted = ImageOps.fit(opened.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise sg.BadInput(asked=f"a picture in {path}", found=str(error), do="take it out", file=str(path)) from None
+    picture = open_picture(path, what="a picture", mode="RGB")
+    fitted = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).astype(np.float32) / 255)
 
 
@@ -62,8 +60,14 @@ def preprocess(raw_data_root: Path, output_root: Path, target_size: int = 256) -
             do=f"give one folder for each style, with {', '.join(SUFFIXES)} files in it",
             file=str(raw_data_root),
         )
-    pictures = {path: open_picture(path, target_size) for paths in named.values() for path in paths}
-    codec = fit_codec(torch.stack(list(pictures.values())))
+    pictures = {path: middle_square(path, target_size) for paths in named.values() for path in paths}
+    try:
+        codec = fit_codec(torch.stack(list(pictures.values())))
+    except ValueError as error:
+        raise sg.BadInput(
+            asked=f"a codec of the pictures in {raw_data_root}", found=str(error), do="give more pictures, or others",
+            file=str(raw_data_root),
+        ) from None  # fmt: skip
     output_root.mkdir(parents=True, exist_ok=True)
     written = [codec.save(output_root / FILE_NAME)]
     for path, picture in pictures.items():

@@ -14,6 +14,7 @@ from samegrad.recipes._recipe.precision import weight_dtype
 from . import codec as codecs
 from . import crops, data
 from .data import Latents
+from .latent_files import LAYOUT, read_latents
 from .options import FlowStyleOptions
 
 
@@ -69,24 +70,14 @@ def _encoded(by_style: tuple[Tensor, ...], names: tuple[str, ...], codec: codecs
 
 def _read(options: FlowStyleOptions) -> Splits:
     assert options.data_root is not None
+    latents = read_latents(options.data_root)
     try:
-        latents = data.read_latents(options.data_root)
         training, held_out = data.split_latents(latents, options.held_out_fraction, seed=options.random_seed)
-        beside = options.data_root / codecs.FILE_NAME
-        codec = codecs.load_codec(beside) if beside.is_file() else None
-    except data.WrongLatent as wrong:
-        raise sg.BadInput(
-            asked=f"latents in {options.data_root}",
-            found=str(wrong),
-            do="give a folder of styles, each a folder of .pt files with a tensor (4, H, W); "
-            "python -m samegrad.recipes.flow_style.preprocess makes one of pictures; "
-            "without --data_root the bundled pictures are used",
-            file=str(wrong.path),
-            option="data_root",
-        ) from None
     except ValueError as error:
         raise sg.BadInput(
-            asked=f"the codec in {options.data_root}", found=str(error), do="preprocess the pictures again"
+            asked=f"latents in {options.data_root}", found=str(error), do=LAYOUT, file=str(options.data_root)
         ) from None
+    beside = options.data_root / codecs.FILE_NAME
+    codec = codecs.load_codec(beside) if beside.is_file() else None
     described = f"{len(latents)} latents of {tuple(latents.latents.shape[1:])} in {options.data_root}"
     return Splits(training=training, held_out=held_out, described=described, codec=codec)

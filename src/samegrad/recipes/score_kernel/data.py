@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,33 +49,81 @@ def read_cifar10(root: Path) -> Points:
 
 def _read_binary(path: Path) -> Any:
     """One label byte and 3072 pixel bytes a picture."""
+    if not path.is_file():
+        raise ValueError(f"{path}: a folder, not a file")
     raw = np.fromfile(path, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % (1 + CIFAR_NUMBERS):
         raise ValueError(f"{path}: {len(raw)} bytes are no whole number of pictures of {1 + CIFAR_NUMBERS}")
     return raw.reshape(-1, 1 + CIFAR_NUMBERS)[:, 1:]
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads the arrays of a batch and nothing that could run."""
+class _Kept:
+    """An array or dtype that a pickle asks for, as it is written there; numpy makes nothing of it.
 
-    _ALLOWED: ClassVar[set[tuple[str, str]]] = {
-        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
-        ("numpy", "dtype"), ("_codecs", "encode"),
+    Numpy trusts such a description: what says it holds objects has its bytes taken for addresses.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _encoded(text: str, encoding: str = "latin1") -> bytes:
+    """What old protocols write bytes as."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it encodes bytes as {encoding}")
+    return text.encode("latin1")
+
+
+class _Descriptions(pickle._Unpickler):
+    """Reads a batch with its arrays as descriptions; nothing that a file names is looked up.
+
+    The one in Python: that in C makes its memo as long as a number in the file says, tens of GiB for one byte changed.
+    """
+
+    _KNOWN: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): _Kept, ("numpy._core.multiarray", "_reconstruct"): _Kept,
+        ("numpy", "ndarray"): _Kept, ("numpy", "dtype"): _Kept, ("_codecs", "encode"): _encoded,
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        if (module, name) not in self._KNOWN:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no batch of CIFAR-10 needs")
-        return super().find_class(module, name)
+        return self._KNOWN[module, name]
+
+
+# A file of changed bytes ends in any of these.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError,
+    AssertionError, struct.error,
+)  # fmt: skip
 
 
 def _read_python(path: Path) -> Any:
     """The ``data`` (N, 3072) of a pickled batch, without running anything that the file asks for."""
     try:
-        batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        pixels = np.asarray(batch[b"data"], dtype=np.uint8)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: not a batch of CIFAR-10 ({error})") from None
-    if pixels.ndim != 2 or pixels.shape[1] != CIFAR_NUMBERS:
-        raise ValueError(f"{path}: data of shape {pixels.shape}, not (N, {CIFAR_NUMBERS})")
+        batch = _Descriptions(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        if not isinstance(batch, dict):
+            raise ValueError(f"a {type(batch).__name__}, not a dictionary")
+        if b"data" not in batch:
+            raise ValueError("no 'data' in it")
+        pixels = _bytes_of(batch[b"data"])
+    except (*_UNPICKLING_ERRORS, OSError) as error:
+        raise ValueError(f"{path}: not a batch of CIFAR-10 ({str(error) or 'it ends too early'})") from None
+    if pixels.ndim != 2 or pixels.shape[1] != CIFAR_NUMBERS or len(pixels) == 0:
+        raise ValueError(f"{path}: data of shape {pixels.shape}, not (N, {CIFAR_NUMBERS}) with a picture in it")
     return pixels
+
+
+def _bytes_of(described: Any) -> npt.NDArray[np.uint8]:
+    """The array of bytes that ``described`` is a description of. Raises ValueError for anything else."""
+    state = described.state if isinstance(described, _Kept) else None
+    if not isinstance(state, tuple) or len(state) != 5:
+        raise ValueError("its data is no array of bytes")
+    _, shape, dtype, by_columns, raw = state
+    if not isinstance(dtype, _Kept) or dtype.arguments[:1] not in (("u1",), (b"u1",)) or not isinstance(raw, bytes):
+        raise ValueError("its data is no array of bytes")
+    return np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(shape, order="F" if by_columns else "C"))

@@ -18,6 +18,7 @@ import samegrad as sg
 from samegrad.recipes._recipe import Cell, Recipe
 from samegrad.recipes._recipe.clipping import clip_before_step
 from samegrad.recipes._recipe.precision import weight_dtype
+from samegrad.recipes._recipe.tensor_files import read_tensors
 
 from .faces import setup_chunked_training, setup_gradient_accumulation_training, setup_model_parallel_training
 from .model import FactorNet, KernelModel
@@ -26,7 +27,7 @@ from .parallel import Across, AcrossDevices, AcrossRanks, joined_ranks, ranks_as
 from .planning import plan_across, plan_on_one
 from .program import ScoreKernelProgram, epochs_of
 from .schedule import learning_rates
-from .splits import PointSets, noised, open_points, read_state
+from .splits import PointSets, noised, open_points
 from .start import begin_at_covariance
 from .strategy_table import strategy_table
 
@@ -130,7 +131,7 @@ def _make_model(options: ScoreKernelOptions, dim: int) -> KernelModel:
     )
     if options.load_model_path is not None:
         try:
-            factornet.load_state_dict(read_state(options.load_model_path))
+            factornet.load_state_dict(read_tensors(options.load_model_path, what="weights"))
         except RuntimeError as error:
             raise sg.BadInput(
                 asked=f"--load_model_path {options.load_model_path}",

@@ -12,19 +12,17 @@ deviation gives them one. Validation and test points have theirs once; training 
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import samegrad as sg
 from samegrad.recipes._recipe import INSTALL
 from samegrad.recipes._recipe.precision import weight_dtype
+from samegrad.recipes._recipe.tensor_files import read_tensors
 
 from . import data
 from .options import TEST_BATCHES, VALIDATION_BATCHES, ScoreKernelOptions
@@ -49,7 +47,7 @@ class PointSets:
 
 def open_points(options: ScoreKernelOptions) -> PointSets:
     """The points that ``options`` ask for, a function of its seed. Raises BadInput, UsageError, EnvironmentProblem."""
-    centers = None if options.load_centers_path is None else read_tensor(options.load_centers_path, "centers")
+    centers = None if options.load_centers_path is None else _read_centers(options.load_centers_path)
     own_centers = options.centers == "disjoint" and centers is None
     counts = [
         options.train_kernel_size if own_centers else 0,
@@ -124,9 +122,9 @@ def _first(train: Tensor, options: ScoreKernelOptions) -> Tensor:
 
 def _checked(centers: Tensor, train: Tensor, options: ScoreKernelOptions) -> Tensor:
     """``centers`` of the samples' width, none of which is a sample unless it is left out there."""
-    if centers.dim() != 2 or centers.shape[1] != train.shape[1]:
+    if centers.dim() != 2 or centers.shape[1] != train.shape[1] or len(centers) == 0:
         raise sg.BadInput(
-            asked=f"centers for --data {options.data}",
+            asked=f"centers for --data {options.data} in {options.load_centers_path}",
             found=f"a tensor of shape {tuple(centers.shape)}; the samples have {train.shape[1]} numbers",
             do="give centers (K, D) of the same data set",
             file=str(options.load_centers_path),
@@ -143,33 +141,12 @@ def _checked(centers: Tensor, train: Tensor, options: ScoreKernelOptions) -> Ten
     return centers
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """The one tensor in a ``.pt`` or ``.safetensors`` file. Raises BadInput."""
-    state = read_state(path)
-    if set(state) != {name}:
+def _read_centers(path: Path) -> Tensor:
+    """The one tensor in a ``.pt`` or ``.safetensors`` file, called centers. Raises BadInput."""
+    found = read_tensors(path, what="centers")
+    if set(found) != {"centers"}:
         raise sg.BadInput(
-            asked=f"{name} in {path}", found=f"it holds {', '.join(sorted(state)[:4]) or 'nothing'}",
-            do=f"give the {name}.pt or {name}.safetensors that a run wrote", file=str(path),
+            asked=f"centers in {path}", found=f"it holds {', '.join(sorted(found)[:4]) or 'nothing'}",
+            do="give the centers.pt or centers.safetensors that a run wrote", file=str(path),
         )  # fmt: skip
-    return state[name]
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors by name in a ``.pt`` (loaded as data, nothing in it runs) or ``.safetensors`` file."""
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise sg.BadInput(
-            asked=f"tensors in {path}", found=str(error).partition("\n")[0] or type(error).__name__,
-            do="give a file that a run wrote", file=str(path),
-        ) from None  # fmt: skip
-    if isinstance(state, Tensor):
-        return {path.stem: state}
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise sg.BadInput(
-            asked=f"tensors in {path}", found=f"it holds a {type(state).__name__}", do="give a state dict",
-            file=str(path),
-        )  # fmt: skip
-    return dict(state)
+    return found["centers"]

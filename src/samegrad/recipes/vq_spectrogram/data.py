@@ -2,8 +2,9 @@
 
     <root>/<machine>/{train,test}/{normal,anomaly}_id_XX_XXXXXXXX.npy         (bands, frames), or (frames, bands)
 
-is the layout of DCASE 2020 task 2 as log-mels. What a file holds is in its name: whether it is normal, and the id of
-the machine. A clip is cut into patches of ``patch_len`` frames; a row of a batch is a clip with all its patches.
+is the layout of DCASE 2020 task 2 as log-mels; ``clip_files.py`` reads it. What a file holds is in its name: whether
+it is normal, and the id of the machine. A clip is cut into patches of ``patch_len`` frames; a row of a batch is a clip
+with all its patches.
 """
 
 from __future__ import annotations
@@ -55,30 +56,6 @@ def clip_of(name: str, machine_type: str) -> Clip:
     if found is None:
         raise ValueError(f"{name}: expected normal_id_XX_XXXXXXXX or anomaly_id_XX_XXXXXXXX")
     return Clip(name, f"{machine_type} {found[2]}", found[1] == "anomaly")
-
-
-class FolderClips:
-    """The ``.npy`` files of one split of ``machine_types`` under ``root``, in the order of their names."""
-
-    def __init__(self, root: Path, machine_types: Sequence[str], split: str) -> None:
-        self.paths: list[Path] = []
-        self.clips: list[Clip] = []
-        for machine_type in machine_types:
-            folder = root / machine_type / split
-            found = sorted(folder.glob("*.npy"))
-            if not found:
-                raise FileNotFoundError(f"no .npy files in {folder}")
-            self.paths += found
-            self.clips += [clip_of(path.stem, machine_type) for path in found]
-
-    def read(self, index: int) -> Spectrogram:
-        """Raises ValueError for a file that is no log-mel of 64 bands."""
-        read = np.load(self.paths[index], allow_pickle=False)
-        if read.ndim == 3 and 1 in (read.shape[0], read.shape[-1]):
-            read = read.reshape(max(read.shape[:2]), -1) if read.shape[-1] == 1 else read[0]
-        if read.ndim != 2 or BANDS not in read.shape:
-            raise ValueError(f"{self.paths[index]} has shape {read.shape}, not ({BANDS}, frames)")
-        return np.asarray(read if read.shape[0] == BANDS else read.T, dtype=np.float32)
 
 
 class HeldClips:

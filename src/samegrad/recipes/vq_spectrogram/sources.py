@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 import samegrad as sg
 from samegrad.recipes._recipe import INSTALL
+from samegrad.recipes._recipe.array_files import read_archive
+from samegrad.recipes._recipe.refused_files import refused_file
 
 from . import faces
-from .data import Clips, FolderClips, Normalisation, Patching, machines_of, split_validation, subset
+from .clip_files import LAYOUT, FolderClips
+from .data import BANDS, Clips, Normalisation, Patching, machines_of, split_validation, subset
 from .generated import generated_clips
 from .options import VQSpectrogramOptions
 
-LAYOUT = "<data_root>/<machine>/{train,test}/{normal,anomaly}_id_XX_XXXXXXXX.npy, log-mels of 64 bands"
 VALIDATION_FRACTION = 0.1
 
 
@@ -35,7 +35,7 @@ class Splits:
 
 
 def open_splits(options: VQSpectrogramOptions) -> Splits:
-    """The clips that ``options`` ask for. Raises BadInput for files that are not of the layout."""
+    """The clips that ``options`` ask for, each read once. Raises BadInput for files that are not of the layout."""
     try:
         known, test, described = _opened(options)
         if options.subset_fraction is not None:
@@ -49,11 +49,11 @@ def open_splits(options: VQSpectrogramOptions) -> Splits:
             normalisation=_normalisation(options, train),
             keeps_original=options.recon_target == "original",
         )
-        _check_clips(options, train, test)
-    except (FileNotFoundError, ValueError) as error:
+        _check_clips(options, train, validation, test)
+    except ValueError as error:
         raise sg.BadInput(
             asked=f"clips of {', '.join(options.machine_types)}", found=str(error), do=f"give {LAYOUT}",
-            file=str(options.data_root or options.norm_stats_path or ""),
+            file=None if options.data_root is None else str(options.data_root),
         ) from None  # fmt: skip
     return Splits(
         train=train, validation=validation, test=test, machines=machines_of(known), patching=patching,
@@ -65,35 +65,43 @@ def _opened(options: VQSpectrogramOptions) -> tuple[Clips, Clips, str]:
     if (root := options.data_root) is not None:
         types = options.machine_types
         described = f"recordings of {', '.join(types)} under {root}"
-        return FolderClips(root, types, "train"), FolderClips(root, types, "test"), described
+        known, test = (FolderClips(root, types, split, least_frames=options.patch_len) for split in ("train", "test"))
+        return known, test, described
     if options.offline == faces.MACHINE_TYPE:
         try:
             return faces.face_clips("train"), faces.face_clips("test"), "pictures of scikit-image: faces are normal"
         except (ModuleNotFoundError, FileNotFoundError) as error:
             raise sg.EnvironmentProblem(asked="the pictures of faces", found=str(error), do=INSTALL) from None
     seed, each = options.random_seed, max(1, round(options.clips_per_id / 3))
-    known = generated_clips("train", seed=seed, normal_per_id=options.clips_per_id)
-    test = generated_clips("test", seed=seed, normal_per_id=each, anomalous_per_id=each)
-    return known, test, "made-up fans, four machines with four kinds of fault"
+    made = generated_clips("train", seed=seed, normal_per_id=options.clips_per_id)
+    judged = generated_clips("test", seed=seed, normal_per_id=each, anomalous_per_id=each)
+    return made, judged, "made-up fans, four machines with four kinds of fault"
 
 
 def _normalisation(options: VQSpectrogramOptions, train: Clips) -> Normalisation:
     if options.norm_stats_path is None:
         return Normalisation.of(train)
-    with np.load(options.norm_stats_path, allow_pickle=False) as kept:
-        missing = {"mean", "std"} - set(kept)
-        if missing:
-            raise ValueError(f"{options.norm_stats_path} holds no {' and no '.join(sorted(missing))}")
-        return Normalisation(kept["mean"], kept["std"])
+    what, do = "mean and std of the bands", "give the norm_stats.npz of a run of the same bands"
+    mean, std = read_archive(options.norm_stats_path, ("mean", "std"), what=what)
+    named = {"mean": mean, "std": std}
+    wrong = [f"{name} has shape {a.shape}, not ({BANDS},)" for name, a in named.items() if a.shape != (BANDS,)]
+    if (std < 0).any():
+        wrong.append("std is below 0")
+    if wrong:
+        raise refused_file(options.norm_stats_path, what=what, found="; ".join(wrong), do=do)
+    return Normalisation(mean, std)
 
 
-def _check_clips(options: VQSpectrogramOptions, train: Clips, test: Clips) -> None:
-    """Raises ValueError for what would only fail after training."""
+def _check_clips(options: VQSpectrogramOptions, train: Clips, validation: Clips, test: Clips) -> None:
+    """Raises ValueError for what would only fail in training or after it, BadInput for a file that cannot be read."""
     if not train.clips:
         raise ValueError("no clip is left to train on")
     known, frames = set(machines_of(train)), train.read(0).shape[1]
     if frames < options.patch_len:
         raise ValueError(f"a clip of {frames} frames holds no patch of {options.patch_len}")
+    for clips in (train, validation, test):
+        for index in range(len(clips.clips)):
+            clips.read(index)
     for machine in machines_of(test):
         labels = {clip.anomalous for clip in test.clips if clip.machine == machine}
         if len(labels) < 2:
