@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,11 +132,40 @@ def test_blocks_run_again_where_that_takes_more_rows_and_wins(monkeypatch: pytes
 
 
 def test_of_the_blocks_those_are_kept_that_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them again leaves room, none of them takes more than there is: a line says how many."""
+    """All of them again leaves room, none of them takes more than there is: as few run again as fit."""
     plan, tried = settled_by(45, monkeypatch, rule=slow_replays, expected_steps=10**6)
-    assert plan.levers["recompute"]["blocks"] == ["layers.0", "layers.1"]
+    assert plan.levers["recompute"]["blocks"] == ["layers.0"]
     assert slow_replays(plan).peak_bytes <= 45 * 0.98 * MIB
-    assert any(len(one.levers.get("recompute", {"blocks": ()})["blocks"]) == BLOCKS for one in tried)
+    none_again = dataclasses.replace(plan, levers={**plan.levers, "recompute": {"blocks": []}})
+    assert slow_replays(none_again).peak_bytes > 45 * 0.95 * MIB
+    again = [len(one.levers["recompute"]["blocks"]) for one in tried if "recompute" in one.levers]
+    assert BLOCKS in again and again[-2:] == [2, 1]
+
+
+@pytest.mark.parametrize(("most_mib", "expected"), [(60, [5, 1]), (52, [5, 4]), (51, [5]), (50.2, []), (200, [3, 1])])
+def test_a_few_blocks_are_kept_where_a_line_from_fewer_rows_sees_no_room(
+    most_mib: float, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six blocks of 2 MiB each above 48, and a line that takes them for 40 each."""
+    monkeypatch.setattr(compiled_ways, "_ROOM_FRACTION", 1.0)
+    settled = Plan(levers={}, exactness=Exactness.SAME_SUM, batch_rows=ROWS)
+
+    def tried(rows: int, mib: float, again: int) -> candidates.Tried:
+        levers = {"split_rows": {"rows": rows}, "recompute": {"blocks": [""] * again}}
+        return candidates.Tried(dataclasses.replace(settled, levers=levers), Rung(int(mib * MIB), 1.0), 0.0)
+
+    def measured(plan: Plan, _: Any) -> candidates.Tried | None:
+        blocks = len(plan.levers["recompute"]["blocks"])
+        one = tried(16, 48 + 2 * (6 - blocks), blocks)
+        return one if one.rung.peak_bytes <= most_mib * MIB else None
+
+    monkeypatch.setattr(compiled_ways, "_measured", measured)
+    monkeypatch.setattr(compiled_ways, "_row_bytes", lambda *_: 20.0 * MIB)
+    kept = compiled_ways._Way({}, [], {}, [tried(4, 48, 0)])
+    again = compiled_ways._Way({}, list("abcdef"), {}, [tried(16, 48, 6)])
+    search: Any = SimpleNamespace(most=most_mib * MIB)
+    found = compiled_ways._sparing(settled, kept, again, search)
+    assert [len(one.plan.levers["recompute"]["blocks"]) for one in found] == expected
 
 
 def test_compiling_that_few_steps_do_not_pay_back_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

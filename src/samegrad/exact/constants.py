@@ -73,14 +73,16 @@ class Constants:
 
 @dataclasses.dataclass(frozen=True)
 class _ModuleConstants:
-    """One module: its attributes' names and objects, which are kept alive, and what of them can change inside.
+    """One module: the objects of its attributes, which are kept alive, and what of them can change inside.
 
-    ``inside``: attributes that stay the same objects when what they hold becomes another. ``empty``: of torch's own
-    that hold nothing, which are most.
+    ``read``: gives the attributes that count, of how many. ``inside``: those that stay the same objects when what they
+    hold becomes another. ``empty``: of torch's own that hold nothing, which are most.
     """
 
     attributes: dict[str, Any]
+    count: int
     names: tuple[str, ...]
+    read: Callable[[dict[str, Any]], tuple[Any, ...]]
     objects: tuple[Any, ...]
     inside: tuple[tuple[str, Hashable], ...]
     empty: tuple[str, ...]
@@ -91,15 +93,21 @@ class _ModuleConstants:
         empty = tuple(name for name in (*_HOOKS, *_HOLDERS) if not attributes[name])
         changing = [name for name, value in attributes.items() if name not in empty and _can_change(name, value)]
         inside = tuple((name, _inside(name, attributes[name])) for name in changing)
-        return cls(attributes, tuple(attributes), tuple(attributes.values()), inside, empty)
+        names = (*(name for name in attributes if name not in _OF_MODULES), "training", *_HOOKS, *_HOLDERS)
+        read = operator.itemgetter(*names)
+        return cls(attributes, len(attributes), names, read, read(attributes), inside, empty)
 
     def hold(self) -> bool:
         attributes = self.attributes
-        if tuple(attributes) != self.names:
+        try:
+            objects = self.read(attributes)
+        except KeyError:  # deleted
             return False
-        if not all(map(operator.is_, attributes.values(), self.objects)):
+        if len(attributes) != self.count:
+            return False
+        if not all(map(operator.is_, objects, self.objects)):
             # What is computed anew may be equal.
-            pairs = zip(self.names, attributes.values(), self.objects)
+            pairs = zip(self.names, objects, self.objects)
             if any(now is not before and not _same_attribute(name, now, before) for name, now, before in pairs):
                 return False
         if any(map(attributes.__getitem__, self.empty)):

@@ -16,7 +16,7 @@ from torch import Tensor
 _jit: Callable[..., Any] = triton.jit
 
 _BLOCK = 4096
-_WARPS = 8
+_WARPS = 16
 
 
 @_jit
@@ -40,11 +40,10 @@ def _kernel(
     for start in range(0, classes, BLOCK):
         there = start + within < classes
         scores = tl.load(row_at + start + within, there, float("-inf")).to(tl.float32)
-        # What is no number stays in the total. Of a lane that has met -inf only, the difference would be none.
-        higher = tl.maximum(highest, scores)
-        total = total * tl.where(higher == highest, 1.0, tl.exp(highest - higher))
-        total += tl.where(scores == higher, 1.0, tl.exp(scores - higher))
-        highest = higher
+        # One exponential for both cases. What is no number stays in the total; two that are -inf differ by none.
+        apart = tl.where(scores == highest, 1.0, tl.exp(-tl.abs(scores - highest)))
+        total = tl.where(scores > highest, total * apart + 1, total + apart)
+        highest = tl.maximum(highest, scores)
         if SMOOTHED:
             plain_sum += tl.where(there, scores, 0.0)
     most = tl.max(highest, 0)

@@ -28,8 +28,6 @@ from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._variants import check_rows, peaks_by_phase, predicted_at
 from samegrad.records import Exactness, Footprint, Origin
 
-# Positions of a chunk: more are no faster.
-_MOST_POSITIONS = 4096
 # Logits of a chunk where nobody chose: 256 MiB of them in float32.
 _LOGITS_OF_A_CHUNK = 2**26
 
@@ -46,6 +44,8 @@ class ChunkLoss:
     exactness: ClassVar[Exactness] = Exactness.SAME_SUM
     # Of a chunk: with fewer the head's products are too small to be worth their launches.
     fewest_positions: ClassVar[int] = 64
+    # More are no faster.
+    most_positions: ClassVar[int] = 4096
 
     def __post_init__(self) -> None:
         check_rows(self.name, self.rows)
@@ -61,7 +61,7 @@ class ChunkLoss:
             return []
         rows = max(1, _LOGITS_OF_A_CHUNK // named_head(declared.network, declared.head).out_features)
         power_of_two = 1 << (rows.bit_length() - 1)
-        return [cls(declared.head, max(cls.fewest_positions, min(_MOST_POSITIONS, power_of_two)))]
+        return [cls(declared.head, max(cls.fewest_positions, min(cls.most_positions, power_of_two)))]
 
     @classmethod
     def candidates(cls, footprint: Footprint, budget_bytes: int) -> Iterator[Self]:
@@ -70,7 +70,7 @@ class ChunkLoss:
         if head is None:
             return
         positions = head.positions_per_row * _rows_at_a_time(footprint)
-        rows = _MOST_POSITIONS
+        rows = cls.most_positions
         while rows >= cls.fewest_positions:
             candidate = cls(head.path, rows)
             if rows < positions and candidate.predict(footprint).peak_allocated_bytes <= budget_bytes:

@@ -30,10 +30,13 @@ from samegrad.settle.edits import Levers, compiled_plan, even_rows, rows_of, wit
 _MOST_ROWS_TRIED = 2
 # More rows at a time than these are worth another compilation.
 _WORTH_MORE_ROWS = 1.5
-# Of a model's blocks, that must have room to be kept for another compilation.
-_WORTH_KEEPING = 0.25
-# Logits of a chunk of a head's loss, compiled: they alone are held, 256 MiB of them in bfloat16.
-_HEAD_LOGITS = 2**27
+# Of a model's blocks, that must have room to be kept for another compilation; so many of those at most.
+_WORTH_KEEPING = 1 / 6
+_MOST_SPARINGS = 2
+# Of the budget, where a line says that nothing more has room.
+_WORTH_ROOM = 0.05
+# Logits of a chunk of a head's loss, in bfloat16: of what the budget leaves above all that stands.
+_HEAD_FRACTION = 0.1
 # Below this a line through one measurement is no promise.
 _ROOM_FRACTION = 0.97
 
@@ -74,28 +77,36 @@ def _beside(head: Levers, settled: Plan, search: Search, options: Options) -> It
             way.fitted.append(one)
         if Compile.name in search.reasons or any(_tried_rows(one) == settled.batch_rows for one in kept.fitted):
             return
-    between = _between(settled, kept, again, search) if kept.fitted and again.fitted else None
-    some = None if between is None else _measured(between, search)
-    if some is not None:
-        yield some
+    if kept.fitted and again.fitted:
+        yield from _sparing(settled, kept, again, search)
 
 
-def _between(settled: Plan, kept: _Way, again: _Way, search: Search) -> Plan | None:
-    """The plan in which as few blocks run again as a line between all and none of them puts within the budget.
+def _sparing(settled: Plan, kept: _Way, again: _Way, search: Search) -> Iterator[Tried]:
+    """As few blocks again as fit: by a line between all and none of them, and then by what was measured.
 
-    None where that is hardly one less.
+    The line comes from fewer rows and is too steep, so where there is room a few blocks are kept all the same.
     """
-    rows = _tried_rows(again.largest)
+    found, spared, few = again.largest, 0, max(1, round(_WORTH_KEEPING * len(again.blocks)))
+    rows, all_bytes = _tried_rows(found), found.rung.peak_bytes
     more_rows = rows - _tried_rows(kept.largest)
-    again_bytes = again.largest.rung.peak_bytes
-    kept_bytes = kept.largest.rung.peak_bytes + _row_bytes(kept, kept.largest, search) * more_rows
-    room_bytes = search.most * _ROOM_FRACTION - again_bytes
-    spared = int(len(again.blocks) * room_bytes / max(1.0, kept_bytes - again_bytes))
-    if not _WORTH_KEEPING * len(again.blocks) <= spared < len(again.blocks):
-        return None
-    # The last ones are kept: what they hold is gone when the first of the others runs again.
-    run_again: Levers = {Recompute.name: {"blocks": again.blocks[: len(again.blocks) - spared]}}
-    return compiled_plan(settled, kept.levers | run_again, rows)
+    none_bytes = kept.largest.rung.peak_bytes + _row_bytes(kept, kept.largest, search) * more_rows
+    block_bytes = max(1.0, (none_bytes - all_bytes) / len(again.blocks))
+    for _ in range(_MOST_SPARINGS):
+        room_bytes = search.most * _ROOM_FRACTION - found.rung.peak_bytes
+        more = int(room_bytes / block_bytes)
+        if not spared and room_bytes >= _WORTH_ROOM * search.most:
+            more = max(more, few)
+        more = min(more, len(again.blocks) - 1 - spared)
+        if more < few:
+            return
+        spared += more
+        # The last ones are kept: what they hold is gone when the first of the others runs again.
+        run_again: Levers = {Recompute.name: {"blocks": again.blocks[: len(again.blocks) - spared]}}
+        tried = _measured(compiled_plan(settled, kept.levers | run_again, rows), search)
+        if tried is None:
+            return
+        yield tried
+        found, block_bytes = tried, max(1.0, (tried.rung.peak_bytes - all_bytes) / spared)
 
 
 def _measured(plan: Plan, search: Search) -> Tried | None:
@@ -114,7 +125,10 @@ def _head(search: Search) -> Levers:
     head = search.measurement.footprint.head
     if head is None:
         return {}
-    positions = max(ChunkLoss.fewest_positions, 1 << (_HEAD_LOGITS // head.classes).bit_length() - 1)
+    above_bytes = search.most - sum(search.measurement.footprint.resident_bytes.values())
+    held = int(above_bytes * _HEAD_FRACTION / (2 * head.classes))
+    positions = 1 << max(1, held).bit_length() - 1
+    positions = max(ChunkLoss.fewest_positions, min(ChunkLoss.most_positions, positions))
     return {ChunkLoss.name: {"head": head.path, "rows": positions}}
 
 
