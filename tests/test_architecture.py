@@ -108,6 +108,21 @@ def test_a_planted_upward_import_is_caught(path: str, planted: str) -> None:
     assert violations(SOURCE / path, planted) != []
 
 
+def caught_by_type(text: str) -> list[int]:
+    """Lines on which an ``except`` names torch's out-of-memory error, which is one sign of many."""
+    handlers = [node.type for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ExceptHandler) and node.type]
+    return [h.lineno for h in handlers if "OutOfMemoryError" in ast.unparse(h)]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_what_is_out_of_memory_is_told_in_one_place(path: Path) -> None:
+    assert caught_by_type(path.read_text()) == [], "ask exact.out_of_memory.is_out_of_memory"
+
+
+def test_a_planted_out_of_memory_clause_is_caught() -> None:
+    assert caught_by_type("try:\n    pass\nexcept (ValueError, torch.OutOfMemoryError):\n    pass") == [3]
+
+
 def test_no_grab_bag_files() -> None:
     assert [p for p in sources() if p.stem.strip("_") in BANNED_STEMS] == []
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
+from torch._inductor.exc import InductorError, LoweringException
 
 import samegrad as sg
 from samegrad.exact.out_of_memory import SIGNS, OutOfMemory, is_out_of_memory
+from samegrad.measure.within_memory import let_go
 
 
 def accelerator(text: str, code: int | None = None) -> torch.AcceleratorError:
@@ -16,6 +21,10 @@ def accelerator(text: str, code: int | None = None) -> torch.AcceleratorError:
     if code is not None:
         error.error_code = code
     return error
+
+
+def lowering(error: Exception) -> LoweringException:
+    return LoweringException(error, "aten.mm.default", [], {})
 
 
 # As torch words them: c10/cuda, ATen/cuda/Exceptions.h, ATen/cudnn/Exceptions.h, c10/core/impl/alloc_cpu.cpp.
@@ -36,7 +45,15 @@ LACKS = [
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
     RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("Triton Error [HIP]:  Code: 2, Messsage: out of memory"),
     MemoryError(),
+    BackendCompilerFailed("inductor", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), None),
+    BackendCompilerFailed("inductor", RuntimeError("Triton Error [CUDA]: out of memory"), None),
+    InductorError(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),
+    InductorError(lowering(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), None),
+    lowering(RuntimeError("Triton Error [CUDA]: out of memory")),
+    InternalTorchDynamoError("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"),
 ]
 
 
@@ -59,6 +76,13 @@ OTHERS = [
     accelerator("CUDA error: out of memory, says a text with another code", 700),
     accelerator("CUDA error: device-side assert triggered"),
     ValueError("out of memory"),
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    RuntimeError("Triton Error [HIP]:  Code: 700, Messsage: illegal memory access, out of memory"),
+    RuntimeError("OutOfMemoryError: CUDA out of memory"),
+    BackendCompilerFailed("inductor", RuntimeError("no compiler is out of memory"), None),
+    BackendCompilerFailed("mine", ValueError("OutOfMemoryError: of a kind"), None),
+    lowering(ValueError("out of memory")),
+    InternalTorchDynamoError("KeyError: OutOfMemoryError: what"),
     KeyboardInterrupt(),
 ]
 
@@ -84,6 +108,25 @@ def test_the_hosts_allocator_as_it_is() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**62, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
+
+
+def test_what_a_compilers_backend_lacks_is_told_and_let_go_of() -> None:
+    class Large:
+        pass
+
+    seen: list[weakref.ref[Large]] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        large = Large()
+        seen.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    try:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    except RuntimeError as error:
+        assert type(error) is not torch.OutOfMemoryError and is_out_of_memory(error)
+        let_go(error)
+    assert seen[0]() is None
 
 
 def test_what_it_was_raised_from_is_not_looked_at() -> None:

@@ -5,12 +5,17 @@ status name; a text is looked at only there, and only at its beginning, so that 
 taken for an allocator's. Statuses that may mean something else (CUBLAS_STATUS_NOT_INITIALIZED after a device-side
 assert, CUDNN_STATUS_NOT_SUPPORTED for strides) are not on the list, nor are failures of a collective: their group is
 lost.
+
+torch's compiler wraps what it meets while it compiles, or writes its type and text into an error of its own; what is
+wrapped or written there is looked at in its place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -54,6 +59,8 @@ SIGNS = (
     Sign(RuntimeError, begins="cuFFT error: CUFFT_ALLOC_FAILED"),
     Sign(RuntimeError, begins="cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     Sign(RuntimeError, begins="cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_(DEVICE|HOST)_ALLOCATION_FAILED"),
+    # The driver gave no room for a kernel; Triton's launchers have words of their own.
+    Sign(RuntimeError, begins=r"Triton Error \[CUDA\]: out of memory|Triton Error \[HIP\]: +Code: 2, Mess+age: "),
     # The host's allocator: torch's, then Python's and numpy's.
     Sign(RuntimeError, begins=r"(\[enforce fail at [^\]]*\] [^.]*\. )?DefaultCPUAllocator: can't allocate memory"),
     Sign(RuntimeError, begins="MPS backend out of memory"),
@@ -61,6 +68,28 @@ SIGNS = (
 )
 
 
+# What a compiler's error that has no cause begins with, by the name that it calls the type.
+_WRITTEN_KINDS: dict[str, type[BaseException]] = {
+    kind.__name__: kind for kind in (torch.OutOfMemoryError, torch.AcceleratorError, RuntimeError, MemoryError)
+}
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is one of SIGNS. What an error was raised from is not looked at."""
-    return any(sign.is_in(error) for sign in SIGNS)
+    """Whether ``error`` is one of SIGNS. What an error was raised from is not looked at, but for a compiler's."""
+    return any(sign.is_in(one) for one in _and_compiled(error) for sign in SIGNS)
+
+
+def _and_compiled(error: BaseException) -> Iterator[BaseException]:
+    """``error``, and what torch's compiler met where the error is the compiler's."""
+    # Whoever raises a compiler's error has imported the compiler; asking for it here would cost every start-up.
+    dynamo, inductor = sys.modules.get("torch._dynamo.exc"), sys.modules.get("torch._inductor.exc")
+    yield error
+    while dynamo is not None and isinstance(error, dynamo.BackendCompilerFailed):
+        error = error.inner_exception
+        yield error
+    written = [dynamo.InternalTorchDynamoError] if dynamo is not None else []
+    written += [inductor.LoweringException] if inductor is not None else []
+    if isinstance(error, tuple(written)):
+        name, _, text = str(error).partition(": ")
+        if name in _WRITTEN_KINDS:
+            yield _WRITTEN_KINDS[name](text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from samegrad.declared import DeclaredStep
 from samegrad.exact.out_of_memory import OutOfMemory, is_out_of_memory
@@ -54,13 +54,14 @@ def let_go(error: BaseException, around: BaseException | None = None) -> None:
     ``around``: an error that was being handled before.
     """
     seen: set[int] = {id(around), id(None)}
-    left: list[BaseException | None] = [error]
+    left: list[Any] = [error]
     while left:
         one = left.pop()
-        if one is None or id(one) in seen:
+        if not isinstance(one, BaseException) or id(one) in seen:
             continue
         seen.add(id(one))
-        left += [one.__cause__, one.__context__]
+        # A compiler's error has what it met beside it.
+        left += [one.__cause__, one.__context__, getattr(one, "inner_exception", None)]
         traceback.clear_frames(one.__traceback__)
         one.__traceback__ = one.__cause__ = one.__context__ = None
 

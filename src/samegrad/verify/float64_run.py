@@ -11,6 +11,7 @@ import torch
 
 from samegrad.declared import DeclaredStep
 from samegrad.exact.float64 import widened
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.undisturbed import ModuleState
 from samegrad.measure.failures import first_line, line_of
 from samegrad.records import Check
@@ -75,9 +76,9 @@ class Float64Run:
                 behind = left.sum_checks(
                     tolerance.precision_of(torch.float64), lambda: sums_apart(twin, wide, left)
                 )
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
             # Of two dtypes in one operation, mostly; or of a module that cannot be copied.
             return f"a copy of the step in float64 cannot run: {first_line(error)}{line_of(error)}"
         return cls(oracle, again, seen.dtype, seen.where, twin, wide, behind)

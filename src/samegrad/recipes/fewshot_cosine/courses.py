@@ -64,7 +64,7 @@ def follow_course(label: str, step: sg.Step, model: nn.Module, episode: Tensor) 
             results = list(sg.train(step, [episode, episode]))
             seconds, reserved = results[-1].seconds, results[-1].peak_reserved_bytes
             list(sg.train(step, [episode], counter=counter))
-        except torch.OutOfMemoryError:
+        except sg.OverBudget:
             # This is the document's story, and is told as such; what was counted until then stands.
             out_of_memory = True
             optimizer.zero_grad()
