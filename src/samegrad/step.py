@@ -41,6 +41,7 @@ from samegrad.execute.row_counts import RowCounts
 from samegrad.execute.ways import Ways
 from samegrad.levers import Execution
 from samegrad.measure import counters
+from samegrad.measure.child_signals import children_heard_later
 from samegrad.module_walk import parameters_of
 from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
@@ -295,6 +296,7 @@ class Step:
         layout, sizes = agreed_cut(ranks, cut)
         return layout, dataclasses.replace(self._execution(batch, layout), sizes=sizes, kept_chunks=0)
 
+    @children_heard_later()
     def _execution(self, batch: Any, layout: RowLayout) -> Execution:
         """How the plan runs this batch. Plans first where that is still to be done."""
         if self._rows is not None:

@@ -127,6 +127,16 @@ STEPS = '''
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sg.Step(step.declared.model, loss, optimizer=step.declared.optimizer), batches
 
+    def exiting():
+        import sys
+        sys.exit()
+
+    def without_room():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def not_allowed():
+        raise PermissionError(13, "Permission denied", "rows.npy")
+
     def wrong_shape():
         return declared()
 

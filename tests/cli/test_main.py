@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import samegrad
+from samegrad.cli.boundary import known_error
 from samegrad.cli.main import COMMANDS, main
 from tests.cli.conftest import Cli
 
@@ -148,6 +149,9 @@ def test_a_mistyped_recipe_is_answered_with_the_nearest(cli: Cli, command: str) 
         (["plan", "steps.py:train", "--budget", "20KiB"], 1, "budget-too-small"),
         (["plan", "steps.py:coupled", "--budget", "2KiB"], 1, "cannot-split"),
         (["run", "steps.py:exhausted"], 5, "over-budget"),
+        (["run", "steps.py:without_room"], 5, "over-budget"),
+        (["plan", "steps.py:exiting"], 3, "bad-input"),
+        (["plan", "steps.py:not_allowed"], 4, "environment"),
         (["run", "steps.py:diverging"], 6, "non-finite"),
     ],
 )
@@ -176,6 +180,11 @@ def test_an_error_in_the_users_file_names_its_line(cli: Cli, folder: Path) -> No
         ran = cli("plan", f"steps.py:{function}")
         assert ran.code == 3
         assert f"steps.py:{number}: " in ran.err
+
+
+def test_a_library_under_torch_that_lacks_memory_is_no_unknown_error() -> None:
+    known = known_error(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
+    assert known is not None and known.exit_code == 5
 
 
 def test_an_unknown_error_is_saved_and_its_path_printed(

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from samegrad.cli.console import Console, end_output
+from samegrad.cli.data_workers import frames_in, of_a_worker, told_in
 from samegrad.cli.stopping import Stopped
 from samegrad.errors import BadInput, EnvironmentProblem, OverBudget, SamegradError, too_large_a_file
 
@@ -108,6 +109,8 @@ def known_error(error: BaseException) -> SamegradError | None:
     """``error`` as one with an exit code of its own, or None where it can only be a bug in us."""
     if isinstance(error, SamegradError):
         return error
+    if (workers := of_a_worker(error)) is not None:
+        return workers
     if isinstance(error, OSError) and error.errno in (*_ENVIRONMENT, errno.EFBIG):
         return _environment(error)
     if _is_out_of_memory(error):
@@ -119,7 +122,7 @@ def known_error(error: BaseException) -> SamegradError | None:
     theirs = users_line(error)
     if theirs is None or not isinstance(error, Exception):
         return None
-    what = traceback.format_exception_only(error)[-1].strip()
+    what = told_in(error) or traceback.format_exception_only(error)[-1].strip()
     return BadInput(
         asked="run your code", found=f"{theirs}: {what}", do="correct it there; --debug shows the traceback",
         file=theirs.rpartition(":")[0],
@@ -128,24 +131,26 @@ def known_error(error: BaseException) -> SamegradError | None:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # Whoever raised torch's error has imported torch; asking for it here would cost every command its start-up.
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    # The allocator of the host has no type of its own.
-    return type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from samegrad.exact.out_of_memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def users_line(error: BaseException) -> str | None:
     """``file.py:12`` where a user's own code raised ``error``; None where samegrad did.
 
-    Frames of libraries are passed over: what calls them wrongly is the code around them.
+    Frames of libraries are passed over: what calls them wrongly is the code around them. An exception that a data
+    worker raised has the worker's frames.
     """
+    here = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename.startswith(str(Path(__file__).parent.parent)):
+    for file, line in reversed(frames_in(error) or here):
+        if file.startswith(str(Path(__file__).parent.parent)):
             return None
-        if not frame.filename.startswith((*libraries, "<")):
-            return f"{frame.filename}:{frame.lineno}"
+        if not file.startswith((*libraries, "<")):
+            return f"{file}:{line}"
     return None
 
 
@@ -163,4 +168,6 @@ def _environment(error: OSError) -> EnvironmentProblem:
         found, do = too_large_a_file()
     else:
         found, do = _ENVIRONMENT[error.errno or 0], "choose another folder with --output, or make room"
+    if (theirs := users_line(error)) is not None:
+        found, do = f"{theirs}: {found}", "see that your code may use it, and that there is room"
     return EnvironmentProblem(asked=f"use {path}", found=found, do=do, file=str(path))

@@ -17,6 +17,7 @@ import torch
 import samegrad as sg
 from samegrad.cli.boundary import INTERNAL, known_error
 from samegrad.cli.console import Bar, Console
+from samegrad.cli.data_workers import worker_is_gone
 from samegrad.cli.measured import measured_footprint
 from samegrad.cli.options import Call
 from samegrad.cli.planned import Planned, plan_step
@@ -252,8 +253,7 @@ def _until_workers_end(training: Training, stop: StopFlag) -> Iterator[Tick]:
     try:
         yield from training.ticks()
     except RuntimeError as error:
-        # torch has no type for it.
-        if not stop or training.unit != "step" or "DataLoader worker" not in str(error):
+        if not stop or training.unit != "step" or not worker_is_gone(error):
             raise
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from samegrad.cli.boundary import known_error
 from samegrad.cli.devices import find_card_asked
 from samegrad.cli.options import Call, parse_call
 from samegrad.cli.values import nearest
-from samegrad.errors import BadInput, SamegradError, UsageError
+from samegrad.errors import BadInput, EnvironmentProblem, OverBudget, SamegradError, UsageError
 from samegrad.recipes import find_options, recipe_names
 
 if TYPE_CHECKING:
@@ -107,6 +108,10 @@ class FunctionTarget:
 Target = RecipeTarget | FunctionTarget
 
 
+# What a user's file may end in that no change of it is the way out of.
+_NO_MISTAKE = (EnvironmentProblem, OverBudget)
+
+
 class UserCode:
     """A ``with`` block that turns what a user's file raises into BadInput with the line in that file."""
 
@@ -119,14 +124,17 @@ class UserCode:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, SamegradError):
+        # An exit is the program's own; with its code, 0 mostly, ours would say that all is done.
+        if not isinstance(error, (Exception, SystemExit)) or isinstance(error, SamegradError):
+            return
+        if isinstance(known_error(error), _NO_MISTAKE):
             return
         path = str(self.target.path.resolve())
         lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == path]
         line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else lines[-1] if lines else None
         raise BadInput(
             asked=self.target.name,
-            found=f"{self.target.path}{f':{line}' if line else ''}: {type(error).__name__}: {error}",
+            found=f"{self.target.path}{f':{line}' if line else ''}: {type(error).__name__}: {error}".rstrip(": "),
             do="correct the file; --debug shows the traceback",
             file=str(self.target.path),
         ) from error

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import samegrad as sg
+from samegrad.cli.boundary import known_error
+from samegrad.cli.data_workers import told_in
 from samegrad.cli.run_story import PictureFile
 from samegrad.cli.schedulers import scheduler_states, set_schedulers
 from samegrad.errors import BadInput
@@ -108,7 +110,7 @@ class FunctionTraining:
         self.title, self.step, self.budget, self._done = title, step, budget, 0
         self._total = _length(batches)
         # One iterator for planning and training: a second one would draw another order from the generators.
-        rest = iter(batches)
+        rest = _read(batches, title)
         found = list(itertools.islice(rest, 1))
         if not found:
             raise BadInput(asked=title, found="no batches", do="return an iterable with at least one batch")
@@ -193,6 +195,26 @@ def _length(batches: Iterable[Any]) -> int | None:
         return len(batches) if isinstance(batches, Sized) else None
     except TypeError:
         return None
+
+
+def _read(batches: Iterable[Any], title: str) -> Iterator[Any]:
+    """The batches. Raises BadInput where reading them fails in a library that the user's own code did not call."""
+    rest = None
+    while True:
+        try:
+            rest = iter(batches) if rest is None else rest
+            yield next(rest)
+        except StopIteration:
+            return
+        except Exception as error:  # of many types; what is known already goes on as it is
+            if known_error(error) is not None:
+                raise
+            raise BadInput(
+                asked=f"read the batches of {title}",
+                found=told_in(error) or f"{type(error).__name__}: {error}",
+                do="see that the batches can be iterated over, and that the items of a dataset can be made one batch "
+                "(collate_fn=); --debug shows the traceback",
+            ) from error
 
 
 def _one_then(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

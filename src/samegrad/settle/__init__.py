@@ -16,6 +16,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import EnvironmentProblem, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.measure import counters
+from samegrad.measure.child_signals import children_heard_later
 from samegrad.measure.target import Target
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
@@ -55,6 +56,7 @@ class Declares(Protocol):
     def declared(self) -> DeclaredStep: ...
 
 
+@children_heard_later()
 def measure_step(step: Declares, batch: Any, device: torch.device | str | None = None) -> Footprint:
     """The footprint of ``step`` on ``batch``: probes of the real step at a few rows, and laws for all others.
 
@@ -108,6 +110,7 @@ def measure_for(
     return with_ways_needed(declared, aliases, measurement, batch, budget, options)
 
 
+@children_heard_later()
 def settle_plan(
     step: Declares,
     batch: Any,
@@ -158,6 +161,7 @@ class Ahead:
     predicted: Footprint
 
 
+@children_heard_later()
 def plan_ahead(
     step: Declares,
     batch: Any,
@@ -179,6 +183,7 @@ def plan_ahead(
     return Ahead(dataclasses.replace(plan, signature=declared.signature(batch)), footprint, predicted)
 
 
+@children_heard_later()
 def plan_followed(step: Declares, batch: Any, card: str, plan: Plan) -> Ahead:
     """``plan``, which was made before, followed whole for the card called ``card``. Raises CannotTrace.
 

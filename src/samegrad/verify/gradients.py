@@ -23,6 +23,7 @@ from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied
 from samegrad.levers import weakest_exactness
+from samegrad.measure.child_signals import children_heard_later
 from samegrad.measure.probe_sets import MORE_ROOM, fewest_rows
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Check, Exactness, Plan, Same, Verdict
@@ -55,6 +56,7 @@ class Verifiable(Protocol):
     def put_back(self) -> None: ...
 
 
+@children_heard_later()
 def verify_step(
     step: Verifiable, batch: Any, *, rows: int | None = None, reference: Where | None = None
 ) -> Verdict:
