@@ -112,6 +112,10 @@ STEPS = '''
         step, batches = train()
         return step, [(torch.full((64, 16), float("nan")), torch.zeros(64, dtype=torch.int64))]
 
+    def nothing_counts():
+        step, batches = train()
+        return step, [(torch.randn(64, 16), torch.full((64,), -100))]
+
     def raising():
         raise KeyError("no such thing")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -152,6 +153,8 @@ def test_a_mistyped_recipe_is_answered_with_the_nearest(cli: Cli, command: str) 
         (["run", "steps.py:without_room"], 5, "over-budget"),
         (["plan", "steps.py:exiting"], 3, "bad-input"),
         (["plan", "steps.py:not_allowed"], 4, "environment"),
+        (["run", "steps.py:nothing_counts"], 3, "bad-input"),
+        (["verify", "steps.py:nothing_counts", "--rows", "16"], 3, "bad-input"),
         (["run", "steps.py:diverging"], 6, "non-finite"),
     ],
 )
@@ -183,6 +186,7 @@ def test_an_error_in_the_users_file_names_its_line(cli: Cli, folder: Path) -> No
 
 
 def test_a_library_under_torch_that_lacks_memory_is_no_unknown_error() -> None:
+    importlib.import_module("torch")
     known = known_error(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     assert known is not None and known.exit_code == 5
 

@@ -206,20 +206,11 @@ def test_a_step_that_is_not_finite_stops_before_the_optimizer(place: str) -> Non
     assert all(p.grad is None for p in model.parameters())
 
 
-def ignoring_most(outputs: Tensor, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(outputs, batch[1], ignore_index=-100)
-
-
 def test_what_of_a_batch_is_not_finite_is_named() -> None:
-    x, y = (leaf.clone() for leaf in BATCHES[0])
+    x, y = BATCHES[0][0].clone(), BATCHES[0][1]
     x[5, 2], x[9, 0] = math.nan, math.inf
     with pytest.raises(sg.NonFinite, match=r"row 5 and 1 more of batch\[0\] is not finite"):
         next(sg.train(stepped(rows=None, budget="1GiB"), [(x, y)]))
-    model = mlp()
-    step = sg.Step(model, ignoring_most, budget="1GiB", optimizer=torch.optim.SGD(model.parameters(), 0.1))
-    step.prepare(BATCHES[0])
-    with pytest.raises(sg.NonFinite, match=r"batch\[1\] is -100 everywhere: no target counts"):
-        next(sg.train(step, [(BATCHES[0][0], torch.full_like(y, -100))]))
 
 
 def test_a_scaler_is_used_as_the_plain_recipe_uses_it() -> None:

@@ -130,6 +130,15 @@ def count_of(loss: Tensor) -> Tensor:
     raise AssertionError("a counted loss has a likelihood node")
 
 
+def ignored_by(loss: Tensor) -> set[int]:
+    """The targets that the likelihoods in the graph of ``loss`` leave out (``ignore_index``)."""
+    if loss.grad_fn is None:
+        return set()
+    # Graph nodes save negative numbers as unsigned ones of 64 bits.
+    saved = [node._saved_ignore_index for node in _walk(loss.grad_fn) if node.name() in _NLL]
+    return {index - 2**64 if index >= 2**63 else index for index in saved}
+
+
 def leaves_under(loss: Tensor) -> list[Tensor]:
     """Every leaf tensor that requires grad and that ``loss`` depends on."""
     if loss.grad_fn is None:

@@ -23,6 +23,7 @@ from samegrad.exact.out_of_memory import OutOfMemory, is_out_of_memory
 from samegrad.exact.phases import announce, listening
 from samegrad.exact.stepping_hooks import refuse_stepping_hooks
 from samegrad.measure import counters
+from samegrad.measure.counted_targets import IGNORED, refuse_without_targets
 from samegrad.measure.counting import ByteCounter
 from samegrad.measure.probe import claim_residents
 from samegrad.module_walk import parameters_of
@@ -31,9 +32,7 @@ from samegrad.records import Phase, Recovery, StepResult
 # Steps in a row that a scaler may skip: by then its scale is a thousandth of what it was.
 _MOST_SKIPPED = 10
 
-
-# cross_entropy's and nll_loss's ignore_index where nobody says another.
-_IGNORED = -100
+_UNCHANGED = "; the optimizer did not step and the weights are unchanged"
 
 
 class Trainable(Protocol):
@@ -68,9 +67,10 @@ def train(
     ``normalise``. Each is a step's worth of memory by itself.
     ``scaler``: a GradScaler, used as PyTorch's own recipe does: it skips steps whose gradients are not finite; after
     ten in a row NonFinite is raised. ``counter`` (from ``count_bytes``): counts the tensor bytes of every step, which
-    is what a peak means where there is no CUDA allocator. Raises NonFinite before the optimizer steps, weights
-    unchanged, and UsageError when the step was declared without an optimizer, or when hooks on parameters step one
-    inside backward where a gradient is not whole by then (``scaler``, several batches a step).
+    is what a peak means where there is no CUDA allocator.
+    Raises, before the optimizer steps and with the weights unchanged, NonFinite, or BadInput where a loss is not finite
+    because no target of its batch counts; UsageError when the step was declared without an optimizer, or when hooks on
+    parameters step one inside backward where a gradient is not whole by then (``scaler``, several batches a step).
     """
     optimizer = step.declared.optimizer
     if optimizer is None:
@@ -153,10 +153,11 @@ def _one_step(
     # With a scaler what is not finite is the scaler's affair: it skips the step and lowers the scale.
     if scaler is None and not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
+        for batch in batches if math.isnan(loss) else ():
+            refuse_without_targets(step.declared, batch, asked=f"step {index}", found=_UNCHANGED)
         raise NonFinite(
             asked=f"step {index}",
-            found=f"loss {loss:g}, gradient norm {norm:g}{_seen_in(step.declared, batches)}; the optimizer did not "
-            "step and the weights are unchanged",
+            found=f"loss {loss:g}, gradient norm {norm:g}{_seen_in(step.declared, batches)}{_UNCHANGED}",
             do="look at that batch's rows, lower the learning rate, or clip the gradients",
         )
     announce(Phase.OPTIMIZER)
@@ -212,7 +213,7 @@ def _weights(declared: DeclaredStep, batches: Sequence[Any]) -> list[float]:
 
 
 def _seen_in(declared: DeclaredStep, batches: Sequence[Any]) -> str:
-    """What of the batches may be why: rows that are not finite, targets of which none counts."""
+    """What of the batches may be why: rows that are not finite."""
     found = []
     for batch in batches:
         layout = declared.layout(batch)
@@ -225,19 +226,17 @@ def _seen_in(declared: DeclaredStep, batches: Sequence[Any]) -> str:
                 if rows:
                     more = "" if len(rows) == 1 else f" and {len(rows) - 1} more"
                     found.append(f"row {rows[0]}{more} of {path} is not finite")
-            elif leaf.dtype == torch.int64 and bool((leaf == _IGNORED).all()):
-                found.append(f"{path} is {_IGNORED} everywhere: no target counts")
     return f"; {', '.join(found)}" if found else ""
 
 
 def _refuse_ignored_targets(batch: Any) -> None:
     """Raises UsageError where rows do not say what a batch counts: the loss will leave targets out."""
     for path, leaf in trees.flatten_with_paths(batch, "batch"):
-        if isinstance(leaf, Tensor) and leaf.dtype == torch.int64 and bool((leaf == _IGNORED).any()):
+        if isinstance(leaf, Tensor) and leaf.dtype == torch.int64 and bool((leaf == IGNORED).any()):
             raise UsageError(
                 asked="several batches a step, each weighed by its rows",
-                found=f"{path} holds {_IGNORED}, by which torch's losses leave targets out; what is left counts",
-                do=f"say what each counts: Step(..., normalise=lambda batch: ({path} != {_IGNORED}).sum())",
+                found=f"{path} holds {IGNORED}, by which torch's losses leave targets out; what is left counts",
+                do=f"say what each counts: Step(..., normalise=lambda batch: ({path} != {IGNORED}).sum())",
             )
 
 

@@ -30,6 +30,7 @@ from samegrad.levers import unsuited_levers
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.measure import counters
 from samegrad.measure.census import Residents, count_residents
+from samegrad.measure.counted_targets import refuse_without_targets_at_sight
 from samegrad.measure.head_laws import measure_head
 from samegrad.measure.laws import fit_laws, fit_mapped_laws, peak_of
 from samegrad.measure.probe import TIMED_RUNS, OptimizerTurn, Probe, standing_batch_bytes
@@ -85,6 +86,7 @@ def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> 
     )
     counters.take_workspaces(declared.device)
     layout = declared.layout(batch)
+    refuse_without_targets_at_sight(declared, batch, asked="measure the step, to plan it")
     residents = count_residents(declared)
     one_row = CannotSplit(asked="split the rows of a step", found="the batch has one row", do="nothing is to be done")
     ways = find_ways(declared, aliases, batch, layout) if layout.rows > 1 else Ways(None, one_row)

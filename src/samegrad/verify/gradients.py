@@ -24,6 +24,7 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied
 from samegrad.levers import weakest_exactness
 from samegrad.measure.child_signals import children_heard_later
+from samegrad.measure.counted_targets import refuse_without_targets
 from samegrad.measure.probe_sets import MORE_ROOM, fewest_rows
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Check, Exactness, Plan, Same, Verdict
@@ -98,6 +99,9 @@ def _verified(
     whole = _shown(planned, sizes, layout.rows if asked is None else asked)
     cpu_checks, chosen = _on_cpu(whole, batch, (chosen, compared.draws), reference)
     verdict = _verdict(planned, compared, cpu_checks, (chosen, layout.rows))
+    if verdict.answer is Same.DIFFERS:
+        # Two steps of which neither has a loss differ, whatever the plan.
+        refuse_without_targets(step.declared, batch, asked="verify the step against the plain step")
     if verdict.answer is Same.DIFFERS:
         with WithinMemory(step.declared) as memory:
             verdict = dataclasses.replace(verdict, fault=_fault(few, compared, _Rows(whole, batch), cpu_checks))
