@@ -359,3 +359,13 @@ def test_a_run_killed_every_few_steps_ends_as_the_unbroken_one(
         expected.append({"step": step, "sum": float(weight.sum())})
     assert metrics(path) == expected
     assert torch.equal(load_checkpoint(path / "checkpoints").tensors["model"]["w"], weight)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "metrics.jsonl", "run.lock"])
+def test_a_folder_where_a_file_is_needed_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    there = rf"{name}: a folder stands there"
+    with pytest.raises(EnvironmentProblem, match=there) as raised, RunFolder(tmp_path) as run:
+        run.append_metrics({"step": 0})
+        run.write_text("plan.json", "{}")
+    assert raised.value.do == "move that folder away" and (tmp_path / name).is_dir()

@@ -380,3 +380,11 @@ def test_cuda_tensors_are_copied_one_at_a_time_and_come_back_bit_for_bit(folder:
     assert torch.cuda.memory_allocated() == before
     for name, tensor in saved.items():
         assert same_bits(loaded[name], tensor), name
+
+
+def test_a_file_that_bears_a_checkpoints_name_is_not_removed(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "step-00000001").write_text("theirs")
+    with pytest.raises(EnvironmentProblem, match="step-00000001 is no folder, and is in the way"):
+        save_checkpoint(folder, step=1, tensors={"model": {}}, state={})
+    assert names(folder) == ["step-00000001"] and (folder / "step-00000001").read_text() == "theirs"

@@ -29,6 +29,15 @@ _ENVIRONMENT = {
     errno.EPERM: "not permitted",
     errno.EROFS: "the file system is read-only",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EIO: "the device failed to read or write",
+}
+# Of a path that the command line named; one that the user's own code made is told with its line.
+_IN_THE_WAY = {
+    errno.EISDIR: "a folder stands there, where a file is needed",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.ENAMETOOLONG: "the name is too long for the file system",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EMFILE: "this process has too many files open (ulimit -n)",
 }
 
 
@@ -113,6 +122,8 @@ def known_error(error: BaseException) -> SamegradError | None:
         return workers
     if isinstance(error, OSError) and error.errno in (*_ENVIRONMENT, errno.EFBIG):
         return _environment(error)
+    if isinstance(error, OSError) and error.errno in _IN_THE_WAY and users_line(error) is None:
+        return _environment(error)
     if _is_out_of_memory(error):
         return OverBudget(
             asked="run within the memory there is",
@@ -167,7 +178,7 @@ def _environment(error: OSError) -> EnvironmentProblem:
     if error.errno == errno.EFBIG:
         found, do = too_large_a_file()
     else:
-        found, do = _ENVIRONMENT[error.errno or 0], "choose another folder with --output, or make room"
+        found, do = (_ENVIRONMENT | _IN_THE_WAY)[error.errno or 0], "choose another folder with --output, or make room"
     if (theirs := users_line(error)) is not None:
         found, do = f"{theirs}: {found}", "see that your code may use it, and that there is room"
     return EnvironmentProblem(asked=f"use {path}", found=found, do=do, file=str(path))

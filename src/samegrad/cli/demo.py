@@ -33,7 +33,7 @@ class DemoOptions:
 
 def main(argv: Sequence[str], console: Console) -> int:
     options = parse_line("samegrad demo", DemoOptions, argv)
-    check_output(options.output)
+    check_output(options.output, files=("report.html",))
     from samegrad.cli.run import parse_run
     from samegrad.cli.run_session import run_session, tell
     from samegrad.store import RunFolder

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from samegrad.cli.console import Console
 from samegrad.cli.devices import find_card_asked
-from samegrad.cli.output_folder import check_output
+from samegrad.cli.output_folder import check_output, write_output
 from samegrad.cli.target import asked_device, target_call
 from samegrad.units import format_bytes
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from samegrad.cli.training import Training
     from samegrad.measure.cards import Card
     from samegrad.records import Footprint, Plan
+
+
+# What --output may come to hold.
+FILES = ("plan.json", "footprint.json", "measured.json", "measure.html", "timeline.svg")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class Measured:
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("measure", (MeasureOptions,), argv)
     output = call.part(MeasureOptions).output
-    check_output(output)
+    check_output(output, files=FILES)
     card = find_card_asked(asked_device(target, call))
     from samegrad.cli.programs import advised, load_training
     from samegrad.cli.stopping import listening
@@ -147,10 +151,10 @@ def _write(found: Measured, title: str, output: Path, console: Console) -> None:
         records["measured.json"] = found.measured
     write_records(output, records)
     story = Story(title=title, plan=found.plan, predicted=found.predicted, measured=found.measured)
-    (output / "measure.html").write_text(render_report(story), encoding="utf-8")
+    write_output(output, "measure.html", render_report(story))
     shown = found.measured if found.measured is not None and found.measured.timeline else found.predicted
     beside = found.predicted if shown is not found.predicted else None
     picture = timeline_svg(shown, comparable_budget(found.plan.budget, shown), beside)
     if picture:
-        (output / "timeline.svg").write_text(picture, encoding="utf-8")
+        write_output(output, "timeline.svg", picture)
     console.result(f"{output / 'measure.html'}")

@@ -1,18 +1,21 @@
-"""Whether a folder that results are to go to can be written to; asked before the work and not after it."""
+"""The folder that results go to: whether it can be written to, asked before the work, and files replaced in it."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
-from samegrad.errors import EnvironmentProblem
+from samegrad.errors import EnvironmentProblem, too_large_a_file
 
 
-def check_output(folder: Path | None, *, option: str | None = "output") -> None:
+def check_output(folder: Path | None, *, option: str | None = "output", files: Sequence[str] = ()) -> None:
     """Raises EnvironmentProblem where ``folder`` is no folder, cannot become one or is closed to this user.
 
-    Makes nothing. ``option``: the one that names the folder.
+    Makes nothing. ``option``: the one that names the folder. ``files``: what will be written in it; where a folder of
+    such a name stands, it is in the way.
     """
     if folder is None:
         return
@@ -29,7 +32,41 @@ def check_output(folder: Path | None, *, option: str | None = "output") -> None:
                 option=option,
             )  # fmt: skip
         if place.exists():
-            return
+            break
+    for path in (folder / name for name in files):
+        if path.exists() and not path.is_file():
+            raise EnvironmentProblem(
+                asked=f"write {path}",
+                found="a folder stands there, where a file is needed",
+                do="move that folder away" if option is None
+                else f"move that folder away, or name another one for the results with --{option}",
+                file=str(path),
+                option=option,
+            )  # fmt: skip
+
+
+def write_output(folder: Path, name: str, text: str) -> None:
+    """``name`` in ``folder``, which is made if need be: replaced in one move, so that what stood there is not lost.
+
+    Raises EnvironmentProblem where the system refuses.
+    """
+    path, temporary = folder / name, folder / f".tmp-{os.getpid()}-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        found, do = error.strerror or str(error), "make room, or name another folder"
+        if error.errno == errno.EFBIG:
+            found, do = too_large_a_file()
+        elif error.errno == errno.EISDIR:
+            found, do = "a folder stands there, where a file is needed", "move that folder away"
+        raise EnvironmentProblem(
+            asked=f"write {path}", found=found, do=f"{do}; what stood there before is as it was", file=str(path)
+        ) from error
 
 
 def _wrong_with(place: Path) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samegrad.cli.console import Console
+from samegrad.cli.output_folder import write_output
 from samegrad.cli.run_story import write_records
 from samegrad.cli.training import Training
 from samegrad.measure.cards import Card
@@ -39,7 +40,7 @@ def show_front(training: Training, card: Card | None, output: Path | None, conso
     if output is not None:
         plans = {f"plan-{number}.json": point.plan for number, point in enumerate(front.points, start=1)}
         write_records(output, {"front.json": front, **plans})
-        (output / "front.svg").write_text(front_svg(front), encoding="utf-8")
+        write_output(output, "front.svg", front_svg(front))
         console.result(f"{output / 'front.svg'}, and plan-1.json to plan-{len(plans)}.json: run one with --plan")
     return 0
 

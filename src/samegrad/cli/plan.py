@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from samegrad.records import Plan
 
 
+# What --pareto writes beside a plan for each point.
+FRONT_FILES = ("front.json", "front.svg", "plan-1.json")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """What is planned, and where the plan goes."""
@@ -71,7 +75,7 @@ class Answer:
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("plan", (PlanOptions,), argv)
     options = call.part(PlanOptions)
-    check_output(options.output)
+    check_output(options.output, files=FRONT_FILES if options.pareto else ("plan.json", "footprint.json"))
     card = find_card_asked(asked_device(target, call))
     from samegrad.cli.programs import advised, load_training
     from samegrad.cli.run_story import read_plan, write_records

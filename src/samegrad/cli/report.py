@@ -10,7 +10,7 @@ import tyro
 
 from samegrad.cli.console import Console
 from samegrad.cli.options import parse_line
-from samegrad.cli.output_folder import check_output
+from samegrad.cli.output_folder import check_output, write_output
 from samegrad.cli.run_story import read_story
 from samegrad.report import render_markdown, render_report
 
@@ -29,11 +29,10 @@ def main(argv: Sequence[str], console: Console) -> int:
     options = parse_line("samegrad report", ReportOptions, argv)
     story = read_story(options.run_dir)
     output = options.output or options.run_dir
-    check_output(output)
-    output.mkdir(parents=True, exist_ok=True)
     html, markdown = output / "report.html", output / "report.md"
-    html.write_text(render_report(story), encoding="utf-8")
-    markdown.write_text(render_markdown(story), encoding="utf-8")
+    check_output(output, files=(html.name, markdown.name))
+    write_output(output, html.name, render_report(story))
+    write_output(output, markdown.name, render_markdown(story))
     console.result(f"{html}\n{markdown}")
     console.document({"report_html": str(html), "report_markdown": str(markdown)})
     return 0

@@ -22,8 +22,9 @@ from samegrad.cli.devices import refuse_card
 from samegrad.cli.options import Call, Switch
 from samegrad.cli.output_folder import check_output
 from samegrad.cli.ranks import own_folder, own_rank
+from samegrad.cli.run_story import file_stands
 from samegrad.cli.target import Target, asked_device, target_call
-from samegrad.errors import UsageError
+from samegrad.errors import BadInput, UsageError
 from samegrad.recipes import OutOfRange
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ class RunOptions:
 # Options of one invocation that a config file, fed back, must not carry on to another.
 _NOT_IN_CONFIG = ("output", "resume", "resume_from", "strict_resume", "plan")
 CONFIG = "config.json"
+# What a run writes into its folder, looked for before a resumed one begins.
+_FILES = (
+    CONFIG, "run.lock", "status.json", "plan.json", "footprint.json", "summary.json", "verdict.json", "metrics.jsonl",
+    "measured.json", "report.html", "report.md",
+)  # fmt: skip
 # Where runs go that name no folder.
 _RUNS = Path("runs")
 
@@ -101,7 +107,13 @@ def parse_run(argv: Sequence[str]) -> tuple[Target, Call]:
                 asked=f"--{name}", found="the run is not resumed", do="give --resume as well", option=name
             )
     config = options.output / CONFIG if options.resume and options.output is not None else None
-    if config is None or not config.is_file():
+    if config is None or not file_stands(config):
+        if config is not None and (config.parent / "checkpoints").is_dir():
+            raise BadInput(
+                asked=f"resume the run in {config.parent}",
+                found=f"{config}: no such file, so nothing says what options the run began with",
+                do="put it back; samegrad run writes it before anything else", file=str(config), option="resume",
+            )  # fmt: skip
         return target, call
     target, call = target_call("run", (RunOptions,), argv, below=(config,))
     _refuse_another_training(target, call, config)
@@ -139,6 +151,8 @@ def open_folder(target: Target, options: RunOptions) -> RunFolder:
     check_output(options.output or _RUNS)
     if options.output is not None:
         own = own_folder(options.output)
+        if options.resume:
+            check_output(own, option=None, files=_FILES)
         return RunFolder.resume(own) if options.resume else RunFolder.create(own)
     return RunFolder.create(_new_folder(_RUNS, target.name))
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from samegrad.cli.output_folder import write_output
 from samegrad.errors import BadInput
 from samegrad.json_record import Record
 from samegrad.records import Footprint, Origin, Plan, StepResult, Verdict
@@ -91,9 +92,20 @@ def read_story(folder: Path) -> Story:
 
 def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
     """The record in ``path``, or None when there is no such file. Raises BadInput."""
-    if not path.is_file():
+    if not file_stands(path):
         return None
     return kind.from_json(read_text(path), file=str(path))
+
+
+def file_stands(path: Path) -> bool:
+    """Whether there is a file ``path``; False where there is nothing. Raises BadInput for a folder, or what else is."""
+    if path.is_file() or not path.exists():
+        return path.is_file()
+    inside = path / "plan.json"
+    raise BadInput(
+        asked=f"read {path}", found="a folder, where a file is needed",
+        do=f"name the file in it: {inside}" if inside.is_file() else "move that folder away", file=str(path),
+    )  # fmt: skip
 
 
 def read_plan(path: Path) -> Plan:
@@ -111,9 +123,8 @@ def write_records(folder: Path | None, records: Mapping[str, Record]) -> None:
     """Each record under its name in ``folder``, made if need be; nothing without a folder."""
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     for name, record in records.items():
-        (folder / name).write_text(record.to_json(), encoding="utf-8")
+        write_output(folder, name, record.to_json())
 
 
 def verdict_text(verdict: Verdict) -> str:
@@ -143,7 +154,7 @@ def read_metrics(path: Path) -> MetricLines:
     results: dict[int, StepResult] = {}
     validation: dict[int, float] = {}
     broken = 0
-    for text in read_text(path).splitlines() if path.is_file() else ():
+    for text in read_text(path).splitlines() if file_stands(path) else ():
         try:
             line = json.loads(text)
             kind = line.pop("kind")
@@ -163,7 +174,7 @@ def read_metrics(path: Path) -> MetricLines:
 
 def read_object(path: Path) -> Mapping[str, Any]:
     """The JSON object in ``path``; empty when there is no such file. Raises BadInput."""
-    if not path.is_file():
+    if not file_stands(path):
         return {}
     try:
         document = json.loads(read_text(path))

@@ -37,7 +37,7 @@ class VerifyOptions:
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("verify", (VerifyOptions,), argv)
     options = call.part(VerifyOptions)
-    check_output(options.output)
+    check_output(options.output, files=("verdict.json",))
     refuse_card("verify", asked_device(target, call))
     import samegrad as sg
     from samegrad.cli.planned import plan_step

@@ -138,6 +138,11 @@ def disk_problem(
         reason, do = too_large_a_file()
         needed = "" if needed_bytes is None else f"; needed {format_bytes(needed_bytes)}"
         return EnvironmentProblem(asked=asked, found=f"{path}: {reason}{needed}", do=do, file=str(path))
+    if error.errno == errno.EISDIR:
+        return EnvironmentProblem(
+            asked=asked, found=f"{path}: a folder stands there, where a file is needed", do="move that folder away",
+            file=str(path),
+        )  # fmt: skip
     found = f"{path}: {error.strerror or error}"
     try:
         free = format_bytes(free_bytes(path if path.is_dir() else path.parent))

@@ -119,7 +119,7 @@ class RunFolder:
             write_atomically(self.path / name, data)
         except OSError as error:
             raise disk_problem(
-                error, asked=f"write {name}", path=self.path, do=_FREE_SPACE, needed_bytes=len(data)
+                error, asked=f"write {name}", path=self.path / name, do=_FREE_SPACE, needed_bytes=len(data)
             ) from error
         return self.path / name
 
@@ -153,7 +153,7 @@ class RunFolder:
             raise disk_problem(
                 error,
                 asked=f"write to {_METRICS}",
-                path=self.path,
+                path=self.path / _METRICS,
                 do=_FREE_SPACE,
                 needed_bytes=len(line) + 1,
             ) from error
@@ -168,7 +168,7 @@ class RunFolder:
         try:
             return rewind(self.path / _METRICS, step=step)
         except OSError as error:
-            raise disk_problem(error, asked=f"rewind {_METRICS}", path=self.path, do=_FREE_SPACE) from error
+            raise disk_problem(error, asked=f"rewind {_METRICS}", path=self.path / _METRICS, do=_FREE_SPACE) from error
 
     def _check_held(self) -> None:
         if not self._lock.held:
@@ -222,7 +222,7 @@ def _take_lock(path: Path) -> int:
     try:
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise disk_problem(error, asked="use the run's folder", path=path, do=_WRITABLE) from error
+        raise disk_problem(error, asked="use the run's folder", path=path / LOCK, do=_WRITABLE) from error
     try:
         _lock_now(descriptor)
         holder = {

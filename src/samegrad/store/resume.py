@@ -134,7 +134,9 @@ def _not_there(folder: Path, found: Sequence[Found], step: int | None) -> BadInp
     return BadInput(
         asked="load the newest checkpoint" if step is None else f"load the checkpoint of step {step}",
         found=f"{folder}: {there}",
-        do="give one of these steps" if steps else "nothing was saved there: start the run, without --resume",
+        do="give one of these steps" if steps
+        else "move away what stands there, and put the checkpoints back" if folder.exists() and not folder.is_dir()
+        else "nothing was saved there: start the run, without --resume",
         file=str(folder),
     )
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Mapping
@@ -194,6 +195,9 @@ def _make_way(target: Path) -> None:
     """Free the name ``target``, keeping a sound checkpoint that stands there until the new one does."""
     if not target.exists():
         return
+    if not target.is_dir():
+        # Somebody's own: it is not ours to remove.
+        raise NotADirectoryError(errno.ENOTDIR, f"{target.name} is no folder, and is in the way; move it away")
     if not _is_sound(target):
         remove_folder(target)
         return
