@@ -164,3 +164,19 @@ def test_an_epoch_that_is_half_done_is_not_saved_as_if_it_had_not_begun() -> Non
         list(run_session._until_workers_end(half, stop))
     half.unit = "step"
     assert list(run_session._until_workers_end(half, stop)) == []
+
+
+@pytest.mark.parametrize("step", ["-1", "0", "7", str(10**20)])
+def test_a_step_that_was_not_saved_is_refused_with_those_that_were(
+    cli: Cli, folder: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("run", "steps.py:train", "--output", "run", "--save_every", "1", "--steps", "3")
+    assert cli(*line).code == 0
+    (folder / "run" / "checkpoints" / "step-00000002" / "manifest.json").unlink()
+    monkeypatch.setattr(run_session, "load_training", lambda *given: pytest.fail("work was begun"))
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    ran = cli(*line, "--resume", "--resume_from", step)
+    assert ran.code == 3, ran.err
+    assert f"no step {step}; the steps there are 2 (incomplete or damaged), 3" in ran.err
+    after = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    assert before.keys() == after.keys() and {p.name for p in before if before[p] != after[p]} <= {"run.lock"}

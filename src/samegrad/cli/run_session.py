@@ -36,7 +36,7 @@ from samegrad.records import Budget, Plan, Same, Verdict
 from samegrad.report import render_markdown, render_report
 from samegrad.report.terminal import memory_line
 from samegrad.report.verdicts import judge
-from samegrad.store import RunFolder, load_checkpoint, save_checkpoint
+from samegrad.store import RunFolder, check_step, load_checkpoint, save_checkpoint
 
 # In a checkpoint's state, beside the program's own.
 _RANKS = "ranks"
@@ -83,6 +83,9 @@ def exit_code_of(verdict: Verdict) -> int:
 def run_session(target: Target, call: Call, folder: RunFolder, console: Console) -> Finished:
     """Trains ``target`` in ``folder``, from the start or from its newest checkpoint."""
     options = call.part(RunOptions)
+    if options.resume_from is not None:
+        # Before the status says anything else than how the run ended, and before data is read.
+        check_step(first_folder(folder.path) / folder.checkpoints.name, options.resume_from)
     with Status(folder, target.name) as status, listening() as stop, advised(target):
         changed = changed_options(target, call, folder.path / CONFIG) if options.resume else {}
         if not options.resume:

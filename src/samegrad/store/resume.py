@@ -34,6 +34,7 @@ from samegrad.store.tensor_file import read_tensors
 
 _SUFFIX = ".safetensors"
 _SHOWN_DIFFERENCES = 5
+_WORTH = {Quality.GOOD: "", Quality.NOT_FINITE: " (not finite)", Quality.UNSOUND: " (incomplete or damaged)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,13 @@ def load_checkpoint(folder: Path, *, step: int | None = None, strict: bool = Fal
     return Checkpoint(step=chosen.step, tensors=tensors, state=state, path=chosen.path, warnings=tuple(warnings))
 
 
+def check_step(folder: Path, step: int) -> None:
+    """Raises BadInput, with the steps there are, where ``folder`` holds no checkpoint of ``step``. Reads no tensors."""
+    found = list_checkpoints(folder)
+    if all(one.step != step for one in found):
+        raise _not_there(folder, found, step)
+
+
 def _choose(pool: Sequence[Found], step: int | None) -> tuple[Found | None, Manifest | None, list[str]]:
     """The first of ``pool`` to load, its manifest, and why earlier ones were passed by. Raises Damaged."""
     passed_by: list[str] = []
@@ -126,9 +134,9 @@ def _read(one: Found, manifest: Manifest) -> tuple[dict[str, dict[str, Tensor]],
 
 
 def _not_there(folder: Path, found: Sequence[Found], step: int | None) -> BadInput:
-    steps = sorted({one.step for one in found})
+    steps = {one.step: _WORTH[judge(one.path)] for one in reversed(found)}
     if steps:
-        there = f"no step {step}; the steps there are {', '.join(map(str, steps))}"
+        there = f"no step {step}; the steps there are {', '.join(f'{at}{worth}' for at, worth in steps.items())}"
     else:
         there = "no checkpoint in it" if folder.is_dir() else "not a folder"
     return BadInput(
