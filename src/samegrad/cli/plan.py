@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from samegrad.records import Plan
 
 
-# What --pareto writes beside a plan for each point.
+# What --output may come to hold; with --pareto a plan for each point.
+PLAN_FILES = ("plan.json", "footprint.json", "measured.json")
 FRONT_FILES = ("front.json", "front.svg", "plan-1.json")
 
 
@@ -75,7 +76,7 @@ class Answer:
 def main(argv: Sequence[str], console: Console) -> int:
     target, call = target_call("plan", (PlanOptions,), argv)
     options = call.part(PlanOptions)
-    check_output(options.output, files=FRONT_FILES if options.pareto else ("plan.json", "footprint.json"))
+    check_output(options.output, files=FRONT_FILES if options.pareto else PLAN_FILES)
     card = find_card_asked(asked_device(target, call))
     from samegrad.cli.programs import advised, load_training
     from samegrad.cli.run_story import read_plan, write_records

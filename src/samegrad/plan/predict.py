@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from samegrad.levers import PredictedLever, find_levers
+from samegrad.levers._variants import peaks_by_phase
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.plan.traced import predict_traced
 from samegrad.plan.whole_ways import footprint_under, whole_levers_of
@@ -38,7 +39,7 @@ def predict_plan(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> Foo
     rows = footprint.batch_rows
     return _predicted(
         under, rows, under.predicted_peak_bytes(rows=rows), under.predicted_seconds(rows=rows),
-        {law.phase: law.peak_bytes(rows=rows, batch_rows=rows) for law in under.plain_laws},
+        peaks_by_phase(under.plain_laws, rows=rows, batch_rows=rows),
     )  # fmt: skip
 
 

@@ -121,9 +121,11 @@ class HeadLaws(Record):
 class Footprint(Record):
     """What a step holds and how long it takes, at a number of rows at a time.
 
-    ``rows`` of ``batch_rows`` at a time. ``by_category`` is what is live at the peak, ``by_phase`` the peak inside
-    each phase. ``laws`` predict the peak of a split step at other row counts, ``plain_laws`` that of the plain step;
-    ``variants`` are the ways to run a model in chunks that cannot be split by rows, or its blocks again.
+    ``rows`` of ``batch_rows`` at a time: where they are as many, of the plain step. Every peak, and what is told of it,
+    is of that whole step, never of the few rows that a probe ran. ``by_category`` is what is live at the peak,
+    ``by_phase`` the peak inside each phase. ``laws`` predict the peak of a split step at other row counts,
+    ``plain_laws`` that of the plain step; ``variants`` are the ways to run a model in chunks that cannot be split by
+    rows, or its blocks again.
     ``kept_row_bytes``: what a row's graph holds when it is kept from the first of two passes. ``head``: what
     ``chunk_loss`` would change.
     ``probed`` and ``traced``: the step as probed and as followed under levers that leave its chunks as they are, the

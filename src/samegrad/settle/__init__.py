@@ -58,8 +58,11 @@ class Declares(Protocol):
 
 @children_heard_later()
 def measure_step(step: Declares, batch: Any, device: torch.device | str | None = None) -> Footprint:
-    """The footprint of ``step`` on ``batch``: probes of the real step at a few rows, and laws for all others.
+    """The footprint of the plain ``step`` on all rows of ``batch``, predicted by probes of the real step at a few rows.
 
+    ``peak_allocated_bytes`` is what the whole step would hold, optimizer state that does not exist yet included, and
+    ``predicted_peak_bytes(rows=...)`` the same at fewer rows at a time. Where the step was followed (below), what lived
+    at the peak and the course of the step are in it too; ``count_bytes`` counts those of steps that run.
     ``device``: None, the device the model is on, or a card's name ("NVIDIA H200", "RTX 4070 Laptop"), at hand or not:
     then the step is followed without running it, and every number is predicted. Nothing of the user's changes. Raises
     CannotSplit only where even the plain step cannot run, and CannotTrace where it cannot be followed.
@@ -122,7 +125,8 @@ def settle_plan(
     device: torch.device | str | None = None,
     expected_steps: int | None = None,
 ) -> tuple[Plan, Footprint]:
-    """The first plan of the ladder whose measured peak is within ``budget``, and the footprint it came from.
+    """The first plan of the ladder whose measured peak is within ``budget``, and the plain step's footprint, from
+    which it was chosen (as ``measure_step`` gives it).
 
     On a card at hand its chunks may be captured, and compiled where ``expected_steps`` pay for that.
 

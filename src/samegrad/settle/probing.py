@@ -36,6 +36,7 @@ from samegrad.measure.laws import fit_laws, fit_mapped_laws, peak_of
 from samegrad.measure.probe import TIMED_RUNS, OptimizerTurn, Probe, standing_batch_bytes
 from samegrad.measure.probe_sets import MORE_ROOM, kept_row_bytes, mapped_probes, plain_probes, split_probes, times
 from samegrad.measure.within_memory import WithinMemory
+from samegrad.plan.predict import predict_plan
 from samegrad.records import Counting, Footprint, Origin, Phase, PhaseLaw, Variant
 from samegrad.settle.progress import working_on
 from samegrad.trees import RowLayout
@@ -170,7 +171,8 @@ def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> 
         timeline=shown.timeline,
     )
     turn = OptimizerTurn(missing, residents.optimizer_temporary_bytes)
-    return Measurement(footprint=footprint, ways=ways, turn=turn)
+    # The probe that was shown was of a few rows; who asks for the peak of the step asks for all of it.
+    return Measurement(footprint=predict_plan(footprint, {}), ways=ways, turn=turn)
 
 
 def _find_head(declared: DeclaredStep, batch: Any, layout: RowLayout, ways: Ways, plain_bytes: int) -> Head | str:

@@ -1,0 +1,79 @@
+"""What ``measure_step`` tells is of the whole step, however few rows it was probed on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import samegrad as sg
+
+ROWS = 512
+
+
+def mean_loss(outputs: Tensor, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def pair_loss(outputs: Tensor, batch: Any) -> Tensor:
+    return torch.cdist(outputs, outputs).square().mean()
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "split by rows": (lambda: nn.Linear(64, 10), mean_loss),
+    "two passes": (lambda: nn.Linear(64, 10), pair_loss),
+    "whole": (lambda: nn.Sequential(nn.Linear(64, 10), Centred()), mean_loss),
+    "coupled": (lambda: nn.Sequential(nn.Linear(64, 96), nn.BatchNorm1d(96), nn.Linear(96, 10)), mean_loss),
+}
+
+
+def stepped(name: str) -> sg.Step:
+    torch.manual_seed(0)
+    make, loss = CASES[name]
+    model = make()
+    return sg.Step(model, loss, optimizer=torch.optim.Adam(model.parameters()), budget="1GiB")
+
+
+def batch(rows: int = ROWS) -> Any:
+    return torch.randn(rows, 64), torch.arange(rows) % 10
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("rows", [ROWS, 8])
+def test_the_peak_is_the_plain_steps_on_all_rows(name: str, rows: int) -> None:
+    step = stepped(name)
+    found = sg.measure_step(step, batch(rows))
+    whole = sg.Step(step.declared.model, step.declared.loss_fn,
+                    optimizer=step.declared.optimizer, rows=rows)  # fmt: skip
+    counter = sg.count_bytes(whole)
+    list(sg.train(whole, [batch(rows)], counter=counter))
+    counted = next(sg.train(whole, [batch(rows)], counter=counter)).peak_allocated_bytes
+    assert counted is not None
+    assert found.peak_allocated_bytes == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_that_is_told_is_of_that_step_and_called_predicted(name: str) -> None:
+    step = stepped(name)
+    found = sg.measure_step(step, batch())
+    assert (found.rows, found.batch_rows, found.origin.value) == (ROWS, ROWS, "predicted")
+    assert found.peak_allocated_bytes == found.predicted_peak_bytes(rows=ROWS) == max(found.by_phase.values())
+    # What lived at a probe's peak did not live at this one.
+    assert found.by_category == {} and found.timeline == () and found.peak_reserved_bytes is None
+    assert sg.Footprint.from_json(found.to_json()) == found
+
+
+def test_the_footprint_that_a_plan_came_from_is_the_same_steps() -> None:
+    step = stepped("split by rows")
+    alone = sg.measure_step(step, batch())
+    plan, footprint = sg.settle_plan(step, batch(), budget=int(0.9 * alone.peak_allocated_bytes))
+    assert plan.levers and footprint.peak_allocated_bytes == pytest.approx(alone.peak_allocated_bytes, rel=0.02)
+    step.prepare(batch())
+    assert step.footprint is not None and step.footprint.rows == ROWS
