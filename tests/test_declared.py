@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import samegrad as sg
 from samegrad.declared import Within, checked_loss, declare, default_forward, plain_loss
-from samegrad.errors import UsageError
+from samegrad.errors import BadInput, UsageError
 
 from .contract.plain import cross_entropy, labelled, mlp
 
@@ -209,3 +211,66 @@ def test_a_type_error_of_the_models_own_is_left_as_it_is() -> None:
 def test_a_loss_that_is_not_returned_says_where_labels_go() -> None:
     with pytest.raises(UsageError, match=r"(?s)NoneType.*forward=lambda model, batch: model\(\*\*batch\)"):
         checked_loss(None)
+
+
+CALLED_WRONGLY = {
+    "a loss of the outputs alone": {"loss_fn": lambda outputs: outputs.sum()},
+    "a loss of three": {"loss_fn": lambda outputs, batch, weights: outputs.sum()},
+    "a forward of the batch alone": {"forward": lambda batch: batch},
+    "an optimizer's name": {"optimizer": "sgd"},
+    "an optimizer's class": {"optimizer": torch.optim.SGD},
+}
+
+
+@pytest.mark.parametrize("how", CALLED_WRONGLY.values(), ids=CALLED_WRONGLY)
+def test_what_could_never_be_called_is_refused_when_it_is_declared(how: dict[str, Any]) -> None:
+    loss = how.get("loss_fn", cross_entropy)
+    rest = {name: value for name, value in how.items() if name != "loss_fn"}
+    with pytest.raises(UsageError, match=next(iter(how))):
+        declare(mlp(), loss, **rest)
+
+
+def adapted(function: Any) -> Any:
+    @functools.wraps(function)
+    def called(outputs: Tensor, batch: Any) -> Tensor:
+        return function(outputs)
+
+    return called
+
+
+CALLED_RIGHTLY = {
+    "any arguments": lambda *given: given[0].sum(),
+    "an adapter of a loss": adapted(lambda outputs: outputs.sum()),
+    "a module": nn.MSELoss(),
+    "a bound method": mlp().__call__,
+    "of C": torch.dot,
+    "partial": functools.partial(lambda scale, outputs, batch: outputs.sum(), 2.0),
+}
+
+
+@pytest.mark.parametrize("loss", CALLED_RIGHTLY.values(), ids=CALLED_RIGHTLY)
+def test_what_may_be_called_is_not_refused(loss: Any) -> None:
+    assert declare(mlp(), loss).loss_fn is loss
+
+
+@pytest.mark.parametrize("how", [{"rows": 8}, {"budget": "1GiB"}])
+def test_a_batch_without_data_is_refused_by_its_place(how: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"batch\[0\] is on meta"):
+        sg.Step(mlp(), cross_entropy, **how).backward((X.to("meta"), Y))
+    with pytest.raises(UsageError, match="the model is on meta"):
+        sg.Step(mlp().to("meta"), cross_entropy, **how).backward((X, Y))
+
+
+@pytest.mark.parametrize(
+    ("how", "needed"),
+    [
+        ({"plan": "plan.json"}, "not a Plan"),
+        ({"plan": {"levers": {}}}, "not a Plan"),
+        ({"allow": "rounded"}, "not an Exactness"),
+        ({"expected_steps": "many"}, "not a positive whole number"),
+        ({"expected_steps": 0}, "not a positive whole number"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_when_they_are_given(how: dict[str, Any], needed: str) -> None:
+    with pytest.raises(UsageError, match=needed):
+        sg.Step(mlp(), cross_entropy, **how)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samegrad import trees
-from samegrad.errors import UsageError
+from samegrad.errors import BadInput, UsageError
 from samegrad.module_walk import parameters_of, parts_of
 from samegrad.trees import RowLayout
 
@@ -102,6 +102,22 @@ class DeclaredStep:
         """The shape of the batch and of the model that a plan is made for."""
         return f"{self.layout(batch).signature(batch)} | {self.model_signature()}"
 
+    def refuse_without_data(self, batch: Any) -> None:
+        """Raises UsageError for a model, BadInput for a batch, that has no data to run a step on."""
+        if self.device.type == "meta":
+            raise UsageError(
+                asked="run a step",
+                found="the model is on meta, which has no memory",
+                do="make it on a device; what it would take on a card tells measure_step(step, batch, device='H200')",
+            )
+        for path, leaf in trees.flatten_with_paths(batch, "batch"):
+            if isinstance(leaf, Tensor) and leaf.device.type == "meta":
+                raise BadInput(
+                    asked="run a step",
+                    found=f"{path} is on meta, which has no data",
+                    do=f"give batches on the host or on {self.device}",
+                )
+
     def mode(self) -> str:
         """Which parts of the model are in training mode; checks made in one mode do not hold in another."""
         return "".join("t" if part.training else "e" for part in parts_of(self.modules))
@@ -140,6 +156,10 @@ def declare(
             found=f"{name} takes outputs and targets; loss_fn is called with outputs and the whole batch",
             do="loss_fn=lambda outputs, batch: loss(outputs, batch[1])",
         )
+    _check_arguments("loss_fn", loss_fn, "(outputs, batch)", do="take the outputs and the whole batch, as in "
+                     "loss_fn=lambda outputs, batch: loss(outputs, batch[1])")  # fmt: skip
+    if forward is not None:
+        _check_arguments("forward", forward, "(model, batch)", do="forward=lambda model, batch: model(batch[0])")
     if isinstance(model, nn.DataParallel):
         raise UsageError(
             asked="Step(nn.DataParallel(...), ...)",
@@ -166,10 +186,33 @@ def declare(
     )
 
 
+def _check_arguments(name: str, function: Callable[..., Any], arguments: str, *, do: str) -> None:
+    """Raises UsageError where ``function`` cannot be called with two arguments, as far as it says what it takes."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        # Not what a decorator wraps: that may be called in another way.
+        signature = inspect.signature(called, follow_wrapped=False)
+    except (TypeError, ValueError):
+        # Functions of C, some of them, do not say.
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise UsageError(
+            asked=f"{name}{arguments}", found=f"{name} takes {signature}: {error}", do=do
+        ) from None
+
+
 def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, loss_fn: Loss) -> None:
     """Raises UsageError where the optimizer would never move this model."""
     if optimizer is None:
         return
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+        found = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+        raise UsageError(
+            asked="Step(model, loss_fn, optimizer=optimizer)", found=f"{found} where an optimizer is needed",
+            do="make one of the model's parameters: AdamW(model.parameters())",
+        )  # fmt: skip
     taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = parameters_of([model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])])
     if taken and own and taken.isdisjoint(map(id, own)):

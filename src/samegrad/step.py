@@ -48,7 +48,7 @@ from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Footprint, Plan, Recovery, Verdict
 from samegrad.report.front import describe_levers
 from samegrad.report.verdicts import judge
-from samegrad.settle import aliases_for, check_one_of, plan_here, smaller_plans
+from samegrad.settle import aliases_for, check_kinds, check_one_of, plan_here, smaller_plans
 from samegrad.trees import RowLayout, extents_of
 from samegrad.units import format_bytes
 
@@ -98,6 +98,7 @@ class Step:
         allow: Exactness = Exactness.SAME_SUM,
     ) -> None:
         check_one_of(budget=budget, rows=rows, plan=plan)
+        check_kinds(plan=plan, allow=allow, expected_steps=expected_steps)
         refuse_not_there(groups=groups)
         loss_fn = reduced_loss(loss_fn, reduce=reduce, normalise=normalise)
         self.declared: DeclaredStep = declare(
@@ -299,6 +300,7 @@ class Step:
     @children_heard_later()
     def _execution(self, batch: Any, layout: RowLayout) -> Execution:
         """How the plan runs this batch. Plans first where that is still to be done."""
+        self.declared.refuse_without_data(batch)
         if self._rows is not None:
             # Ranks that hold parts of the parameters examine together, once they have agreed on their chunks.
             self.plan = pinned_plan(

@@ -112,6 +112,12 @@ STEPS = '''
         step, batches = train()
         return step, [(torch.full((64, 16), float("nan")), torch.zeros(64, dtype=torch.int64))]
 
+    def other_dtype():
+        return declared(), [(torch.randn(64, 16).double(), torch.randint(0, 4, (64,)))]
+
+    def other_keys():
+        return declared(), [{"image": torch.randn(64, 16), "label": torch.randint(0, 4, (64,))}]
+
     def nothing_counts():
         step, batches = train()
         return step, [(torch.randn(64, 16), torch.full((64,), -100))]

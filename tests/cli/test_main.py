@@ -153,6 +153,8 @@ def test_a_mistyped_recipe_is_answered_with_the_nearest(cli: Cli, command: str) 
         (["run", "steps.py:without_room"], 5, "over-budget"),
         (["plan", "steps.py:exiting"], 3, "bad-input"),
         (["plan", "steps.py:not_allowed"], 4, "environment"),
+        (["run", "steps.py:other_dtype"], 3, "bad-input"),
+        (["plan", "steps.py:other_keys"], 3, "bad-input"),
         (["run", "steps.py:nothing_counts"], 3, "bad-input"),
         (["verify", "steps.py:nothing_counts", "--rows", "16"], 3, "bad-input"),
         (["run", "steps.py:diverging"], 6, "non-finite"),
@@ -189,6 +191,11 @@ def test_a_library_under_torch_that_lacks_memory_is_no_unknown_error() -> None:
     importlib.import_module("torch")
     known = known_error(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     assert known is not None and known.exit_code == 5
+
+
+def test_a_layer_that_cannot_take_the_batch_is_named(cli: Cli) -> None:
+    ran = cli("run", "steps.py:other_dtype")
+    assert ran.code == 3 and "Linear(in_features=16, out_features=64, bias=True) raised RuntimeError" in ran.err
 
 
 def test_an_unknown_error_is_saved_and_its_path_printed(

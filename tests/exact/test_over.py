@@ -144,3 +144,14 @@ def test_a_loss_that_maps_over_items_is_followed_for_a_card() -> None:
     # What is seen of values is asked wherever there are some.
     with pytest.raises(sg.CannotSplit, match="changes when another item is there"):
         sg.over(lambda rows, _: rows - rows.mean(0), batch[0], shared=None, reduce="cat", rows=4)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "cat", "logsumexp"])
+def test_a_function_that_returns_nothing_is_refused(reduce: Any) -> None:
+    with pytest.raises(sg.UsageError, match="output 0 is a NoneType"):
+        sg.over(lambda items, shared: None, torch.randn(5, 2), shared=(), reduce=reduce, rows=2)
+
+
+def test_what_cannot_be_called_is_no_function_of_rows() -> None:
+    with pytest.raises(sg.UsageError, match="fn is a int"):
+        sg.rowwise(3, rows=2)  # type: ignore[arg-type]  # what the test is about

@@ -119,11 +119,6 @@ def test_batches_whose_targets_are_left_out_ask_what_they_count() -> None:
     assert len(list(sg.train(stepped(), batches))) == 3
 
 
-def test_no_batches_a_step_are_refused() -> None:
-    with pytest.raises(sg.UsageError, match="not a positive number"):
-        next(sg.train(stepped(), BATCHES, batches_per_step=0))
-
-
 def stepping_in_backward(model: nn.Module) -> None:
     inside = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
     for parameter in model.parameters():
@@ -372,3 +367,16 @@ def test_resumed_it_stops_and_restores_as_if_it_had_never_stopped(values: list[f
     best.restore()
     again.restore()
     assert same(model.state_dict(), again_model.state_dict())
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_before_a_step() -> None:
+    model = mlp()
+    step = sg.Step(model, cross_entropy, optimizer=torch.optim.LBFGS(model.parameters()), rows=7)
+    with pytest.raises(sg.UsageError, match=r"LBFGS\.step needs a closure"):
+        next(sg.train(step, [BATCHES[0]]))
+
+
+@pytest.mark.parametrize("count", [0, 1.5, "2"])
+def test_a_number_of_batches_that_is_none_is_refused(count: Any) -> None:
+    with pytest.raises(sg.UsageError, match="not a positive whole number"):
+        next(sg.train(stepped(rows=7), [BATCHES[0]], batches_per_step=count))

@@ -11,6 +11,7 @@ import os
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from samegrad.cli.stopping import Stopped
 from samegrad.errors import BadInput, EnvironmentProblem, OverBudget, SamegradError, too_large_a_file
 
 INTERNAL = 70
+_OURS = str(Path(__file__).parent.parent)
+_LONGEST_LAYER = 100
 _ENVIRONMENT = {
     errno.ENOSPC: "no space is left on the device",
     errno.EACCES: "permission denied",
@@ -130,9 +133,11 @@ def known_error(error: BaseException) -> SamegradError | None:
             found=f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more of it on the host'}",
             do="give a smaller --budget, so that the plan takes fewer rows at a time",
         )
-    theirs = users_line(error)
-    if theirs is None or not isinstance(error, Exception):
+    if not isinstance(error, Exception):
         return None
+    theirs = users_line(error)
+    if theirs is None:
+        return _of_a_layer(error)
     what = told_in(error) or traceback.format_exception_only(error)[-1].strip()
     return BadInput(
         asked="run your code", found=f"{theirs}: {what}", do="correct it there; --debug shows the traceback",
@@ -149,6 +154,30 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return is_out_of_memory(error)
 
 
+def _of_a_layer(error: Exception) -> BadInput | None:
+    """The error for what a module of a library raised that samegrad called on the user's batch; None for any other.
+
+    A model that is made of torch's layers alone has no line of the user's.
+    """
+    layer, place = None, error.__traceback__
+    while place is not None:
+        frame = place.tb_frame
+        if frame.f_code.co_filename.startswith(_OURS):
+            layer = None
+        elif frame.f_code.co_name == "_call_impl":
+            layer = frame.f_locals.get("self")
+        place = place.tb_next
+    if layer is None:
+        return None
+    # A line, also of a layer that holds others.
+    name = textwrap.shorten(repr(layer), _LONGEST_LAYER, placeholder=" …")
+    return BadInput(
+        asked="run the model on the batch",
+        found=f"{name} raised {type(error).__name__}: {error}",
+        do="see whether the batch has the shape, dtype and nesting that the model takes; --debug shows the traceback",
+    )
+
+
 def users_line(error: BaseException) -> str | None:
     """``file.py:12`` where a user's own code raised ``error``; None where samegrad did.
 
@@ -158,7 +187,7 @@ def users_line(error: BaseException) -> str | None:
     here = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
     for file, line in reversed(frames_in(error) or here):
-        if file.startswith(str(Path(__file__).parent.parent)):
+        if file.startswith(_OURS):
             return None
         if not file.startswith((*libraries, "<")):
             return f"{file}:{line}"

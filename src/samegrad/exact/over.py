@@ -241,7 +241,13 @@ class _Over:
         with torch.no_grad():
             alone = trees.leaves_of(self._evaluated(fn, [*single, *inputs[items:]]))
         for place, (mine, both) in enumerate(zip(alone, pair, strict=True)):
-            here = isinstance(mine, Tensor) and mine.dim() > 0 and mine.shape[0] == 1
+            if not isinstance(mine, Tensor):
+                raise UsageError(
+                    asked="a function of items that returns tensors",
+                    found=f"output {place} is a {type(mine).__name__}",
+                    do="return tensors whose first axis is the items, nested as you like",
+                )
+            here = mine.dim() > 0 and mine.shape[0] == 1
             # Without data there is nothing to compare: what is followed was tried, or will be.
             if not here or (has_data(mine) and not close(both.detach()[:1], mine)):
                 raise CannotSplit(

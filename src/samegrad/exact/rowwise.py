@@ -51,6 +51,11 @@ def rowwise(
     """
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UsageError(asked=f"rows={rows!r}", found="not a positive whole number", do="give rows at a time, say 64")
+    if not callable(fn):
+        raise UsageError(
+            asked="rowwise(fn, rows=...)", found=f"fn is a {type(fn).__name__}, which cannot be called",
+            do="give a module, or a function of tensors whose first axis is the rows",
+        )  # fmt: skip
     return Rowwise(fn, rows, axes, groups, shared)
 
 

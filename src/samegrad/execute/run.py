@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 import time
@@ -79,10 +80,12 @@ def train(
             found="the step was declared without an optimizer",
             do="Step(model, loss_fn, optimizer=optimizer)",
         )
-    if batches_per_step < 1:
+    if type(batches_per_step) is not int or batches_per_step < 1:
         raise UsageError(
-            asked=f"train(..., batches_per_step={batches_per_step})", found="not a positive number", do="give 1 or more"
-        )
+            asked=f"train(..., batches_per_step={batches_per_step})", found="not a positive whole number",
+            do="give 1 or more",
+        )  # fmt: skip
+    _refuse_closures(optimizer)
     if batches_per_step > 1:
         # With a scaler the step itself refuses them.
         refuse_stepping_hooks(
@@ -185,6 +188,18 @@ def _known_lack_of_memory(index: int) -> Iterator[None]:
             do="go on from the last checkpoint, with a smaller budget, and with optimizer= given to the Step, so that "
             "what its turn takes is planned",
         ) from error
+
+
+def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    """Raises UsageError for an optimizer that computes the loss as often as it likes, on weights of its own choice."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UsageError(
+            asked="train(step, batches)",
+            found=f"{type(optimizer).__name__}.step needs a closure, and train steps once for one backward",
+            do="write the loop: optimizer.step(closure), where closure zeroes the gradients and returns "
+            "step.backward(batch); or take an optimizer without a closure",
+        )
 
 
 def _multiply(gradients: list[Tensor], factor: float) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "Ahead",
     "Measurement",
     "aliases_for",
+    "check_kinds",
     "check_one_of",
     "measure",
     "measure_for",
@@ -196,6 +197,20 @@ def plan_followed(step: Declares, batch: Any, card: str, plan: Plan) -> Ahead:
     declared = step.declared
     followed, footprint = follow(declared, aliases_for(declared), batch, Target.named(card))
     return Ahead(plan, footprint, footprint_of(followed, footprint, plan))
+
+
+def check_kinds(*, plan: Any, allow: Any, expected_steps: Any) -> None:
+    """Raises UsageError for arguments of another kind, which would fail long after they were given."""
+    wrong = None
+    if plan is not None and not isinstance(plan, Plan):
+        wrong = "plan", plan, "a Plan", "Plan.from_json(Path('plan.json').read_text()) reads one"
+    elif not isinstance(allow, Exactness):
+        wrong = "allow", allow, "an Exactness", f"give one of {', '.join(f'Exactness.{one.name}' for one in Exactness)}"
+    elif expected_steps is not None and (type(expected_steps) is not int or expected_steps < 1):
+        wrong = "expected_steps", expected_steps, "a positive whole number", "give about how many steps will run"
+    if wrong is not None:
+        name, value, needed, do = wrong
+        raise UsageError(asked=f"{name}={value!r}"[:200], found=f"a {type(value).__name__}, not {needed}", do=do)
 
 
 def check_one_of(*, budget: Any, rows: Any, plan: Any) -> None:
