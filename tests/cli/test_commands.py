@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 import samegrad as sg
+from samegrad.cli.stopping import Stopped
 from samegrad.recipes import find_recipe, recipe_names
 from samegrad.records import Footprint, Plan, Same, Verdict
+from samegrad.store import RunFolder
 from samegrad.verify.gradients import verify_step
 from tests.cli.conftest import Cli
 from tests.cli.test_main import WATCHED, spawn
@@ -363,3 +366,12 @@ def test_demo_keeps_the_whole_promise(cli: Cli, folder: Path) -> None:
     assert "<svg" in page and "<script" not in page
     assert "Same gradients" in page
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "steps.py"]
+
+
+def test_a_demo_that_is_stopped_promises_no_folder_that_goes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(target: object, call: object, folder: RunFolder, console: object) -> None:
+        raise Stopped(signal.SIGINT, saved=str(folder.path))
+
+    monkeypatch.setattr("samegrad.cli.run_session.run_session", stopped)
+    ran = cli("demo", "--output", "out")
+    assert ran.code == 130 and "--resume" not in ran.err

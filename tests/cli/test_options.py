@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from pathlib import Path
 
 import pytest
 
 from samegrad.cli.options import StreamOptions, Switch, parse_call, parse_line
+from samegrad.cli.report import ReportOptions
 from samegrad.errors import UsageError
 from samegrad.recipes import OutOfRange
+from tests.cli.conftest import Cli
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -296,3 +299,26 @@ def test_a_required_argument_that_is_missing_is_named() -> None:
 
 def test_short_flags_stand_for_long_ones() -> None:
     assert parse_call("toy", [ToyOptions], ["-q", "-v"]).part(StreamOptions) == StreamOptions(quiet=True, verbose=True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_mistake_is_told_without_the_box_around_it(
+    cli: Cli, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(UsageError) as raised:
+        parse_line("samegrad report", ReportOptions, [])
+    assert raised.value.found.startswith("Missing from samegrad report: PATH") and "---" not in raised.value.found
+
+
+@pytest.mark.parametrize("target", ["steps.py:train", "autoencoder"])
+@pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**70)])
+def test_a_seed_that_no_generator_takes_is_refused(cli: Cli, target: str, seed: str) -> None:
+    ran = cli("plan", target, "--random_seed", seed, "--json")
+    assert ran.code == 2 and ran.document["error"]["option"] == "random_seed"
+
+
+@pytest.mark.parametrize("target", ["steps:train", "steps.py", "steps"])
+def test_a_file_without_its_ending_or_function_is_recognised(cli: Cli, target: str) -> None:
+    ran = cli("plan", target)
+    assert ran.code == 2 and ("did you mean 'steps.py:train'?" if ":" in target else "steps.py:NAME") in ran.err

@@ -380,3 +380,13 @@ def test_an_optimizer_that_needs_a_closure_is_refused_before_a_step() -> None:
 def test_a_number_of_batches_that_is_none_is_refused(count: Any) -> None:
     with pytest.raises(sg.UsageError, match="not a positive whole number"):
         next(sg.train(stepped(rows=7), [BATCHES[0]], batches_per_step=count))
+
+
+def test_gradients_from_before_are_told_and_kept(caplog: pytest.LogCaptureFixture) -> None:
+    step = stepped(rows=7)
+    next(sg.train(step, [BATCHES[0]]))
+    assert "stand from before" not in caplog.text
+    for parameter in step.declared.network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    next(sg.train(step, [BATCHES[0]]))
+    assert "stand from before training, and the first step adds to them" in caplog.text

@@ -369,3 +369,13 @@ def test_a_folder_where_a_file_is_needed_is_named(tmp_path: Path, name: str) -> 
         run.append_metrics({"step": 0})
         run.write_text("plan.json", "{}")
     assert raised.value.do == "move that folder away" and (tmp_path / name).is_dir()
+
+
+def test_a_lock_that_a_full_disk_refuses_asks_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(EnvironmentProblem) as raised:
+        RunFolder(tmp_path)
+    assert "free space there" in raised.value.do

@@ -208,6 +208,8 @@ def _environment(error: OSError) -> EnvironmentProblem:
         found, do = too_large_a_file()
     else:
         found, do = (_ENVIRONMENT | _IN_THE_WAY)[error.errno or 0], "choose another folder with --output, or make room"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        do = "give this user the right to it, or choose another folder with --output"
     if (theirs := users_line(error)) is not None:
         found, do = f"{theirs}: {found}", "see that your code may use it, and that there is room"
     return EnvironmentProblem(asked=f"use {path}", found=found, do=do, file=str(path))

@@ -15,6 +15,7 @@ from pathlib import Path
 from samegrad.cli.console import Console
 from samegrad.cli.options import parse_line
 from samegrad.cli.output_folder import check_output
+from samegrad.cli.stopping import Stopped
 
 # Small enough for two cores and half a minute, large enough that the plain step needs several times the budget.
 DEMO_FLAGS = (
@@ -43,7 +44,11 @@ def main(argv: Sequence[str], console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="samegrad-demo-") as scratch:
         target, call = parse_run(["autoencoder", *DEMO_FLAGS])
         with RunFolder.create(Path(scratch) / "run") as folder:
-            finished = run_session(target, call, folder, console)
+            try:
+                finished = run_session(target, call, folder, console)
+            except Stopped as stopped:
+                # What it saved goes with the folder it lies in.
+                raise Stopped(stopped.number, saved=None) from None
             shutil.copyfile(folder.path / "report.html", report)
     tell(dataclasses.replace(finished, folder=options.output), report, console)
     return finished.exit_code

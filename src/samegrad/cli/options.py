@@ -278,12 +278,18 @@ def _read_line(prog: str, lower: Mapping[type, Any], argv: Sequence[str]) -> tup
         if ending.code in (0, None):
             raise
         # Between the box's title and its first rule stands what is wrong; below, help that --help shows as well.
-        lines = [line.strip("│╭╮╰╯ ") for line in said.getvalue().splitlines()[1:]]
-        told = lines[: next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))]
+        # Where the terminal has no UTF-8 the box is drawn in ASCII.
+        lines = [line.strip("│╭╮╰╯|+ ") for line in said.getvalue().splitlines()[1:]]
+        lines = lines[1:] if lines and _is_rule(lines[0]) else lines
+        told = lines[: next((i for i, line in enumerate(lines) if _is_rule(line)), len(lines))]
         text = " ".join(filter(None, told)) or "the options cannot be read"
         option = re.search(r"--([A-Za-z_]+)", text)
         refuse(prog, [Mistake(text=text, option=option[1] if option else None)])
     return tuple(getattr(parsed, field.name) for field in dataclasses.fields(whole))
+
+
+def _is_rule(line: str) -> bool:
+    return len(line) > 1 and set(line) <= set("─-")
 
 
 def without_prefix(kind: type) -> Any:

@@ -21,7 +21,7 @@ from samegrad.cli.devices import find_card_asked
 from samegrad.cli.options import Call, parse_call
 from samegrad.cli.values import nearest
 from samegrad.errors import BadInput, EnvironmentProblem, OverBudget, SamegradError, UsageError
-from samegrad.recipes import find_options, recipe_names
+from samegrad.recipes import OutOfRange, find_options, recipe_names
 
 if TYPE_CHECKING:
     from samegrad import Step
@@ -45,6 +45,13 @@ class FunctionOptions:
     """Device to train on: cpu, cuda, cuda:1; for plan and measure also a card's name (samegrad doctor --cards)."""
     random_seed: int = 0
     """Seed of the default generators of torch, numpy and Python, set before the function is called."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.random_seed < 2**63:
+            raise OutOfRange(
+                asked=f"--random_seed {self.random_seed}", found="it must be of 63 bits and not negative",
+                do=f"give 0 to {2**63 - 1}", option="random_seed",
+            )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,9 +158,15 @@ def take_target(command: str, argv: Sequence[str]) -> tuple[Target | None, list[
     for place in (free or places)[:1]:
         return parse_target(argv[place]), [*argv[:place], *argv[place + 1 :]]
     if argv and not argv[0].startswith("-"):
+        file, _, function = argv[0].partition(":")
+        meant = f"{file.removesuffix('.py')}.py"
+        near = nearest(argv[0], recipe_names())
+        if Path(meant).is_file():
+            asked = f"; did you mean '{meant}:{function}'?"
+            near = asked if function else f"; name a function in it: {meant}:NAME"
         raise UsageError(
             asked=f"samegrad {command} {argv[0]}",
-            found=f"{argv[0]!r} is neither a recipe nor file.py:function{nearest(argv[0], recipe_names())}",
+            found=f"{argv[0]!r} is neither a recipe nor file.py:function{near}",
             do=f"use one of {', '.join(recipe_names())}, or path/to/file.py:function",
         )
     return None, list(argv)

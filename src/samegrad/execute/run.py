@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,8 @@ from samegrad.measure.counting import ByteCounter
 from samegrad.measure.probe import claim_residents
 from samegrad.module_walk import parameters_of
 from samegrad.records import Phase, Recovery, StepResult
+
+_log = logging.getLogger("samegrad")
 
 # Steps in a row that a scaler may skip: by then its scale is a thousandth of what it was.
 _MOST_SKIPPED = 10
@@ -86,6 +89,11 @@ def train(
             do="give 1 or more",
         )  # fmt: skip
     _refuse_closures(optimizer)
+    if (standing := gradient_norm(optimizer)) != 0:
+        _log.warning(
+            "samegrad: gradients of norm %g stand from before training, and the first step adds to them; "
+            "optimizer.zero_grad() before train() takes them away", standing,
+        )  # fmt: skip
     if batches_per_step > 1:
         # With a scaler the step itself refuses them.
         refuse_stepping_hooks(

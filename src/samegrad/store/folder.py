@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -239,7 +240,8 @@ def _take_lock(path: Path) -> int:
             error,
             asked=f"lock {LOCK}",
             path=path,
-            do="give an --output on a local disk: locks do not work there",
+            do=_FREE_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "give an --output on a local disk: locks do not work there",
         ) from error
     return descriptor
 

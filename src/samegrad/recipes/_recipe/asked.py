@@ -42,8 +42,9 @@ class CommonOptions:
     """When to hand cached device memory back to the driver; it costs time and lowers no peak of the step."""
 
     def __post_init__(self) -> None:
-        if self.random_seed < 0:
-            self._out_of_range("random_seed", "a negative seed", "give 0 or more")
+        if not 0 <= self.random_seed < 2**63:
+            found = "a negative seed" if self.random_seed < 0 else "more than 63 bits"
+            self._out_of_range("random_seed", found, f"give 0 to {2**63 - 1}")
 
     def _refuse(self, name: str, found: str, do: str) -> NoReturn:
         """Refuses what does not go with other options."""
