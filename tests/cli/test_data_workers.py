@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import textwrap
@@ -15,8 +16,9 @@ import torch
 import samegrad as sg
 from samegrad.cli.data_workers import of_a_worker
 from samegrad.measure.child_signals import children_heard_later
+from samegrad.store import load_checkpoint
 
-from .conftest import Cli
+from .conftest import Cli, metrics
 
 LOADERS = """
     import os, signal, time
@@ -40,14 +42,14 @@ LOADERS = """
     def shapes(): torch.ones(3) @ torch.ones(4)
 
     class Rows(torch.utils.data.Dataset):
-        def __init__(self, fault):
-            self.fault = fault
+        def __init__(self, fault, at=70):
+            self.fault, self.at = fault, at
 
         def __len__(self):
-            return 128
+            return 640
 
         def __getitem__(self, index):
-            if index == 70:
+            if index == self.at:
                 if self.fault is None:
                     return torch.randn(17), 0
                 self.fault()
@@ -61,8 +63,39 @@ LOADERS = """
     def loader(fault, workers=1, **how):
         return lambda: (step(), torch.utils.data.DataLoader(Rows(fault), batch_size=64, num_workers=workers, **how))
 
+    class Killing(torch.optim.SGD):
+        # Its first turn, and not that of a copy, kills the data workers and goes on once they have ended.
+
+        workers = []
+
+        def step(self, closure=None):
+            while Killing.workers and self.param_groups[0]["params"][0] is Killing.real:
+                worker = Killing.workers.pop()
+                worker.kill()
+                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+            return super().step(closure)
+
+    class Seen(torch.utils.data.DataLoader):
+        def __iter__(self):
+            iterator = super().__iter__()
+            Killing.workers = list(iterator._workers)
+            return iterator
+
+    def killed_by_the_optimizer():
+        declared = step().declared
+        optimizer = Killing(declared.model.parameters(), lr=0.1)
+        Killing.real = optimizer.param_groups[0]["params"][0]
+        rows = torch.utils.data.TensorDataset(torch.randn(640, 16), torch.arange(640) % 4)
+        return (
+            sg.Step(declared.model, declared.loss_fn, optimizer=optimizer, rows=32),
+            Seen(rows, batch_size=64, num_workers=1, prefetch_factor=1),
+        )
+
     for fault in (killed, out_of_shared_memory, left, missing, two, ours, no_memory, no_room, shapes):
         globals()["with_" + fault.__name__] = loader(fault)
+    def killed_late():
+        return step(), torch.utils.data.DataLoader(Rows(killed, at=400), batch_size=64, num_workers=1)
+
     with_hangs = loader(hangs, timeout=1)
     with_ragged = loader(None)
     without_workers = loader(None, workers=0)
@@ -114,6 +147,24 @@ def test_what_a_worker_raises_is_told_with_the_users_line(
 ) -> None:
     ran = cli("run", f"loaders.py:with_{name}", "--output", "out")
     assert ran.code == 3 and f"loaders.py:{line_of(loaders, line)}: {said}" in ran.err, ran.err
+
+
+def test_what_was_done_before_a_worker_died_is_saved(cli: Cli, loaders: Path) -> None:
+    ran = cli("run", "loaders.py:killed_late", "--output", "out", "--save_every", "100")
+    steps = len(metrics(loaders.parent / "out"))
+    assert ran.code == 4 and 1 <= steps <= 6
+    assert f"saved after step {steps}; --resume goes on from there" in ran.err
+    assert load_checkpoint(loaders.parent / "out" / "checkpoints").step == steps
+    status = json.loads((loaders.parent / "out" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 4)
+
+
+def test_a_death_in_the_optimizers_turn_is_raised_after_the_step(cli: Cli, loaders: Path) -> None:
+    ran = cli("run", "loaders.py:killed_by_the_optimizer", "--output", "out")
+    assert ran.code == 4 and "was killed by SIGKILL" in ran.err
+    steps = [line["step"] for line in metrics(loaders.parent / "out")]
+    found = load_checkpoint(loaders.parent / "out" / "checkpoints")
+    assert found.state["done"] == len(steps) >= 1 and found.step == len(steps)
 
 
 def test_rows_that_cannot_be_one_batch_are_no_bug_of_ours(cli: Cli, loaders: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +156,13 @@ class HalfAnEpoch:
 
 
 def test_an_epoch_that_is_half_done_is_not_saved_as_if_it_had_not_begun() -> None:
-    stop = run_session.StopFlag()
-    stop.asked = signal.SIGTERM
     half: Any = HalfAnEpoch()
+    ended = run_session._Ended()
     with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(run_session._until_workers_end(half, stop))
+        list(run_session._until_workers_end(half, ended))
+    assert ended.error is None
     half.unit = "step"
-    assert list(run_session._until_workers_end(half, stop)) == []
+    assert list(run_session._until_workers_end(half, ended)) == [] and ended.error is not None
 
 
 @pytest.mark.parametrize("step", ["-1", "0", "7", str(10**20)])

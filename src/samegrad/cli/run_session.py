@@ -229,9 +229,9 @@ def _train(
     if options.steps is not None:
         training.limit(options.steps)
     saved_at = training.done if options.resume else None
-    thrashing = False
+    thrashing, ended = False, _Ended()
     with stop.hold(), console.progress(training.title, training.total) as bar:
-        for tick in _until_workers_end(training, stop):
+        for tick in _until_workers_end(training, ended):
             told = _record(tick, training, folder)
             if not thrashing and (line := thrashing_line(tick.results)):
                 thrashing = True
@@ -245,19 +245,31 @@ def _train(
             stop.obey()
         if saved_at != training.done:
             _save(training, folder, stop)
+            if ended.error is not None:
+                console.error(f"saved after {training.unit} {training.done}; --resume goes on from there")
         stop.obey()
+        if ended.error is not None:
+            raise ended.error
 
 
-def _until_workers_end(training: Training, stop: StopFlag) -> Iterator[Tick]:
-    """The ticks up to where data workers were ended by the signal that asks this process to stop.
+@dataclasses.dataclass
+class _Ended:
+    """What ended data workers before the training's own end; None where nothing did."""
+
+    error: RuntimeError | None = None
+
+
+def _until_workers_end(training: Training, ended: _Ended) -> Iterator[Tick]:
+    """The ticks up to where data workers are gone: killed, or by the signal that asks this process to stop as well.
 
     Between two steps nothing is lost, so that what was done can be saved; an epoch that is half done is neither.
     """
     try:
         yield from training.ticks()
     except RuntimeError as error:
-        if not stop or training.unit != "step" or not worker_is_gone(error):
+        if training.unit != "step" or not worker_is_gone(error):
             raise
+        ended.error = error
 
 
 def _save(training: Training, folder: RunFolder, stop: StopFlag) -> None:

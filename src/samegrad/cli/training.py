@@ -20,6 +20,7 @@ from samegrad.cli.data_workers import told_in
 from samegrad.cli.run_story import PictureFile
 from samegrad.cli.schedulers import scheduler_states, set_schedulers
 from samegrad.errors import BadInput
+from samegrad.measure.child_signals import Later, children_heard_later
 from samegrad.records import Counting, Footprint, Plan, StepResult
 from samegrad.store import (
     Checkpoint,
@@ -140,14 +141,21 @@ class FunctionTraining:
 
     def ticks(self) -> Iterator[Tick]:
         left = None if self._total is None else max(0, self._total - self._done)
-        batches = self._noticed(itertools.islice(self._upcoming, left))
         counter = sg.count_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
-        for result in sg.train(self.step, batches, first_index=self._done, counter=counter):
-            self._done = result.index + 1
-            yield Tick(results=(result,), last=self._done == self._total)
+        with children_heard_later() as later:
+            batches = self._noticed(itertools.islice(self._upcoming, left), later)
+            for result in sg.train(self.step, batches, first_index=self._done, counter=counter):
+                self._done = result.index + 1
+                yield Tick(results=(result,), last=self._done == self._total)
 
-    def _noticed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for self._latest in batches:
+    def _noticed(self, batches: Iterator[Any], later: Later) -> Iterator[Any]:
+        """The batches, each of them the latest. Only here is a data worker's death raised: between two steps."""
+        while True:
+            with later.now():
+                try:
+                    self._latest = next(batches)
+                except StopIteration:
+                    return
             yield self._latest
 
     def tensors(self) -> Mapping[str, Mapping[str, Any]]:
