@@ -309,3 +309,16 @@ def test_a_step_says_what_it_is() -> None:
     assert repr(step) == "Step(Sequential, rows=4: no plan yet)"
     step.backward(labelled(13))
     assert "split_rows" in repr(step)
+
+
+@pytest.mark.parametrize("how", [{"rows": 8}, {"budget": "1GiB"}])
+def test_an_error_on_few_rows_tells_of_a_leaf_of_another_length(how: dict[str, Any]) -> None:
+    model = nn.Linear(6, 3)
+    step = sg.Step(model, lambda out, batch: nn.functional.cross_entropy(out, batch[1]), **how)
+    with pytest.raises(ValueError, match="batch_size") as raised:
+        step.backward((torch.randn(64, 6), torch.zeros(63, dtype=torch.int64)))
+    assert ["batch[1] has 63 entries where the batch has 64 rows" in note for note in raised.value.__notes__] == [True]
+    # A table that is much shorter or longer than the rows is no mistake.
+    with pytest.raises(ValueError, match="batch_size") as other:
+        step.backward((torch.randn(64, 6), torch.zeros(5, dtype=torch.int64)))
+    assert not hasattr(other.value, "__notes__")

@@ -42,6 +42,7 @@ from samegrad.execute.ways import Ways
 from samegrad.levers import Execution
 from samegrad.measure import counters
 from samegrad.measure.child_signals import children_heard_later
+from samegrad.measure.other_lengths import other_lengths_told
 from samegrad.module_walk import parameters_of
 from samegrad.plan.explain import explain_given, explain_plan
 from samegrad.plan.options import Options
@@ -152,7 +153,8 @@ class Step:
                 found="gradients are switched off (torch.no_grad or inference_mode)",
                 do="call it outside that block",
             )
-        layout, execution = self._agreed_execution(batch)
+        with other_lengths_told(self.declared, batch):
+            layout, execution = self._agreed_execution(batch)
         assert self.plan is not None
         kind = self._examined.kind_of(batch, layout)
         attempts = self._attempts(kind, batch, self.plan)
@@ -167,7 +169,8 @@ class Step:
     def prepare(self, worst_batch: Any) -> Plan:
         """The plan for batches up to ``worst_batch``'s rows, made now instead of at the first backward."""
         self._check_open()
-        self._execution(worst_batch, self.declared.layout(worst_batch))
+        with other_lengths_told(self.declared, worst_batch):
+            self._execution(worst_batch, self.declared.layout(worst_batch))
         assert self.plan is not None
         return self.plan
 

@@ -118,6 +118,9 @@ STEPS = '''
     def other_keys():
         return declared(), [{"image": torch.randn(64, 16), "label": torch.randint(0, 4, (64,))}]
 
+    def one_label_less():
+        return declared(), [(torch.randn(64, 16), torch.zeros(63, dtype=torch.int64))]
+
     def nothing_counts():
         step, batches = train()
         return step, [(torch.randn(64, 16), torch.full((64,), -100))]

@@ -198,6 +198,12 @@ def test_a_layer_that_cannot_take_the_batch_is_named(cli: Cli) -> None:
     assert ran.code == 3 and "Linear(in_features=16, out_features=64, bias=True) raised RuntimeError" in ran.err
 
 
+def test_a_batch_with_a_label_less_is_told_so(cli: Cli) -> None:
+    ran = cli("run", "steps.py:one_label_less")
+    assert ran.code == 3 and "ValueError: Expected input batch_size" in ran.err
+    assert "batch[1] has 63 entries where the batch has 64 rows" in ran.err and "Advice" not in ran.err
+
+
 def test_an_unknown_error_is_saved_and_its_path_printed(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -85,7 +85,9 @@ class Boundary:
             case KeyboardInterrupt():
                 self._stopped(130, "stopped by Ctrl-C", None)
             case _ if (known := known_error(error)) is not None:
-                self._tell(known, getattr(error, "__notes__", []))
+                # Notes of what the user's own code raised are part of the message.
+                notes = getattr(error, "__notes__", [])
+                self._tell(known, [] if isinstance(known, BadInput) and known is not error else notes)
             case _:
                 self._bug(error)
 
@@ -94,7 +96,7 @@ class Boundary:
         self.console.error(f"error: {error}")
         if advice:
             numbered = (f"  {i}. {line}" for i, line in enumerate(advice, start=1))
-            self.console.error("\n".join(["Advice that goes with this recipe:", *numbered]))
+            self.console.error("\n".join(["Advice:", *numbered]))
         self.console.document(error.to_json())
 
     def _stopped(self, code: int, what: str, saved: str | None) -> None:
@@ -138,7 +140,9 @@ def known_error(error: BaseException) -> SamegradError | None:
     theirs = users_line(error)
     if theirs is None:
         return _of_a_layer(error)
-    what = told_in(error) or traceback.format_exception_only(error)[-1].strip()
+    notes = getattr(error, "__notes__", [])
+    lines = traceback.format_exception_only(error)
+    what = "; ".join([told_in(error) or lines[len(lines) - len(notes) - 1].strip(), *notes])
     return BadInput(
         asked="run your code", found=f"{theirs}: {what}", do="correct it there; --debug shows the traceback",
         file=theirs.rpartition(":")[0],
