@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.execute import recover
+from samegrad.execute.kept_plans import Kept
 from samegrad.measure import counters
 from samegrad.measure.allocator_rules import fraction_of_cap
 from samegrad.records import Plan
+from samegrad.trees import extents_of
 
 pytestmark = pytest.mark.gpu
 
@@ -81,11 +83,13 @@ def test_fifty_failures_leave_nothing(loss_fn: object, way: str) -> None:
     with sg.Step(model, loss_fn, budget="4GiB", optimizer=optimizer) as step:  # type: ignore[arg-type]
         first = batches(1)[0]
         plan = step.prepare(first)
-        key = step.declared.layout(first).signature(first), step.declared.mode()
+        layout = step.declared.layout(first)
+        kind = step._examined.kind_of(first, layout)
         assert step.footprint is not None
+        kept = Kept(plan, step.footprint, extents_of(first, layout))
         room = _room_between(step, plan)
         for batch in batches(FAILURES):
-            step._plans[key] = plan, step.footprint
+            step._plans.keep(kind, kept)
             with _short_of_memory(way, room):
                 step.backward(batch)
             # Predictions are of what is allocated, the cap is on segments: the plan below may need more than the room.
