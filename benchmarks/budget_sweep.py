@@ -44,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import samegrad as sg
 from samegrad.errors import SamegradError
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.measure.devices import find_card
 
 BUDGETS = (100.0, 50.0, 25.0, 12.5)
@@ -262,11 +263,14 @@ def measure(name: str, by: str, budget: int, gradients_file: Path) -> dict[str, 
             before_seconds = time.perf_counter() - start
             cell = _timed(training, backward)
             plan = getattr(backward, "plan", None)
-    except torch.OutOfMemoryError as error:
-        [*_, last] = traceback.extract_tb(error.__traceback__)
-        return {"fits": False, "found": f"out of memory in {Path(last.filename).name}:{last.lineno}"}
     except SamegradError as error:
         return {"fits": False, "found": error.found}
+    except Exception as error:
+        # A compiler wraps what it met in types of its own, which do not travel between processes.
+        if not is_out_of_memory(error):
+            raise RuntimeError("".join(traceback.format_exception(error))) from None
+        [*_, last] = traceback.extract_tb(error.__traceback__)
+        return {"fits": False, "found": f"out of memory in {Path(last.filename).name}:{last.lineno}"}
     return {
         "fits": True,
         "gradient_difference": found,

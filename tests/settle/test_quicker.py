@@ -213,7 +213,28 @@ def test_what_does_not_fit_is_said_to_be_that(monkeypatch: pytest.MonkeyPatch) -
 
 
 def with_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_ways, "_head", lambda search: {"chunk_loss": {"head": "head", "rows": 4096}})
+    monkeypatch.setattr(candidates.Search, "head", lambda search: {"chunk_loss": {"head": "head", "rows": 4096}})
+
+
+@pytest.mark.parametrize(("allow", "factor", "taken"), [
+    (Exactness.SAME_SUM, 0.7, True), (Exactness.SAME_SUM, 1.0, False), (Exactness.SAME_BITS, 0.7, False),
+])  # fmt: skip
+def test_the_loss_of_a_large_head_runs_in_chunks_where_that_is_faster(
+    allow: Exactness, factor: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swept(plan: Plan) -> Rung:
+        rung = a_card(plan)
+        return dataclasses.replace(rung, seconds=rung.seconds * (factor if "chunk_loss" in plan.levers else 1.0))
+
+    with_a_head(monkeypatch)
+    plan, tried = settled_by(100, monkeypatch, rule=swept, allow=allow)
+    assert ("chunk_loss" in plan.levers) is taken
+    assert any("chunk_loss" in one.levers for one in tried) is (allow is Exactness.SAME_SUM)
+    if taken:
+        # And what is captured is captured with it.
+        assert plan.reasons["chunk_loss"].startswith("taken: measured") and "graphs" in plan.levers
+    elif allow is Exactness.SAME_SUM:
+        assert plan.reasons["chunk_loss"] == "not needed: measured, and no faster within the budget"
 
 
 def test_a_large_heads_loss_runs_in_chunks_beside_compiled_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from samegrad.exact.captured_chunk import ASKED as CAPTURED
 from samegrad.exact.pass_programs import LossMaker, Programs
 from samegrad.execute.apply import applied, loss_maker_of, programs_of
 from samegrad.levers import Execution
+from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.compile import Compile
 from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
 from samegrad.levers.expandable_segments import ExpandableSegments
@@ -23,12 +24,16 @@ from samegrad.levers.layout import Layout
 from samegrad.measure import counters
 from samegrad.measure.probe import Rung
 from samegrad.records import Budget, Plan
+from samegrad.settle.edits import Levers
 from samegrad.settle.ladder import GrowingWhereNeeded, measured, measured_whole, most_bytes
 from samegrad.settle.probing import Measurement
 from samegrad.settle.progress import trying
 
 # Levers that are tried so, the one that is tried last first.
-TRIED_LEVERS = (ConvolutionAlgorithms.name, Compile.name, Graphs.name, Layout.name)
+TRIED_LEVERS = (ConvolutionAlgorithms.name, Compile.name, Graphs.name, Layout.name, ChunkLoss.name)
+# Logits of a chunk of a head's loss: of what the budget leaves above all that stands.
+_HEAD_FRACTION = 0.1
+_LOGIT_BYTES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,17 @@ class Search:
             return None
         self.fitted |= plan.levers.keys()
         return Tried(plan, rung, time.perf_counter() - start)
+
+    def head(self) -> Levers:
+        """The lever that runs the loss of a large head in chunks, where there is one."""
+        footprint = self.measurement.footprint
+        if footprint.head is None:
+            return {}
+        above_bytes = self.most - sum(footprint.resident_bytes.values())
+        positions = max(1, int(above_bytes * _HEAD_FRACTION / (_LOGIT_BYTES * footprint.head.classes)))
+        power_of_two = 1 << positions.bit_length() - 1
+        rows = max(ChunkLoss.fewest_positions, min(ChunkLoss.most_positions, power_of_two))
+        return {ChunkLoss.name: {"head": footprint.head.path, "rows": rows}}
 
     def forget_captures(self) -> None:
         """Gives back what libraries took for the stream of captures: no plan without them holds it."""

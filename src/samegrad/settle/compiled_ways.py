@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Iterator
 
 from samegrad.errors import CannotSplit
-from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.compile import Compile
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.recompute import Recompute
@@ -35,8 +34,6 @@ _WORTH_KEEPING = 1 / 6
 _MOST_SPARINGS = 2
 # Of the budget, where a line says that nothing more has room.
 _WORTH_ROOM = 0.05
-# Logits of a chunk of a head's loss, in bfloat16: of what the budget leaves above all that stands.
-_HEAD_FRACTION = 0.1
 # Below this a line through one measurement is no promise.
 _ROOM_FRACTION = 0.97
 
@@ -60,7 +57,7 @@ class _Way:
 
 def compiled_candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
     """Those that fit. A large head's loss runs in chunks, unless the model works on its logits: then they are whole."""
-    head = _head(search)
+    head = search.head()
     yield from _beside(head, settled, search, options)
     if head and search.reasons.pop(Compile.name, None) is not None:
         yield from _beside({}, settled, search, options)
@@ -118,18 +115,6 @@ def _measured(plan: Plan, search: Search) -> Tried | None:
     if captured is not None or Compile.name in search.reasons:
         return captured
     return search.measured(plan)
-
-
-def _head(search: Search) -> Levers:
-    """The lever that runs the loss of a large head in chunks, where there is one."""
-    head = search.measurement.footprint.head
-    if head is None:
-        return {}
-    above_bytes = search.most - sum(search.measurement.footprint.resident_bytes.values())
-    held = int(above_bytes * _HEAD_FRACTION / (2 * head.classes))
-    positions = 1 << max(1, held).bit_length() - 1
-    positions = max(ChunkLoss.fewest_positions, min(ChunkLoss.most_positions, positions))
-    return {ChunkLoss.name: {"head": head.path, "rows": positions}}
 
 
 def _blocks(search: Search) -> list[str | list[str]]:

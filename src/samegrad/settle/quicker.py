@@ -1,4 +1,6 @@
-"""Can the chunks of a settled plan be compiled, captured and replayed, or convolve otherwise, and is that quicker?
+"""Can the chunks of a settled plan be compiled, captured and replayed, or run by other kernels, and is that quicker?
+
+Other kernels are those of convolutions, and of the loss of a large head, which is faster in chunks than whole.
 
 Each candidate is measured as the ladder measures its rungs, under the same cap, and taken only where it fits and wins.
 Compilation is paid once, so it is tried only where it is known how many steps there will be (``compiled_ways.py``), and
@@ -17,6 +19,7 @@ from samegrad.errors import CannotSplit
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step
+from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.compile import Compile
 from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
 from samegrad.levers.graphs import Graphs
@@ -26,7 +29,7 @@ from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Plan
 from samegrad.settle.candidates import TRIED_LEVERS, Search, Tried
 from samegrad.settle.compiled_ways import compiled_candidates
-from samegrad.settle.edits import even_rows, rows_of, with_levers
+from samegrad.settle.edits import Levers, even_rows, rows_of, with_levers
 from samegrad.settle.probing import Measurement
 from samegrad.units import format_bytes, format_seconds
 
@@ -55,19 +58,22 @@ def quicker_plan(
         return _told(settled, search)
     chunks_are_work = not _refused(settled, search)
     laid_out, convolves = (_may_be_tried(lever, search, options) for lever in (Layout, ConvolutionAlgorithms))
-    before = _before(settled, search) if chunks_are_work or laid_out or convolves else None
+    head = search.head() if ChunkLoss.exactness <= options.allow else {}
+    before = _before(settled, search) if chunks_are_work or laid_out or convolves or head else None
     if before is None:
         return _told(settled, search)
     best = Tried(settled, before, 0.0)
+    if head and not head.keys() & settled.levers.keys():
+        best = _with_kernels(head, best, search, options)
     # Rows in another layout are what is compiled and captured then.
     if laid_out and Layout.name not in settled.levers:
-        best = _with_kernels(Layout.name, best, search, options)
+        best = _with_kernels({Layout.name: {}}, best, search, options)
     if chunks_are_work:
         for candidate in _candidates(best.plan, search, options):
             if _pays(candidate, best, options):
                 best = candidate
     if convolves:
-        best = _with_kernels(ConvolutionAlgorithms.name, best, search, options)
+        best = _with_kernels({ConvolutionAlgorithms.name: {}}, best, search, options)
     if Graphs.name not in best.plan.levers:
         search.forget_captures()
     return _told(_as_measured(best, settled, before), search)
@@ -81,9 +87,10 @@ def _may_be_tried(lever: type[Layout | ConvolutionAlgorithms], search: Search, o
     return lever.name not in search.measurement.footprint.refusals
 
 
-def _with_kernels(name: str, best: Tried, search: Search, options: Options) -> Tried:
-    """``best``, or the same by the other kernels of the lever ``name``, where that fits and is faster."""
-    found = search.measured(with_levers(best.plan, {name: {}}))
+def _with_kernels(lever: Levers, best: Tried, search: Search, options: Options) -> Tried:
+    """``best``, or the same by the other kernels of ``lever``, one alone, where that fits and is faster."""
+    [name] = lever
+    found = search.measured(with_levers(best.plan, lever))
     if found is None:
         search.reasons.setdefault(name, _NONE_FITS)
         return best
@@ -179,7 +186,7 @@ def _told(plan: Plan, search: Search) -> Plan:
         elif search.budget.counting is Counting.CUDA_ALLOCATOR:
             fits = name in search.fitted
             why[name] = _NO_FASTER if fits else _NONE_FITS
-    for name in (Layout.name, ConvolutionAlgorithms.name):
+    for name in (ChunkLoss.name, Layout.name, ConvolutionAlgorithms.name):
         if name in search.reasons and name not in plan.levers:
             why[name] = search.reasons[name]
     return dataclasses.replace(plan, reasons=plan.reasons | why)
