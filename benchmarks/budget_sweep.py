@@ -166,8 +166,8 @@ def halved(training: Training, budget: int | None, *, compiled: bool = False) ->
                 training.optimizer.step()
                 training.optimizer.zero_grad(set_to_none=True)
             break
-        except torch.OutOfMemoryError:
-            if rows == 1:
+        except RuntimeError as error:
+            if rows == 1 or not is_out_of_memory(error):
                 raise
         training.optimizer.zero_grad(set_to_none=True)
         rows //= 2
@@ -265,7 +265,7 @@ def measure(name: str, by: str, budget: int, gradients_file: Path) -> dict[str, 
             plan = getattr(backward, "plan", None)
     except SamegradError as error:
         return {"fits": False, "found": error.found}
-    except Exception as error:
+    except RuntimeError as error:
         # A compiler wraps what it met in types of its own, which do not travel between processes.
         if not is_out_of_memory(error):
             raise RuntimeError("".join(traceback.format_exception(error))) from None
