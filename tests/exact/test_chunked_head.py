@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samegrad.errors import UsageError
-from samegrad.exact import chunked_head
+from samegrad.exact import chunked_head, logit_rows
 from samegrad.exact.chunk_map import Autocast
 from samegrad.exact.chunked_head import ChunkedLikelihood, HeadLoss
 from samegrad.exact.deferred_logits import DeferredLogits, deferred_head
@@ -31,7 +31,7 @@ POSITIONS = zoo.ROWS * zoo.LENGTH
 def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU; and as on CUDA: zeros behind the vocabulary, and gradients written over logits."""
     if request.param == "cuda":
-        monkeypatch.setitem(chunked_head._CLASSES_OF_A_TILE, "cpu", 64)
+        monkeypatch.setitem(logit_rows._CLASSES_OF_A_TILE, "cpu", 64)
         monkeypatch.setattr(chunked_head, "_SWEPT_ON", {"cpu"})
         # The kernel computes in float32; what it stands for is tried in float64.
         monkeypatch.setattr(chunked_head, "_SWEPT_DTYPES", (*chunked_head._SWEPT_DTYPES, D))
@@ -39,9 +39,9 @@ def as_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_zeros_behind_the_vocabulary_fill_it_to_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     head = nn.Linear(8, CLASSES)
-    rows = chunked_head.LogitRows(head.weight, head.bias, Autocast.now(["cpu"]))
+    rows = logit_rows.LogitRows(head.weight, head.bias, Autocast.now(["cpu"]))
     for tile, padded in ((1, CLASSES), (64, 64), (CLASSES, CLASSES)):
-        monkeypatch.setitem(chunked_head._CLASSES_OF_A_TILE, "cpu", tile)
+        monkeypatch.setitem(logit_rows._CLASSES_OF_A_TILE, "cpu", tile)
         leaves = rows.as_leaves()
         assert leaves.weight.shape == (padded, 8) and leaves.of(torch.ones(3, 8)).shape == (3, CLASSES)
         assert not leaves.weight[CLASSES:].any()
@@ -225,7 +225,7 @@ def test_a_sweep_is_torchs_own_likelihood(kind: torch.dtype, smoothing: float) -
 def test_hidden_rows_get_the_bits_of_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each position's term is what it is there, so that everything before the head gets what it gets there."""
     # With more classes, zeros or not, kernels add up in another order; and a sweep is another kernel.
-    monkeypatch.setitem(chunked_head._CLASSES_OF_A_TILE, "cpu", 1)
+    monkeypatch.setitem(logit_rows._CLASSES_OF_A_TILE, "cpu", 1)
     monkeypatch.setattr(chunked_head, "_SWEPT_ON", set())
     head, targets = nn.Linear(16, 300), torch.arange(96)
     hidden = torch.randn(96, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -13,8 +13,6 @@ have a cotangent each, which is not known yet: their chunks run again in backwar
    dtype would weigh all rows wrongly.
 4. One operation computes a cross-entropy of float32 and writes its gradient over the logits (``cross_entropy_ops.py``)
    on CUDA, where reading and writing them is what a chunk's time goes to. Every other likelihood is called as it is.
-5. On CUDA products are slow where a row of logits does not begin at a multiple of some bytes: a vocabulary that ends
-   elsewhere gets classes of zeros behind it, which the likelihood does not see.
 
 Sources: Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, for gradients formed in the forward; Wijmans et al. 2024,
 "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
@@ -37,73 +35,17 @@ from samegrad.exact import program
 from samegrad.exact.aliases import NARROW
 from samegrad.exact.chunk_map import Autocast
 from samegrad.exact.cross_entropy_ops import cross_entropy_over
+from samegrad.exact.logit_rows import Cast, LogitRows
 from samegrad.exact.phases import listener_now
 
 Reduction = Literal["mean", "sum", "none"]
-# From logits (positions, classes) to what the next operation takes, in the shape of the logits.
-Pointwise = Callable[[Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cast:
-    """Logits in another ``dtype``."""
-
-    dtype: torch.dtype
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return logits.to(self.dtype)
-
-
 # losses(scores (positions, classes), targets (positions,)) -> (positions,)
 Likelihood = Callable[[Tensor, Tensor], Tensor]
 # losses(loss, logits, hidden (positions, width), targets (positions,)) -> (positions,), of one chunk
 ChunkLosses = Callable[["HeadLoss", "LogitRows", Tensor, Tensor], Tensor]
-# rule 5, by device type: 128 bytes of the narrowest logits. Elsewhere kernels do not care.
-_CLASSES_OF_A_TILE = {"cuda": 64}
 # rule 4
 _SWEPT_ON = {"cuda"}
 _SWEPT_DTYPES = (torch.float32, *NARROW)
-
-
-@dataclasses.dataclass(frozen=True)
-class LogitRows:
-    """How a hidden row becomes its logits, and what the model makes of them before the loss takes them.
-
-    ``weight`` (classes, width), ``bias`` (classes,) or None. ``autocast``: the blocks that were open at the head.
-    ``beyond``: how many of their last classes are zeros that rule 5 put there.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    autocast: Autocast
-    then: tuple[Pointwise, ...] = ()
-    beyond: int = 0
-
-    def of(self, hidden: Tensor) -> Tensor:
-        """(..., classes), of ``hidden`` (..., width): the operations of the plain step."""
-        with self.autocast.entered():
-            logits = F.linear(hidden, self.weight, self.bias)
-        logits = logits[..., : logits.shape[-1] - self.beyond]
-        for step in self.then:
-            logits = step(logits)
-        return logits
-
-    def detached(self) -> LogitRows:
-        return self._with(self.weight.detach(), None if self.bias is None else self.bias.detach())
-
-    def as_leaves(self) -> LogitRows:
-        """Leaves for one loss's chunks: cast once where autocast would cast them in every chunk, and by rule 5."""
-        beyond = -len(self.weight) % _CLASSES_OF_A_TILE.get(self.weight.device.type, 1)
-        bias = None if self.bias is None else self._leaf(self.bias, beyond)
-        return dataclasses.replace(self, weight=self._leaf(self.weight, beyond), bias=bias, beyond=beyond)
-
-    def _with(self, weight: Tensor, bias: Tensor | None) -> LogitRows:
-        return dataclasses.replace(self, weight=weight, bias=bias)
-
-    def _leaf(self, parameter: Tensor, beyond: int) -> Tensor:
-        own = self.autocast.cast(parameter.detach())
-        leaf = torch.cat([own, own.new_zeros(beyond, *own.shape[1:])]) if beyond else own
-        return leaf.requires_grad_(parameter.requires_grad)
 
 
 def losses_of_chunk(loss: HeadLoss, logits: LogitRows, hidden: Tensor, targets: Tensor) -> Tensor:

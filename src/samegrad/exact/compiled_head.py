@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import CannotSplit
 from samegrad.exact.chunk_map import Autocast
-from samegrad.exact.chunked_head import ChunkLosses, HeadLoss, LogitRows, losses_of_chunk
+from samegrad.exact.chunked_head import ChunkLosses, HeadLoss, losses_of_chunk
 from samegrad.exact.deferred_logits import DeferredLogits, deferred
 from samegrad.exact.find_head import HeadInChunks, named_head
+from samegrad.exact.logit_rows import LogitRows
 from samegrad.exact.pending_logits import PendingLogits, Uses
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from samegrad.errors import CannotSplit, EnvironmentProblem
 from samegrad.exact.chunk_map import Autocast
-from samegrad.exact.chunked_head import LogitRows
+from samegrad.exact.logit_rows import LogitRows
 from samegrad.exact.logit_rules import LOOKS, RULES
 from samegrad.exact.pending_logits import PendingLogits, Uses
 from samegrad.exact.replaced_forward import forward_replaced

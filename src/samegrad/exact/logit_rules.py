@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samegrad.exact.chunk_map import Autocast
-from samegrad.exact.chunked_head import Cast, HeadLoss, Likelihood
+from samegrad.exact.chunked_head import HeadLoss, Likelihood
+from samegrad.exact.logit_rows import Cast
 from samegrad.exact.pending_logits import PendingLogits
 
 Rule = Callable[..., Any]

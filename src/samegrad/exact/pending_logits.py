@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from samegrad.errors import CannotSplit
-from samegrad.exact.chunked_head import ChunkLosses, LogitRows, losses_of_chunk
+from samegrad.exact.chunked_head import ChunkLosses, losses_of_chunk
+from samegrad.exact.logit_rows import LogitRows
 
 
 @dataclasses.dataclass
