@@ -348,7 +348,10 @@ class Step:
             # A warning, so that it is seen without any logging set up: nobody declared this number.
             _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)
         self._examined.refresh()
-        aliases, options = self._examined.aliases, Options(allow=self.allow, expected_steps=self.expected_steps)
+        aliases = self._examined.aliases
+        options = Options(
+            allow=self.allow, expected_steps=self.expected_steps, one_shape=not self._plans.varied
+        )
         plan, footprint, measurement = plan_here(self.declared, aliases, batch, self.budget, options)
         # What the probes left, in cycles and in the allocator's cache, lies as suited them, not the step.
         counters.release_cached(device)

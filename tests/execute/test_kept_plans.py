@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad import step as step_module
+from samegrad.execute.kept_plans import Kept, KeptPlans
+from samegrad.records import Plan
 from samegrad.trees import covers, extents_of, find_rows
 
 from ..contract.plain import assert_close
@@ -121,3 +124,61 @@ def test_what_covers_what() -> None:
     assert not covers(longest, extents((text(7)[0].int(), text(7)[1])))
     assert not covers(longest, extents(text(7)[0]))
     assert not covers(longest, extents((*text(7), "a note")))
+
+
+def kept(length: int, *levers: str) -> Kept:
+    plan = Plan(levers={name: {} for name in levers}, exactness=sg.Exactness.SAME_SUM, batch_rows=ROWS)
+    batch = text(length)
+    return Kept(plan, None, extents_of(batch, find_rows(batch)))  # type: ignore[arg-type]  # nobody looks at it here
+
+
+def taken(plans: KeptPlans, length: int, *levers: str, mode: str = "t") -> bool:
+    """Whether a batch of ``length`` finds a plan; it gets one with ``levers`` if not."""
+    one = kept(length, *levers)
+    kind = str(length), mode
+    found = plans.of(kind, one.extents, ROWS, lambda plan: True)
+    if found is None:
+        plans.keep(kind, one)
+    return found is not None
+
+
+@pytest.mark.parametrize("lever", ["compile", "graphs"])
+def test_shapes_that_come_in_turns_are_not_compiled_at_every_turn(lever: str, caplog: pytest.LogCaptureFixture) -> None:
+    plans = KeptPlans()
+    assert not taken(plans, 24, lever) and taken(plans, 24) and not taken(plans, 16, lever) and taken(plans, 16)
+    assert not plans.varied and not caplog.records
+    # The first one comes back, and neither is compiled any more; what comes then serves shorter ones as well.
+    assert not taken(plans, 24) and plans.varied
+    assert all(taken(plans, length) for length in (16, 8, 24, 16))
+    [told] = caplog.records
+    assert "several shapes come in turns" in told.getMessage()
+
+
+def test_a_few_shapes_one_after_another_may_each_be_compiled() -> None:
+    plans = KeptPlans()
+    for length in (8, 16, 24):
+        assert not taken(plans, length, "compile") and taken(plans, length)
+    assert not plans.varied
+    assert not taken(plans, 32) and plans.varied
+
+
+def test_plans_of_any_shape_stay_as_they_are() -> None:
+    plans = KeptPlans()
+    assert not taken(plans, 24, "split_rows") and taken(plans, 16) and taken(plans, 24)
+    assert not taken(plans, 32, "split_rows") and taken(plans, 24) and not plans.varied
+
+
+def test_shapes_in_turns_are_planned_without_what_is_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, asked = step_module.plan_here, list[bool]()
+
+    def compiling(declared: Any, aliases: Any, batch: Any, budget: Any, options: Any) -> Any:
+        asked.append(options.one_shape)
+        plan, *rest = right(declared, aliases, batch, budget, options)
+        more = {"compile": {"mode": "default", "fullgraph": False, "recompile_limit": 8}} if options.one_shape else {}
+        return dataclasses.replace(plan, levers=plan.levers | more), *rest
+
+    monkeypatch.setattr(step_module, "plan_here", compiling)
+    with sg.Step(Text().double(), next_token, budget="1GiB") as step:
+        for length in (24, 8, 24, 8):
+            step.prepare(text(length))
+    assert asked == [True, True, False]

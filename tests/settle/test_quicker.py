@@ -103,6 +103,12 @@ def test_without_a_number_of_steps_chunks_are_captured_and_compiling_is_not_trie
     assert plan.predicted_seconds == a_card(plan).seconds
 
 
+def test_batches_of_many_shapes_are_neither_captured_nor_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, expected_steps=10**6, one_shape=False)
+    assert not tried and list(plan.levers) == ["split_rows"]
+    assert "several shapes" in plan.reasons["compile"] and plan.reasons["graphs"] == plan.reasons["compile"]
+
+
 def test_many_steps_compile_take_more_rows_where_they_fit_and_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, tried = settled_by(100, monkeypatch, expected_steps=10**6)
     assert "compile" in plan.levers and "graphs" in plan.levers and rows_of(plan) > 4

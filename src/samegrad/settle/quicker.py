@@ -36,6 +36,7 @@ from samegrad.units import format_bytes, format_seconds
 # A plan that is no faster than this fraction of the settled one is not worth its warm-up.
 _WORTH_FRACTION = 0.97
 _NO_FASTER = "not needed: measured, and no faster within the budget"
+_MANY_SHAPES = "not tried: batches of several shapes come in turns, and each would be compiled or captured anew"
 _NONE_FITS = "refused: measured, and the budget holds none of it"
 
 
@@ -56,7 +57,9 @@ def quicker_plan(
     search = Search(declared, aliases, measurement, batch, budget)
     if budget.counting is not Counting.CUDA_ALLOCATOR:
         return _told(settled, search)
-    chunks_are_work = not _refused(settled, search)
+    chunks_are_work = options.one_shape and not _refused(settled, search)
+    if not options.one_shape:
+        search.reasons |= dict.fromkeys((Compile.name, Graphs.name), _MANY_SHAPES)
     laid_out, convolves = (_may_be_tried(lever, search, options) for lever in (Layout, ConvolutionAlgorithms))
     head = search.head() if ChunkLoss.exactness <= options.allow else {}
     before = _before(settled, search) if chunks_are_work or laid_out or convolves or head else None
