@@ -76,7 +76,7 @@ def cross_entropy_over(
     torch._assert_async((((targets >= 0) & (targets < classes)) | (targets == ignore_index)).all())
     with torch.cuda.device(scores.device):
         _kernel[(len(scores),)](
-            scores, targets, cotangents.contiguous(), losses, scores.stride(0), classes, scores.shape[1],
+            scores, targets.contiguous(), cotangents.contiguous(), losses, scores.stride(0), classes, scores.shape[1],
             ignore_index, smoothing, smoothing != 0, _BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return losses
