@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BadInput": "errors",
-    "BestWeights": "execute.run",
+    "BestWeights": "execute.best_weights",
     "Budget": "records",
     "BudgetTooSmall": "errors",
     "CannotSplit": "errors",

@@ -16,7 +16,7 @@ from samegrad.errors import SamegradError as SamegradError
 from samegrad.errors import UsageError as UsageError
 from samegrad.exact.over import over as over
 from samegrad.exact.rowwise import rowwise as rowwise
-from samegrad.execute.run import BestWeights as BestWeights
+from samegrad.execute.best_weights import BestWeights as BestWeights
 from samegrad.execute.run import train as train
 from samegrad.measure.counters import find_device as find_device
 from samegrad.measure.counting import count_bytes as count_bytes

@@ -123,6 +123,16 @@ class DeclaredStep:
         return "".join("t" if part.training else "e" for part in parts_of(self.modules))
 
 
+def check_step(step: object, *, asked: str) -> None:
+    """Raises UsageError where something else than a declared step, such as a module, was given as one."""
+    if not isinstance(getattr(step, "declared", None), DeclaredStep):
+        raise UsageError(
+            asked=asked,
+            found=f"step is a {type(step).__name__}, not a samegrad.Step",
+            do="declare it first: step = samegrad.Step(model, loss_fn, budget=..., optimizer=optimizer)",
+        )
+
+
 def declare(
     model: nn.Module,
     loss_fn: Loss,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.exact.out_of_memory import OutOfMemory
-from samegrad.execute.run import gradient_norm
+from samegrad.execute.one_step import gradient_norm
 
 from ..contract.plain import assert_close, cross_entropy, labelled, mlp, same
 
@@ -390,3 +392,38 @@ def test_gradients_from_before_are_told_and_kept(caplog: pytest.LogCaptureFixtur
         parameter.grad = torch.ones_like(parameter)
     next(sg.train(step, [BATCHES[0]]))
     assert "stand from before training, and the first step adds to them" in caplog.text
+
+
+NOT_A_STEP: dict[str, Callable[[Any], Any]] = {
+    "train": lambda model: sg.train(model, []),
+    "verify_step": lambda model: sg.verify_step(model, torch.ones(4, 3)),
+    "measure_step": lambda model: sg.measure_step(model, torch.ones(4, 3)),
+    "settle_plan": lambda model: sg.settle_plan(model, torch.ones(4, 3), budget="1GiB"),
+}
+
+
+@pytest.mark.parametrize("function", NOT_A_STEP)
+def test_a_model_where_a_step_is_needed_is_told_what_to_write(function: str) -> None:
+    with pytest.raises(sg.UsageError, match=rf"{function}\(.*\n.*step is a Linear, not a samegrad.Step"):
+        NOT_A_STEP[function](nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("batches", [3, "train.csv", None, lambda: iter([])])
+def test_what_holds_no_batches_is_refused_at_the_call(batches: Any) -> None:
+    model = nn.Linear(3, 2)
+    step = sg.Step(model, lambda out, batch: out.square().mean(), rows=2, optimizer=torch.optim.SGD(model.parameters()))
+    with pytest.raises(sg.UsageError, match="holds no batches"):
+        sg.train(step, batches)
+
+
+def test_a_training_that_nobody_iterates_over_says_so(recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Linear(3, 2)
+    step = sg.Step(model, lambda out, batch: out.square().mean(), rows=2, optimizer=torch.optim.SGD(model.parameters()))
+    weight = model.weight.detach().clone()
+    assert len(list(sg.train(step, [torch.ones(4, 3)]))) == 1 and not torch.equal(model.weight, weight)
+    gc.collect()
+    assert not recwarn.list
+    sg.train(step, [torch.ones(4, 3)])
+    gc.collect()
+    [told] = recwarn.list
+    assert "nothing was trained" in str(told.message)

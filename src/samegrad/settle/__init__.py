@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from samegrad.declared import DeclaredStep
+from samegrad.declared import DeclaredStep, check_step
 from samegrad.errors import EnvironmentProblem, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.measure import counters
@@ -68,6 +68,7 @@ def measure_step(step: Declares, batch: Any, device: torch.device | str | None =
     then the step is followed without running it, and every number is predicted. Nothing of the user's changes. Raises
     CannotSplit only where even the plain step cannot run, and CannotTrace where it cannot be followed.
     """
+    check_step(step, asked="measure_step(step, batch)")
     declared = step.declared
     if _is_card(device, declared):
         return follow(declared, aliases_for(declared), batch, Target.named(str(device)))[1]
@@ -135,6 +136,7 @@ def settle_plan(
     card's name as in ``measure_step``; then every plan is followed instead of measured, and judged by its steady cap.
     Hand the plan to ``Step(plan=...)``. Raises BudgetTooSmall or CannotSplit when nothing fits.
     """
+    check_step(step, asked="settle_plan(step, batch, ...)")
     declared = step.declared
     if _is_card(device, declared):
         ahead = plan_ahead(step, batch, str(device), budget=budget, rows=rows, rows_origin=rows_origin, allow=allow)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from samegrad import trees
-from samegrad.declared import DeclaredStep
+from samegrad.declared import DeclaredStep, check_step
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.one_chunk import ChunkedStep
 from samegrad.exact.out_of_memory import is_out_of_memory
@@ -68,6 +68,7 @@ def verify_step(
     where that takes seconds. ``verdict.reference`` says which it was. Raises UsageError when ``rows`` is more than
     the batch has, or when the CPU is asked for and cannot be the reference; OutOfMemory where not one row fits.
     """
+    check_step(step, asked="verify_step(step, batch)")
     refuse_sharded(
         step.declared.modules,
         asked="verify a step against the plain step",
