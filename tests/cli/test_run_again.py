@@ -59,6 +59,13 @@ def test_a_longer_training_is_the_same_training(cli: Cli, folder: Path) -> None:
     assert json.loads((folder / "out" / "config.json").read_text())["num_epochs"] == 4
 
 
+def test_a_resume_with_nothing_left_to_train_says_so(cli: Cli, folder: Path) -> None:
+    assert cli(*TRAIN, "--steps", "4").code == 0
+    ran = cli(*TRAIN, "--steps", "4", "--resume")
+    assert ran.code == 0 and "nothing is left to train: step 4 is done, and the last one was to be 4" in ran.err
+    assert "nothing is left" not in cli(*TRAIN, "--steps", "6", "--resume").err
+
+
 def test_another_budget_makes_another_plan_and_another_verdict(cli: Cli, folder: Path) -> None:
     assert cli("run", "steps.py:budgeted", "--output", "out", "--budget", "100KiB", "--steps", "2").code == 0
     before = plan_of(folder / "out")

@@ -294,6 +294,9 @@ def test_pictures_go_to_latents_train_and_come_back_styled(
     capsys.readouterr()
     assert inference.main([checkpoint, source, str(styled), "--target_style_id", "2"]) == 2
     assert "0 dark, 1 light" in capsys.readouterr().err
+    for setting, value in (("steps", "0"), ("start_time", "1.5"), ("guidance", "-1"), ("temperature", "nan")):
+        assert inference.main([checkpoint, source, str(styled), f"--{setting}", value]) == 2
+        assert f"--{setting} {value}" in capsys.readouterr().err
 
 
 def test_pictures_that_are_none_are_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -229,6 +229,9 @@ def _train(
     if options.steps is not None:
         training.limit(options.steps)
     saved_at = training.done if options.resume else None
+    if training.total is not None and training.done >= training.total:
+        done = f"{training.unit} {training.done} is done, and the last one was to be {training.total}"
+        console.note(f"nothing is left to train: {done}")
     thrashing, ended = False, _Ended()
     with stop.hold(), console.progress(training.title, training.total) as bar:
         for tick in _until_workers_end(training, ended):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,14 @@ import samegrad as sg
 from .checkpoint import SavedFlow, load_flow
 from .latent_files import read_latent
 from .preprocess import middle_square
+
+# Settings of the sampler that may be changed: the least and the most.
+_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, math.inf),
+    "start_time": (0, 1),
+    "guidance": (0, math.inf),
+    "temperature": (0, math.inf),
+}
 
 
 def style_file(
@@ -47,6 +56,7 @@ def style_file(
                 asked=f"--{name} {number}", found=f"the checkpoint's styles are {known}", do="give one of the numbers",
                 option=name,
             )  # fmt: skip
+    _check_sampler(changed or {})
     latent = _read(flow, source, target_size)[None]
     if output.suffix != ".pt" and flow.codec is None:
         raise _no_codec(output)
@@ -58,6 +68,17 @@ def style_file(
     else:
         styled = sampler.restyle(flow.network, latent, torch.tensor([source_style_id]), target, generator)
     return _write(flow, styled[0], output)
+
+
+def _check_sampler(changed: dict[str, float]) -> None:
+    """Raises UsageError for settings with which the sampler takes no step, or one the wrong way."""
+    for name, value in changed.items():
+        least, most = _RANGES[name]
+        if not least <= value <= most:
+            raise sg.UsageError(
+                asked=f"--{name} {value}", found=f"it must be from {least} to {most:g}", do="give one within",
+                option=name,
+            )  # fmt: skip
 
 
 def _read(flow: SavedFlow, source: Path, side: int) -> Tensor:
