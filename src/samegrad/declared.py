@@ -133,6 +133,16 @@ def check_step(step: object, *, asked: str) -> None:
         )
 
 
+def is_one_batch(batches: object) -> bool:
+    """Whether ``batches`` looks like a batch and not like several: (x, y), or a dictionary of tensors.
+
+    Iterated over, these would give tensors one by one, or names. A list of tensors is several.
+    """
+    if isinstance(batches, Mapping):
+        return True
+    return isinstance(batches, tuple) and bool(batches) and all(isinstance(entry, Tensor) for entry in batches)
+
+
 def declare(
     model: nn.Module,
     loss_fn: Loss,

@@ -56,6 +56,9 @@ STEPS = '''
     def train():
         return declared(), Batches(12)
 
+    def one_batch():
+        return declared(), (torch.randn(64, 16), torch.randint(0, 4, (64,)))
+
     class Drawn(torch.utils.data.Dataset):
         def __len__(self):
             return 64 * 40

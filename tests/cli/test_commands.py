@@ -375,3 +375,10 @@ def test_a_demo_that_is_stopped_promises_no_folder_that_goes(cli: Cli, monkeypat
     monkeypatch.setattr("samegrad.cli.run_session.run_session", stopped)
     ran = cli("demo", "--output", "out")
     assert ran.code == 130 and "--resume" not in ran.err
+
+
+@pytest.mark.parametrize("command", ["plan", "measure", "verify", "run"])
+def test_one_batch_in_the_place_of_batches_is_told(cli: Cli, command: str) -> None:
+    """Iterated over, (x, y) would be a batch x and a batch y."""
+    ran = cli(command, "steps.py:one_batch")
+    assert ran.code == 3 and "return step, [batch]" in ran.err

@@ -416,6 +416,15 @@ def test_what_holds_no_batches_is_refused_at_the_call(batches: Any) -> None:
         sg.train(step, batches)
 
 
+@pytest.mark.parametrize("batch", [(torch.ones(4, 3), torch.ones(4)), {"x": torch.ones(4, 3)}, (torch.ones(4, 3),)])
+def test_one_batch_in_the_place_of_batches_is_told(batch: Any) -> None:
+    """Iterated over, (x, y) would be a batch x and a batch y."""
+    model = nn.Linear(3, 2)
+    step = sg.Step(model, lambda out, batch: out.square().mean(), rows=2, optimizer=torch.optim.SGD(model.parameters()))
+    with pytest.raises(sg.UsageError, match=r"looks like one batch(.|\n)*train\(step, \[batch\]\)"):
+        sg.train(step, batch)
+
+
 def test_a_training_that_nobody_iterates_over_says_so(recwarn: pytest.WarningsRecorder) -> None:
     model = nn.Linear(3, 2)
     step = sg.Step(model, lambda out, batch: out.square().mean(), rows=2, optimizer=torch.optim.SGD(model.parameters()))

@@ -89,6 +89,7 @@ class FunctionTarget:
         Raises UsageError for a device it does not take, BadInput for a file or function that is not there or fails.
         """
         from samegrad import Step
+        from samegrad.declared import is_one_batch
 
         with UserCode(self):
             function = getattr(_load_module(self.path), self.function, None)
@@ -101,6 +102,12 @@ class FunctionTarget:
         with UserCode(self):
             returned = function(**keywords)
         match returned:
+            case (Step(), batch) if is_one_batch(batch):
+                raise BadInput(
+                    asked=self.name,
+                    found=f"beside the step the function returned a {type(batch).__name__} that looks like one batch",
+                    do="return a list of batches: return step, [batch]", file=str(self.path),
+                )  # fmt: skip
             case (Step() as step, batches) if hasattr(batches, "__iter__"):
                 budget = None if "budget" in keywords else options.budget
                 return Loaded(step=step, batches=batches, budget=budget)

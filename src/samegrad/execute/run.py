@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from samegrad import trees
-from samegrad.declared import check_step
+from samegrad.declared import check_step, is_one_batch
 from samegrad.errors import NonFinite, UsageError
 from samegrad.exact.phases import listening
 from samegrad.exact.stepping_hooks import refuse_stepping_hooks
@@ -64,6 +64,11 @@ def train(
         raise UsageError(
             asked="train(step, batches)", found=f"batches is a {type(batches).__name__}, which holds no batches",
             do="give what is iterated over for them: a DataLoader, a list of batches, a generator that was called",
+        )  # fmt: skip
+    if is_one_batch(batches):
+        raise UsageError(
+            asked="train(step, batches)", found=f"batches is a {type(batches).__name__} that looks like one batch",
+            do="give a list of batches: train(step, [batch])",
         )  # fmt: skip
     optimizer = step.declared.optimizer
     if optimizer is None:
