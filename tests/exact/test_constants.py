@@ -145,3 +145,17 @@ def test_not_a_number_is_itself() -> None:
     declared, _ = step()
     declared.model.slope = float("nan")
     assert Constants.of(declared).hold()
+
+
+def test_what_is_set_in_a_modules_new_dictionary_is_seen() -> None:
+    """As __setstate__ and code that restores snapshots do it: the old dictionary still holds the old values."""
+    declared = step()[0]
+    constants = Constants.of(declared)
+    part = declared.model
+    part.__dict__ = dict(part.__dict__)
+    assert constants.hold()
+    part.scale_of_somebody = 0.5
+    assert not constants.hold()
+    constants = Constants.of(declared)
+    part.__dict__ = {**part.__dict__, "scale_of_somebody": 0.25}
+    assert not constants.hold()

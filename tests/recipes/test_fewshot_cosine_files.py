@@ -56,7 +56,7 @@ def csv_layout(root: Path) -> Path:
 
 
 def opened(root: Path, dataset: str = "miniImagenet", side: int = 20) -> Splits:
-    return open_splits(FewShotOptions(dataset=dataset, data_root=root, image_size=side))  # type: ignore[arg-type]
+    return open_splits(FewShotOptions(dataset=dataset, data_root=root, image_size=side))  # type: ignore[arg-type]  # any name
 
 
 def grey(root: Path) -> torch.Tensor:

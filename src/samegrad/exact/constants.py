@@ -79,7 +79,7 @@ class _ModuleConstants:
     hold becomes another. ``empty``: of torch's own that hold nothing, which are most.
     """
 
-    attributes: dict[str, Any]
+    module: nn.Module
     count: int
     names: tuple[str, ...]
     read: Callable[[dict[str, Any]], tuple[Any, ...]]
@@ -95,10 +95,11 @@ class _ModuleConstants:
         inside = tuple((name, _inside(name, attributes[name])) for name in changing)
         names = (*(name for name in attributes if name not in _OF_MODULES), "training", *_HOOKS, *_HOLDERS)
         read = operator.itemgetter(*names)
-        return cls(attributes, len(attributes), names, read, read(attributes), inside, empty)
+        return cls(module, len(attributes), names, read, read(attributes), inside, empty)
 
     def hold(self) -> bool:
-        attributes = self.attributes
+        # Asked for anew: a module may be given another dictionary (__setstate__).
+        attributes = vars(self.module)
         try:
             objects = self.read(attributes)
         except KeyError:  # deleted

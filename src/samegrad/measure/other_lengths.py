@@ -18,7 +18,7 @@ def other_lengths_told(declared: DeclaredStep, batch: Any) -> Iterator[None]:
     whole, and an error speaks of numbers that nobody gave."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of any type; it goes on with a note
         for note in _notes(declared, batch):
             if note not in getattr(error, "__notes__", ()):
                 error.add_note(note)
