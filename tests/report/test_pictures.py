@@ -128,6 +128,7 @@ def test_timelines_of_any_moments_have_finite_coordinates(
         assert clashes(svg) == []
 
 
+@example(bars=[Bar(name="", amount_bytes=1024, detail="0" * 37)], width=340)
 @settings(max_examples=60, deadline=None)
 @given(
     bars=st.lists(

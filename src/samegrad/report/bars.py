@@ -62,7 +62,8 @@ def bars_svg(bars: Sequence[Bar], *, title: str, limit_name: str = "budget", wid
 def _draw_bar(bar: Bar, *, scale: Scale, y: float) -> tuple[str, float]:
     amount = format_bytes(bar.amount_bytes)
     room = scale.end - scale.start
-    names = wrap_text(bar.name, width=room - text_width(amount, size=BOLD_PX) - 16, size=BOLD_PX)
+    # The amount stands on the first line of the name, which is there for a bar without a name too.
+    names = wrap_text(bar.name, width=room - text_width(amount, size=BOLD_PX) - 16, size=BOLD_PX) or [""]
     details = wrap_text(bar.detail, width=room)
     shapes = [draw_text(scale.end, y + FONT_PX, amount, anchor="end", style='font-weight="600"')]
     for number, line in enumerate(names):
