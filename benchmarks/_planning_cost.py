@@ -19,17 +19,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import samegrad.settle
-import samegrad.step
 
-# What ``Step`` and ``settle_plan`` call to plan. Within ``measure_for`` the rest of it is the first look: examination
-# and small probes.
+# What ``plan_here`` calls. Within ``measure_for`` the rest of it is the first look: examination and small probes.
 _PHASES = (
-    ("examined_and_probed", samegrad.settle, "measure"),
-    ("levers_probed", samegrad.settle, "with_probed_ways"),
-    ("followed", samegrad.settle, "followed_beside"),
-    ("blocks_again_probed", samegrad.settle, "with_blocks_again"),
-    *(("rungs_measured", module, "settle") for module in (samegrad.settle, samegrad.step)),
-    *(("made_quicker", module, "quicker_plan") for module in (samegrad.settle, samegrad.step)),
+    ("examined_and_probed", "measure"),
+    ("levers_probed", "with_probed_ways"),
+    ("followed", "followed_beside"),
+    ("blocks_again_probed", "with_blocks_again"),
+    ("rungs_measured", "settle"),
+    ("made_quicker", "quicker_plan"),
 )
 # Of a plain step, what its forward takes.
 _FORWARD_SHARE = 1 / 3
@@ -63,8 +61,8 @@ class PlanningCost:
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for name, module, function in _PHASES:
-                timed = self._timed(name, getattr(module, function))
-                stack.enter_context(mock.patch.object(module, function, timed))
+            for name, function in _PHASES:
+                timed = self._timed(name, getattr(samegrad.settle, function))
+                stack.enter_context(mock.patch.object(samegrad.settle, function, timed))
             stack.callback(register_module_forward_pre_hook(self._seen).remove)
             yield
