@@ -210,9 +210,48 @@ def test_a_refusal_is_the_reason_and_the_settled_plan_stays(monkeypatch: pytest.
     assert plan.reasons["graphs"] == plan.reasons["compile"] == "refused: the step waits for the device at model.py:3"
 
 
-def test_two_passes_are_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, tried = settled_by(100, monkeypatch, loss=spread, expected_steps=10**6)
-    assert not tried and "two passes" in plan.reasons["graphs"] and "two passes" in plan.reasons["compile"]
+def test_chunks_of_two_passes_are_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, rule=lambda plan: None, loss=spread, expected_steps=10**6)
+    assert all("split_rows" not in one.levers for one in tried) and list(plan.levers) == ["split_rows"]
+    assert "two passes" in plan.reasons["graphs"] and "two passes" in plan.reasons["compile"]
+
+
+@pytest.mark.parametrize(("budget_mib", "kept"), [(100, 0), (170, 1), (240, 1), (300, 3)])
+def test_two_passes_are_left_for_one_that_is_captured_with_as_many_blocks_again_as_must(
+    budget_mib: float, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, tried = settled_by(budget_mib, monkeypatch, loss=spread)
+    assert [name for name in plan.levers if name != "expandable_segments"] == ["recompute", "graphs"][kept == BLOCKS :]
+    blocks = plan.levers.get("recompute", {"blocks": []})["blocks"]
+    assert blocks == ["layers.0", "layers.1", "layers.2"][: BLOCKS - kept]
+    assert tried[0].levers["recompute"]["blocks"] == ["layers.0", "layers.1", "layers.2"]
+    assert plan.exactness is Exactness.SAME_BITS and plan.predicted_seconds == a_card(plan).seconds
+    assert plan.reasons["graphs"].startswith("taken: measured")
+    assert plan.reasons["split_rows"] == f"not needed: measured, and faster with {' and '.join(plan.levers)} instead"
+
+
+def test_what_is_slower_with_blocks_again_is_measured_once_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_again(plan: Plan) -> Rung:
+        rung = a_card(plan)
+        return dataclasses.replace(rung, seconds=rung.seconds * (10 if "recompute" in plan.levers else 1))
+
+    plan, tried = settled_by(100, monkeypatch, loss=spread, rule=slow_again)
+    assert list(plan.levers) == ["split_rows"] and len(tried) == 1
+
+
+def test_a_pool_that_does_not_fit_makes_room_by_blocks_that_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def large_pools(plan: Plan) -> Rung:
+        rung, pool = a_card(plan), "graphs" in plan.levers and "recompute" not in plan.levers
+        return dataclasses.replace(rung, peak_bytes=rung.peak_bytes + 200 * MIB * pool)
+
+    plan, tried = settled_by(100, monkeypatch, rule=large_pools)
+    assert "graphs" in tried[0].levers and "split_rows" in tried[0].levers
+    assert {"recompute", "graphs"} <= plan.levers.keys() and "split_rows" not in plan.levers
+
+
+def test_rows_that_somebody_pinned_are_not_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, loss=spread, rows=4)
+    assert list(plan.levers) == ["split_rows"] and not tried
 
 
 def test_only_what_is_allowed_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +367,7 @@ def test_algorithms_are_taken_where_they_are_faster_also_where_chunks_are_no_sin
 ) -> None:
     plan, _ = settled_by(100, monkeypatch, loss=loss, rule=with_tried_algorithms(0.5), make=Convolving)
     assert "convolution_algorithms" in plan.levers and plan.reasons["convolution_algorithms"].startswith("taken")
-    assert ("graphs" in plan.levers) is (loss is cross_entropy)
+    assert ("split_rows" in plan.levers) is (loss is cross_entropy)
 
 
 @pytest.mark.parametrize(

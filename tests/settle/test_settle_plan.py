@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad.measure.probe import Rung
 from samegrad.plan.options import Options
-from samegrad.records import Counting, KnobOrigin, PhaseLaw
+from samegrad.records import Budget, Counting, Exactness, KnobOrigin, PhaseLaw, Plan
 from samegrad.settle import Measurement, aliases_for, check_one_of, ladder, measure, settle
 from samegrad.units import format_bytes
 
@@ -250,3 +251,67 @@ def test_where_nothing_fits_it_is_said_whether_the_allocator_holds_it(
     monkeypatch.setattr(ladder, "_held_for_nothing", lambda _: held)
     with pytest.raises(sg.BudgetTooSmall, match=said):
         stepped(one_pass, budget=budget).prepare(batch)
+
+
+def split(rows: int, seconds: float, budget: Budget, **more: Any) -> Plan:
+    levers = {"split_rows": {"rows": rows, "kept_chunks": 0}, **more}
+    return Plan(
+        levers=levers, exactness=Exactness.SAME_SUM, batch_rows=ROWS, budget=budget, predicted_seconds=seconds,
+        predicted_peak_bytes=rows,
+    )  # fmt: skip
+
+
+def settled_of(
+    plans: list[tuple[int, float, float, dict[str, Any]]], counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Plan, list[int]]:
+    """What is settled of ``plans``: rows, predicted and played seconds, levers beside the split; the rows measured."""
+    declared = stepped(one_pass).declared
+    batch, aliases = labelled(ROWS), aliases_for(declared)
+    budget = Budget(total_bytes=2**30, device="played", counting=counting, source="played")
+    ladder_plans = tuple(split(rows, seconds, budget, **more) for rows, seconds, _, more in plans)
+    played = {rows: seconds for rows, _, seconds, _ in plans}
+    seen: list[int] = []
+
+    def measured(*given: Any) -> Rung:
+        rows = given[4].levers["split_rows"]["rows"]
+        seen.append(rows)
+        return Rung(rows, played[rows])
+
+    monkeypatch.setattr(ladder, "measured", measured)
+    monkeypatch.setattr(ladder, "choose_plan", lambda *_: ladder_plans)
+    given = declared, aliases, measure(declared, batch, aliases), batch
+    return settle(*given, budget=budget, options=Options())[0], seen
+
+
+AGAIN = {"host_rows": {}}
+
+
+def test_a_rung_that_is_slower_than_predicted_is_measured_beside_what_may_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The second differs in rows alone, and is off as the first is; the fourth is not predicted to be faster.
+    plans = [(40, 1.0, 3.0, {}), (30, 1.1, 3.3, {}), (20, 1.5, 1.6, AGAIN), (10, 2.9, 0.1, AGAIN)]
+    plan, seen = settled_of(plans, Counting.CUDA_ALLOCATOR, monkeypatch)
+    assert seen == [40, 20] and plan.levers["split_rows"]["rows"] == 20
+    assert plan.predicted_seconds == 1.6
+
+
+@pytest.mark.parametrize(
+    ("plans", "measured"),
+    [
+        ([(40, 1.0, 1.1, {}), (20, 1.05, 0.5, AGAIN)], [40]),
+        ([(40, 1.0, 3.0, {}), (20, 1.5, 3.6, AGAIN)], [40, 20]),
+    ],
+    ids=["as predicted", "slower still"],
+)
+def test_the_first_that_fits_stays_where_nothing_is_faster(
+    plans: Any, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, seen = settled_of(plans, Counting.CUDA_ALLOCATOR, monkeypatch)
+    assert seen == measured and plan.levers["split_rows"]["rows"] == 40
+
+
+def test_on_a_cpu_whose_times_come_and_go_the_first_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [(40, 1.0, 3.0, {}), (20, 1.5, 1.6, AGAIN)]
+    plan, seen = settled_of(plans, Counting.TENSOR_BYTES, monkeypatch)
+    assert seen == [40] and plan.levers["split_rows"]["rows"] == 40

@@ -8,16 +8,13 @@ blocks goes to as many rows as fit by what a row takes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
-from samegrad.errors import CannotSplit
 from samegrad.levers.compile import Compile
-from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.options import Options
 from samegrad.records import Plan
-from samegrad.settle.again_ways import blocks_of
 from samegrad.settle.candidates import Search, Tried
+from samegrad.settle.captured_ways import blocks_for
 from samegrad.settle.edits import Levers, compiled_plan, even_rows, rows_of
 from samegrad.settle.mixed_ways import mixed_candidates
 from samegrad.settle.one_compiled_way import ROOM_FRACTION, Way, measured_captured, tried_rows
@@ -38,7 +35,7 @@ def compiled_candidates(settled: Plan, search: Search, options: Options) -> Iter
 
 
 def _beside(head: Levers, settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
-    pinned, blocks = options.rows is not None, _blocks(search)
+    pinned, blocks = options.rows is not None, blocks_for(search)
     kept, again = (Way.of(head, some, settled, search) for some in ([], blocks))
     # All rows at once and nothing twice is the fastest, where it fits.
     ways = [kept, again] if kept.first_rows(settled, search) == settled.batch_rows else [again, kept]
@@ -51,14 +48,6 @@ def _beside(head: Levers, settled: Plan, search: Search, options: Options) -> It
             return
     if kept.fitted and again.fitted:
         yield from mixed_candidates(settled, kept, again, search, rows=rows_of(settled) if pinned else None)
-
-
-def _blocks(search: Search) -> list[str | list[str]]:
-    """The blocks of the model that can run again, where it has any."""
-    # Where memory runs out, the settled plan stands all the same.
-    with WithinMemory(search.declared), contextlib.suppress(CannotSplit):
-        return blocks_of(search.declared, search.batch)
-    return []
 
 
 def _by_rows(settled: Plan, way: Way, search: Search, *, pinned: bool, most_rows_tried: int) -> Iterator[Tried]:

@@ -27,7 +27,8 @@ from samegrad.levers.layout import Layout
 from samegrad.measure.probe import Rung, measure_whole
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Plan
-from samegrad.settle.candidates import TRIED_LEVERS, Search, Tried
+from samegrad.settle.candidates import Search, Tried
+from samegrad.settle.captured_ways import captured_with_blocks_again
 from samegrad.settle.compiled_ways import compiled_candidates
 from samegrad.settle.edits import Levers, even_rows, rows_of, with_levers
 from samegrad.settle.probing import Measurement
@@ -62,7 +63,9 @@ def quicker_plan(
         search.reasons |= dict.fromkeys((Compile.name, Graphs.name), _MANY_SHAPES)
     laid_out, convolves = (_may_be_tried(lever, search, options) for lever in (Layout, ConvolutionAlgorithms))
     head = search.head() if ChunkLoss.exactness <= options.allow else {}
-    before = _before(settled, search) if chunks_are_work or laid_out or convolves or head else None
+    may_run_again = options.one_shape and options.rows is None
+    tries = chunks_are_work or may_run_again or laid_out or convolves or head
+    before = _before(settled, search) if tries else None
     if before is None:
         return _told(settled, search)
     best = Tried(settled, before, 0.0)
@@ -73,6 +76,11 @@ def quicker_plan(
         best = _with_kernels({Layout.name: {}}, best, search, options)
     if chunks_are_work:
         for candidate in _candidates(best.plan, search, options):
+            if _pays(candidate, best, options):
+                best = candidate
+    # A capture that was refused would be again; one that fitted was as fast as it is.
+    if may_run_again and Graphs.name not in search.fitted and not (chunks_are_work and Graphs.name in search.reasons):
+        for candidate in captured_with_blocks_again(best.plan, search, slower_seconds=best.rung.seconds):
             if _pays(candidate, best, options):
                 best = candidate
     if convolves:
@@ -166,13 +174,18 @@ def _compiling_seconds(tried: Tried) -> float:
 def _as_measured(best: Tried, settled: Plan, before: Rung) -> Plan:
     if best.once_seconds == 0.0:
         return best.plan
-    reasons = dict(best.plan.reasons)
-    for name in TRIED_LEVERS:
-        if name in best.plan.levers and name not in settled.levers:
-            reasons[name] = (
-                f"taken: measured {format_seconds(best.rung.seconds)} a step and {format_bytes(best.rung.peak_bytes)}, "
-                f"{format_seconds(before.seconds)} without; {format_seconds(best.once_seconds)} once"
-            )
+    taken, left = best.plan.levers, settled.levers.keys() - best.plan.levers.keys()
+    new = [name for name in taken if name not in settled.levers]
+    named = " and ".join(new)
+    reasons = best.plan.reasons | dict.fromkeys(left, f"not needed: measured, and faster with {named} instead")
+    found = f"taken: measured {format_seconds(best.rung.seconds)} a step and {format_bytes(best.rung.peak_bytes)}"
+    for name in new:
+        reasons[name] = (
+            f"{found}, {format_seconds(before.seconds)} without; {format_seconds(best.once_seconds)} once"
+        )
+    for name in taken.keys() & settled.levers.keys():
+        if taken[name] != settled.levers[name]:
+            reasons[name] = f"{found}, beside {named}"
     return dataclasses.replace(
         best.plan, predicted_seconds=best.rung.seconds, predicted_peak_bytes=best.rung.peak_bytes, reasons=reasons
     )

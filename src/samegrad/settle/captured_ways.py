@@ -1,0 +1,68 @@
+"""The whole batch at once, captured, with blocks that run again: where what was settled cannot be captured as it is.
+
+A step whose loss couples all rows runs twice over its chunks, which is no single work to replay; and a capture holds a
+pool of its own, for which the budget may have no room. Where launches are most of a step, running blocks again in a
+replay costs far less than launching fewer kernels one by one. Every block runs again first; then as many of the last
+ones are kept as what that was measured to hold leaves room for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from samegrad.errors import CannotSplit
+from samegrad.levers.expandable_segments import ExpandableSegments
+from samegrad.levers.graphs import Graphs
+from samegrad.levers.layout import Layout
+from samegrad.levers.recompute import Recompute
+from samegrad.measure.within_memory import WithinMemory
+from samegrad.records import Plan
+from samegrad.settle.again_ways import blocks_of
+from samegrad.settle.candidates import Search, Tried
+from samegrad.settle.edits import Levers, with_levers
+from samegrad.settle.one_compiled_way import ROOM_FRACTION
+
+# Of a step whose blocks all run again, what is left at least when none does: one forward fewer on about three.
+_LEAST_KEPT_SHARE = 0.75
+
+
+def blocks_for(search: Search) -> list[str | list[str]]:
+    """The blocks of the model that can run again, where it has any."""
+    # Where memory runs out, the settled plan stands all the same.
+    with WithinMemory(search.declared), contextlib.suppress(CannotSplit):
+        return blocks_of(search.declared, search.batch)
+    return []
+
+
+def captured_with_blocks_again(settled: Plan, search: Search, *, slower_seconds: float) -> Iterator[Tried]:
+    """Those that fit; nothing more is tried once none can be faster than ``slower_seconds``."""
+    blocks = blocks_for(search)
+    again = search.measured(_whole(settled, blocks)) if blocks else None
+    if again is None:
+        return
+    yield again
+    if again.rung.seconds * _LEAST_KEPT_SHARE >= slower_seconds:
+        return
+    footprint = search.measurement.footprint
+    plain_bytes = footprint.predicted_peak_bytes(rows=settled.batch_rows)
+    block_bytes = max(1.0, (plain_bytes - again.rung.peak_bytes) / len(blocks))
+    kept = min(len(blocks), int((search.most * ROOM_FRACTION - again.rung.peak_bytes) / block_bytes))
+    # Blocks are not all of one size: where so many do not fit, half of them may.
+    for number in (kept, kept // 2):
+        if number < 1:
+            return
+        found = search.measured(_whole(settled, blocks[: len(blocks) - number]))
+        if found is not None:
+            yield found
+            return
+
+
+def _whole(settled: Plan, blocks: list[str | list[str]]) -> Plan:
+    """The settled plan's batch and layout, all rows at once, with ``blocks`` again, captured."""
+    kept = {name: knobs for name, knobs in settled.levers.items() if name in (Layout.name, ExpandableSegments.name)}
+    origins = {name: origin for name, origin in settled.knob_origins.items() if name.partition(".")[0] in kept}
+    more: Levers = {Recompute.name: {"blocks": blocks}} if blocks else {}
+    bare = dataclasses.replace(settled, levers=kept, knob_origins=origins)
+    return with_levers(bare, {Graphs.name: {}, **more})
