@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.levers import unsuited_levers
+from samegrad.levers import optimizer_state, unsuited_levers
 from samegrad.levers._saved_tensors import SavedTensors
 
 from ..contract.lever_zoo import KNOBS, MODELS, cnn, forced
@@ -208,6 +208,25 @@ def test_state_is_off_the_device_in_forward_and_backward() -> None:
         model.zero_grad()
     # Segments are shared with what stays, so only what is allocated falls by all of it.
     assert peaks[0][0] - peaks[1][0] >= 0.99 * state_bytes
+
+
+def test_state_that_went_leaves_no_memory_with_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = {}
+    for planted in (False, True):
+        if planted:
+            monkeypatch.setattr(optimizer_state._TravellingState, "_make_room", lambda self: None)
+        model, batch = chain()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+        torch.cuda.empty_cache()
+        with forced(model, cross_entropy, optimizer=optimizer, optimizer_state={}) as step:
+            for _ in range(3):
+                step.backward(batch)
+                optimizer.step()
+            reserved[planted] = torch.cuda.memory_reserved()
+        del optimizer
+        model.zero_grad()
+    state_bytes = 2 * sum(p.nbytes for p in model.parameters())
+    assert reserved[True] - reserved[False] >= 0.9 * state_bytes
 
 
 @pytest.mark.parametrize("fused", [False, True])

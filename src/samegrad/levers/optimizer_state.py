@@ -2,7 +2,9 @@
 
 Saves: the state's bytes on the device while forward and backward run. Not in the optimizer's own step: there the state
 is back, beside parameters and gradients, so that step's peak is what it was.
-Costs: the state travels to the device and to the host once a step, and the step waits for it; pinned host memory.
+Costs: the state travels to the device and to the host once a step, and the step waits for it; pinned host memory. What
+the allocator keeps of forward and backward has other sizes than the state, so it is given back before the state comes,
+and the state's after it went; the next step takes its memory anew.
 Why the gradient is the same: nothing is computed on the way; every step of the optimizer finds the bits it left.
 Refuses: models on the CPU, where the state is on the host already, and steps without an optimizer.
 Source: Ren et al. 2021, "ZeRO-Offload", arXiv:2101.06840, section 3, but with the update on the device.
@@ -92,12 +94,20 @@ class _TravellingState:
             if device.type != "cpu" and computing():
                 # A checkpoint may read the copies at any time from now on.
                 torch.accelerator.current_stream(device).synchronize()
+        copies.clear()
+        self._make_room()
 
     def bring_back(self) -> None:
+        self._make_room()
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         for parameter in self._parameters():
             self._replace(parameter, functools.partial(self._returned, copies))
         self._away = {}
+
+    def _make_room(self) -> None:
+        """Gives back what the allocator keeps: within a cap nothing else finds room among pieces of other sizes."""
+        if self._away and computing() and any(device.type == "cuda" for _, device in self._away.values()):
+            torch.cuda.empty_cache()
 
     def _sent(
         self, home: torch.device, shared: set[int], copies: dict[int, tuple[Tensor, Tensor]], leaf: Tensor

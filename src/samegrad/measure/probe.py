@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,10 +91,14 @@ def probe_split(
 @dataclasses.dataclass(frozen=True)
 class OptimizerTurn:
     """What the optimizer takes that no probe shows: state that its first step makes, and what each of its steps takes
-    and gives back while the gradients stand."""
+    and gives back while the gradients stand.
+
+    ``makes_room``: what the allocator keeps for later is given back before each turn and after it.
+    """
 
     missing_state_bytes: int = 0
     temporary_bytes: int = 0
+    makes_room: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,22 +143,33 @@ def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], turn: O
         counters.release_cached(device)
         state: list[Tensor] = []
         for index in range(_SETTLING_STEPS):
-            gradients = run()
             # The first step makes the state while its gradients are alive; where it lands decides what fits later.
-            state += _standing_in(declared, 0 if index else turn.missing_state_bytes)
-            _standing_in(declared, turn.temporary_bytes)
-            del gradients
+            state += _with_turn(declared, run, turn, new_bytes=0 if index else turn.missing_state_bytes)
         before = counters.read_allocator(device)
         counters.reset_peaks(device)
-        seconds = min(timed(run, device) for _ in range(2))
-        gradients = run()
-        _standing_in(declared, turn.temporary_bytes)
-        del gradients
+        timed_run = functools.partial(_with_turn, declared, run, turn) if turn.makes_room else run
+        seconds = min(timed(timed_run, device) for _ in range(2))
+        _with_turn(declared, run, turn)
         after = counters.read_allocator(device)
         del state
     if before is None or after is None or after.retries > before.retries:
         return None
     return Rung(after.peak_reserved_bytes, seconds)
+
+
+def _with_turn(
+    declared: DeclaredStep, run: Callable[[], object], turn: OptimizerTurn, *, new_bytes: int = 0
+) -> list[Tensor]:
+    """``run`` and, while its gradients stand, what the optimizer takes; of that the new state, which stays."""
+    gradients = run()
+    if turn.makes_room:
+        torch.cuda.empty_cache()
+    state = _standing_in(declared, new_bytes)
+    _standing_in(declared, turn.temporary_bytes)
+    del gradients
+    if turn.makes_room:
+        torch.cuda.empty_cache()
+    return state
 
 
 def _standing_in(declared: DeclaredStep, amount_bytes: int) -> list[Tensor]:

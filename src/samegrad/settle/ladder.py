@@ -255,7 +255,7 @@ def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:
     if OptimizerState.name not in plan.levers:
         return measurement.turn
     state_bytes = measurement.footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
-    return OptimizerTurn(0, measurement.turn.temporary_bytes + state_bytes)
+    return OptimizerTurn(0, measurement.turn.temporary_bytes + state_bytes, makes_room=True)
 
 
 def _more_turn_seconds(plan: Plan, footprint: Footprint) -> float:
