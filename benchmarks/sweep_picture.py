@@ -1,6 +1,6 @@
 """The sweep of one card as a picture and a table: how fast everybody is with the bytes that it really took.
 
-    python benchmarks/sweep_picture.py [--card h200]
+    python benchmarks/sweep_picture.py [--card h100]
 
 Reads ``results/budget_sweep_<card>.json``, writes the ``.svg`` beside it, and prints the table. To the right: bytes
 that the allocator reserved at its peak. Upwards: the plain step's time over the contender's, in the same file. What did
@@ -83,7 +83,7 @@ def draw_workload(name: str, workload: dict[str, Any], colours: dict[str, str]) 
     ]
     for contender, some in series.items():
         shapes += _draw_series(contender, some, plot, colours[contender])
-    heading = draw_text(1, FONT_PX + 2, f"{name}: the plain step takes {format_seconds(workload['plain_seconds'])}")
+    heading = draw_text(1, FONT_PX + 2, f"{name}: speed in plain steps of {format_seconds(workload['plain_seconds'])}")
     return f'{heading}<g transform="translate(0 {_HEADING_PX:g})">{"".join(shapes)}</g>', (
         _HEADING_PX + plot.below + _BELOW_PX
     )
@@ -93,10 +93,12 @@ def _draw_series(contender: str, points: list[Point], plot: Plot, colour: str) -
     places = [(plot.x.place(point.bytes), plot.y.place(point.speed)) for point in points]
     if len(places) > 1:
         yield draw_path(places, style=line_style(Mark.LINE, colour), name=contender)
-    for (x, y), point in zip(places, points, strict=True):
+    for number, ((x, y), point) in enumerate(zip(places, points, strict=True)):
         yield draw_point(x, y, colour=colour)
         if contender == OURS and point.budget is not None:
-            yield draw_text(x + 6, y - 7, f"{point.budget:g} %")
+            # A line that rises to the next point would go through a label above this one.
+            rises = number + 1 < len(places) and places[number + 1][1] < y
+            yield draw_text(x + 6, y + FONT_PX + 6 if rises else y - 7, f"{point.budget:g} %")
 
 
 def picture(sweep: dict[str, Any]) -> str:
@@ -144,7 +146,7 @@ def table(sweep: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--card", default="h200", help="as in the name of the file")
+    parser.add_argument("--card", default="h100", help="as in the name of the file")
     card = parser.parse_args().card
     sweep = json.loads((_results.RESULTS / f"budget_sweep_{card}.json").read_text())
     (_results.RESULTS / f"budget_sweep_{card}.svg").write_text(picture(sweep))

@@ -76,6 +76,24 @@ def test_the_figures_are_those_of_the_results() -> None:
         assert abs(budget["measured_over_predicted"] - 1) < 0.1
 
 
+def test_the_figures_of_speed_within_a_budget_are_those_of_the_results() -> None:
+    gpt = result("budget_sweep_h100")["workloads"]["gpt2"]
+    ours, compiled = (gpt["cells"][name] for name in ("12.5 samegrad", "100 plain compiled"))
+    assert f"inside {ours['budget_bytes'] / 1e9:.1f} GB" in README
+    assert ours["peak_reserved_bytes"] <= ours["budget_bytes"]
+    plain_bytes, compiled_bytes = gpt["plain_reserved_bytes"], compiled["peak_reserved_bytes"]
+    assert f"reserves {plain_bytes / 1e9:.0f} GB, compiled {compiled_bytes / 1e9:.0f})" in README
+    over = [ours["seconds"] / seconds for seconds in (gpt["plain_seconds"], compiled["seconds"])]
+    assert "| {:.2f}, {:.2f} |".format(*over) in README
+    flow = result("flow_style_gpu")["cells"]
+    budgeted = [flow[f"bfloat16 32 samegrad {budget}"] for budget in ("8GiB", "4GiB", "2GiB")]
+    assert all(cell["within_budget"] and cell["verdict"] == "same" for cell in budgeted)
+    assert all(cell["gradient_difference"] == 0 for cell in budgeted)
+    assert "| {:.2f}, {:.2f}, {:.2f} |".format(*(cell["speed_of_plain"] for cell in budgeted)) in README
+    assert f"by hand has {flow['bfloat16 32 checkpointed']['speed_of_plain']:.2f} |" in README
+    assert f"reserves {flow['bfloat16 32 plain']['peak_bytes'] / 2**30:.1f} GiB" in README
+
+
 def test_the_figures_of_planning_are_those_of_the_results() -> None:
     found = result("prediction")["independent"]
     names = ("peak_allocated_bytes", "peak_reserved_bytes", "steady_cap_bytes")
