@@ -252,6 +252,12 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
         os.close(held)
 
 
+@pytest.mark.parametrize(("name", "found"), [("x" * 300 + ".npy", "too long"), ("a\0b.npy", "null byte|no such file")])
+def test_a_path_that_cannot_be_is_refused_by_what_the_system_says(name: str, found: str) -> None:
+    with pytest.raises(sg.BadInput, match=rf"(?s)rows of .*{found}"):
+        sg.open_rows(name)
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     lists = pa.array([[1.0]], pa.list_(pa.float32()))
     pq.write_table(pa.table([lists, lists], names=["twice", "twice"]), tmp_path / "rows.parquet")

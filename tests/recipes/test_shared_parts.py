@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from torch import nn
 
 import samegrad as sg
 from samegrad.recipes import find_options, recipe_names
-from samegrad.recipes._recipe import INSTALL, CommonOptions, needed_for_pictures
+from samegrad.recipes._recipe import (
+    INSTALL,
+    CommonOptions,
+    array_files,
+    needed_for_pictures,
+    picture_files,
+    tensor_files,
+)
 from samegrad.recipes._recipe.clipping import clip_before_step
 from samegrad.recipes._recipe.precision import forward_under, narrow_dtype, weight_dtype
 from samegrad.recipes._recipe.written import save_weights
@@ -83,3 +91,33 @@ def test_a_missing_package_is_told_with_what_installs_it_and_other_errors_pass()
     assert told.value.do == INSTALL
     with pytest.raises(ZeroDivisionError), needed_for_pictures():
         _ = 1 / 0
+
+
+READERS = {
+    "array": lambda path: array_files.read_array(path, what="numbers"),
+    "archive": lambda path: array_files.read_archive(path, ["a"], what="numbers"),
+    "plain": lambda path: tensor_files.read_plain(path, what="weights"),
+    "tensors": lambda path: tensor_files.read_tensors(path, what="weights"),
+    "picture": lambda path: picture_files.open_picture(path, what="a picture", mode="L"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.safetensors"
+    os.mkfifo(path)
+    # A reader in the background, so that a failure is a failure and no hang.
+    held = os.open(path, os.O_RDWR)
+    os.write(held, b"no array")
+    try:
+        with pytest.raises(sg.BadInput, match=r"(?s)rows.*a pipe, a socket or a device, not a file"):
+            READERS[name](path)
+    finally:
+        os.close(held)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_name_that_is_too_long_is_told_in_words(name: str, tmp_path: Path) -> None:
+    with pytest.raises(sg.BadInput) as refused:
+        READERS[name](tmp_path / ("x" * 300 + ".safetensors"))
+    assert refused.value.found == "File name too long"

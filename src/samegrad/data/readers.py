@@ -46,15 +46,11 @@ def open_rows(path: str | os.PathLike[str], *, column: str | None = None, patter
     whichever is there. Raises BadInput naming file and row, UsageError for a path that cannot be rows.
     """
     root = Path(path)
-    files = _files_in(root, pattern) if root.is_dir() else [root]
+    found, files = _problem_of(root), [root]
+    if found is None:
+        files = _files_in(root, pattern) if root.is_dir() else [root]
     suffixes = sorted({file.suffix.lower() for file in files})
-    found = None
-    if not root.exists():
-        found = "no such file or directory"
-    elif not (root.is_dir() or root.is_file()):
-        # Reading a pipe would wait for whoever writes into it.
-        found = "no regular file"
-    elif len(suffixes) != 1 or suffixes[0] not in (*_PARQUET, *_MAPPED):
+    if found is None and (len(suffixes) != 1 or suffixes[0] not in (*_PARQUET, *_MAPPED)):
         found = f"files of type {', '.join(map(repr, suffixes))}"
     if found is not None:
         raise BadInput(
@@ -105,6 +101,18 @@ def check_rows(rows: RowSource, *, partition_rows: int = 4096) -> None:
             found=f"row {start + first}{place} holds {chunk[(first, *inside)].item()}{position}",
             do="leave that row out with rows.subset(...), or write the file anew without it",
         )
+
+
+def _problem_of(path: Path) -> str | None:
+    """Why nothing can be read at ``path``, of whatever type; None where that can be."""
+    try:
+        if not path.exists():
+            return "no such file or directory"
+        # Reading a pipe would wait for whoever writes into it.
+        return None if path.is_dir() or path.is_file() else "no regular file"
+    except (OSError, ValueError) as error:
+        # A name that is too long, a folder that may not be entered, a zero byte.
+        return getattr(error, "strerror", None) or str(error)
 
 
 def _files_in(folder: Path, pattern: str | None) -> list[Path]:

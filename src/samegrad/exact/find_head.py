@@ -143,7 +143,7 @@ def find_head(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Head:
 def _refused(path: str, found: str) -> CannotSplit:
     return CannotSplit(
         asked="the loss of the model's head in chunks",
-        found=f"{path}: {found}",
+        found=f"layer {path}: {found}",
         do="give its output to cross_entropy alone, through views, slices and casts, or name the head with head=",
     )
 

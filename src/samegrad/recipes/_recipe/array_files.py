@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from samegrad.recipes._recipe.refused_files import refused_file
+from samegrad.recipes._recipe.refused_files import open_file, refused_file
 
 # A header is a Python literal, an archive a zip file: every stage of reading them has a complaint of its own.
 _READING_ERRORS = (
@@ -29,7 +29,7 @@ def read_array(path: Path, *, what: str, dtype: type[np.floating[Any]] = np.floa
     Raises BadInput for a file that is cut off, goes on after its array, or holds other than finite real numbers.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
             if file.read(1):
                 raise ValueError(f"bytes beyond the {array.nbytes} that the header speaks of")
@@ -41,7 +41,7 @@ def read_array(path: Path, *, what: str, dtype: type[np.floating[Any]] = np.floa
 def read_archive(path: Path, names: Sequence[str], *, what: str) -> list[npt.NDArray[np.float64]]:
     """The arrays called ``names`` of a ``.npz`` file, in that order. Raises BadInput as ``read_array`` does."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             if not zipfile.is_zipfile(file):
                 raise ValueError("no .npz archive, or the end of one is missing")
             file.seek(0)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from samegrad.recipes._recipe.refused_files import refused_file
+from samegrad.recipes._recipe.refused_files import open_file, refused_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,13 +33,15 @@ def open_picture(path: Path, *, what: str, mode: Literal["L", "RGB"]) -> Image.I
     ``what`` names it as the user knows it: "picture 3 of the class cat". Raises BadInput for a file that holds no
     sound picture, more pixels than Pillow takes for harmless, or numbers without a known range.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
+    do = "write or fetch the file anew as PNG or JPEG, or take it out of the data"
     try:
-        with Image.open(path) as opened:
+        with open_file(path) as file, Image.open(file) as opened:
             return _eight_bits(ImageOps.exif_transpose(opened), opened.format).convert(mode)
+    except UnidentifiedImageError:
+        raise refused_file(path, what=what, found="no picture in a format that Pillow knows", do=do) from None
     except (*_READING_ERRORS, Image.DecompressionBombError) as error:
-        do = "write or fetch the file anew as PNG or JPEG, or take it out of the data"
         raise refused_file(path, what=what, found=error, do=do) from None
 
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from samegrad.recipes._recipe.refused_files import refused_file
+from samegrad.recipes._recipe.refused_files import open_file, refused_file
 
 # A zip file with a pickle in it, or the pickle alone: what is no sound one ends in any of these.
 _READING_ERRORS = (
@@ -27,7 +27,7 @@ def read_plain(path: Path, *, what: str) -> Any:
     ``what`` names it as the user knows it: "weights". Raises BadInput for a file that holds other things or is cut off.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except _READING_ERRORS as error:
         raise refused_file(path, what=what, found=error, do=_DO) from None
@@ -40,7 +40,8 @@ def read_tensors(path: Path, *, what: str) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         try:
-            found: Any = safetensors.torch.load_file(path)
+            with open_file(path) as file:
+                found: Any = safetensors.torch.load(file.read())
         except _READING_ERRORS as error:
             raise refused_file(path, what=what, found=error, do=_DO) from None
     else:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import samegrad as sg
 from samegrad.recipes._recipe import INSTALL
-from samegrad.recipes._recipe.refused_files import refused_file
+from samegrad.recipes._recipe.refused_files import open_file, refused_file
 
 from .clip_files import clip_paths
 
@@ -93,7 +93,7 @@ def read_wav(path: Path) -> Tensor:
 
     try:
         # Opened here: libsndfile calls a missing file a system error.
-        with path.open("rb") as file:
+        with open_file(path) as file:
             claimed_bytes, there_bytes = _sample_bytes(file)
             file.seek(0)
             read, rate = soundfile.read(file, dtype="float32", always_2d=True)
