@@ -9,19 +9,16 @@ ones are kept as what that was measured to hold leaves room for.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 from samegrad.errors import CannotSplit
-from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.graphs import Graphs
-from samegrad.levers.layout import Layout
 from samegrad.levers.recompute import Recompute
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Plan
 from samegrad.settle.again_ways import blocks_of
 from samegrad.settle.candidates import Search, Tried
-from samegrad.settle.edits import Levers, with_levers
+from samegrad.settle.edits import Levers, plan_anew
 from samegrad.settle.one_compiled_way import ROOM_FRACTION
 
 # Of a step whose blocks all run again, what is left at least when none does: one forward fewer on about three.
@@ -60,9 +57,6 @@ def captured_with_blocks_again(settled: Plan, search: Search, *, slower_seconds:
 
 
 def _whole(settled: Plan, blocks: list[str | list[str]]) -> Plan:
-    """The settled plan's batch and layout, all rows at once, with ``blocks`` again, captured."""
-    kept = {name: knobs for name, knobs in settled.levers.items() if name in (Layout.name, ExpandableSegments.name)}
-    origins = {name: origin for name, origin in settled.knob_origins.items() if name.partition(".")[0] in kept}
-    more: Levers = {Recompute.name: {"blocks": blocks}} if blocks else {}
-    bare = dataclasses.replace(settled, levers=kept, knob_origins=origins)
-    return with_levers(bare, {Graphs.name: {}, **more})
+    """All rows at once, with ``blocks`` again, captured."""
+    again: Levers = {Recompute.name: {"blocks": blocks}} if blocks else {}
+    return plan_anew(settled, {Graphs.name: {}, **again}, settled.batch_rows)

@@ -24,15 +24,19 @@ def with_levers(plan: Plan, more: Levers) -> Plan:
     return dataclasses.replace(plan, levers=levers, exactness=exactness, knob_origins=origins | plan.knob_origins)
 
 
-def compiled_plan(settled: Plan, levers: Levers, rows: int) -> Plan:
-    """The settled plan's batch and layout, ``rows`` at a time, compiled under ``levers``."""
+def plan_anew(settled: Plan, levers: Levers, rows: int) -> Plan:
+    """The settled plan's batch and layout, ``rows`` at a time, under ``levers`` instead of its own."""
     kept = {n: knobs for n, knobs in settled.levers.items() if n in (Layout.name, ExpandableSegments.name)}
     if rows < settled.batch_rows:
         kept |= {name: knobs for name, knobs in settled.levers.items() if name == "host_rows"}
         kept |= {SplitRows.name: {"rows": rows, "kept_chunks": 0}}
     origins = {name: origin for name, origin in settled.knob_origins.items() if name.partition(".")[0] in kept}
-    bare = dataclasses.replace(settled, levers=kept, knob_origins=origins)
-    return with_levers(bare, {Compile.name: Compile().knobs(), **levers})
+    return with_levers(dataclasses.replace(settled, levers=kept, knob_origins=origins), levers)
+
+
+def compiled_plan(settled: Plan, levers: Levers, rows: int) -> Plan:
+    """``plan_anew``, compiled under ``levers``."""
+    return plan_anew(settled, {Compile.name: Compile().knobs(), **levers}, rows)
 
 
 def rows_of(plan: Plan) -> int:
