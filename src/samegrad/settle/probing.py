@@ -261,7 +261,10 @@ def _facts(ways: Ways, residents: Residents, *, streamed: bool) -> dict[str, str
         if examination.passes == 1:
             facts["loss"] = f"one pass: {examination.reason}"
         else:
-            facts["loss"] = f"two passes, exact for every loss, at the cost of a second forward ({examination.reason})"
+            facts["loss"] = (
+                f"split by rows it takes two passes, exact for every loss, at the cost of a second forward "
+                f"({examination.reason})"
+            )
             if not streamed:
                 facts["loss"] += "; if the loss is a mean over rows, normalise='mean' removes it"
         if examination.module_hooks:

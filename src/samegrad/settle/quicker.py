@@ -22,6 +22,7 @@ from samegrad.execute.apply import applied, chunked_step
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.compile import Compile
 from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
+from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.layout import Layout
 from samegrad.measure.probe import Rung, measure_whole
@@ -175,7 +176,8 @@ def _as_measured(best: Tried, settled: Plan, before: Rung) -> Plan:
     if best.once_seconds == 0.0:
         return best.plan
     taken, left = best.plan.levers, settled.levers.keys() - best.plan.levers.keys()
-    new = [name for name in taken if name not in settled.levers]
+    # Why segments grow is said where they were found to.
+    new = [name for name in taken if name not in settled.levers and name != ExpandableSegments.name]
     named = " and ".join(new)
     reasons = best.plan.reasons | dict.fromkeys(left, f"not needed: measured, and faster with {named} instead")
     found = f"taken: measured {format_seconds(best.rung.seconds)} a step and {format_bytes(best.rung.peak_bytes)}"
