@@ -272,12 +272,13 @@ def settled_of(
     played = {rows: seconds for rows, _, seconds, _ in plans}
     seen: list[int] = []
 
-    def measured(*given: Any) -> Rung:
-        rows = given[4].levers["split_rows"]["rows"]
+    def measured(plan: Plan) -> Rung:
+        rows = plan.levers["split_rows"]["rows"]
         seen.append(rows)
         return Rung(rows, played[rows])
 
-    monkeypatch.setattr(ladder, "measured", measured)
+    monkeypatch.setattr(ladder, "measured", lambda *given: measured(given[4]))
+    monkeypatch.setattr(ladder, "measured_whole", lambda *given, most: measured(given[3]))
     monkeypatch.setattr(ladder, "choose_plan", lambda *_: ladder_plans)
     given = declared, aliases, measure(declared, batch, aliases), batch
     return settle(*given, budget=budget, options=Options())[0], seen
@@ -315,3 +316,14 @@ def test_on_a_cpu_whose_times_come_and_go_the_first_that_fits_is_taken(monkeypat
     plans = [(40, 1.0, 3.0, {}), (20, 1.5, 1.6, AGAIN)]
     plan, seen = settled_of(plans, Counting.TENSOR_BYTES, monkeypatch)
     assert seen == [40] and plan.levers["split_rows"]["rows"] == 40
+
+
+@pytest.mark.parametrize(("counting", "seen", "seconds"), [
+    (Counting.CUDA_ALLOCATOR, [ROWS], 3.0),
+    (Counting.TENSOR_BYTES, [], 1.0),
+], ids=["card", "cpu"])  # fmt: skip
+def test_what_levers_cost_the_whole_step_is_measured_on_a_card(
+    counting: Counting, seen: list[int], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, found = settled_of([(ROWS, 1.0, 3.0, {})], counting, monkeypatch)
+    assert found == seen and plan.predicted_seconds == seconds

@@ -76,7 +76,9 @@ def settle(
         with applied(plan, declared, layout.rows) as execution:
             sizes = execution.sizes
         whole = sizes is None or execution.runs_whole
-        if best is None and whole and (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most:
+        # What levers cost a card is measured for its seconds too: others are compared with them.
+        is_believed = whole and not (plan.levers and budget.counting is Counting.CUDA_ALLOCATOR)
+        if best is None and is_believed and (plan.predicted_peak_bytes or 0) <= _BELIEVED_FRACTION * most:
             return plan, footprint, None
 
         # Kernels are chosen by the rows as well: small probes may have seen others (distances, recurrent layers).
