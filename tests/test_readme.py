@@ -111,6 +111,13 @@ def test_the_figures_of_planning_are_those_of_the_results() -> None:
     assert f"| {share:.2f}, {time:.2f} of the plain step's |" in README
 
 
+def test_no_result_says_where_somebody_keeps_the_sources() -> None:
+    kept = re.compile(r"(?<![\w.])/[^\s\"]*src/samegrad")
+    assert kept.search('"why": "waits at /somewhere/src/samegrad/step.py:3"')
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert kept.search(path.read_text()) is None, path.name
+
+
 PAGES = sorted(ROOT.glob("src/samegrad/recipes/*/README.md"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -23,7 +24,9 @@ from samegrad.levers.graphs import Graphs
 from samegrad.levers.layout import Layout
 from samegrad.measure import counters
 from samegrad.measure.probe import Rung
+from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Budget, Plan
+from samegrad.settle.again_ways import blocks_of
 from samegrad.settle.edits import Levers
 from samegrad.settle.ladder import GrowingWhereNeeded, measured, measured_whole, most_bytes
 from samegrad.settle.probing import Measurement
@@ -104,6 +107,13 @@ class Search:
         power_of_two = 1 << positions.bit_length() - 1
         rows = max(ChunkLoss.fewest_positions, min(ChunkLoss.most_positions, power_of_two))
         return {ChunkLoss.name: {"head": footprint.head.path, "rows": rows}}
+
+    def blocks(self) -> list[str | list[str]]:
+        """The blocks of the model that can run again, where it has any."""
+        # Where memory runs out, the settled plan stands all the same.
+        with WithinMemory(self.declared), contextlib.suppress(CannotSplit):
+            return blocks_of(self.declared, self.batch)
+        return []
 
     def forget_captures(self) -> None:
         """Gives back what libraries took for the stream of captures: no plan without them holds it."""

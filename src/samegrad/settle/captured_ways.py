@@ -8,15 +8,11 @@ ones are kept as what that was measured to hold leaves room for.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
-from samegrad.errors import CannotSplit
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.recompute import Recompute
-from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Plan
-from samegrad.settle.again_ways import blocks_of
 from samegrad.settle.candidates import Search, Tried
 from samegrad.settle.edits import Levers, plan_anew
 from samegrad.settle.one_compiled_way import ROOM_FRACTION
@@ -25,17 +21,9 @@ from samegrad.settle.one_compiled_way import ROOM_FRACTION
 _LEAST_KEPT_SHARE = 0.75
 
 
-def blocks_for(search: Search) -> list[str | list[str]]:
-    """The blocks of the model that can run again, where it has any."""
-    # Where memory runs out, the settled plan stands all the same.
-    with WithinMemory(search.declared), contextlib.suppress(CannotSplit):
-        return blocks_of(search.declared, search.batch)
-    return []
-
-
 def captured_with_blocks_again(settled: Plan, search: Search, *, slower_seconds: float) -> Iterator[Tried]:
     """Those that fit; nothing more is tried once none can be faster than ``slower_seconds``."""
-    blocks = blocks_for(search)
+    blocks = search.blocks()
     again = search.measured(_whole(settled, blocks)) if blocks else None
     if again is None:
         return

@@ -14,7 +14,6 @@ from samegrad.levers.compile import Compile
 from samegrad.plan.options import Options
 from samegrad.records import Plan
 from samegrad.settle.candidates import Search, Tried
-from samegrad.settle.captured_ways import blocks_for
 from samegrad.settle.edits import Levers, compiled_plan, even_rows, rows_of
 from samegrad.settle.mixed_ways import mixed_candidates
 from samegrad.settle.one_compiled_way import ROOM_FRACTION, Way, measured_captured, tried_rows
@@ -35,7 +34,7 @@ def compiled_candidates(settled: Plan, search: Search, options: Options) -> Iter
 
 
 def _beside(head: Levers, settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
-    pinned, blocks = options.rows is not None, blocks_for(search)
+    pinned, blocks = options.rows is not None, search.blocks()
     kept, again = (Way.of(head, some, settled, search) for some in ([], blocks))
     # All rows at once and nothing twice is the fastest, where it fits.
     ways = [kept, again] if kept.first_rows(settled, search) == settled.batch_rows else [again, kept]
