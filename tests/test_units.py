@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from samegrad.errors import UsageError
@@ -21,9 +21,11 @@ def test_whole_amounts_are_read_to_the_byte(amount: int, unit: str) -> None:
 
 
 @given(st.integers(1, 2**50))
+@example(1070)
 def test_what_is_printed_can_be_read_back_within_its_digits(amount_bytes: int) -> None:
     again = parse_bytes(format_bytes(amount_bytes))
-    assert abs(again - amount_bytes) <= 0.005 * amount_bytes
+    # Half of the last digit, and the part of a byte that is left off where it is read.
+    assert abs(again - amount_bytes) <= 0.005 * amount_bytes + 1
 
 
 def test_binary_and_decimal_units_differ() -> None:
