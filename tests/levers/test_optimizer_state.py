@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import samegrad as sg
 from samegrad.declared import declare
 from samegrad.errors import UsageError
-from samegrad.levers.optimizer_state import OptimizerState, _TravellingState
+from samegrad.levers import optimizer_state
+from samegrad.levers.optimizer_state import OptimizerState, _Piece
 
 from ..contract.lever_zoo import cnn, forced, mlp, plan_with
 from ..contract.plain import assert_bitwise, cross_entropy, same
@@ -199,10 +200,16 @@ def test_steps_that_cannot_take_it_are_refused_with_the_reason() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["_sent", "_returned"])
+@pytest.mark.parametrize("method", ["sent", "returned"])
 def test_planted_state_that_is_lost_on_its_way_is_caught(method: str, monkeypatch: Patch) -> None:
-    right = getattr(_TravellingState, method)
-    monkeypatch.setattr(_TravellingState, method, lambda self, *given: right(self, *given).zero_())
+    right = getattr(_Piece, method)
+
+    def lost(piece: _Piece) -> _Piece:
+        moved: _Piece = right(piece)
+        moved.memory.zero_()
+        return moved
+
+    monkeypatch.setattr(_Piece, method, lost)
     plain, ours = Training("adam", lever=False), Training("adam", lever=True)
     plain.run(3)
     ours.run(3)
@@ -211,6 +218,56 @@ def test_planted_state_that_is_lost_on_its_way_is_caught(method: str, monkeypatc
 
 
 def test_planted_copies_that_are_written_again_are_caught(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(_TravellingState, "_returned", lambda self, copies, leaf: leaf)
+    monkeypatch.setattr(_Piece, "returned", lambda piece: piece)
     with pytest.raises(AssertionError):
         test_what_was_taken_from_the_state_stays_what_it_was()
+
+
+def test_many_tensors_travel_in_few_pieces_and_large_ones_in_one_of_their_own(monkeypatch: Patch) -> None:
+    packed = _Piece.packed
+    pieces: list[list[int]] = []
+
+    def seen(leaves: Sequence[Tensor]) -> _Piece:
+        pieces.append([leaf.nbytes for leaf in leaves])
+        piece = packed(leaves)
+        assert all((part.data_ptr() - piece.memory.data_ptr()) % 64 == 0 for part in piece.parts)
+        return piece
+
+    monkeypatch.setattr(_Piece, "packed", seen)
+    ours = Training("adam", lever=True)
+    ours.run(3)
+    # All at once, and after that as they lie.
+    assert len(pieces) == 1
+    [sizes] = pieces
+    monkeypatch.setattr(optimizer_state, "_PIECE_BYTES", max(sizes))
+    # What is loaded is packed anew.
+    ours.optimizer.load_state_dict(copy.deepcopy(ours.optimizer.state_dict()))
+    ours.run(2)
+    assert sorted(size for piece in pieces[1:] for size in piece) == sorted(sizes)
+    assert 1 < len(pieces[1:]) < len(sizes) and all(sum(piece) <= max(sizes) for piece in pieces[1:])
+
+
+def test_what_is_saved_of_state_shares_no_memory_and_travels_when_it_is_loaded() -> None:
+    ours = Training("adam", lever=True)
+    ours.run(2)
+    file = io.BytesIO()
+    torch.save(ours.optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)["state"]
+    moments = [t for entry in saved.values() for t in entry.values() if t.dim()]
+    assert len({t.untyped_storage().data_ptr() for t in moments}) == len(moments)
+    assert ours.step is not None
+    ours.step.close()
+    moments = [t for entry in ours.optimizer.state.values() for t in entry.values() if t.dim()]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in moments)
+
+
+def test_a_part_that_a_user_takes_of_state_that_came_back_keeps_it_there() -> None:
+    ours = Training("adam", lever=True)
+    ours.run(1)
+    state = next(s for s in ours.optimizer.state.values() if s["exp_avg"].dim() > 1)
+    handle = ours.optimizer.register_step_pre_hook(lambda *_: state.update(first=state["exp_avg"][0]))
+    ours.run(1)
+    handle.remove()
+    assert state["first"].untyped_storage().data_ptr() == state["exp_avg"].untyped_storage().data_ptr()
+    assert torch.equal(state["first"], state["exp_avg"][0])

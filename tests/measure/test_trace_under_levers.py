@@ -32,7 +32,13 @@ LEVERS: dict[str, dict[str, Any]] = {
     "offload_saved": {"smallest_bytes": 256},
     "optimizer_state": {},
 }
-CASES = [(name, lever) for name in STEPS for lever in LEVERS if (name, lever) != ("words", "layout")]
+# State does not leave a model's device where that is the host, and there are no pictures among words.
+CASES = [
+    (name, lever)
+    for name in STEPS
+    for lever in LEVERS
+    if lever != "optimizer_state" and (name, lever) != ("words", "layout")
+]
 RUNNING = (Phase.FORWARD, Phase.BACKWARD)
 
 
@@ -59,8 +65,8 @@ def test_what_a_step_under_a_lever_holds_to_the_byte(name: str, lever: str) -> N
     with standing(plan, declared), applied(plan, declared, ROWS) as execution:
         counted = counted_peaks(execution.declared, batch, plainly())
     assert [peak_bytes(trace, step=step) for step in range(2)] == counted
-    # The planted twin: the trace of another step is told apart from it. (On the CPU, state on the host saves nothing.)
-    assert lever == "optimizer_state" or peak_bytes(traced(*step_of(name), plan_of())) != counted[1]
+    # The planted twin: the trace of another step is told apart from it.
+    assert peak_bytes(traced(*step_of(name), plan_of())) != counted[1]
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
@@ -73,13 +79,18 @@ def test_state_on_the_host_is_missing_while_the_step_runs_and_back_in_the_optimi
     trace = traced(declared, batch, plan_of("optimizer_state"), "cuda")
     held = peak_by_phase(trace)
     entries = {"AdamW": 2, "SGD": 1}[optimizer]
-    state_bytes = entries * sum(p.nbytes for p in declared.model.parameters() if p.numel() > 1)
+    sizes = [p.nbytes for p in declared.model.parameters() if p.numel() > 1]
+    state_bytes = entries * sum(sizes)
     assert {phase: plain[phase] - held[phase] for phase in RUNNING} == dict.fromkeys(RUNNING, state_bytes)
     # Without temporaries the plain turn's first event is a gradient's end.
     assert 0 <= held[Phase.OPTIMIZER] - plain[Phase.OPTIMIZER] <= max(p.nbytes for p in declared.model.parameters())
     # The first step of the two makes it; the second brings it back, and both send it away.
     moved = {step: [o.bus_bytes for o in trace.operations if o.step == step and o.bus_bytes] for step in range(2)}
-    assert sum(moved[0]) == -state_bytes and sum(moved[1]) == 0 and sum(map(abs, moved[1])) == 2 * state_bytes
+    assert sum(moved[0]) == -state_bytes and sum(moved[1]) == 0
+    # Once away it travels as it lies, with less than an entry of 64 bytes between two tensors.
+    assert 0 <= sum(map(abs, moved[1])) - 2 * state_bytes < 2 * 64 * entries * len(sizes)
+    # In few pieces: one of each dtype here.
+    assert len(moved[1]) == 2
 
 
 def deep_step() -> tuple[DeclaredStep, Any]:

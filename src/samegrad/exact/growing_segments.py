@@ -40,12 +40,16 @@ def growing_segments() -> Iterator[None]:
         _change(f"{also}{_GROWS}:False")
 
 
+def segments_grow() -> bool:
+    """Whether segments that are new do now."""
+    return f"{_GROWS}:True" in _settings()
+
+
 def why_not() -> str:
     """Why segments cannot be made to grow here, or need not; empty where they can."""
-    before = _settings()
-    if f"{_GROWS}:True" in before:
+    if segments_grow():
         return "not needed: the allocator was told so already"
-    if "cudaMallocAsync" in before:
+    if "cudaMallocAsync" in _settings():
         return "the allocator is cudaMallocAsync, which has no segments"
     if sys.platform != "linux" or not hasattr(torch._C, "_accelerator_setAllocatorSettings"):
         return "this platform or version of torch has no such segments"

@@ -112,7 +112,9 @@ class MappedStep:
                 scaled = loss if scaler is None else scaler.scale(loss)
                 with hooks_silenced(leaves):
                     gradients = program.gradients_outside_autocast(scaled, torch.ones_like(scaled), leaves)
-            sizes_of = [magnitudes.of(leaf, gradient) for leaf, gradient in zip(leaves, gradients)]
+            sizes_of: list[Tensor | None] = [None] * len(leaves)
+            if self.with_magnitudes:
+                sizes_of = [magnitudes.of(leaf, gradient) for leaf, gradient in zip(leaves, gradients)]
         owners = owners_of(leaves, swapped, aliases.parameters)
         # A parameter may be reached past its place as well: then it has two leaves.
         parameters = list(dict.fromkeys([*aliases.parameters, *owners]))

@@ -3,8 +3,8 @@
 Saves: the state's bytes on the device while forward and backward run. Not in the optimizer's own step: there the state
 is back, beside parameters and gradients, so that step's peak is what it was.
 Costs: the state travels to the device and to the host once a step, and the step waits for it; pinned host memory. What
-the allocator keeps of forward and backward has other sizes than the state, so it is given back before the state comes,
-and the state's after it went; the next step takes its memory anew.
+the allocator keeps of forward and backward has other sizes than the state, so in segments that do not grow it is given
+back before the state comes, and the state's after it went; the next step takes its memory anew.
 Why the gradient is the same: nothing is computed on the way; every step of the optimizer finds the bits it left.
 Refuses: models on the CPU, where the state is on the host already, and steps without an optimizer.
 Source: Ren et al. 2021, "ZeRO-Offload", arXiv:2101.06840, section 3, but with the update on the device.
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, ClassVar
 
 import torch
@@ -26,8 +26,13 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
 from samegrad.exact.dataless import computing, has_data, is_torchs_own, memory_of
+from samegrad.exact.growing_segments import segments_grow
 from samegrad.levers._lever import Execution, Slot
 from samegrad.records import Exactness, Footprint
+
+# The most that travels at once, larger tensors apart, and what each tensor of a piece begins at a multiple of.
+_PIECE_BYTES = 64 << 20
+_ALIGNED_BYTES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,7 @@ class OptimizerState:
             )
         travels = _TravellingState(declared.optimizer)
         with contextlib.ExitStack() as stack:
-            stack.callback(travels.bring_back)
+            stack.callback(travels.stay)
             travels.send_away()
             stack.callback(declared.optimizer.register_step_pre_hook(lambda *_: travels.bring_back()).remove)
             stack.callback(declared.optimizer.register_step_post_hook(lambda *_: travels.send_away()).remove)
@@ -70,78 +75,176 @@ class OptimizerState:
     def knobs(self) -> dict[str, Any]:
         return {}
 
+    @staticmethod
+    def pieces_of(state_bytes: int) -> tuple[int, ...]:
+        """The bytes of each piece in which ``state_bytes`` of many tensors travel, about."""
+        whole, rest = divmod(state_bytes, _PIECE_BYTES)
+        return (*[_PIECE_BYTES] * whole, *[rest] * (rest > 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """State tensors that travel together: parts of one ``memory``, which belong on the device ``home``.
+
+    ``starts``: where in the memory each of ``parts`` begins, in entries.
+    """
+
+    home: torch.device
+    memory: Tensor
+    starts: tuple[int, ...]
+    parts: tuple[Tensor, ...]
+
+    @classmethod
+    def packed(cls, leaves: Sequence[Tensor]) -> _Piece:
+        """Copies of ``leaves``, which are of one dtype and device, on the host."""
+        aligned = max(1, _ALIGNED_BYTES // leaves[0].element_size())
+        starts = [0, *itertools.accumulate(-(-leaf.numel() // aligned) * aligned for leaf in leaves)]
+        memory = _host_memory(leaves[0], starts.pop())
+        # As dense as they are, whatever the order of their axes.
+        strides = [torch.empty_like(leaf, device="meta").stride() for leaf in leaves]
+        parts = [_apart(memory, *one) for one in zip(starts, (leaf.shape for leaf in leaves), strides)]
+        for part, leaf in zip(parts, leaves):
+            part.copy_(leaf, non_blocking=True)
+        return cls(leaves[0].device, memory, tuple(starts), tuple(parts))
+
+    def sent(self) -> _Piece:
+        """A copy on the host, in memory that nobody has."""
+        memory = _host_memory(self.memory, self.memory.numel()).copy_(self.memory, non_blocking=True)
+        parts = [_apart(memory, start, part.shape, part.stride()) for start, part in zip(self.starts, self.parts)]
+        return _Piece(self.home, memory, self.starts, tuple(parts))
+
+    def returned(self) -> _Piece:
+        """A copy on its device."""
+        memory = torch.empty_like(self.memory, device=self.home).copy_(self.memory, non_blocking=True)
+        parts = [memory.as_strided(part.shape, part.stride(), start) for start, part in zip(self.starts, self.parts)]
+        return _Piece(self.home, memory, self.starts, tuple(parts))
+
+    def freed(self) -> list[Tensor]:
+        """Copies of its parts on its device, each in memory of its own."""
+        return [torch.empty_like(part, device=self.home).copy_(part, non_blocking=True) for part in self.parts]
+
+    def has_any_of(self, ids: Set[int]) -> bool:
+        return any(id(part) in ids for part in self.parts)
+
+
+def _host_memory(like: Tensor, entries: int) -> Tensor:
+    pinned = like.device.type == "cuda" and has_data(like)
+    return torch.empty(entries, dtype=like.dtype, device="cpu", pin_memory=pinned)
+
+
+def _apart(memory: Tensor, start: int, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """The tensor that lies in ``memory`` from entry ``start`` on, of a storage of its own.
+
+    A checkpoint writes storages whole, and what is loaded from it shares them as they were shared.
+    """
+    view = memory[start : start + shape.numel()]
+    if computing():
+        # By way of bytes, since numpy does not know all of torch's dtypes.
+        view = torch.from_numpy(view.view(torch.uint8).numpy()).view(memory.dtype)
+    return view.as_strided(shape, stride, view.storage_offset())
+
 
 class _TravellingState:
     """The state tensors of an optimizer, of which some are away on the host.
 
-    Entries of ``optimizer.state`` are replaced and never written where they are: what a checkpoint or the user took
-    from it stays what it was. What a user loads or puts there meanwhile is left as it is.
+    They travel in pieces of many: hundreds of small copies take longer to launch than to run. Entries of
+    ``optimizer.state`` are replaced and never written where they are: what a checkpoint or the user took from it stays
+    what it was. What a user loads or puts there meanwhile is left as it is.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        # Where each came from, by its id, which stays taken while the tensor is kept here.
-        self._away: dict[int, tuple[Tensor, torch.device]] = {}
+        # On the host, and on their devices since they came back. Ids of their parts stay taken while they are here.
+        self._away: list[_Piece] = []
+        self._back: list[_Piece] = []
 
     def send_away(self) -> None:
-        there = {id(leaf) for leaf in self._leaves()}
-        self._away = {key: kept for key, kept in self._away.items() if key in there}
-        shared = _in_shared_memory([*self._parameters(), *self._leaves()])
-        copies: dict[int, tuple[Tensor, Tensor]] = {}
-        for parameter in self._parameters():
-            self._replace(parameter, functools.partial(self._sent, parameter.device, shared, copies))
-        for device in {parameter.device for parameter in self._parameters()}:
+        leaves = {id(leaf): leaf for leaf in self._leaves()}
+        mine = {id(part) for piece in (*self._away, *self._back) for part in piece.parts}
+        shared = _in_shared_memory([*self._parameters(), *(leaf for key, leaf in leaves.items() if key not in mine)])
+        self._away = [piece for piece in self._away if piece.has_any_of(leaves.keys())]
+        gone = {id(part) for piece in self._away for part in piece.parts}
+        sent, moved = list[_Piece](), dict[int, Tensor]()
+        for piece in self._back:
+            if memory_of(piece.memory) not in shared and all(id(part) in leaves for part in piece.parts):
+                sent.append(_noted(piece.parts, piece.sent(), moved))
+        homes = {id(leaf): p.device for p in self._parameters() for leaf in self._leaves_of(p)}
+        others = [
+            leaf
+            for key, leaf in leaves.items()
+            if key not in gone and key not in moved and _can_travel(leaf, homes[key]) and memory_of(leaf) not in shared
+        ]
+        sent += [_noted(group, _Piece.packed(group), moved) for group in _in_pieces(others)]
+        for device in {piece.home for piece in sent}:
             if device.type != "cpu" and computing():
                 # A checkpoint may read the copies at any time from now on.
                 torch.accelerator.current_stream(device).synchronize()
-        copies.clear()
+        self._replace(moved)
+        self._away, self._back = [*self._away, *sent], []
+        # What is held here would not be given back.
+        leaves.clear()
+        others.clear()
         self._make_room()
 
     def bring_back(self) -> None:
         self._make_room()
-        copies: dict[int, tuple[Tensor, Tensor]] = {}
-        for parameter in self._parameters():
-            self._replace(parameter, functools.partial(self._returned, copies))
-        self._away = {}
+        here, moved = {id(leaf) for leaf in self._leaves()}, dict[int, Tensor]()
+        back = [_noted(one.parts, one.returned(), moved) for one in self._away if one.has_any_of(here)]
+        self._replace(moved)
+        self._away, self._back = [], [*self._back, *back]
+
+    def stay(self) -> None:
+        """Brings back what is away, for good: each tensor in memory of its own."""
+        self._make_room()
+        while pieces := self._away or self._back:
+            moved = {id(part): freed for part, freed in zip(pieces[-1].parts, pieces[-1].freed())}
+            self._replace(moved)
+            pieces.pop()
 
     def _make_room(self) -> None:
-        """Gives back what the allocator keeps: within a cap nothing else finds room among pieces of other sizes."""
-        if self._away and computing() and any(device.type == "cuda" for _, device in self._away.values()):
+        """Gives back what the allocator keeps: within a cap a piece finds no room among segments of other sizes.
+
+        Those that grow have it: what is free in them is free together.
+        """
+        if self._away and computing() and not segments_grow() and any(p.home.type == "cuda" for p in self._away):
             torch.cuda.empty_cache()
-
-    def _sent(
-        self, home: torch.device, shared: set[int], copies: dict[int, tuple[Tensor, Tensor]], leaf: Tensor
-    ) -> Tensor:
-        if id(leaf) in copies:
-            return copies[id(leaf)][1]
-        if id(leaf) in self._away or not _can_travel(leaf, home) or memory_of(leaf) in shared:
-            return leaf
-        host = torch.empty_like(leaf, device="cpu", pin_memory=home.type == "cuda" and has_data(leaf))
-        host.copy_(leaf, non_blocking=True)
-        copies[id(leaf)] = (leaf, host)
-        self._away[id(host)] = (host, home)
-        return host
-
-    def _returned(self, copies: dict[int, tuple[Tensor, Tensor]], leaf: Tensor) -> Tensor:
-        if id(leaf) not in self._away:
-            return leaf
-        if id(leaf) not in copies:
-            there = torch.empty_like(leaf, device=self._away[id(leaf)][1])
-            copies[id(leaf)] = (leaf, there.copy_(leaf, non_blocking=True))
-        return copies[id(leaf)][1]
 
     def _parameters(self) -> list[Tensor]:
         # Some optimizers keep other things among their state.
         return [key for key, state in self._optimizer.state.items() if isinstance(key, Tensor) and state]
 
-    def _leaves(self) -> list[Tensor]:
-        states = [self._optimizer.state[parameter] for parameter in self._parameters()]
-        return [leaf for leaf in trees.leaves_of(states) if isinstance(leaf, Tensor)]
+    def _leaves_of(self, parameter: Tensor) -> list[Tensor]:
+        return [leaf for leaf in trees.leaves_of(self._optimizer.state[parameter]) if isinstance(leaf, Tensor)]
 
-    def _replace(self, parameter: Tensor, moved: Callable[[Tensor], Tensor]) -> None:
-        state = self._optimizer.state[parameter]
-        for key, value in state.items():
-            state[key] = trees.map_tensors(value, moved)
+    def _leaves(self) -> list[Tensor]:
+        return [leaf for parameter in self._parameters() for leaf in self._leaves_of(parameter)]
+
+    def _replace(self, moved: dict[int, Tensor]) -> None:
+        for parameter in self._parameters():
+            state = self._optimizer.state[parameter]
+            for key, value in state.items():
+                state[key] = trees.map_tensors(value, lambda leaf: moved.get(id(leaf), leaf))
+
+
+def _noted(before: Sequence[Tensor], after: _Piece, moved: dict[int, Tensor]) -> _Piece:
+    """``after``, whose parts are noted in ``moved`` by the ids of what they are copies of."""
+    moved |= {id(old): new for old, new in zip(before, after.parts)}
+    return after
+
+
+def _in_pieces(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """``leaves`` by device and dtype, as many together as a piece holds."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for leaf in leaves:
+        groups.setdefault((leaf.device, leaf.dtype), []).append(leaf)
+    for group in groups.values():
+        piece: list[Tensor] = []
+        for leaf in group:
+            if piece and sum(one.nbytes for one in (*piece, leaf)) > _PIECE_BYTES:
+                yield piece
+                piece = []
+            piece.append(leaf)
+        yield piece
 
 
 def _can_travel(leaf: Tensor, home: torch.device) -> bool:

@@ -17,6 +17,7 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep, checked_loss
 from samegrad.exact import losses
 from samegrad.exact.attributes import put_back
+from samegrad.exact.growing_segments import segments_grow
 from samegrad.exact.handoff import hooks_silenced
 from samegrad.exact.one_chunk import ChunkedStep
 from samegrad.exact.phases import announce, arriving_chunks, listening
@@ -93,12 +94,17 @@ class OptimizerTurn:
     """What the optimizer takes that no probe shows: state that its first step makes, and what each of its steps takes
     and gives back while the gradients stand.
 
-    ``makes_room``: what the allocator keeps for later is given back before each turn and after it.
+    ``travelling_bytes``: of each piece of state that comes from the host for a turn and leaves after it.
     """
 
     missing_state_bytes: int = 0
     temporary_bytes: int = 0
-    makes_room: bool = False
+    travelling_bytes: tuple[int, ...] = ()
+
+    @property
+    def makes_room(self) -> bool:
+        """Whether what the allocator keeps for later is given back before each turn and after it."""
+        return bool(self.travelling_bytes) and not segments_grow()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +153,7 @@ def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], turn: O
             state += _with_turn(declared, run, turn, new_bytes=0 if index else turn.missing_state_bytes)
         before = counters.read_allocator(device)
         counters.reset_peaks(device)
-        timed_run = functools.partial(_with_turn, declared, run, turn) if turn.makes_room else run
+        timed_run = functools.partial(_with_turn, declared, run, turn) if turn.travelling_bytes else run
         seconds = min(timed(timed_run, device) for _ in range(2))
         _with_turn(declared, run, turn)
         after = counters.read_allocator(device)
@@ -165,8 +171,9 @@ def _with_turn(
     if turn.makes_room:
         torch.cuda.empty_cache()
     state = _standing_in(declared, new_bytes)
+    travelling = [torch.empty(piece, dtype=torch.uint8, device=declared.device) for piece in turn.travelling_bytes]
     _standing_in(declared, turn.temporary_bytes)
-    del gradients
+    del gradients, travelling
     if turn.makes_room:
         torch.cuda.empty_cache()
     return state

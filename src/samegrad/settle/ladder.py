@@ -257,7 +257,7 @@ def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:
     if OptimizerState.name not in plan.levers:
         return measurement.turn
     state_bytes = measurement.footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
-    return OptimizerTurn(0, measurement.turn.temporary_bytes + state_bytes, makes_room=True)
+    return OptimizerTurn(0, measurement.turn.temporary_bytes, OptimizerState.pieces_of(state_bytes))
 
 
 def _more_turn_seconds(plan: Plan, footprint: Footprint) -> float:
