@@ -3,8 +3,9 @@
 A budget is what must be there (parameters, gradients, optimizer state) and x % of what the plain step reserves above
 that; the allocator is capped at it. For each cell: peak reserved bytes, milliseconds a step (median of eight after
 three, from event to event on the device: as in training, nobody waits for one step before the next begins), rows a
-second, the norm of the difference to the plain step's gradients over their norm, or that it did not fit, or that it
-computes another function.
+second, the norm of the difference to the plain step's gradients over their norm, how far its gradients and the plain
+step's are from those in float64 (the contract allows twice as far), or that it did not fit, or that it computes another
+function.
 
     python benchmarks/budget_sweep.py [--workload NAME ...] [--budget X ...] [--contender NAME ...]
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -52,6 +54,7 @@ WARM, TIMED = 3, 9
 # A training run of some hours; compiling must pay for itself within it.
 EXPECTED_STEPS = 100_000
 NARROW = torch.bfloat16
+_FLOAT64_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +74,11 @@ WORKLOADS = {
 }
 
 
-def loss_of(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+def loss_of(outputs: Tensor, batch: tuple[Tensor, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """As most training loops have it: classes and tokens by cross-entropy in float32."""
     if batch[1].is_floating_point():
-        return F.mse_loss(outputs.float(), batch[1])
-    return F.cross_entropy(outputs.flatten(0, -2).float(), batch[1].flatten())
+        return F.mse_loss(outputs.to(dtype), batch[1])
+    return F.cross_entropy(outputs.flatten(0, -2).to(dtype), batch[1].flatten())
 
 
 @dataclasses.dataclass
@@ -223,9 +226,13 @@ def reference(name: str, gradients_file: Path) -> dict[str, Any]:
     # Counted apart: a counter keeps what it looks at.
     with FlopCounterMode(display=False) as counter:
         training.loss(training.batch).backward()
-    torch.save([p.grad.cpu() for p in training.model.parameters() if p.grad is not None], gradients_file)
+    plain = _gradients_of(training.model)
+    in_float64 = _in_float64(training)
+    torch.save((plain, in_float64), gradients_file)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
+    # The twin in float64 took workspaces and segments of its own.
+    torch._C._cuda_clearCublasWorkspaces()
     _emptied()
     torch.cuda.reset_peak_memory_stats()
     cell = _timed(training, lambda: training.loss(training.batch).backward())
@@ -235,6 +242,7 @@ def reference(name: str, gradients_file: Path) -> dict[str, Any]:
         "floor_bytes": 4 * weights,
         "plain_reserved_bytes": cell["peak_reserved_bytes"],
         "plain_seconds": cell["seconds"],
+        "plain_error": _apart_by(plain, in_float64),
         "operations_floor_seconds": counter.get_total_flops() / card.flops_per_second["bfloat16"],
         # Read for the forward and the backward; gradients written and read; weights and two moments read and written.
         "bytes_floor_seconds": (2 + 2 + 6) * weights / card.bandwidth_bytes_per_second,
@@ -257,7 +265,7 @@ def measure(name: str, by: str, budget: int, gradients_file: Path) -> dict[str, 
             # Some take steps to find their rows.
             training.model.load_state_dict(weights)
             backward()
-            found = _difference(training.model, torch.load(gradients_file))
+            found = _gradients_of(training.model)
             training.optimizer.step()
             training.optimizer.zero_grad(set_to_none=True)
             before_seconds = time.perf_counter() - start
@@ -271,9 +279,11 @@ def measure(name: str, by: str, budget: int, gradients_file: Path) -> dict[str, 
             raise RuntimeError("".join(traceback.format_exception(error))) from None
         [*_, last] = traceback.extract_tb(error.__traceback__)
         return {"fits": False, "found": f"out of memory in {Path(last.filename).name}:{last.lineno}"}
+    plain, in_float64 = torch.load(gradients_file)
     return {
         "fits": True,
-        "gradient_difference": found,
+        "gradient_difference": _apart_by(found, plain),
+        "gradient_error": _apart_by(found, in_float64),
         "before_seconds": before_seconds,
         **cell,
         "rows_per_second": training.rows / cell["seconds"],
@@ -309,10 +319,26 @@ def _timed(training: Training, backward: Backward) -> dict[str, Any]:
     }
 
 
-def _difference(model: nn.Module, gradients: list[Tensor]) -> float:
-    mine = [p.grad for p in model.parameters() if p.grad is not None]
-    apart = sum(float((a.cpu().double() - b.double()).norm()) ** 2 for a, b in zip(mine, gradients, strict=True))
-    return (apart / sum(float(b.double().norm()) ** 2 for b in gradients)) ** 0.5
+def _gradients_of(model: nn.Module) -> list[Tensor]:
+    return [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+
+
+def _in_float64(training: Training) -> list[Tensor]:
+    """The gradients of a copy that computes in float64 throughout, a few rows at a time where no layer couples them."""
+    model = copy.deepcopy(training.model).double()
+    model.zero_grad(set_to_none=True)
+    rows = training.rows if training.workload.couples_rows else _FLOAT64_ROWS
+    batch = [leaf.double() if leaf.is_floating_point() else leaf for leaf in training.batch]
+    for inputs, targets in zip(*(leaf.split(rows) for leaf in batch)):
+        loss = loss_of(model(inputs), (inputs, targets), torch.float64)
+        (loss * (len(inputs) / training.rows)).backward()
+    return _gradients_of(model)
+
+
+def _apart_by(gradients: list[Tensor], reference: list[Tensor]) -> float:
+    """The norm of the difference of all gradients over the norm of the reference."""
+    apart = sum(float((a.double() - b.double()).norm()) ** 2 for a, b in zip(gradients, reference, strict=True))
+    return (apart / sum(float(b.double().norm()) ** 2 for b in reference)) ** 0.5
 
 
 def _file_name() -> str:

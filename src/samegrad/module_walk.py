@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 
 def parts_of(roots: Iterable[nn.Module]) -> list[nn.Module]:
@@ -33,3 +34,13 @@ def buffers_of(roots: Iterable[nn.Module]) -> list[Tensor]:
     """All buffers of ``roots`` and what is below them, each once."""
     found = {id(b): b for part in parts_of(roots) for b in part._buffers.values() if b is not None}
     return list(found.values())
+
+
+def convolves(roots: Iterable[nn.Module]) -> bool:
+    """Whether there are layers among them whose kernels a library chooses by their shapes."""
+    return any(isinstance(part, _ConvNd) for part in parts_of(roots))
+
+
+def is_compiled(part: nn.Module) -> bool:
+    """By torch.compile(part), or by part.compile()."""
+    return hasattr(part, "_orig_mod") or part._compiled_call_impl is not None

@@ -26,6 +26,7 @@ from samegrad.exact.probes import PROBE_ROWS
 from samegrad.exact.replaced_forward import forward_replaced, has_own_forward
 from samegrad.exact.sharded import is_sharded
 from samegrad.exact.undisturbed import step_undisturbed
+from samegrad.module_walk import is_compiled
 from samegrad.trees import RowLayout
 
 # Layers after the head, such as one that gives a value, that are looked past.
@@ -182,7 +183,7 @@ def _tried(declared: DeclaredStep, path: str, few: Any, rows: int) -> Head:
         raise _refused(path, f"a {type(head).__name__} with a forward of its own")
     if is_sharded(head.weight):
         raise _refused(path, "its weight is sharded (fully_shard) and is gathered only while the layer runs")
-    if any(map(_is_compiled, declared.network.modules())):
+    if any(map(is_compiled, declared.network.modules())):
         raise _refused(path, "the model is compiled, and what a compiled graph does with logits is not seen")
     uses = Uses(path)
     with step_undisturbed(declared), torch.enable_grad(), _quiet():
@@ -196,11 +197,6 @@ def _tried(declared: DeclaredStep, path: str, few: Any, rows: int) -> Head:
     if not uses.losses:
         raise _refused(path, "no cross-entropy takes its output")
     return Head(path, head.out_features, head.in_features, uses.positions / rows)
-
-
-def _is_compiled(part: nn.Module) -> bool:
-    """By torch.compile(part), or by part.compile()."""
-    return hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
 
 
 @contextlib.contextmanager

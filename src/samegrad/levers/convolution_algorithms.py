@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
-from torch.nn.modules.conv import _ConvNd
 
 from samegrad.declared import DeclaredStep
 from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._variants import predicted_without
+from samegrad.module_walk import convolves
 from samegrad.records import Exactness, Footprint
 
 
@@ -37,7 +37,7 @@ class ConvolutionAlgorithms:
     def unsuited(cls, declared: DeclaredStep) -> str | None:
         if declared.device.type != "cuda":
             return f"cuDNN's algorithms are CUDA's, and the model is on {declared.device}"
-        if not convolves(declared):
+        if not convolves(declared.modules):
             return "the model has no convolution layer"
         if torch.backends.cudnn.benchmark:
             return "not needed: torch.backends.cudnn.benchmark is on"
@@ -66,8 +66,3 @@ class ConvolutionAlgorithms:
 
     def knobs(self) -> dict[str, Any]:
         return {}
-
-
-def convolves(declared: DeclaredStep) -> bool:
-    """Whether there are layers whose kernels cuDNN chooses."""
-    return any(isinstance(part, _ConvNd) for module in declared.modules for part in module.modules())

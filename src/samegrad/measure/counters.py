@@ -83,14 +83,32 @@ def take_workspaces(device: torch.device) -> None:
         return
     # Graphs that were closed are let go of, and their segments given back.
     release_cached(device)
-    if not _has_captured(device):
+    if not has_captured(device):
         torch._C._cuda_clearCublasWorkspaces()
         release_cached(device)
     ones = torch.ones(8, 8, device=device, requires_grad=True)
     torch.autograd.grad((ones @ ones).sum(), ones)
 
 
-def _has_captured(device: torch.device) -> bool:
+@contextlib.contextmanager
+def workspaces_of_two_threads(device: torch.device) -> Iterator[None]:
+    """A block on a thread whose backward runs on it as well: as many bytes stand as if that had a thread of its own.
+
+    What cuBLAS keeps for other threads is given back before it, and what it took for this one after it.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    release_cached(device)
+    before = torch.cuda.memory_allocated(device)
+    take_workspaces(device)
+    others = torch.empty(torch.cuda.memory_allocated(device) - before, dtype=torch.uint8, device=device)
+    try:
+        yield
+    finally:
+        del others
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def has_captured(device: torch.device) -> bool:
     """Whether a captured graph holds memory: its segments are of a pool of their own."""
     index = torch.device(device).index or 0
     return any(

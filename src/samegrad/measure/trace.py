@@ -46,6 +46,7 @@ from samegrad.measure.shadows import (
     shadow_optimizer,
     standing_in,
 )
+from samegrad.module_walk import is_compiled
 from samegrad.records import Category, Phase
 
 # run(declared, batch): forward, loss and backward, which leaves gradients in ``.grad``.
@@ -210,11 +211,7 @@ def _in_place(
 
 
 def _notes_on(declared: DeclaredStep, modules: NamedModules) -> dict[str, str]:
-    compiled = [
-        path or "the model"
-        for path, part in modules
-        if part._compiled_call_impl is not None or hasattr(part, "_orig_mod")
-    ]
+    compiled = [path or "the model" for path, part in modules if is_compiled(part)]
     notes = dict.fromkeys(compiled, "compiled; its operations were followed one by one, as without compilation")
     if declared.model is not declared.network:
         notes["ranks"] = "followed as one rank without the others; buckets for their gradients are not in it"

@@ -19,8 +19,8 @@ from samegrad.errors import GradientsDiffer
 from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.levers import levers_of
-from samegrad.levers.convolution_algorithms import convolves
 from samegrad.measure import counters
+from samegrad.module_walk import convolves
 from samegrad.records import Check, Departure, Exactness, Plan
 from samegrad.verify import tolerance
 from samegrad.verify.compare import (
@@ -207,7 +207,7 @@ def _spread(name: str, bench: Bench, planned: Planned, sides: tuple[Gradients, G
         if not planned.plan.levers:
             spread = max(spread, error)
         allowed = tolerance.entry_allowed(planned.precision)
-        if counters.retries(planned.declared.device) and convolves(planned.declared):
+        if counters.retries(planned.declared.device) and convolves(planned.declared.modules):
             # It remembers which kernel it took.
             detail += " could not be asked: memory was short once, and cuDNN takes other kernels then"
         else:
