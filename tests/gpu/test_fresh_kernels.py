@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.errors import OutOfMemory
+from samegrad.exact.out_of_memory import OutOfMemory
 from samegrad.measure import counters
 from samegrad.measure.fresh_kernels import with_fresh_kernels
 

@@ -96,11 +96,13 @@ def workspaces_of_two_threads(device: torch.device) -> Iterator[None]:
 
     What cuBLAS keeps for other threads is given back before it, and what it took for this one after it.
     """
-    torch._C._cuda_clearCublasWorkspaces()
-    release_cached(device)
-    before = torch.cuda.memory_allocated(device)
     take_workspaces(device)
-    others = torch.empty(torch.cuda.memory_allocated(device) - before, dtype=torch.uint8, device=device)
+    with_its_own = torch.cuda.memory_allocated(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    own_bytes = with_its_own - torch.cuda.memory_allocated(device)
+    release_cached(device)
+    others = torch.empty(own_bytes, dtype=torch.uint8, device=device)
+    take_workspaces(device)
     try:
         yield
     finally:
