@@ -83,34 +83,14 @@ def take_workspaces(device: torch.device) -> None:
         return
     # Graphs that were closed are let go of, and their segments given back.
     release_cached(device)
-    if not has_captured(device):
+    if not _has_captured(device):
         torch._C._cuda_clearCublasWorkspaces()
         release_cached(device)
     ones = torch.ones(8, 8, device=device, requires_grad=True)
     torch.autograd.grad((ones @ ones).sum(), ones)
 
 
-@contextlib.contextmanager
-def workspaces_of_two_threads(device: torch.device) -> Iterator[None]:
-    """A block on a thread whose backward runs on it as well: as many bytes stand as if that had a thread of its own.
-
-    What cuBLAS keeps for other threads is given back before it, and what it took for this one after it.
-    """
-    take_workspaces(device)
-    with_its_own = torch.cuda.memory_allocated(device)
-    torch._C._cuda_clearCublasWorkspaces()
-    own_bytes = with_its_own - torch.cuda.memory_allocated(device)
-    release_cached(device)
-    others = torch.empty(own_bytes, dtype=torch.uint8, device=device)
-    take_workspaces(device)
-    try:
-        yield
-    finally:
-        del others
-        torch._C._cuda_clearCublasWorkspaces()
-
-
-def has_captured(device: torch.device) -> bool:
+def _has_captured(device: torch.device) -> bool:
     """Whether a captured graph holds memory: its segments are of a pool of their own."""
     index = torch.device(device).index or 0
     return any(

@@ -23,12 +23,9 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step, in_force, programs_of
 from samegrad.levers import Execution
 from samegrad.levers._variants import variant_in
-from samegrad.levers.compile import Compile
 from samegrad.levers.expandable_segments import ExpandableSegments
-from samegrad.levers.graphs import Graphs
 from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.measure import counters
-from samegrad.measure.fresh_kernels import with_fresh_kernels
 from samegrad.measure.laws import peak_of
 from samegrad.measure.probe import OptimizerTurn, Rung, measure_rung, measure_whole
 from samegrad.measure.within_memory import WithinMemory
@@ -196,12 +193,9 @@ def measured(
     None where it ran out of memory, or had to try again, under a cap of ``most`` bytes. ``programs_for``: what runs the
     chunks, closed afterwards.
     """
-    def run() -> Rung | None:
-        with WithinMemory(declared):
-            return _measured(declared, aliases, measurement, batch, plan, counting, most, programs_for)
-        return None
-
-    return _tried(plan, declared, run)
+    with WithinMemory(declared):
+        return _measured(declared, aliases, measurement, batch, plan, counting, most, programs_for)
+    return None
 
 
 def _measured(
@@ -249,23 +243,13 @@ def measured_whole(
 ) -> Rung | None:
     """Peak and seconds of a step under ``plan``, which runs whole; None as of ``measured``."""
     layout, draws = declared.layout(batch), StepDraws(measurement.ways.sites)
-
-    def run() -> Rung | None:
-        with (
-            WithinMemory(declared),
-            in_force(plan, declared, layout.rows) as execution,
-            counters.capped(declared.device, most),
-        ):
-            return measure_whole(execution.declared, batch, layout, draws, turn=_turn_of(plan, measurement))
-        return None
-
-    return _tried(plan, declared, run)
-
-
-def _tried(plan: Plan, declared: DeclaredStep, run: Callable[[], Rung | None]) -> Rung | None:
-    """What ``run`` measured of ``plan``; what is compiled or captured stays with the thread that goes on with it."""
-    stays = plan.levers.keys() & {Compile.name, Graphs.name}
-    return run() if stays else with_fresh_kernels(declared, run)
+    with (
+        WithinMemory(declared),
+        in_force(plan, declared, layout.rows) as execution,
+        counters.capped(declared.device, most),
+    ):
+        return measure_whole(execution.declared, batch, layout, draws, turn=_turn_of(plan, measurement))
+    return None
 
 
 def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:

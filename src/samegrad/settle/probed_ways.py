@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from typing import Any
 
 from samegrad.data.prefetch import stream_chunks
@@ -22,7 +21,6 @@ from samegrad.exact.undisturbed import FailsOnFewRows
 from samegrad.execute.apply import in_force
 from samegrad.levers import Slot, find_levers
 from samegrad.levers._variants import most_rows
-from samegrad.measure.fresh_kernels import with_fresh_kernels
 from samegrad.measure.laws import fit_laws
 from samegrad.measure.probe import Probe, time_plain
 from samegrad.measure.probe_sets import MORE_ROOM, kept_row_bytes, plain_probes, split_probes
@@ -56,8 +54,7 @@ def with_probed_ways(
     found = []
     for levers in lever_sets(offered, []):
         try:
-            probe = functools.partial(_probed, declared, aliases, measurement, batch, budget, levers)
-            found.append(with_fresh_kernels(declared, probe))
+            found.append(_probed(declared, aliases, measurement, batch, budget, levers))
         except (CannotSplit, UsageError, OutOfMemory) as error:
             if len(levers) == 1:
                 refusals[next(iter(levers))] = error.found
