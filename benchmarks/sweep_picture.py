@@ -128,19 +128,21 @@ def picture(sweep: dict[str, Any]) -> str:
 def table(sweep: dict[str, Any]) -> list[str]:
     """Lines of a Markdown table, a cell a line."""
     lines = [
-        "| workload | budget | who | peak reserved | a step | of plain speed | gradient difference |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| workload | budget | who | peak reserved | a step | of plain speed | off plain gradients | off float64's |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, workload in sweep["workloads"].items():
         for budget, contender, cell in cells_of(workload):
             where = f"| {name} | {budget:g} %, {format_bytes(cell['budget_bytes'])} | {contender} "
             if not cell["fits"]:
-                lines.append(f"{where}| did not fit | | | |")
+                lines.append(f"{where}| did not fit | | | | |")
                 continue
             speed = f"{workload['plain_seconds'] / cell['seconds']:.2f}" if "plain_seconds" in workload else ""
             same = "another function" if cell.get("changed_the_function") else f"{cell['gradient_difference']:.1g}"
             took = f"{format_bytes(cell['peak_reserved_bytes'])} | {format_seconds(cell['seconds'])}"
-            lines.append(f"{where}| {took} | {speed} | {same} |")
+            known = "gradient_error" in cell and "plain_error" in workload
+            errors = f"{cell['gradient_error']:.3g} (plain {workload['plain_error']:.3g})" if known else ""
+            lines.append(f"{where}| {took} | {speed} | {same} | {errors} |")
     return lines
 
 
