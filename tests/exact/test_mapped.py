@@ -67,6 +67,22 @@ def test_the_verifier_says_the_same(name: str) -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_sizes_of_gradients_are_computed_only_for_a_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    right = chunk_map.Magnitudes.of
+
+    def counted(self: chunk_map.Magnitudes, shared: Tensor, gradient: Tensor | None) -> Tensor | None:
+        asked.append(shared)
+        return right(self, shared, gradient)
+
+    monkeypatch.setattr(chunk_map.Magnitudes, "of", counted)
+    name = next(iter(CASES))
+    with step_of(made(name), name, rows=8) as step:
+        step.backward(zoo.batch())
+        assert not asked
+        assert sg.verify_step(step, zoo.batch()).same and asked
+
+
 @contextlib.contextmanager
 def last_chunk_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Gradients of parameters are those of the last chunk."""

@@ -130,7 +130,7 @@ def test_the_first_rung_uses_the_most_rows_that_fit_in_even_chunks() -> None:
     chunks = -(-1000 // most)
     assert rows_of(first) == -(-1000 // chunks)
     assert first.exactness is Exactness.SAME_SUM
-    assert first.knob_origins == {"split_rows.rows": KnobOrigin.CHOSEN}
+    assert first.knob_origins == dict.fromkeys(("split_rows.rows", "split_rows.kept_chunks"), KnobOrigin.CHOSEN)
 
 
 def test_a_step_that_fits_runs_whole_and_bit_for_bit() -> None:
@@ -173,7 +173,9 @@ def test_explain_names_the_levers_that_leave_the_chunks_as_they_are() -> None:
 def test_pinned_rows_are_taken_as_they_are(rows: Any) -> None:
     [plan] = choose_plan(footprint(), Options(rows=rows), budget(2000 * MIB))
     assert plan.levers["split_rows"]["rows"] == (rows if isinstance(rows, int) else list(rows))
-    assert plan.knob_origins == {"split_rows.rows": KnobOrigin.PINNED}
+    assert plan.knob_origins == {
+        "split_rows.rows": KnobOrigin.PINNED, "split_rows.kept_chunks": KnobOrigin.CHOSEN,
+    }  # fmt: skip
     assert Plan.from_json(plan.to_json()) == plan
 
 

@@ -130,7 +130,7 @@ def test_pinned_rows_are_settled_as_they_are(loss_fn: Any, rows: Any) -> None:
     batch = labelled(ROWS)
     plan, _ = sg.settle_plan(stepped(loss_fn), batch, budget="1GiB", rows=rows)
     assert plan.levers["split_rows"]["rows"] == rows
-    assert plan.knob_origins == {"split_rows.rows": KnobOrigin.PINNED}
+    assert plan.knob_origins["split_rows.rows"] is KnobOrigin.PINNED
     step = stepped(loss_fn, plan=plan)
     _, expected = plain_step(step.declared.model, loss_fn, batch)
     step.backward(batch)

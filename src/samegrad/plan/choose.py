@@ -149,10 +149,8 @@ def _of_candidates(
         # The plain step is there already; a split alone is predicted better by its own laws.
         if names and candidate.peak_bytes <= usable and not (footprint.laws and names == {SplitRows.name}):
             levers = [*(host if SplitRows.name in names else []), *candidate.levers]
-            knobs = [f"{lever.name}.{knob}" for lever in candidate.levers for knob in lever.knobs()]
-            origins = dict.fromkeys(knobs, KnobOrigin.CHOSEN)
-            if options.rows is not None and SplitRows.name in names:
-                origins[f"{SplitRows.name}.rows"] = options.rows_origin
+            is_pinned = options.rows is not None and SplitRows.name in names
+            origins = {f"{SplitRows.name}.rows": options.rows_origin} if is_pinned else {}
             yield _plan(footprint, levers, budget, origins)
 
 
@@ -164,7 +162,7 @@ def _measured(
     if _may_chunk_loss(footprint, options):
         # Nothing runs twice and no chunk is launched for few rows: faster than whatever splits.
         for head in ChunkLoss.candidates(footprint, usable):
-            plan = _plan(footprint, [head], budget, {"chunk_loss.rows": KnobOrigin.CHOSEN})
+            plan = _plan(footprint, [head], budget, {})
             smallest = plan.predicted_peak_bytes
             yield plan
     for plan in _splits(footprint, options, budget, usable, host):
@@ -178,10 +176,9 @@ def _splits(
     """A few rows at a time, through the whole model or in parts of it."""
     if _may_split(footprint, options):
         for lever in SplitRows.candidates(footprint, usable):
-            yield _plan(footprint, [*host, lever], budget, {"split_rows.rows": KnobOrigin.CHOSEN})
+            yield _plan(footprint, [*host, lever], budget, {})
     for mapped in _mapped(footprint, options, usable):
-        origins = {f"{mapped.name}.{knob}": KnobOrigin.CHOSEN for knob in mapped.knobs()}
-        yield _plan(footprint, [mapped], budget, origins)
+        yield _plan(footprint, [mapped], budget, {})
 
 
 def _runs_whole(footprint: Footprint, options: Options) -> bool:
@@ -248,7 +245,9 @@ def _plain_peak(footprint: Footprint) -> int:
 
 
 def _plan(footprint: Footprint, levers: list[Lever], budget: Budget, origins: dict[str, KnobOrigin]) -> Plan:
+    """``origins``: of the knobs that were not chosen here."""
     taken = {lever.name: lever.knobs() for lever in sorted(levers, key=lambda lever: lever.slot)}
+    chosen = {f"{name}.{knob}": KnobOrigin.CHOSEN for name, knobs in taken.items() for knob in knobs}
     predicted = predict_plan(footprint, taken)
     return Plan(
         levers=taken,
@@ -257,7 +256,7 @@ def _plan(footprint: Footprint, levers: list[Lever], budget: Budget, origins: di
         budget=budget,
         predicted_peak_bytes=predicted.peak_allocated_bytes,
         predicted_seconds=predicted.seconds,
-        knob_origins=origins,
+        knob_origins=chosen | origins,
     )
 
 
