@@ -164,10 +164,13 @@ class _TravellingState:
         shared = _in_shared_memory([*self._parameters(), *(leaf for key, leaf in leaves.items() if key not in mine)])
         self._away = [piece for piece in self._away if piece.has_any_of(leaves.keys())]
         gone = {id(part) for piece in self._away for part in piece.parts}
-        sent, moved = list[_Piece](), dict[int, Tensor]()
-        for piece in self._back:
-            if memory_of(piece.memory) not in shared and all(id(part) in leaves for part in piece.parts):
-                sent.append(_noted(piece.parts, piece.sent(), moved))
+        moved: dict[int, Tensor] = {}
+        whole = [
+            piece
+            for piece in self._back
+            if memory_of(piece.memory) not in shared and all(id(part) in leaves for part in piece.parts)
+        ]
+        sent = [_noted(piece.parts, piece.sent(), moved) for piece in whole]
         homes = {id(leaf): p.device for p in self._parameters() for leaf in self._leaves_of(p)}
         others = [
             leaf
@@ -182,8 +185,8 @@ class _TravellingState:
         self._replace(moved)
         self._away, self._back = [*self._away, *sent], []
         # What is held here would not be given back.
-        leaves.clear()
-        others.clear()
+        for held in (leaves, others, whole):
+            held.clear()
         self._make_room()
 
     def bring_back(self) -> None:
@@ -238,12 +241,13 @@ def _in_pieces(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     for leaf in leaves:
         groups.setdefault((leaf.device, leaf.dtype), []).append(leaf)
     for group in groups.values():
-        piece: list[Tensor] = []
+        piece, held_bytes = list[Tensor](), 0
         for leaf in group:
-            if piece and sum(one.nbytes for one in (*piece, leaf)) > _PIECE_BYTES:
+            if piece and held_bytes + leaf.nbytes > _PIECE_BYTES:
                 yield piece
-                piece = []
+                piece, held_bytes = [], 0
             piece.append(leaf)
+            held_bytes += leaf.nbytes
         yield piece
 
 
