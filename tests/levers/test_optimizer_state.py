@@ -271,3 +271,25 @@ def test_a_part_that_a_user_takes_of_state_that_came_back_keeps_it_there() -> No
     handle.remove()
     assert state["first"].untyped_storage().data_ptr() == state["exp_avg"].untyped_storage().data_ptr()
     assert torch.equal(state["first"], state["exp_avg"][0])
+
+
+@pytest.mark.parametrize("when", ["between steps", "in a step"])
+def test_what_is_laid_elsewhere_by_its_data_is_what_travels(when: str) -> None:
+    plain, ours = Training("adam", lever=False), Training("adam", lever=True)
+    for training in (plain, ours):
+        training.run(2)
+        moments = [s["exp_avg"] for s in training.optimizer.state.values()]
+        if when == "between steps":
+            moments[0].data = torch.full_like(moments[0], 0.25)
+            training.run(2)
+            continue
+
+        def lays_elsewhere(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            first = next(iter(optimizer.state.values()))["exp_avg"]
+            first.data = torch.full_like(first, 0.25)
+
+        handle = training.optimizer.register_step_pre_hook(lays_elsewhere)
+        training.run(1)
+        handle.remove()
+        training.run(2)
+    assert same(contents(ours), contents(plain))

@@ -123,6 +123,14 @@ class _Piece:
         """Copies of its parts on its device, each in memory of its own."""
         return [torch.empty_like(part, device=self.home).copy_(part, non_blocking=True) for part in self.parts]
 
+    def is_whole(self, ids: Set[int]) -> bool:
+        """Whether all its parts are of ``ids``, and lie where they did: ``part.data = ...`` lays one elsewhere."""
+        size = self.memory.element_size()
+        places = [self.memory.data_ptr() + start * size for start in self.starts] if computing() else None
+        return all(id(part) in ids and part.dtype == self.memory.dtype for part in self.parts) and (
+            places is None or places == [part.data_ptr() for part in self.parts]
+        )
+
     def has_any_of(self, ids: Set[int]) -> bool:
         return any(id(part) in ids for part in self.parts)
 
@@ -168,7 +176,7 @@ class _TravellingState:
         whole = [
             piece
             for piece in self._back
-            if memory_of(piece.memory) not in shared and all(id(part) in leaves for part in piece.parts)
+            if memory_of(piece.memory) not in shared and piece.is_whole(leaves.keys())
         ]
         sent = [_noted(piece.parts, piece.sent(), moved) for piece in whole]
         homes = {id(leaf): p.device for p in self._parameters() for leaf in self._leaves_of(p)}
@@ -192,7 +200,10 @@ class _TravellingState:
     def bring_back(self) -> None:
         self._make_room()
         here, moved = {id(leaf) for leaf in self._leaves()}, dict[int, Tensor]()
-        back = [_noted(one.parts, one.returned(), moved) for one in self._away if one.has_any_of(here)]
+        back = [_noted(one.parts, one.returned(), moved) for one in self._away if one.is_whole(here)]
+        for piece in self._away:
+            if not piece.is_whole(here) and piece.has_any_of(here):
+                moved |= {id(part): freed for part, freed in zip(piece.parts, piece.freed())}
         self._replace(moved)
         self._away, self._back = [], [*self._back, *back]
 
