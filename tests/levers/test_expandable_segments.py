@@ -16,7 +16,7 @@ from samegrad.execute.apply import standing
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.measure.probe import Rung
 from samegrad.records import Plan
-from samegrad.settle.ladder import GrowingWhereNeeded
+from samegrad.settle.making_room import GrowingWhereNeeded
 
 from ..contract.lever_zoo import MODELS, plan_with
 from ..contract.plain import cross_entropy

@@ -28,7 +28,8 @@ from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Budget, Plan
 from samegrad.settle.again_ways import blocks_of
 from samegrad.settle.edits import Levers
-from samegrad.settle.ladder import GrowingWhereNeeded, measured, measured_whole, most_bytes
+from samegrad.settle.ladder import measured, measured_whole, most_bytes
+from samegrad.settle.making_room import GrowingWhereNeeded
 from samegrad.settle.probing import Measurement
 from samegrad.settle.progress import trying
 

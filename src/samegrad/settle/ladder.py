@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step, in_force, programs_of
 from samegrad.levers import Execution
 from samegrad.levers._variants import variant_in
-from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
@@ -32,6 +31,7 @@ from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
+from samegrad.settle.making_room import ChannelsLastWhereNeeded, with_rest
 from samegrad.settle.probing import Measurement
 from samegrad.settle.progress import trying
 from samegrad.units import format_bytes
@@ -63,10 +63,10 @@ def settle(
     footprint = measurement.footprint
     most = most_bytes(budget)
     tried: list[str] = []
-    segments = GrowingWhereNeeded(footprint, most)
+    room = ChannelsLastWhereNeeded(footprint, most, options, budget)
     best: _Fitting | None = None
     rivals_left = _MOST_RIVALS if budget.counting is Counting.CUDA_ALLOCATOR and options.rows is None else 0
-    for plan in choose_plan(footprint, options, budget):
+    for plan in with_rest(choose_plan(footprint, options, budget), room):
         if best is not None:
             if not rivals_left:
                 break
@@ -88,12 +88,12 @@ def settle(
             else lambda one: measured(declared, aliases, measurement, batch, one, budget.counting, most)
         )
         outcome = trying(plan)
-        one, rung = segments.measured(plan, run)
+        one, rung = room.measured(plan, run)
         outcome.found(rung, most)
         if rung is not None and rung.peak_bytes <= most:
             seconds = rung.seconds + _more_turn_seconds(one, footprint)
             if best is None or seconds < best.seconds:
-                best = _Fitting(one, seconds, None if whole else rung.peak_bytes)
+                best = _Fitting(one, plan.levers.keys(), seconds, None if whole else rung.peak_bytes)
             continue
         rows = "all" if whole else max(sizes or ())
         found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
@@ -120,9 +120,13 @@ def settle(
 
 @dataclasses.dataclass(frozen=True)
 class _Fitting:
-    """A plan that was measured to fit, with its seconds. ``peak_bytes``: of one that does not run whole."""
+    """A plan that was measured to fit, with its seconds.
+
+    ``chosen``: the levers that it was chosen with. ``peak_bytes``: of one that does not run whole.
+    """
 
     plan: Plan
+    chosen: Set[str]
     seconds: float
     peak_bytes: int | None
 
@@ -130,39 +134,7 @@ class _Fitting:
         """Whether ``plan``, by other levers, is predicted to be much faster than this one was."""
         predicted_seconds = plan.predicted_seconds
         is_faster = predicted_seconds is not None and predicted_seconds <= _RIVAL_FRACTION * self.seconds
-        return is_faster and plan.levers.keys() != self.plan.levers.keys()
-
-
-@dataclasses.dataclass
-class GrowingWhereNeeded:
-    """Measures plans in segments of fixed sizes until one is above ``most`` bytes, from then on in such as grow.
-
-    Their tensors are within the budget as predicted; what is above lies in gaps of segments of fixed sizes, and one
-    that has gaps is followed by others that have.
-    """
-
-    footprint: Footprint
-    most: int
-    _why: str = ""
-
-    def measured(self, plan: Plan, run: Callable[[Plan], Rung | None]) -> tuple[Plan, Rung | None]:
-        """``plan``, or the same in segments that grow, and what ``run`` measured of it."""
-        name = ExpandableSegments.name
-        if name in plan.levers or name in self.footprint.refusals:
-            return plan, run(plan)
-        if not self._why:
-            rung = run(plan)
-            if rung is not None and rung.peak_bytes <= self.most:
-                return plan, rung
-            self._why = f"taken: without it {_needed(rung)}, and the budget allows {format_bytes(self.most)}"
-        grown = dataclasses.replace(
-            plan, levers=plan.levers | {name: {}}, reasons=plan.reasons | {name: self._why}
-        )
-        return grown, run(grown)
-
-
-def _needed(rung: Rung | None) -> str:
-    return "memory ran out" if rung is None else f"{format_bytes(rung.peak_bytes)} were measured"
+        return is_faster and plan.levers.keys() != self.chosen
 
 
 def _held_for_nothing(device: torch.device) -> int:
