@@ -64,20 +64,35 @@ class NotesStrides(nn.Module):
         return x
 
 
-@KINDS
-@SPLITS
-def test_images_come_with_channels_last_and_stay_so_inside(make: Any, split: Any) -> None:
-    model, batch = make()
+def strides_seen(model: nn.Sequential, batch: Any, split: Any) -> tuple[list[bool], list[bool]]:
+    """Whether channels are last in what the first layer reads, and in what it makes."""
     model = nn.Sequential(NotesStrides(), model[0], NotesStrides(), *model[1:])
     before = batch[0].clone()
     with forced(model, cross_entropy, layout={}, **split) as step:
         step.backward(batch)
         NotesStrides.seen.clear()
         step.backward(batch)
-    before_layer, after_layer = NotesStrides.seen[::2], NotesStrides.seen[1::2]
-    # What torch's float64 kernel for volumes returns on the CPU is torch's own choice.
-    assert before_layer and all(before_layer) and (make is volumes or all(after_layer))
     assert batch[0].is_contiguous() and torch.equal(batch[0], before)
+    return NotesStrides.seen[::2], NotesStrides.seen[1::2]
+
+
+@KINDS
+@SPLITS
+def test_images_of_few_channels_stay_and_what_a_layer_makes_of_them_has_channels_last(make: Any, split: Any) -> None:
+    model, batch = make()
+    before_layer, after_layer = strides_seen(model, batch, split)
+    # What torch's float64 kernel for volumes returns on the CPU is torch's own choice.
+    assert before_layer and not any(before_layer) and (make is volumes or all(after_layer))
+
+
+@SPLITS
+def test_images_of_many_channels_come_with_channels_last(split: Any) -> None:
+    model, (images, targets) = cnn()
+    wide = nn.Conv2d(6, model[0].out_channels, 3).double()
+    before_layer, after_layer = strides_seen(
+        nn.Sequential(wide, *model[1:]), (torch.cat([images, images], dim=1), targets), split
+    )
+    assert before_layer and all(before_layer) and all(after_layer)
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

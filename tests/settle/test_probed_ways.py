@@ -28,12 +28,15 @@ ROUNDED = Options(allow=Exactness.ROUNDED)
 
 
 def pictures(dtype: torch.dtype = torch.float32) -> tuple[sg.Step, tuple[Tensor, Tensor]]:
-    """Rows that are apart, in convolutions; what they keep is more than parameters and state."""
+    """Rows that are apart, in convolutions; what they keep is more than parameters and state.
+
+    Of so many channels that they are copied to have them last.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 5)
+        nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 5)
     ).to(dtype)
-    batch = torch.randn(ROWS, 3, 12, 12, dtype=dtype), torch.arange(ROWS) % 5
+    batch = torch.randn(ROWS, 6, 12, 12, dtype=dtype), torch.arange(ROWS) % 5
     return sg.Step(model, cross_entropy, optimizer=torch.optim.SGD(model.parameters(), 0.1)), batch
 
 

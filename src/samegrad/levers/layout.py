@@ -2,7 +2,8 @@
 
 Saves: the transposed copies that convolutions make where their kernels want channels last; little memory, much time
 on CUDA in bfloat16 and float16, and none or less than none elsewhere: taken by measurement, not by rule.
-Costs: a copy of each chunk's images; strides of weights, of their gradients and of optimizer state while it stands.
+Costs: a copy of each chunk's images, but of those with so few channels that convolutions pad them, and so copy them,
+anyway; strides of weights, of their gradients and of optimizer state while it stands.
 Why the gradient is the same: every value is where its index says, only strides change; kernels add up in another
 order, so it is the same sum and not the same bits. Strides are put back when the plan goes.
 Refuses: models without a convolution over two or three dimensions.
@@ -30,6 +31,9 @@ from samegrad.module_walk import parts_of
 from samegrad.records import Exactness, Footprint
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Of images that are left as they lie: colours, latents. A copy would be held as long as the forward, and where the
+# first block runs again as long as the step.
+_FEW_CHANNELS = 4
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NO_CONVOLUTION = "the model has no convolution over two or three dimensions whose weight has memory of its own"
 
@@ -86,6 +90,8 @@ class Layout:
 def _on_channels_last(forward: Forward, network: nn.Module, batch: Any) -> Any:
     def laid_out(leaf: Tensor) -> Tensor:
         if leaf.dim() not in _FORMATS or leaf.layout is not torch.strided or not leaf.is_floating_point():
+            return leaf
+        if leaf.shape[1] <= _FEW_CHANNELS:
             return leaf
         return leaf.contiguous(memory_format=_FORMATS[leaf.dim()])
 

@@ -31,7 +31,7 @@ from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
-from samegrad.settle.making_room import ChannelsLastWhereNeeded, with_rest
+from samegrad.settle.making_room import ChannelsLastWhereNeeded
 from samegrad.settle.probing import Measurement
 from samegrad.settle.progress import trying
 from samegrad.units import format_bytes
@@ -66,7 +66,7 @@ def settle(
     room = ChannelsLastWhereNeeded(footprint, most, options, budget)
     best: _Fitting | None = None
     rivals_left = _MOST_RIVALS if budget.counting is Counting.CUDA_ALLOCATOR and options.rows is None else 0
-    for plan in with_rest(choose_plan(footprint, options, budget), room):
+    for plan in choose_plan(footprint, options, budget):
         if best is not None:
             if not rivals_left:
                 break

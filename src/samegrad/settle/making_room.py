@@ -6,7 +6,7 @@ Once one plan needed it the next ones get it at once: what lies in gaps, or in c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.layout import Layout
@@ -48,10 +48,11 @@ class GrowingWhereNeeded:
 
 
 class ChannelsLastWhereNeeded:
-    """Measures plans as ``GrowingWhereNeeded`` does until one is above ``most`` bytes, from then on with channels last.
+    """Measures plans as ``GrowingWhereNeeded`` does until one is above ``most`` bytes, from then on with channels last
+    and, where that is above as well, as they are.
 
     Convolutions whose kernels want channels last copy their images there and back where they lie otherwise; what is
-    above may be these copies. Where no plan fits so, ``left_out`` has those that were not measured as they are.
+    above may be these copies.
     """
 
     def __init__(self, footprint: Footprint, most: int, options: Options, budget: Budget) -> None:
@@ -64,37 +65,20 @@ class ChannelsLastWhereNeeded:
             and not _is_slower_with_channels_last(footprint)
         )
         self._why = ""
-        self._left_out: list[Plan] = []
-        self._found = False
 
     def measured(self, plan: Plan, run: Run) -> tuple[Plan, Rung | None]:
         """``plan``, or the same with channels last, and what ``run`` measured of it."""
         if not self._may or Layout.name in plan.levers:
-            return self._noted(*self._segments.measured(plan, run))
-        if self._why:
-            self._left_out.append(plan)
-        else:
-            as_it_is, rung = self._segments.measured(plan, run)
-            if _fits(rung, self._most):
-                return self._noted(as_it_is, rung)
-            self._why = _why(rung, self._most)
-        return self._noted(*self._segments.measured(_with(Layout.name, plan, self._why), run))
-
-    def left_out(self) -> Iterator[Plan]:
-        """The plans that were measured with channels last alone, where none of any kind fits. Measured as they are."""
-        if not self._found:
-            self._may = False
-            yield from self._left_out
-
-    def _noted(self, plan: Plan, rung: Rung | None) -> tuple[Plan, Rung | None]:
-        self._found = self._found or _fits(rung, self._most)
-        return plan, rung
-
-
-def with_rest(plans: Sequence[Plan], room: ChannelsLastWhereNeeded) -> Iterator[Plan]:
-    """``plans``, then those of them that are to be measured once more."""
-    yield from plans
-    yield from room.left_out()
+            return self._segments.measured(plan, run)
+        as_it_is = None if self._why else self._segments.measured(plan, run)
+        if as_it_is is not None:
+            if _fits(as_it_is[1], self._most):
+                return as_it_is
+            self._why = _why(as_it_is[1], self._most)
+        laid_out = self._segments.measured(_with(Layout.name, plan, self._why), run)
+        if _fits(laid_out[1], self._most):
+            return laid_out
+        return as_it_is or self._segments.measured(plan, run)
 
 
 def _is_slower_with_channels_last(footprint: Footprint) -> bool:
