@@ -247,6 +247,24 @@ def test_many_tensors_travel_in_few_pieces_and_large_ones_in_one_of_their_own(mo
     assert 1 < len(pieces[1:]) < len(sizes) and all(sum(piece) <= max(sizes) for piece in pieces[1:])
 
 
+@pytest.mark.parametrize("name", ["momentum", "adam", "groups"])
+def test_the_pieces_that_planning_counts_are_those_that_travel(name: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(optimizer_state, "_PIECE_BYTES", 2000)
+    packed, pieces = _Piece.packed, list[int]()
+
+    def seen(leaves: Sequence[Tensor]) -> _Piece:
+        pieces.append(sum(leaf.nbytes for leaf in leaves))
+        return packed(leaves)
+
+    monkeypatch.setattr(_Piece, "packed", seen)
+    ours = Training(name, lever=True)
+    ours.run(1)
+    parameters = list(ours.model.parameters())
+    state = [t for entry in ours.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor) and t.dim()]
+    assert list(OptimizerState.pieces_of(sum(t.nbytes for t in state), parameters)) == pieces and len(pieces) > 1
+    assert OptimizerState.pieces_of(0, parameters) == OptimizerState.pieces_of(0, []) == ()
+
+
 def test_what_is_saved_of_state_shares_no_memory_and_travels_when_it_is_loaded() -> None:
     ours = Training("adam", lever=True)
     ours.run(2)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence, Set
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from samegrad.exact.dataless import computing, has_data, is_torchs_own, memory_o
 from samegrad.exact.growing_segments import segments_grow
 from samegrad.levers._lever import Execution, Slot
 from samegrad.records import Exactness, Footprint
+
+Leaf = TypeVar("Leaf")
 
 # The most that travels at once, larger tensors apart, and what each tensor of a piece begins at a multiple of.
 _PIECE_BYTES = 64 << 20
@@ -76,10 +78,14 @@ class OptimizerState:
         return {}
 
     @staticmethod
-    def pieces_of(state_bytes: int) -> tuple[int, ...]:
-        """The bytes of each piece in which ``state_bytes`` of many tensors travel, about."""
-        whole, rest = divmod(state_bytes, _PIECE_BYTES)
-        return (*[_PIECE_BYTES] * whole, *[rest] * (rest > 0))
+    def pieces_of(state_bytes: int, parameters: Sequence[Tensor]) -> tuple[int, ...]:
+        """The bytes of each piece in which state travels, of which each parameter has its share in tensors like it."""
+        share = state_bytes / sum(p.nbytes for p in parameters) if parameters else 0.0
+        if not share:
+            return ()
+        tensors = max(1, round(share))
+        leaf_bytes = [int(p.nbytes * share / tensors) for p in parameters if p.numel() > 1 for _ in range(tensors)]
+        return tuple(sum(piece) for piece in _in_pieces(leaf_bytes, int))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +191,8 @@ class _TravellingState:
             for key, leaf in leaves.items()
             if key not in gone and key not in moved and _can_travel(leaf, homes[key]) and memory_of(leaf) not in shared
         ]
-        sent += [_noted(group, _Piece.packed(group), moved) for group in _in_pieces(others)]
+        pieces = [piece for kind in _by_kind(others) for piece in _in_pieces(kind, _bytes_of)]
+        sent += [_noted(piece, _Piece.packed(piece), moved) for piece in pieces]
         for device in {piece.home for piece in sent}:
             if device.type != "cpu" and computing():
                 # A checkpoint may read the copies at any time from now on.
@@ -193,7 +200,7 @@ class _TravellingState:
         self._replace(moved)
         self._away, self._back = [*self._away, *sent], []
         # What is held here would not be given back.
-        for held in (leaves, others, whole):
+        for held in (leaves, others, whole, pieces):
             held.clear()
         self._make_room()
 
@@ -240,25 +247,34 @@ class _TravellingState:
                 state[key] = trees.map_tensors(value, lambda leaf: moved.get(id(leaf), leaf))
 
 
+def _bytes_of(leaf: Tensor) -> int:
+    return leaf.nbytes
+
+
 def _noted(before: Sequence[Tensor], after: _Piece, moved: dict[int, Tensor]) -> _Piece:
     """``after``, whose parts are noted in ``moved`` by the ids of what they are copies of."""
     moved |= {id(old): new for old, new in zip(before, after.parts)}
     return after
 
 
-def _in_pieces(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """``leaves`` by device and dtype, as many together as a piece holds."""
+def _by_kind(leaves: Sequence[Tensor]) -> list[list[Tensor]]:
+    """``leaves`` of one device and dtype together."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for leaf in leaves:
         groups.setdefault((leaf.device, leaf.dtype), []).append(leaf)
-    for group in groups.values():
-        piece, held_bytes = list[Tensor](), 0
-        for leaf in group:
-            if piece and held_bytes + leaf.nbytes > _PIECE_BYTES:
-                yield piece
-                piece, held_bytes = [], 0
-            piece.append(leaf)
-            held_bytes += leaf.nbytes
+    return list(groups.values())
+
+
+def _in_pieces(leaves: Sequence[Leaf], bytes_of: Callable[[Leaf], int]) -> Iterator[list[Leaf]]:
+    """As many together as a piece holds, in order."""
+    piece, held_bytes = list[Leaf](), 0
+    for leaf in leaves:
+        if piece and held_bytes + bytes_of(leaf) > _PIECE_BYTES:
+            yield piece
+            piece, held_bytes = [], 0
+        piece.append(leaf)
+        held_bytes += bytes_of(leaf)
+    if piece:
         yield piece
 
 

@@ -28,6 +28,7 @@ from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
 from samegrad.measure.probe import OptimizerTurn, Rung, measure_rung, measure_whole
 from samegrad.measure.within_memory import WithinMemory
+from samegrad.module_walk import parameters_of
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
@@ -196,7 +197,7 @@ def _measured(
         programs = programs_for(running)
         chunked = chunked_step(running, aliases, measurement.ways, stream_chunks, programs)
         try:
-            rung = measure_rung(chunked, batch, layout, parts, turn=_turn_of(plan, measurement))
+            rung = measure_rung(chunked, batch, layout, parts, turn=_turn_of(plan, declared, measurement))
         finally:
             # Graphs would hold their pools until somebody collects cycles.
             programs.close()
@@ -220,16 +221,17 @@ def measured_whole(
         in_force(plan, declared, layout.rows) as execution,
         counters.capped(declared.device, most),
     ):
-        return measure_whole(execution.declared, batch, layout, draws, turn=_turn_of(plan, measurement))
+        return measure_whole(execution.declared, batch, layout, draws, turn=_turn_of(plan, declared, measurement))
     return None
 
 
-def _turn_of(plan: Plan, measurement: Measurement) -> OptimizerTurn:
+def _turn_of(plan: Plan, declared: DeclaredStep, measurement: Measurement) -> OptimizerTurn:
     """What the optimizer takes under ``plan``: where its state waits on the host, all of it comes for its turn."""
     if OptimizerState.name not in plan.levers:
         return measurement.turn
     state_bytes = measurement.footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
-    return OptimizerTurn(0, measurement.turn.temporary_bytes, OptimizerState.pieces_of(state_bytes))
+    trained = [p for p in parameters_of(declared.modules) if p.requires_grad]
+    return OptimizerTurn(0, measurement.turn.temporary_bytes, OptimizerState.pieces_of(state_bytes, trained))
 
 
 def _more_turn_seconds(plan: Plan, footprint: Footprint) -> float:
