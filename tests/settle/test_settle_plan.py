@@ -16,6 +16,7 @@ from samegrad.measure.probe import Rung
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, KnobOrigin, PhaseLaw, Plan
 from samegrad.settle import Measurement, aliases_for, check_one_of, ladder, measure, settle
+from samegrad.unit_tables import TracedWay
 from samegrad.units import format_bytes
 
 from ..contract.plain import assert_close, gradients, labelled, left_alone, plain_step
@@ -251,6 +252,30 @@ def test_where_nothing_fits_it_is_said_whether_the_allocator_holds_it(
     monkeypatch.setattr(ladder, "_held_for_nothing", lambda _: held)
     with pytest.raises(sg.BudgetTooSmall, match=said):
         stepped(one_pass, budget=budget).prepare(batch)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "split"])
+def test_a_measured_plan_takes_what_its_state_takes_to_travel(whole: bool) -> None:
+    step, batch = stepped(one_pass), labelled(ROWS)
+    declared, aliases = step.declared, aliases_for(step.declared)
+    found = measure(declared, batch, aliases)
+
+    def way(seconds: float, **levers: Any) -> TracedWay:
+        return TracedWay(
+            levers=levers, tables=(), accumulator_bytes=0, chunk_seconds=0.0, optimizer_bytes=0,
+            optimizer_seconds=seconds,
+        )  # fmt: skip
+
+    footprint = dataclasses.replace(found.footprint, traced=(way(1.0), way(101.0, optimizer_state={})))
+    measurement = dataclasses.replace(found, footprint=footprint)
+    for levers, takes in (({}, False), ({"optimizer_state": {}}, True)):
+        levers |= {} if whole else {"split_rows": {"rows": 100, "kept_chunks": 0}}
+        plan = Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=ROWS)
+        if whole:
+            rung = ladder.measured_whole(declared, batch, measurement, plan, 2**30)
+        else:
+            rung = ladder.measured(declared, aliases, measurement, batch, plan, Counting.TENSOR_BYTES, 2**30)
+        assert rung is not None and (100.0 < rung.seconds < 200.0 if takes else rung.seconds < 100.0)
 
 
 def split(rows: int, seconds: float, budget: Budget, **more: Any) -> Plan:

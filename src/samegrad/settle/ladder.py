@@ -92,9 +92,8 @@ def settle(
         one, rung = room.measured(plan, run)
         outcome.found(rung, most)
         if rung is not None and rung.peak_bytes <= most:
-            seconds = rung.seconds + _more_turn_seconds(one, footprint)
-            if best is None or seconds < best.seconds:
-                best = _Fitting(one, plan.levers.keys(), seconds, None if whole else rung.peak_bytes)
+            if best is None or rung.seconds < best.seconds:
+                best = _Fitting(one, plan.levers.keys(), rung.seconds, None if whole else rung.peak_bytes)
             continue
         rows = "all" if whole else max(sizes or ())
         found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
@@ -208,7 +207,7 @@ def _measured(
     unseen = 0
     if shown < layout.rows:
         unseen = peak_of(laws, rows, layout.rows) - peak_of(laws, rows, shown)
-    return Rung(rung.peak_bytes + unseen, rung.seconds * layout.rows / shown)
+    return _with_travel(Rung(rung.peak_bytes + unseen, rung.seconds * layout.rows / shown), plan, measurement)
 
 
 def measured_whole(
@@ -221,7 +220,8 @@ def measured_whole(
         in_force(plan, declared, layout.rows) as execution,
         counters.capped(declared.device, most),
     ):
-        return measure_whole(execution.declared, batch, layout, draws, turn=_turn_of(plan, declared, measurement))
+        rung = measure_whole(execution.declared, batch, layout, draws, turn=_turn_of(plan, declared, measurement))
+        return None if rung is None else _with_travel(rung, plan, measurement)
     return None
 
 
@@ -234,12 +234,15 @@ def _turn_of(plan: Plan, declared: DeclaredStep, measurement: Measurement) -> Op
     return OptimizerTurn(0, measurement.turn.temporary_bytes, OptimizerState.pieces_of(state_bytes, trained))
 
 
-def _more_turn_seconds(plan: Plan, footprint: Footprint) -> float:
-    """What the optimizer's turn takes longer under ``plan``, which no rung shows: its state travels then."""
+def _with_travel(rung: Rung, plan: Plan, measurement: Measurement) -> Rung:
+    """``rung`` with what the optimizer's turn takes longer under ``plan``, since its state travels then."""
     if OptimizerState.name not in plan.levers:
-        return 0.0
-    by_state = {OptimizerState.name in way.levers: way.optimizer_seconds for way in reversed(footprint.traced)}
-    return max(0.0, by_state.get(True, 0.0) - by_state.get(False, 0.0))
+        return rung
+    by_state = {
+        OptimizerState.name in way.levers: way.optimizer_seconds for way in reversed(measurement.footprint.traced)
+    }
+    more_seconds = max(0.0, by_state.get(True, 0.0) - by_state.get(False, 0.0))
+    return dataclasses.replace(rung, seconds=rung.seconds + more_seconds)
 
 
 def _laws_of(plan: Plan, footprint: Footprint) -> Sequence[PhaseLaw]:
