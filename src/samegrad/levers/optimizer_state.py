@@ -235,7 +235,14 @@ class _TravellingState:
         return [key for key, state in self._optimizer.state.items() if isinstance(key, Tensor) and state]
 
     def _leaves_of(self, parameter: Tensor) -> list[Tensor]:
-        return [leaf for leaf in trees.leaves_of(self._optimizer.state[parameter]) if isinstance(leaf, Tensor)]
+        values = self._optimizer.state[parameter].values()
+        # Hundreds of entries in every step, and few of them are lists of tensors.
+        return [
+            leaf
+            for value in values
+            for leaf in ((value,) if isinstance(value, Tensor) else trees.leaves_of(value))
+            if isinstance(leaf, Tensor)
+        ]
 
     def _leaves(self) -> list[Tensor]:
         return [leaf for parameter in self._parameters() for leaf in self._leaves_of(parameter)]
@@ -244,7 +251,10 @@ class _TravellingState:
         for parameter in self._parameters():
             state = self._optimizer.state[parameter]
             for key, value in state.items():
-                state[key] = trees.map_tensors(value, lambda leaf: moved.get(id(leaf), leaf))
+                if isinstance(value, Tensor):
+                    state[key] = moved.get(id(value), value)
+                else:
+                    state[key] = trees.map_tensors(value, lambda leaf: moved.get(id(leaf), leaf))
 
 
 def _bytes_of(leaf: Tensor) -> int:
