@@ -66,6 +66,8 @@ class Step:
     where rows are. ``reduce="softmax_mean"``: the model returns ``(scores, values)``, scores (rows, B) and values
     (rows, B, ...), and ``loss_fn((lse, means), batch)`` takes the scores' log-sum-exp over the rows (B,) and the values
     averaged with their softmax (B, ...); rows are then streamed through the softmax and never kept.
+    ``footprint``: what ``settle_plan`` chose ``plan`` from. A plan is a pin; with its footprint it is none, and where
+    memory runs out the next smaller one is taken, in the same precision.
     ``enforce`` caps the CUDA allocator at the budget until ``close``. ``allow`` is the weakest
     exactness a plan may have.
 
@@ -84,6 +86,7 @@ class Step:
         budget: str | int | None = None,
         rows: int | Sequence[int] | None = None,
         plan: Plan | None = None,
+        footprint: Footprint | None = None,
         host_budget: str | int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         forward: Forward | None = None,
@@ -99,7 +102,7 @@ class Step:
         allow: Exactness = Exactness.SAME_SUM,
     ) -> None:
         check_one_of(budget=budget, rows=rows, plan=plan)
-        check_kinds(plan=plan, allow=allow, expected_steps=expected_steps)
+        check_kinds(plan=plan, footprint=footprint, allow=allow, expected_steps=expected_steps)
         refuse_not_there(groups=groups)
         loss_fn = reduced_loss(loss_fn, reduce=reduce, normalise=normalise)
         self.declared: DeclaredStep = declare(
@@ -110,7 +113,7 @@ class Step:
             named_head(self.declared.network, head)
         self.budget: Budget | None = None if plan is None else plan.budget
         self.plan: Plan | None = plan
-        self.footprint: Footprint | None = None
+        self.footprint: Footprint | None = footprint
         self.verdict: Verdict | None = None
         self.expected_steps = expected_steps
         self.allow = allow
@@ -120,7 +123,7 @@ class Step:
         self._prefetcher = Prefetcher(self.declared.device)
         self._examined = Examined(self.declared, aliases_for(self.declared))
         self._waits_for_ranks = self._examined.aliases.sharded or reduces_in_backward(self.declared)
-        self._given = plan
+        self._given, self._leaves_given = plan, footprint is not None
         self._plans = KeptPlans()
         self._row_counts = RowCounts(self.declared)
         self._standing = Standing(self.declared)
@@ -258,7 +261,8 @@ class Step:
             return whole.backward(batch, layout, scaler)
 
     def _attempts(self, kind: Kind, batch: Any, plan: Plan) -> Attempts:
-        pinned = "rows=" if self._rows is not None else "plan=" if self._given is not None else ""
+        by_plan = self._given is not None and not self._leaves_given
+        pinned = "rows=" if self._rows is not None else "plan=" if by_plan else ""
         further = () if pinned or self.footprint is None else smaller_plans(self.footprint, plan, self.allow)
         return attempts_for(
             self.declared, batch, plan, iter(further), self._examined.ways.get(kind),
@@ -268,7 +272,10 @@ class Step:
     def _fall_to(self, plan: Plan, kind: Kind, batch: Any, layout: RowLayout) -> Execution:
         """The execution of a smaller plan, which stays in the place of the one that ran out of memory."""
         assert self.footprint is not None
-        self._plans.keep(kind, Kept(plan, self.footprint, extents_of(batch, layout)))
+        if self._given is not None:
+            self.plan = self._given = plan
+        else:
+            self._plans.keep(kind, Kept(plan, self.footprint, extents_of(batch, layout)))
         return self._execution(batch, layout)
 
     def _in_chunks(self, execution: Execution, kind: Kind, batch: Any, layout: RowLayout, *, kept: bool) -> ChunkedStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from samegrad.exact.out_of_memory import OutOfMemory
 from samegrad.exact.undisturbed import Before, Generators
 from samegrad.execute import recover
 from samegrad.measure.counting import ByteCounter
-from samegrad.records import Category, StepResult
+from samegrad.records import Category, Exactness, StepResult
 
 from .failing_memory import KINDS, D, FailsAt, Kind, Left, Limited, Rerun, batch_of, cross_entropy, dropping, plan
 from .failing_memory import split as by_rows
@@ -348,6 +349,49 @@ def test_a_limit_of_bytes_is_met_by_a_smaller_plan_of_the_ladder(caplog: pytest.
     with sg.Step(fresh, cross_entropy, plan=taken) as pinned:
         torch.manual_seed(5)
         assert not Left.by(fresh, pinned.backward(batch)).differing(mine)
+
+
+@pytest.mark.parametrize(
+    ("levers", "share"),
+    [({}, 0.6), ({"autocast": {"dtype": "bfloat16", "full_precision": []}}, 0.35)],
+    ids=["as it is", "autocast"],
+)
+def test_a_plan_with_its_footprint_is_left_for_a_smaller_one_in_its_precision(
+    levers: dict[str, Any], share: float
+) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.3), nn.Tanh(), nn.Linear(64, 3))
+
+    model, batch, allow = made(), (batch_of(64)[0].float(), batch_of(64)[1]), Exactness.ROUNDED
+    settled, footprint = sg.settle_plan(sg.Step(model, cross_entropy), batch, budget="1MiB")
+    given = dataclasses.replace(settled, levers=settled.levers | levers, exactness=allow)
+    step = sg.Step(model, cross_entropy, plan=given, footprint=footprint, allow=allow)
+    counter = ByteCounter(torch.device("cpu"), gradients_of=[model])
+    counter.claim(model.parameters(), Category.PARAMETERS)
+    torch.manual_seed(5)
+    limit = int(share * (settled.predicted_peak_bytes or 0))
+    with counter, Limited(counter, limit) as limited:
+        loss = step.backward(batch)
+    mine, taken = Left.by(model, loss), step.plan
+    assert step.recoveries and limited.failures == len(step.recoveries) and taken is not None
+    assert "split_rows" in taken.levers and all(taken.levers[name] == knobs for name, knobs in levers.items())
+    assert taken.exactness is (allow if levers else Exactness.SAME_SUM) and taken.signature == given.signature
+    # It stays in force, and is what a step that had it from the start would have done.
+    step.backward(batch)
+    assert step.plan == taken and not step.recoveries
+    fresh = made()
+    with sg.Step(fresh, cross_entropy, plan=taken, allow=allow) as pinned:
+        torch.manual_seed(5)
+        assert not Left.by(fresh, pinned.backward(batch)).differing(mine)
+
+
+def test_a_footprint_is_of_a_plan() -> None:
+    model, batch = dropping().to(D), batch_of()
+    settled, footprint = sg.settle_plan(sg.Step(model, cross_entropy), batch, budget="1MiB")
+    for given, found in (({"footprint": footprint}, "no plan="), ({"plan": settled, "footprint": settled}, "a Plan")):
+        with pytest.raises(sg.UsageError, match=found):
+            sg.Step(model, cross_entropy, **given)
 
 
 def test_train_tells_what_happened_in_the_step_it_happened(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.exact.batchnorm import Moments
+from samegrad.exact.out_of_memory import OutOfMemory
 from samegrad.recipes.fewshot_cosine.backbones import ResNetBackbone, make_backbone
 from samegrad.recipes.fewshot_cosine.model import EpisodeShape, FewShotTransformer, Head, Method
 from samegrad.recipes.fewshot_cosine.objective import EpisodeLoss, covariance_penalty, variance_hinge
 from samegrad.recipes.fewshot_cosine.options import FewShotOptions
 from samegrad.recipes.fewshot_cosine.stepping import StreamedEpisodeLoss, block_names, layers_in, make_step
+
+from ..execute.failing_memory import FailsAt
 
 PIXELS = 16
 SHAPE = EpisodeShape(n_way=3, k_shot=2, n_query=3)
@@ -141,6 +145,23 @@ def test_amp_is_verified_against_the_plain_step_under_the_same_autocast_and_says
     verdict = sg.verify_step(make_step(options, model, torch.optim.AdamW(model.parameters()), images), images)
     assert verdict.same and "autocast in bfloat16 but for layer2.0" in verdict.reference
     assert verdict.departure is not None and 0 < verdict.departure.gradient_norm_fraction < 1
+
+
+@pytest.mark.parametrize("steps", [0, 9], ids=["chosen by the budget", "asked for"])
+def test_a_budgets_plan_is_left_where_memory_runs_out_and_what_was_asked_for_is_not(steps: int) -> None:
+    model, images = made()
+    model, images = model.float(), images.float()
+    given = {"n_way": 3, "k_shot": 2, "n_query": 3, "budget": "64MiB", "gradient_accumulation_steps": steps}
+    step = make_step(FewShotOptions(**given), model, torch.optim.AdamW(model.parameters()), images)
+    before = step.plan
+    assert before is not None and "autocast" in before.levers
+    # Not at the very first operations, which copy what the step is undone to.
+    with pytest.raises(OutOfMemory, match="is a pin") if steps else contextlib.nullcontext(), FailsAt(200):
+        step.backward(images)
+    if not steps:
+        assert step.recoveries and step.plan is not None and step.plan != before
+        assert step.plan.levers["autocast"] == before.levers["autocast"]
+        assert sg.verify_step(step, images).same
 
 
 def test_precision_reaches_every_convolution_of_a_part() -> None:

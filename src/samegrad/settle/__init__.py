@@ -201,8 +201,14 @@ def plan_followed(step: Declares, batch: Any, card: str, plan: Plan) -> Ahead:
     return Ahead(plan, footprint, footprint_of(followed, footprint, plan))
 
 
-def check_kinds(*, plan: Any, allow: Any, expected_steps: Any) -> None:
+def check_kinds(*, plan: Any, footprint: Any, allow: Any, expected_steps: Any) -> None:
     """Raises UsageError for arguments of another kind, which would fail long after they were given."""
+    if footprint is not None and (plan is None or not isinstance(footprint, Footprint)):
+        raise UsageError(
+            asked="a step with footprint=",
+            found="no plan= beside it" if plan is None else f"a {type(footprint).__name__}, not a Footprint",
+            do="plan, footprint = settle_plan(...), then Step(..., plan=plan, footprint=footprint)",
+        )
     wrong = None
     if plan is not None and not isinstance(plan, Plan):
         wrong = "plan", plan, "a Plan", "Plan.from_json(Path('plan.json').read_text()) reads one"

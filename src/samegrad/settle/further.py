@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from samegrad.errors import BudgetTooSmall, CannotSplit
+from samegrad.levers import find_levers
+from samegrad.levers.autocast import Autocast
 from samegrad.levers.expandable_segments import ExpandableSegments
+from samegrad.levers.layout import Layout
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import budget_for
 from samegrad.plan.options import Options
@@ -14,21 +17,32 @@ from samegrad.records import Exactness, Footprint, Plan
 
 # Of what failed: rungs lie close together, and each one that fails costs a step.
 _LARGEST_FRACTION = 7 / 8
+# What is no matter of how much is held at a time: it made room for all plans, or is how the step computes.
+_KEPT = frozenset((ExpandableSegments.name, Layout.name, Autocast.name))
 
 
 def smaller_plans(footprint: Footprint, plan: Plan, allow: Exactness) -> Iterator[Plan]:
     """Plans of ``footprint`` below ``plan``, each the fastest that is predicted to need an eighth less than the last.
 
     Where none needs so much less, the smallest there is comes last. No tensor and no device is touched. Each keeps
-    the budget and the signature of ``plan``, and the kind of segments that it had.
+    the budget and the signature of ``plan``, and the kind of segments, the layout and the precision that it had.
     """
-    segments = {name: knobs for name, knobs in plan.levers.items() if name == ExpandableSegments.name}
+    kept = {name: knobs for name, knobs in plan.levers.items() if name in _KEPT}
     failed: Plan | None = plan
     while failed is not None and failed.predicted_peak_bytes is not None:
         found = _smaller(footprint, failed, failed.predicted_peak_bytes, allow)
         if found is not None:
-            levers = found.levers | segments
-            yield dataclasses.replace(found, levers=levers, budget=plan.budget, signature=plan.signature)
+            levers, reasons = found.levers | kept, {n: why for n, why in plan.reasons.items() if n in kept}
+            origins = {knob: who for knob, who in plan.knob_origins.items() if knob.partition(".")[0] in kept}
+            yield dataclasses.replace(
+                found,
+                levers=levers,
+                exactness=max((find_levers()[name].exactness for name in levers), default=Exactness.SAME_BITS),
+                budget=plan.budget,
+                signature=plan.signature,
+                reasons=found.reasons | reasons,
+                knob_origins=found.knob_origins | origins,
+            )
         failed = found
 
 

@@ -103,7 +103,11 @@ def make_step(
         plan, footprint = _settled_plan(options, model, loss, optimizer, (episode, dtype))
     plan = _with_amp(plan, dtype, options.full_precision[0], model.backbone)
     allow = max(plan.exactness, sg.Exactness.SAME_SUM)
-    step = sg.Step(model.backbone, loss, optimizer=optimizer, plan=plan, allow=allow)
+    # What somebody asked for is not left where memory runs out.
+    is_asked = options.gradient_accumulation_steps or options.use_gradient_checkpointing
+    step = sg.Step(
+        model.backbone, loss, optimizer=optimizer, plan=plan, footprint=None if is_asked else footprint, allow=allow
+    )
     step.footprint = footprint
     return step
 
