@@ -155,7 +155,8 @@ def test_a_budgets_plan_is_left_where_memory_runs_out_and_what_was_asked_for_is_
     step = make_step(FewShotOptions(**given), model, torch.optim.AdamW(model.parameters()), images)
     before = step.plan
     assert before is not None and "autocast" in before.levers
-    # Not at the very first operations, which copy what the step is undone to.
+    # The first step examines what it was given.
+    step.backward(images)
     with pytest.raises(OutOfMemory, match="is a pin") if steps else contextlib.nullcontext(), FailsAt(200):
         step.backward(images)
     if not steps:
