@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from samegrad.declared import DeclaredStep
 from samegrad.execute.apply import applied, standing
@@ -23,8 +23,23 @@ from samegrad.records import Category, Exactness, Phase, Plan
 from ..contract.plain import left_alone
 from .traced import ROWS, Pictures, Words, counted_peaks, declared_on, pictures, words
 
-# BatchNorm that only reads: what the CPU keeps of a narrow batch's statistics, torch's fake tensors have otherwise.
-STEPS = {"pictures": (lambda: Pictures().eval(), pictures), "words": (Words, words)}
+
+def of_six_channels() -> nn.Module:
+    """Of so many that they are copied to have them last.
+
+    BatchNorm only reads: what the CPU keeps of a narrow batch's statistics, torch's fake tensors have otherwise.
+    """
+    model = Pictures().eval()
+    model.stem = nn.Conv2d(6, 7, 3, bias=False)
+    return model
+
+
+def with_six_channels(rows: int) -> tuple[Tensor, Tensor]:
+    colours, targets = pictures(rows)
+    return torch.cat([colours, colours], dim=1), targets
+
+
+STEPS = {"pictures": (of_six_channels, with_six_channels), "words": (Words, words)}
 # Levers, and a knob under which a small step moves something.
 LEVERS: dict[str, dict[str, Any]] = {
     "autocast": {},
