@@ -214,7 +214,7 @@ def test_state_that_went_leaves_no_memory_with_the_allocator(monkeypatch: pytest
     reserved = {}
     for planted in (False, True):
         if planted:
-            monkeypatch.setattr(optimizer_state._TravellingState, "_make_room", lambda self: None)
+            monkeypatch.setattr(optimizer_state._TravellingState, "_make_room", lambda self, **_: None)
         model, batch = chain()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
         torch.cuda.empty_cache()

@@ -20,6 +20,7 @@ from samegrad.exact.split import Chunks, SplitStep
 from samegrad.exact.undisturbed import NotToBeTried
 from samegrad.execute.ways import Ways
 from samegrad.levers import Execution, Lever, StandingLever, levers_of
+from samegrad.measure import counters
 from samegrad.records import Plan
 
 
@@ -69,6 +70,9 @@ class Standing:
         levers = [lever for lever in levers_of(plan) if isinstance(lever, StandingLever)]
         if levers != self._levers:
             self.close()
+            if levers:
+                # Small, and kept for good: among the activations of the first step it would part what is free.
+                counters.take_workspaces(self._declared.device)
             self._stack.enter_context(standing(plan, self._declared))
             self._levers = levers
         self._brought = plan.levers

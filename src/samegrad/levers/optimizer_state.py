@@ -200,9 +200,10 @@ class _TravellingState:
         self._replace(moved)
         self._away, self._back = [*self._away, *sent], []
         # What is held here would not be given back.
+        is_new = bool(pieces)
         for held in (leaves, others, whole, pieces):
             held.clear()
-        self._make_room()
+        self._make_room(is_new=is_new)
 
     def bring_back(self) -> None:
         self._make_room()
@@ -222,12 +223,14 @@ class _TravellingState:
             self._replace(moved)
             pieces.pop()
 
-    def _make_room(self) -> None:
+    def _make_room(self, *, is_new: bool = False) -> None:
         """Gives back what the allocator keeps: within a cap a piece finds no room among segments of other sizes.
 
-        Those that grow have it: what is free in them is free together.
+        Those that grow have it: what is free in them is free together, but for what state that ``is_new``, made in
+        many tensors while gradients were alive, left between them.
         """
-        if self._away and computing() and not segments_grow() and any(p.home.type == "cuda" for p in self._away):
+        needed = is_new or not segments_grow()
+        if needed and self._away and computing() and any(p.home.type == "cuda" for p in self._away):
             torch.cuda.empty_cache()
 
     def _parameters(self) -> list[Tensor]:
