@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
@@ -90,3 +91,41 @@ def test_a_buffer_that_is_written_and_stays_the_same_is_written_and_not_changed(
     assert state.written_places() == state.changed_places() == [("", "kept")]
     state.restore()
     assert state.written_places() == []
+
+
+# Held, put in its place, and whether that is a change.
+REPLACED: dict[str, tuple[Any, Any, bool]] = {
+    "a number": (1, 2, True),
+    "the same number": (1000, int("1000"), False),
+    "not a number": (float("nan"), float("nan"), False),
+    "a switch": (True, False, True),
+    "nothing": (None, 0, True),
+    "a tuple": ((3, 3), (3, 1), True),
+    "the same tuple": ((3, 3), tuple(int(digit) for digit in "33"), False),
+    "a tuple of a list": ((3, [3]), (3, [4]), True),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_is_put_in_the_place_of_a_value_is_seen_and_taken_out_again(name: str) -> None:
+    before, now, changes = REPLACED[name]
+    module = nn.Sequential(Holder(before))
+    state = ModuleState([module])
+    module[0].held = now
+    assert state.changed() == (["0.held"] if changes else [])
+    state.restore()
+    assert module[0].held is before and state.changed() == []
+
+
+def test_a_snapshot_makes_few_objects_that_pythons_collector_goes_through() -> None:
+    """Every step makes one; thousands of small objects a step have it go through all of the process every few steps."""
+    module = nn.Sequential(*(nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Flatten()) for _ in range(50)))
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        state = ModuleState([module])
+        made = len(gc.get_objects()) - before
+    finally:
+        gc.enable()
+    assert state.changed() == [] and made < 5 * len(list(module.modules()))

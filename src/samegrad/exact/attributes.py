@@ -21,6 +21,7 @@ from samegrad.exact.out_of_memory import is_out_of_memory
 
 # What counts or switches something.
 PLAIN = (int, float, str, bool, type(None))
+_SCALARS = frozenset(PLAIN)
 _ARRAYS = (Tensor, np.ndarray)
 # Vocabularies and tables: looking at each entry would cost more than a step.
 _LONGEST = 4096
@@ -29,6 +30,12 @@ _DEEPEST = 3
 
 def can_hold_state(value: Any) -> bool:
     return isinstance(value, (*PLAIN, *_ARRAYS, *CONTAINERS))
+
+
+def never_changes(value: Any) -> bool:
+    """Whether nobody can write into ``value``, only put another in its place: numbers, text, short tuples of them."""
+    kind = type(value)
+    return kind in _SCALARS or (kind is tuple and len(value) <= _LONGEST and _SCALARS.issuperset(map(type, value)))
 
 
 def arrays_in(value: Any, depth: int = 0) -> list[Tensor | np.ndarray]:
@@ -56,6 +63,27 @@ class Attribute:
         """The object, with the content that it had."""
         _restore(self.value, self.content)
         return self.value
+
+
+def kept(value: Any) -> Any:
+    """What ``stands`` and ``restored`` take for an attribute as it is now.
+
+    Itself where it never changes: a model has thousands of those, every step looks at all of them, and so many small
+    objects would have Python's collector go through the whole process every few steps.
+    """
+    return value if never_changes(value) else Attribute.of(value)
+
+
+def stands(before: Any, now: Any) -> bool:
+    """Whether an attribute is as it was when it was ``kept`` as ``before``."""
+    if type(before) is Attribute:
+        return before.same(now)
+    return now is before or Attribute.of(before).same(now)
+
+
+def restored(before: Any) -> Any:
+    """What was ``kept`` as ``before``, with the content that it had."""
+    return before.restored() if type(before) is Attribute else before
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,25 +25,31 @@ class ModuleHooks:
     """The hooks on ``parts`` as they are now, but for samegrad's own, which come and go by themselves."""
 
     def __init__(self, parts: Iterable[nn.Module]) -> None:
-        self._before = [
-            (vars(part), name, _foreign(vars(part)[name]), [vars(part)[flags].copy() for flags in beside])
-            for part in parts
+        self._parts = [vars(part) for part in parts]
+        # Of most modules none, so only those are kept that are there: hooks, and flags beside them.
+        self._before: dict[tuple[int, str], tuple[dict[int, Any], list[dict[int, Any]]]] = {
+            (id(mine), name): (_foreign(mine[name]), [mine[flags].copy() for flags in beside])
+            for mine in self._parts
             for name, beside in _REGISTRIES.items()
             # Modules of other kinds (ScriptModule) may keep theirs elsewhere.
-            if name in vars(part)
-        ]
+            if mine.get(name)
+        }
 
     def restore(self) -> None:
-        for mine, name, before, flags_before in self._before:
-            hooks = mine[name]
-            if _foreign(hooks) == before:
-                continue
-            own = {key: hook for key, hook in hooks.items() if _is_own(hook)}
-            _put(hooks, before | own)
-            for flags, flagged in zip(_REGISTRIES[name], flags_before):
-                now = mine[flags].items()
-                kept = {key: flag for key, flag in flagged.items() if key in before}
-                _put(mine[flags], kept | {key: flag for key, flag in now if key in own})
+        for mine in self._parts:
+            for name, beside in _REGISTRIES.items():
+                before, flags_before = self._before.get((id(mine), name), ({}, [{} for _ in beside]))
+                if name in mine and _foreign(mine[name]) != before:
+                    _put_back(mine, name, before, flags_before)
+
+
+def _put_back(mine: dict[str, Any], name: str, before: dict[int, Any], flags_before: list[dict[int, Any]]) -> None:
+    own = {key: hook for key, hook in mine[name].items() if _is_own(hook)}
+    _put(mine[name], before | own)
+    for flags, flagged in zip(_REGISTRIES[name], flags_before):
+        now = mine[flags].items()
+        kept = {key: flag for key, flag in flagged.items() if key in before}
+        _put(mine[flags], kept | {key: flag for key, flag in now if key in own})
 
 
 def _foreign(hooks: dict[int, Any]) -> dict[int, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from samegrad.exact import containers
-from samegrad.exact.attributes import PLAIN, can_hold_state
+from samegrad.exact.attributes import PLAIN, can_hold_state, never_changes
 from samegrad.exact.batchnorm import uses_batch_statistics
 from samegrad.exact.containers import CONTAINERS
 
@@ -53,7 +53,7 @@ class PartState:
         self._places = places
         values = [holder.get(key) for _, holder, key in places.places]
         # A module has many numbers that never change: those are told by identity alone.
-        self._before = [(value, None) if type(value) in PLAIN else (_copied(value), _look(value)) for value in values]
+        self._before = [(value, None) if never_changes(value) else (_copied(value), _look(value)) for value in values]
         self._kept: list[tuple[dict[str, Any], str, Any]] = []
 
     def keep_changed(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
-from samegrad.exact.attributes import PLAIN, Attribute, can_hold_state, put_back, same_tensor
+from samegrad.exact.attributes import PLAIN, can_hold_state, kept, put_back, restored, same_tensor, stands
 from samegrad.exact.dataless import computing, has_data
 from samegrad.exact.held import Held, held_by
 from samegrad.exact.module_hooks import ModuleHooks
@@ -125,7 +125,7 @@ class ModuleState:
                 found.append((name, key))
         for part, name, attributes in self._attributes:
             mine = vars(part)
-            keys = [key for key, kept in attributes.items() if key not in mine or not kept.same(mine[key])]
+            keys = [key for key, before in attributes.items() if key not in mine or not stands(before, mine[key])]
             keys += _new_keys(mine, attributes)
             found += [(name, key) for key in keys]
         return found
@@ -148,9 +148,9 @@ class ModuleState:
     def switched(self) -> bool:
         """Whether a plain value (a counter, a switch) changed since this snapshot."""
         return any(
-            isinstance(vars(part).get(key), PLAIN) and not kept.same(vars(part).get(key))
+            isinstance(vars(part).get(key), PLAIN) and not stands(before, vars(part).get(key))
             for part, _, attributes in self._attributes
-            for key, kept in attributes.items()
+            for key, before in attributes.items()
         )
 
     @torch.no_grad()
@@ -162,8 +162,8 @@ class ModuleState:
             mine = vars(part)
             for key in _new_keys(mine, attributes):
                 del mine[key]
-            for key, kept in attributes.items():
-                mine[key] = kept.restored()
+            for key, before in attributes.items():
+                mine[key] = restored(before)
         self._hooks.restore()
         self._versions = self._read_versions()
         self._held.restore()
@@ -187,13 +187,13 @@ def _copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 _MODULES_OWN = frozenset(vars(nn.Module()))
 
 
-def _new_keys(mine: dict[str, Any], attributes: dict[str, Attribute]) -> list[str]:
+def _new_keys(mine: dict[str, Any], attributes: dict[str, Any]) -> list[str]:
     return [key for key in mine if key not in attributes and key not in _MODULES_OWN and can_hold_state(mine[key])]
 
 
-def _attributes(part: nn.Module) -> dict[str, Attribute]:
+def _attributes(part: nn.Module) -> dict[str, Any]:
     return {
-        key: Attribute.of(value)
+        key: kept(value)
         for key, value in vars(part).items()
         if key not in _MODULES_OWN and can_hold_state(value)
     }
