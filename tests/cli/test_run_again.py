@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from samegrad.cli import run_session
+from samegrad.cli import run_loop, run_session
 from samegrad.store import RunFolder, load_checkpoint
 from tests.cli.conftest import Cli
 
@@ -164,12 +164,12 @@ class HalfAnEpoch:
 
 def test_an_epoch_that_is_half_done_is_not_saved_as_if_it_had_not_begun() -> None:
     half: Any = HalfAnEpoch()
-    ended = run_session._Ended()
+    ended = run_loop._Ended()
     with pytest.raises(RuntimeError, match="DataLoader worker"):
-        list(run_session._until_workers_end(half, ended))
+        list(run_loop._until_workers_end(half, ended))
     assert ended.error is None
     half.unit = "step"
-    assert list(run_session._until_workers_end(half, ended)) == [] and ended.error is not None
+    assert list(run_loop._until_workers_end(half, ended)) == [] and ended.error is not None
 
 
 @pytest.mark.parametrize("step", ["-1", "0", "7", str(10**20)])

@@ -11,6 +11,7 @@
     target.py      a recipe's name or ``file.py:function``
     devices.py     devices of torch's, and cards that are only planned for
     planned.py     a program's step with its plan; ahead.py the same for a card; measured.py as measured and followed
+    run_session.py one run in its folder; run_loop.py its steps
     schedulers.py  learning-rate schedulers of a user's own program
     stopping.py    SIGTERM and Ctrl-C → a flag read between steps
 

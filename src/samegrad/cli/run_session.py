@@ -7,7 +7,7 @@ import math
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,8 +16,7 @@ import torch
 
 import samegrad as sg
 from samegrad.cli.boundary import INTERNAL, known_error
-from samegrad.cli.console import Bar, Console
-from samegrad.cli.data_workers import worker_is_gone
+from samegrad.cli.console import Console
 from samegrad.cli.measured import measured_footprint
 from samegrad.cli.options import Call
 from samegrad.cli.planned import Planned, plan_step
@@ -25,21 +24,19 @@ from samegrad.cli.programs import advised, load_training
 from samegrad.cli.ranks import first_folder, rank_count
 from samegrad.cli.run import CONFIG, RunOptions, changed_options, config_text
 from samegrad.cli.run_health import peaks_of
-from samegrad.cli.run_memory import memory_notes, thrashing_line
+from samegrad.cli.run_loop import RANKS, train_in
+from samegrad.cli.run_memory import memory_notes
 from samegrad.cli.run_story import Summary, read_metrics, read_plan, read_record, read_story, verdict_text
-from samegrad.cli.stopping import StopFlag, Stopped, listening
+from samegrad.cli.stopping import Stopped, listening
 from samegrad.cli.target import Target
-from samegrad.cli.training import Outcome, Tick, Training, counting_of
+from samegrad.cli.training import Outcome, Training
 from samegrad.errors import BadInput, GradientsDiffer, NonFinite
 from samegrad.measure import counters
-from samegrad.records import Budget, Plan, Same, Verdict
+from samegrad.records import Plan, Same, Verdict
 from samegrad.report import render_markdown, render_report
-from samegrad.report.terminal import memory_line
 from samegrad.report.verdicts import judge
-from samegrad.store import RunFolder, check_step, load_checkpoint, save_checkpoint
+from samegrad.store import RunFolder, check_step, load_checkpoint
 
-# In a checkpoint's state, beside the program's own.
-_RANKS = "ranks"
 VERDICT = "verdict.json"
 
 
@@ -105,7 +102,7 @@ def run_session(target: Target, call: Call, folder: RunFolder, console: Console)
         try:
             as_before = options.resume and given is not None and options.plan is None
             verdict = _verify(training, folder, options, console, as_before=as_before)
-            _train(training, folder, planned.plan, options, stop, console)
+            train_in(folder, training, planned.plan, options, stop, console)
             # After training, because only now the optimizer's state is there to be counted.
             measured = measured_footprint(training.step, training.batch, planned.footprint)
             folder.write_text("measured.json", measured.to_json())
@@ -168,7 +165,7 @@ def _given_plan(folder: RunFolder, options: RunOptions, changed: Mapping[str, ob
 def _resume(training: Training, folder: RunFolder, options: RunOptions, console: Console) -> None:
     checkpoints = first_folder(folder.path) / folder.checkpoints.name
     checkpoint = load_checkpoint(checkpoints, step=options.resume_from, strict=options.strict_resume)
-    ranks = checkpoint.state.get(_RANKS, 1)
+    ranks = checkpoint.state.get(RANKS, 1)
     if ranks != rank_count():
         raise BadInput(
             asked=f"resume {training.title} on {rank_count()} ranks",
@@ -221,94 +218,6 @@ def _verify(
             file=str(folder.path / VERDICT),
         )
     return verdict
-
-
-def _train(
-    training: Training, folder: RunFolder, plan: Plan, options: RunOptions, stop: StopFlag, console: Console
-) -> None:
-    if options.steps is not None:
-        training.limit(options.steps)
-    saved_at = training.done if options.resume else None
-    if training.total is not None and training.done >= training.total:
-        done = f"{training.unit} {training.done} is done, and the last one was to be {training.total}"
-        console.note(f"nothing is left to train: {done}")
-    thrashing, ended = False, _Ended()
-    with stop.hold(), console.progress(training.title, training.total) as bar:
-        for tick in _until_workers_end(training, ended):
-            told = _record(tick, training, folder)
-            if not thrashing and (line := thrashing_line(tick.results)):
-                thrashing = True
-                bar.say(line)
-            bar.advance(told, done=training.done)
-            if training.done % options.log_every == 0 or training.done == 1 or tick.last:
-                _log_memory(tick, told, training, folder, plan.budget, bar)
-            if stop or tick.last or training.done % options.save_every == 0:
-                _save(training, folder, stop)
-                saved_at = training.done
-            stop.obey()
-        if saved_at != training.done:
-            _save(training, folder, stop)
-            if ended.error is not None:
-                console.error(f"saved after {training.unit} {training.done}; --resume goes on from there")
-        stop.obey()
-        if ended.error is not None:
-            raise ended.error
-
-
-@dataclasses.dataclass
-class _Ended:
-    """What ended data workers before the training's own end; None where nothing did."""
-
-    error: RuntimeError | None = None
-
-
-def _until_workers_end(training: Training, ended: _Ended) -> Iterator[Tick]:
-    """The ticks up to where data workers are gone: killed, or by the signal that asks this process to stop as well.
-
-    Between two steps nothing is lost, so that what was done can be saved; an epoch that is half done is neither.
-    """
-    try:
-        yield from training.ticks()
-    except RuntimeError as error:
-        if training.unit != "step" or not worker_is_gone(error):
-            raise
-        ended.error = error
-
-
-def _save(training: Training, folder: RunFolder, stop: StopFlag) -> None:
-    state = {**training.state(), _RANKS: rank_count()}
-    save_checkpoint(folder.checkpoints, step=training.steps_done, tensors=training.tensors(), state=state)
-    stop.saved = str(folder.path)
-
-
-def _record(tick: Tick, training: Training, folder: RunFolder) -> str:
-    """Writes the tick's lines of metrics.jsonl, and the plan where another one came; returns its losses in words."""
-    if any(result.recoveries for result in tick.results) and training.step.plan is not None:
-        # A resumed run goes on as this one does.
-        folder.write_text("plan.json", training.step.plan.to_json())
-    for result in tick.results:
-        record = {k: v for k, v in result.to_dict().items() if k not in ("schema_version", "record")}
-        folder.append_metrics({"kind": "step", "step": result.index, **record})
-    last = tick.results[-1]
-    if tick.validation_loss is None:
-        return f"loss {last.loss:.6g}"
-    parts = dict(tick.validation_parts)
-    told = {"parts": parts} if parts else {}
-    folder.append_metrics({"kind": "validation", "step": last.index, "loss": tick.validation_loss, **told})
-    of = ", ".join(f"{name} {value:.6g}" for name, value in parts.items())
-    return f"loss {last.loss:.6g}, validation {tick.validation_loss:.6g}" + (f" ({of})" if of else "")
-
-
-def _log_memory(
-    tick: Tick, told: str, training: Training, folder: RunFolder, budget: Budget | None, bar: Bar
-) -> None:
-    last = tick.results[-1]
-    # Asked here and not after every step: the driver takes milliseconds to answer.
-    driver_bytes = counters.driver_process_bytes(training.step.declared.device)
-    result = dataclasses.replace(last, driver_process_bytes=driver_bytes)
-    memory = memory_line(result, budget, counting_of(training.step))
-    folder.append_metrics({"kind": "memory", "step": last.index, "text": memory, "driver_process_bytes": driver_bytes})
-    bar.say(f"{training.unit} {training.done}: {told}. {memory}")
 
 
 def _write_summary(training: Training, folder: RunFolder, planned: Planned, outcome: Outcome) -> None:
