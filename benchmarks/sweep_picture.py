@@ -96,9 +96,12 @@ def _draw_series(contender: str, points: list[Point], plot: Plot, colour: str) -
     for number, ((x, y), point) in enumerate(zip(places, points, strict=True)):
         yield draw_point(x, y, colour=colour)
         if contender == OURS and point.budget is not None:
-            # A line that rises to the next point would go through a label above this one.
-            rises = number + 1 < len(places) and places[number + 1][1] < y
-            yield draw_text(x + 6, y + FONT_PX + 6 if rises else y - 7, f"{point.budget:g} %")
+            label = f"{point.budget:g} %"
+            # A line that rises to the next point would go through a label on that side.
+            if number + 1 < len(places) and places[number + 1][1] < y:
+                yield draw_text(x - 6, y + FONT_PX + 2, label, anchor="end")
+            else:
+                yield draw_text(x + 6, y - 7, label)
 
 
 def picture(sweep: dict[str, Any]) -> str:
