@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
 import time
 from typing import Any
 
@@ -30,6 +29,7 @@ from samegrad.settle.again_ways import blocks_of
 from samegrad.settle.edits import Levers
 from samegrad.settle.ladder import measured, measured_whole, most_bytes
 from samegrad.settle.making_room import GrowingWhereNeeded
+from samegrad.settle.own_code import of_a_compiler, own_code_under
 from samegrad.settle.probing import Measurement
 from samegrad.settle.progress import trying
 
@@ -87,7 +87,7 @@ class Search:
             outcome.refused(refused.found)
             return None
         except RuntimeError as error:
-            if not _of_a_compiler(error):
+            if not of_a_compiler(error):
                 raise
             self._refuse(Compile.name, f"the compiler cannot take it ({str(error).splitlines()[0]})")
             outcome.refused("the compiler cannot take it")
@@ -121,6 +121,10 @@ class Search:
         counters.take_workspaces(self.declared.device)
 
     def _rung(self, plan: Plan) -> Rung | None:
+        with own_code_under(plan.levers, self.declared):
+            return self._measured(plan)
+
+    def _measured(self, plan: Plan) -> Rung | None:
         with applied(plan, self.declared, plan.batch_rows) as execution:
             runs_whole = execution.runs_whole
         if runs_whole:
@@ -140,10 +144,3 @@ class Search:
 
     def _refuse(self, name: str, found: str) -> None:
         self.reasons[name] = f"refused: {found}"
-
-
-def _of_a_compiler(error: RuntimeError) -> bool:
-    compiler = sys.modules.get("torch._dynamo.exc")
-    return compiler is not None and isinstance(error, compiler.TorchDynamoException)
-
-

@@ -29,6 +29,7 @@ from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Phase, Plan, ProbedWay
 from samegrad.settle.lever_ways import Levers, lever_sets, offered_levers
+from samegrad.settle.own_code import own_code_under
 from samegrad.settle.probing import Measurement
 
 # What a lever must gain of a step's time to count as faster.
@@ -54,7 +55,8 @@ def with_probed_ways(
     found = []
     for levers in lever_sets(offered, []):
         try:
-            found.append(_probed(declared, aliases, measurement, batch, budget, levers))
+            with own_code_under(levers, declared):
+                found.append(_probed(declared, aliases, measurement, batch, budget, levers))
         except (CannotSplit, UsageError, OutOfMemory) as error:
             if len(levers) == 1:
                 refusals[next(iter(levers))] = error.found
