@@ -33,7 +33,8 @@ def room(
     of: Footprint, *, allow: sg.Exactness = sg.Exactness.SAME_SUM, counting: Counting = Counting.CUDA_ALLOCATOR
 ) -> ChannelsLastWhereNeeded:
     budget = Budget(total_bytes=MOST, device="cuda:0", counting=counting, source="a test")
-    return ChannelsLastWhereNeeded(of, MOST, Options(allow=allow), budget)
+    declared = sg.Step(MODELS["cnn"]()[0], cross_entropy).declared
+    return ChannelsLastWhereNeeded(declared, of, MOST, Options(allow=allow), budget)
 
 
 class Card:
@@ -85,6 +86,20 @@ def test_a_plan_that_does_not_fit_with_channels_last_may_as_it_is() -> None:
     grown = ["expandable_segments"]
     # Once one needed it, channels last comes first.
     assert [levers for rows, levers in card.measured if rows == 4] == [["layout", *grown], grown]
+
+
+def test_where_the_models_code_raises_with_channels_last_plans_are_measured_as_they_are() -> None:
+    class Views(Card):
+        def __call__(self, plan: Plan) -> Rung | None:
+            found = super().__call__(plan)
+            if "layout" in plan.levers:
+                raise RuntimeError("view size is not compatible")
+            return found
+
+    card = Views(rows=4)
+    found = walked(card, room(footprint()), 8, 6, 4)
+    assert found is not None and found.levers == {"split_rows": {"rows": 4}, "expandable_segments": {}}
+    assert sum("layout" in levers for _, levers in card.measured) == 1
 
 
 @pytest.mark.parametrize(

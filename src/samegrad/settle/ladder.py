@@ -64,7 +64,7 @@ def settle(
     footprint = measurement.footprint
     most = most_bytes(budget)
     tried: list[str] = []
-    room = ChannelsLastWhereNeeded(footprint, most, options, budget)
+    room = ChannelsLastWhereNeeded(declared, footprint, most, options, budget)
     best: _Fitting | None = None
     rivals_left = _MOST_RIVALS if budget.counting is Counting.CUDA_ALLOCATOR and options.rows is None else 0
     for plan in choose_plan(footprint, options, budget):

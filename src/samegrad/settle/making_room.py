@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from samegrad.declared import DeclaredStep
+from samegrad.errors import CannotSplit
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.layout import Layout
 from samegrad.measure.probe import Rung
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Footprint, Plan
+from samegrad.settle.own_code import own_code_under
 from samegrad.units import format_bytes
 
 # Of the plain step's time: from which on channels last is slower, and no mere noise.
@@ -55,7 +58,10 @@ class ChannelsLastWhereNeeded:
     above may be these copies.
     """
 
-    def __init__(self, footprint: Footprint, most: int, options: Options, budget: Budget) -> None:
+    def __init__(
+        self, declared: DeclaredStep, footprint: Footprint, most: int, options: Options, budget: Budget
+    ) -> None:
+        self._declared = declared
         self._segments = GrowingWhereNeeded(footprint, most)
         self._most = most
         self._may = (
@@ -75,9 +81,14 @@ class ChannelsLastWhereNeeded:
             if _fits(as_it_is[1], self._most):
                 return as_it_is
             self._why = _why(as_it_is[1], self._most)
-        laid_out = self._segments.measured(_with(Layout.name, plan, self._why), run)
-        if _fits(laid_out[1], self._most):
-            return laid_out
+        try:
+            with own_code_under([Layout.name], self._declared):
+                laid_out = self._segments.measured(_with(Layout.name, plan, self._why), run)
+            if _fits(laid_out[1], self._most):
+                return laid_out
+        except CannotSplit:
+            # It would raise under every other plan as well.
+            self._may = False
         return as_it_is or self._segments.measured(plan, run)
 
 
