@@ -386,6 +386,20 @@ def test_a_plan_with_its_footprint_is_left_for_a_smaller_one_in_its_precision(
         assert not Left.by(fresh, pinned.backward(batch)).differing(mine)
 
 
+def test_a_footprint_of_another_mode_never_splits_what_couples_rows() -> None:
+    """In eval mode BatchNorm treats rows alone and smaller plans split them; in training mode none of them may run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 3)).to(D).eval()
+    batch = batch_of(64)
+    settled, footprint = sg.settle_plan(sg.Step(model, cross_entropy), batch, budget="1MiB")
+    model.train()
+    step = sg.Step(model, cross_entropy, plan=settled, footprint=footprint)
+    with pytest.raises(sg.CannotSplit, match="statistics of all rows"), FailsAt(60):
+        step.backward(batch)
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(model[1].running_mean, torch.zeros(64, dtype=D)) and int(model[1].num_batches_tracked) == 0
+
+
 def test_a_footprint_is_of_a_plan() -> None:
     model, batch = dropping().to(D), batch_of()
     settled, footprint = sg.settle_plan(sg.Step(model, cross_entropy), batch, budget="1MiB")

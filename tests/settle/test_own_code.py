@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.errors import BadInput, CannotSplit
+from samegrad.settle import smaller_plans
 from samegrad.settle.own_code import own_code_under
 
 from ..contract.plain import assert_close, gradients, left_alone, plain_step
@@ -54,6 +55,12 @@ def test_an_error_of_the_users_code_is_a_reason(error: Exception) -> None:
         raise error
     assert "its own" in raised.value.found
     assert raised.value.__cause__ is error and "layout" in raised.value.asked
+
+
+def test_an_error_of_samegrads_own_goes_on() -> None:
+    with pytest.raises(AttributeError), own_code_under(["layout"], step()[0].declared):
+        # Raised by a line of samegrad, which no user's code called into by way of torch.
+        smaller_plans(None, None, None).__next__()  # type: ignore[arg-type]  # what makes it raise
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ class Standing:
         self._stack = contextlib.ExitStack()
         self._levers: Sequence[Lever] = []
         self._brought: dict[str, dict[str, Any]] = {}
+        self._has_workspaces = False
         # A step that nobody closed: at the end of the process tensors are taken apart before blocks are.
         weakref.finalize(self, self._stack.close)
 
@@ -70,9 +71,10 @@ class Standing:
         levers = [lever for lever in levers_of(plan) if isinstance(lever, StandingLever)]
         if levers != self._levers:
             self.close()
-            if levers:
+            if levers and not self._has_workspaces:
                 # Small, and kept for good: among the activations of the first step it would part what is free.
                 counters.take_workspaces(self._declared.device)
+                self._has_workspaces = True
             self._stack.enter_context(standing(plan, self._declared))
             self._levers = levers
         self._brought = plan.levers

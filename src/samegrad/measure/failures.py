@@ -16,6 +16,10 @@ from samegrad.measure.recorder import Recorder
 # Frames of torch, of samegrad and of Python itself are not the user's.
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _PYTHON = Path(contextlib.__file__).parent
+# But a recipe's model and loss are a user's code in all that matters here.
+_RECIPES = str(Path(__file__).parents[1] / "recipes")
+# Where samegrad stands between an operation of the user's code and torch.
+_BETWEEN = ("__torch_function__", "__torch_dispatch__")
 # What torch says of tensors of several devices, before and since 2.13; it calls the one that is followed "meta".
 _MIXED = ("two different devices", "found at least two devices")
 
@@ -66,3 +70,16 @@ def line_of(error: BaseException) -> str:
         if not frame.filename.startswith((*_LIBRARIES, "<")) and Path(frame.filename).parent != _PYTHON
     ]
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+
+
+def is_of_the_users_code(error: BaseException) -> bool:
+    """Whether it was raised by an operation that the user's code called last, and not by samegrad itself."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_LIBRARIES[0], "<"))
+        and Path(frame.filename).parent != _PYTHON
+        and frame.name not in _BETWEEN
+    ]
+    last = frames[-1].filename if frames else _LIBRARIES[1]
+    return last.startswith(_RECIPES) or not last.startswith(_LIBRARIES[1])

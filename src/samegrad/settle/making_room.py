@@ -70,12 +70,13 @@ class ChannelsLastWhereNeeded:
             and Layout.exactness <= options.allow
             and not _is_slower_with_channels_last(footprint)
         )
-        self._why = ""
+        self._why = self._refused = ""
 
     def measured(self, plan: Plan, run: Run) -> tuple[Plan, Rung | None]:
         """``plan``, or the same with channels last, and what ``run`` measured of it."""
         if not self._may or Layout.name in plan.levers:
-            return self._segments.measured(plan, run)
+            found, rung = self._segments.measured(plan, run)
+            return self._told(found), rung
         as_it_is = None if self._why else self._segments.measured(plan, run)
         if as_it_is is not None:
             if _fits(as_it_is[1], self._most):
@@ -86,10 +87,16 @@ class ChannelsLastWhereNeeded:
                 laid_out = self._segments.measured(_with(Layout.name, plan, self._why), run)
             if _fits(laid_out[1], self._most):
                 return laid_out
-        except CannotSplit:
+        except CannotSplit as refused:
             # It would raise under every other plan as well.
-            self._may = False
-        return as_it_is or self._segments.measured(plan, run)
+            self._may, self._refused = False, f"refused: {refused.found}"
+        found, rung = as_it_is or self._segments.measured(plan, run)
+        return self._told(found), rung
+
+    def _told(self, plan: Plan) -> Plan:
+        if not self._refused:
+            return plan
+        return dataclasses.replace(plan, reasons=plan.reasons | {Layout.name: self._refused})
 
 
 def _is_slower_with_channels_last(footprint: Footprint) -> bool:

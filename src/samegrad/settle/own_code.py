@@ -14,7 +14,7 @@ import torch
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit, SamegradError
 from samegrad.exact.out_of_memory import is_out_of_memory
-from samegrad.measure.failures import first_line
+from samegrad.measure.failures import first_line, is_of_the_users_code
 from samegrad.measure.within_memory import place_of
 
 
@@ -22,14 +22,15 @@ from samegrad.measure.within_memory import place_of
 def own_code_under(levers: Iterable[str], declared: DeclaredStep) -> Iterator[None]:
     """A block that runs the step, which ran as it is, under ``levers`` by name. Raises CannotSplit for its own errors.
 
-    What is wrong with the device, the compiler or the memory goes on as it is.
+    What is wrong with the device, the compiler, the memory or samegrad itself goes on as it is.
     """
     try:
         yield
     except SamegradError:
         raise
-    except Exception as error:  # whatever the user's code raises
-        if is_out_of_memory(error) or of_a_compiler(error) or isinstance(error, torch.AcceleratorError):
+    except Exception as error:  # of any type, since it is the user's code that chose it; all others are raised again
+        others = is_out_of_memory(error) or of_a_compiler(error) or isinstance(error, torch.AcceleratorError)
+        if others or not is_of_the_users_code(error):
             raise
         raise CannotSplit(
             asked=f"run the step under {', '.join(levers)}",
