@@ -4,6 +4,9 @@ A budget is what must be there (parameters, gradients, optimizer state) and a sh
 has above that. Each plan is made and run in a process of its own, the allocator capped at the budget: six steps, an
 out-of-memory error is a failure. ``--step NAME --share X`` is one such process; without it all run, several at a time,
 which slows them: times are compared with the plain step under the same crowd.
+
+Plans are written as they are done, and one that the file holds is not made again, so that parts of a few minutes add
+up: ``--seconds 540`` begins none after that time.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +31,9 @@ import samegrad as sg
 from samegrad.errors import BudgetTooSmall, CannotSplit
 
 MEASURED = Path(__file__).parent / "results" / "peaks_gpu.json"
-SHARES = (0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
+SHARES = (1.1, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 STEPS = 6
+MOST_SECONDS = 400
 CASES = [
     "resnet34 105 bf16", "resnet34 64 fp32", "resnet34 35 fp32", "resnet50 48 fp32", "resnet50 64 bf16",
     "resnet50_gn 48 fp32", "resnet50_gn 64 bf16", "vit_b16 48 fp32", "vit_b16 96 bf16", "gpt2 4 fp32", "gpt2 8 bf16",
@@ -88,19 +94,25 @@ def run_one(case: _steps.StepCase, budget_bytes: int) -> dict[str, Any]:
 
 def in_own_process(name: str, budget_bytes: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--step", name, "--budget", str(budget_bytes)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"planned": False, "failed": f"not done after {MOST_SECONDS} s"}
     if finished.returncode:
         return {"planned": False, "failed": finished.stderr[-800:]}
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def measure(case: _steps.StepCase, share: float, steady_cap_bytes: int) -> dict[str, Any]:
+def measure(case: _steps.StepCase, share: float, steady_cap_bytes: int, until: float) -> dict[str, Any] | None:
+    """What became of the plan; none where there is no time to begin."""
+    if time.monotonic() > until:
+        return None
     floor = resident_bytes(case)
     budget_bytes = int(floor + share * (steady_cap_bytes - floor))
     return {"name": case.name, "share": share, "budget_bytes": budget_bytes} | in_own_process(case.name, budget_bytes)
 
 
-def summed_up(plans: list[dict[str, Any]]) -> dict[str, Any]:
+def summed_up(plans: Collection[dict[str, Any]]) -> dict[str, Any]:
     run = [plan for plan in plans if plan.get("runs")]
     return {
         "asked": len(plans),
@@ -120,21 +132,26 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no plan after so long")
+    parser.add_argument("--again", action="store_true", help="make plans that are there already")
     arguments = parser.parse_args()
     by_name = {case.name: case for case in _steps.CASES}
     if arguments.step is not None:
         print(json.dumps(run_one(by_name[arguments.step], arguments.budget)))  # for the process that asked
         return
+    until = time.monotonic() + arguments.seconds
     known = {c["name"]: c for c in json.loads(MEASURED.read_text())["cases"] if c["runs"]}
     caps = {name: known[name].get("steady_cap_bytes") or known[name]["peak_reserved_bytes"] for name in CASES}
-    asked = [(by_name[n], s, caps[n]) for n in CASES if arguments.only in n for s in (1.1, *arguments.shares)]
-    plans: list[dict[str, Any]] = []
+    cells = _results.Cells("plans_gpu", {}, again=arguments.again)
+    # Share by share, so that a part has some of every case.
+    names = [name for name in CASES if arguments.only in name]
+    asked = {f"{n} {share}": (by_name[n], share, caps[n], until) for share in arguments.shares for n in names}
     with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(measure, *one) for one in asked]):
-            plans.append(done.result())
-            ordered = sorted(plans, key=lambda plan: (plan["name"], -plan["share"]))
-            _results.write("plans_gpu", {"summary": summed_up(plans), "plans": ordered}, quiet=True)
-    print(json.dumps(summed_up(plans), indent=2))
+        running = {pool.submit(measure, *one): key for key, one in asked.items() if key not in cells}
+        for done in concurrent.futures.as_completed(running):
+            if (plan := done.result()) is not None:
+                cells.add(running[done], plan)
+    print(json.dumps(summed_up(cells.cells.values()), indent=2))
 
 
 if __name__ == "__main__":
