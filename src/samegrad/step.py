@@ -250,8 +250,7 @@ class Step:
         chunked = None if execution.runs_whole else self._in_chunks(execution, kind, batch, layout, kept=True)
         draws = self._examined.draws_for(kind, batch, layout) if chunked is None else None
         assert self.plan is not None
-        self._standing.bring(self.plan)
-        with applied(self.plan, self.declared, layout.rows) as running:
+        with self._standing.bring(self.plan), applied(self.plan, self.declared, layout.rows) as running:
             if chunked is not None and execution.sizes is not None:
                 chunked = dataclasses.replace(chunked, declared=running.declared, agreement=attempt.agreement)
                 return chunked.backward(batch, layout, execution.sizes, scaler)

@@ -119,10 +119,17 @@ def test_a_checkpoint_taken_between_steps_is_plains_and_is_loaded_between_steps(
 def test_what_was_taken_from_the_state_stays_what_it_was() -> None:
     ours = Training("adam", lever=True)
     ours.run(2)
-    taken = [t.cpu() for state in ours.optimizer.state.values() for t in state.values() if t.dim()]
+    taken = moments(ours)
+    ours.closure()
+    taken += moments(ours)
     before = [t.clone() for t in taken]
+    ours.optimizer.step()
     ours.run(2)
     assert all(torch.equal(a, b) for a, b in zip(taken, before))
+
+
+def moments(training: Training) -> list[Tensor]:
+    return [t for state in training.optimizer.state.values() for t in state.values() if t.dim()]
 
 
 @EVERY
@@ -169,7 +176,7 @@ def test_memory_that_tensors_share_is_not_parted() -> None:
     shared = torch.randn(7)
     optimizer.state[fourth]["one"] = optimizer.state[first]["same"] = shared
     step = declare(model, cross_entropy, optimizer=optimizer)
-    with OptimizerState().standing(step):
+    with OptimizerState().standing(step) as around, around():
         assert optimizer.state[first]["part"].data_ptr() == flat.data_ptr()
         assert optimizer.state[third]["slow"].data_ptr() == third.data_ptr()
         assert optimizer.state[fourth]["one"] is optimizer.state[first]["same"] is not shared
@@ -189,6 +196,28 @@ def test_it_stands_from_the_first_backward_until_another_plan_or_close() -> None
         assert [len(hook) for hook in hooks] == [1, 1]
     step.close()
     assert not any(hooks)
+
+
+def test_state_leaves_once_a_backward_and_never_in_the_optimizers_own_turn(monkeypatch: Patch) -> None:
+    left: list[str] = []
+    packed, sent = _Piece.packed, _Piece.sent
+
+    def seen_packed(leaves: Sequence[Tensor]) -> _Piece:
+        left.append("packed")
+        return packed(leaves)
+
+    def seen_sent(piece: _Piece) -> _Piece:
+        left.append("sent")
+        return sent(piece)
+
+    monkeypatch.setattr(_Piece, "packed", seen_packed)
+    monkeypatch.setattr(_Piece, "sent", seen_sent)
+    Training("adam", lever=True).run(3)
+    assert left == ["packed", "sent"]
+    left.clear()
+    # Its closure calls backward while it has its state in hand.
+    Training("lbfgs", lever=True).run(2)
+    assert not left
 
 
 def test_steps_that_cannot_take_it_are_refused_with_the_reason() -> None:
@@ -258,7 +287,7 @@ def test_the_pieces_that_planning_counts_are_those_that_travel(name: str, monkey
 
     monkeypatch.setattr(_Piece, "packed", seen)
     ours = Training(name, lever=True)
-    ours.run(1)
+    ours.run(2)
     parameters = list(ours.model.parameters())
     state = [t for entry in ours.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor) and t.dim()]
     assert list(OptimizerState.pieces_of(sum(t.nbytes for t in state), parameters)) == pieces and len(pieces) > 1
@@ -272,12 +301,13 @@ def test_what_is_saved_of_state_shares_no_memory_and_travels_when_it_is_loaded()
     torch.save(ours.optimizer.state_dict(), file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)["state"]
-    moments = [t for entry in saved.values() for t in entry.values() if t.dim()]
-    assert len({t.untyped_storage().data_ptr() for t in moments}) == len(moments)
+    loaded = [t for entry in saved.values() for t in entry.values() if t.dim()]
+    assert len({t.untyped_storage().data_ptr() for t in loaded}) == len(loaded)
+    ours.closure()
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in moments(ours))
     assert ours.step is not None
     ours.step.close()
-    moments = [t for entry in ours.optimizer.state.values() for t in entry.values() if t.dim()]
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in moments)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in moments(ours))
 
 
 def test_a_part_that_a_user_takes_of_state_that_came_back_keeps_it_there() -> None:

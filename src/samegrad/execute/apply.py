@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from samegrad.exact.pass_programs import EagerPrograms, LossMaker, Programs, eag
 from samegrad.exact.split import Chunks, SplitStep
 from samegrad.exact.undisturbed import NotToBeTried
 from samegrad.execute.ways import Ways
-from samegrad.levers import Execution, Lever, StandingLever, levers_of
+from samegrad.levers import Around, Execution, Lever, StandingLever, levers_of
 from samegrad.measure import counters
 from samegrad.records import Plan
 
@@ -35,19 +36,28 @@ def applied(plan: Plan, declared: DeclaredStep, batch_rows: int) -> Iterator[Exe
 
 
 @contextlib.contextmanager
-def standing(plan: Plan, declared: DeclaredStep) -> Iterator[None]:
-    """A block in which stands what ``plan`` needs between steps as well, for batches of any number of rows."""
+def standing(plan: Plan, declared: DeclaredStep) -> Iterator[Around]:
+    """A block in which stands what ``plan`` needs between steps as well, for batches of any number of rows.
+
+    It yields what goes around every backward inside it.
+    """
     with contextlib.ExitStack() as stack:
-        for lever in levers_of(plan):
-            if isinstance(lever, StandingLever):
-                stack.enter_context(lever.standing(declared))
+        levers = [lever for lever in levers_of(plan) if isinstance(lever, StandingLever)]
+        yield functools.partial(_around, [stack.enter_context(lever.standing(declared)) for lever in levers])
+
+
+@contextlib.contextmanager
+def _around(levers: Sequence[Around]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for around in levers:
+            stack.enter_context(around())
         yield
 
 
 @contextlib.contextmanager
 def in_force(plan: Plan, declared: DeclaredStep, batch_rows: int) -> Iterator[Execution]:
-    """Both: the execution of ``plan`` on a batch, and what stands as long as the plan is in force."""
-    with standing(plan, declared), applied(plan, declared, batch_rows) as execution:
+    """All of it, for one backward: the execution of ``plan`` on a batch, what stands, and what goes around it."""
+    with standing(plan, declared) as around, around(), applied(plan, declared, batch_rows) as execution:
         yield execution
 
 
@@ -57,17 +67,18 @@ class Standing:
     def __init__(self, declared: DeclaredStep) -> None:
         self._declared = declared
         self._stack = contextlib.ExitStack()
+        self._around: Around = contextlib.nullcontext
         self._levers: Sequence[Lever] = []
         self._brought: dict[str, dict[str, Any]] = {}
         self._has_workspaces = False
         # A step that nobody closed: at the end of the process tensors are taken apart before blocks are.
         weakref.finalize(self, self._stack.close)
 
-    def bring(self, plan: Plan) -> None:
-        """Puts in place what ``plan`` needs, unless it stands already."""
+    def bring(self, plan: Plan) -> contextlib.AbstractContextManager[None]:
+        """Puts in place what ``plan`` needs, unless it stands already. Returns the block of one backward under it."""
         # Asked in every step, and mostly for the plan of the step before.
         if plan.levers == self._brought:
-            return
+            return self._around()
         levers = [lever for lever in levers_of(plan) if isinstance(lever, StandingLever)]
         if levers != self._levers:
             self.close()
@@ -75,13 +86,14 @@ class Standing:
                 # Small, and kept for good: among the activations of the first step it would part what is free.
                 counters.take_workspaces(self._declared.device)
                 self._has_workspaces = True
-            self._stack.enter_context(standing(plan, self._declared))
+            self._around = self._stack.enter_context(standing(plan, self._declared))
             self._levers = levers
         self._brought = plan.levers
+        return self._around()
 
     def close(self) -> None:
         """Puts back everything."""
-        self._levers, self._brought = [], {}
+        self._levers, self._brought, self._around = [], {}, contextlib.nullcontext
         self._stack.close()
 
 

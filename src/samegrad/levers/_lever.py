@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -133,12 +133,19 @@ class PredictedLever(Lever, Protocol):
         ...
 
 
+# Makes the block of one backward, for what has to be done around each.
+Around = Callable[[], AbstractContextManager[None]]
+
+
 @runtime_checkable
 class StandingLever(Protocol):
     """A lever that also puts something in place for as long as its plan is in force, between steps as well."""
 
-    def standing(self, declared: DeclaredStep) -> AbstractContextManager[None]:
-        """A block in which it stands; leaving it puts everything back, on every way out."""
+    def standing(self, declared: DeclaredStep) -> AbstractContextManager[Around]:
+        """A block in which it stands; leaving it puts everything back, on every way out.
+
+        It yields what goes around every backward inside it.
+        """
         ...
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 
 from samegrad.declared import DeclaredStep
 from samegrad.exact.growing_segments import growing_segments, why_not
-from samegrad.levers._lever import Execution, Slot
+from samegrad.levers._lever import Around, Execution, Slot
 from samegrad.levers._variants import predicted_without
 from samegrad.records import Exactness, Footprint
 
@@ -53,10 +53,10 @@ class ExpandableSegments:
         yield execution
 
     @contextlib.contextmanager
-    def standing(self, declared: DeclaredStep) -> Iterator[None]:
+    def standing(self, declared: DeclaredStep) -> Iterator[Around]:
         """Segments that are new inside the block grow."""
         with growing_segments():
-            yield
+            yield contextlib.nullcontext
 
     def knobs(self) -> dict[str, Any]:
         return {}

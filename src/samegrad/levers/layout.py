@@ -26,7 +26,7 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep, Forward
 from samegrad.errors import UsageError
 from samegrad.exact.dataless import is_torchs_own
-from samegrad.levers._lever import Execution, Slot
+from samegrad.levers._lever import Around, Execution, Slot
 from samegrad.module_walk import parts_of
 from samegrad.records import Exactness, Footprint
 
@@ -62,7 +62,7 @@ class Layout:
         yield dataclasses.replace(execution, declared=dataclasses.replace(declared, forward=forward))
 
     @contextlib.contextmanager
-    def standing(self, declared: DeclaredStep) -> Iterator[None]:
+    def standing(self, declared: DeclaredStep) -> Iterator[Around]:
         """Weights of convolutions with channels last, and what the optimizer keeps of them with the same strides."""
         self._check(declared)
         optimizer = declared.optimizer
@@ -75,7 +75,7 @@ class Layout:
             if optimizer is not None:
                 # Fused kernels pair entries by their place in memory; state may be loaded, or first made, at any time.
                 stack.callback(optimizer.register_step_pre_hook(lambda *_: _align_state(optimizer)).remove)
-            yield
+            yield contextlib.nullcontext
 
     def knobs(self) -> dict[str, Any]:
         return {}

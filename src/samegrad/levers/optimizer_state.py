@@ -1,10 +1,11 @@
-"""The optimizer's state lives on the host between steps and comes back for the optimizer's step.
+"""The optimizer's state lives on the host while forward and backward run, and comes back for the optimizer's step.
 
 Saves: the state's bytes on the device while forward and backward run. Not in the optimizer's own step: there the state
-is back, beside parameters and gradients, so that step's peak is what it was.
-Costs: the state travels to the device and to the host once a step, and the step waits for it; pinned host memory. What
-the allocator keeps of forward and backward has other sizes than the state, so in segments that do not grow it is given
-back before the state comes, and the state's after it went; the next step takes its memory anew.
+is back, beside parameters and gradients, so that step's peak is what it was. Until the next backward begins it stays.
+Costs: the state travels to the host and to the device once a step; pinned host memory. It leaves while the host sets
+off the forward, and the device waits for it both ways. What the allocator keeps of forward and backward has other sizes
+than the state, so in segments that do not grow it is given back before the state comes, and the state's after it went;
+the next step takes its memory anew.
 Why the gradient is the same: nothing is computed on the way; every step of the optimizer finds the bits it left.
 Refuses: models on the CPU, where the state is on the host already, and steps without an optimizer.
 Source: Ren et al. 2021, "ZeRO-Offload", arXiv:2101.06840, section 3, but with the update on the device.
@@ -21,14 +22,16 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]  # documented, not in its __all__
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import UsageError
 from samegrad.exact.dataless import computing, has_data, is_torchs_own, memory_of
 from samegrad.exact.growing_segments import segments_grow
-from samegrad.levers._lever import Execution, Slot
-from samegrad.records import Exactness, Footprint
+from samegrad.exact.phases import announce
+from samegrad.levers._lever import Around, Execution, Slot
+from samegrad.records import Exactness, Footprint, Phase
 
 Leaf = TypeVar("Leaf")
 
@@ -60,8 +63,10 @@ class OptimizerState:
         yield execution
 
     @contextlib.contextmanager
-    def standing(self, declared: DeclaredStep) -> Iterator[None]:
-        """The state on the host but while the optimizer steps; back on the device afterwards."""
+    def standing(self, declared: DeclaredStep) -> Iterator[Around]:
+        """The state on the host from the beginning of a backward to the optimizer's step; for good where it belongs
+        afterwards.
+        """
         if declared.optimizer is None:
             raise UsageError(
                 asked=f"the lever {self.name}", found="no optimizer= was given to the step", do="Step(..., optimizer=…)"
@@ -69,10 +74,9 @@ class OptimizerState:
         travels = _TravellingState(declared.optimizer)
         with contextlib.ExitStack() as stack:
             stack.callback(travels.stay)
-            travels.send_away()
-            stack.callback(declared.optimizer.register_step_pre_hook(lambda *_: travels.bring_back()).remove)
-            stack.callback(declared.optimizer.register_step_post_hook(lambda *_: travels.send_away()).remove)
-            yield
+            stack.callback(declared.optimizer.register_step_pre_hook(travels.begin_turn).remove)
+            stack.callback(declared.optimizer.register_step_post_hook(travels.end_turn).remove)
+            yield travels.away
 
     def knobs(self) -> dict[str, Any]:
         return {}
@@ -122,7 +126,7 @@ class _Piece:
     def returned(self) -> _Piece:
         """A copy on its device."""
         memory = torch.empty_like(self.memory, device=self.home).copy_(self.memory, non_blocking=True)
-        parts = [memory.as_strided(part.shape, part.stride(), start) for start, part in zip(self.starts, self.parts)]
+        parts = [_apart(memory, start, part.shape, part.stride()) for start, part in zip(self.starts, self.parts)]
         return _Piece(self.home, memory, self.starts, tuple(parts))
 
     def freed(self) -> list[Tensor]:
@@ -141,6 +145,13 @@ class _Piece:
         return any(id(part) in ids for part in self.parts)
 
 
+def _streams_of(devices: Set[torch.device]) -> list[torch.Stream]:
+    """Those that work goes to now, of the devices that have any."""
+    if not computing():
+        return []
+    return [torch.accelerator.current_stream(device) for device in devices if device.type != "cpu"]
+
+
 def _host_memory(like: Tensor, entries: int) -> Tensor:
     pinned = like.device.type == "cuda" and has_data(like)
     return torch.empty(entries, dtype=like.dtype, device="cpu", pin_memory=pinned)
@@ -151,11 +162,13 @@ def _apart(memory: Tensor, start: int, shape: torch.Size, stride: tuple[int, ...
 
     A checkpoint writes storages whole, and what is loaded from it shares them as they were shared.
     """
-    view = memory[start : start + shape.numel()]
-    if computing():
-        # By way of bytes, since numpy does not know all of torch's dtypes.
-        view = torch.from_numpy(view.view(torch.uint8).numpy()).view(memory.dtype)
-    return view.as_strided(shape, stride, view.storage_offset())
+    if not computing():
+        return memory.as_strided(shape, stride, start)
+    # By way of bytes, since DLPack does not know all of torch's dtypes.
+    size = memory.element_size()
+    view = memory.view(torch.uint8)[start * size : (start + shape.numel()) * size]
+    # As a capsule: between tensors themselves it takes twice as long.
+    return from_dlpack(to_dlpack(view)).view(memory.dtype).as_strided(shape, stride, 0)
 
 
 class _TravellingState:
@@ -171,8 +184,41 @@ class _TravellingState:
         # On the host, and on their devices since they came back. Ids of their parts stay taken while they are here.
         self._away: list[_Piece] = []
         self._back: list[_Piece] = []
+        self._in_turn = False
+        # Those of the optimizer's last turn.
+        self._streams: list[torch.Stream] = []
 
-    def send_away(self) -> None:
+    def begin_turn(self, _: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Before the optimizer's step: brings back what is away."""
+        # Only a closure calls backward before the turn ends, and an exception leaves a turn without an end.
+        self._in_turn = any(callable(given) for given in (*arguments[1:], *options.values()))
+        self.bring_back()
+
+    def end_turn(self, *_: Any) -> None:
+        self._in_turn = False
+        self._streams = _streams_of({parameter.device for parameter in self._parameters()})
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """The block of a backward, in which the state is on the host; all of it has arrived when the block ends.
+
+        Not where an optimizer calls backward in its own step: it goes on with its state afterwards.
+        """
+        leaving: list[torch.Event] = []
+        if not self._in_turn:
+            announce(Phase.OPTIMIZER)
+            leaving = self.send_away()
+        try:
+            yield
+        finally:
+            # A checkpoint may read the copies at any time from now on. They went first, so this hardly waits.
+            for event in leaving:
+                event.synchronize()
+
+    def send_away(self) -> list[torch.Event]:
+        """Returns what says that the copies have arrived."""
+        for stream in (elsewhere := [one for one in self._streams if one not in _streams_of({one.device})]):
+            torch.accelerator.current_stream(stream.device).wait_stream(stream)
         leaves = {id(leaf): leaf for leaf in self._leaves()}
         mine = {id(part) for piece in (*self._away, *self._back) for part in piece.parts}
         shared = _in_shared_memory([*self._parameters(), *(leaf for key, leaf in leaves.items() if key not in mine)])
@@ -193,10 +239,10 @@ class _TravellingState:
         ]
         pieces = [piece for kind in _by_kind(others) for piece in _in_pieces(kind, _bytes_of)]
         sent += [_noted(piece, _Piece.packed(piece), moved) for piece in pieces]
-        for device in {piece.home for piece in sent}:
-            if device.type != "cpu" and computing():
-                # A checkpoint may read the copies at any time from now on.
-                torch.accelerator.current_stream(device).synchronize()
+        leaving = [stream.record_event() for stream in _streams_of({piece.home for piece in sent})]
+        for event in leaving if elsewhere else ():
+            # The memory that it leaves is given back to the stream that it came in, which runs ahead of the copies.
+            event.synchronize()
         self._replace(moved)
         self._away, self._back = [*self._away, *sent], []
         # What is held here would not be given back.
@@ -204,6 +250,7 @@ class _TravellingState:
         for held in (leaves, others, whole, pieces):
             held.clear()
         self._make_room(is_new=is_new)
+        return leaving
 
     def bring_back(self) -> None:
         self._make_room()

@@ -52,7 +52,8 @@ from samegrad.records import Category, Phase
 # run(declared, batch): forward, loss and backward, which leaves gradients in ``.grad``.
 Run = Callable[[DeclaredStep, Any], object]
 # stands(declared): a block in which stands what a plan needs between steps as well.
-Stands = Callable[[DeclaredStep], contextlib.AbstractContextManager[None]]
+Around = Callable[[], contextlib.AbstractContextManager[None]]
+Stands = Callable[[DeclaredStep], contextlib.AbstractContextManager[Around]]
 
 STEPS = 2
 # Operations that keep memory of a size that only their libraries know.
@@ -111,7 +112,8 @@ def trace_step(
     the batch that are where the model is are there as a whole, and so are leaves on meta; but a model on the CPU that
     is followed on CUDA leaves its batch on the host. For as long as this takes, torch's CUDA kernels for autocast and a
     few layers are replaced, in other threads too. ``run``: by default the plain step. ``sizes``: written down as the
-    chunks' rows. ``stands``: what stands on the twins before the first step and until after the last.
+    chunks' rows. ``stands``: what stands on the twins before the first step and until after the last,
+    and yields what goes around each backward.
     Raises CannotTrace, with the module and the operation, for what needs values, and for what the step raises.
     """
     dispatch, notes = _dispatch(device)
@@ -155,8 +157,8 @@ def look_at(
         return look(standing, rows)
 
 
-def _nothing_stands(_: DeclaredStep) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
+def _nothing_stands(_: DeclaredStep) -> contextlib.AbstractContextManager[Around]:
+    return contextlib.nullcontext(contextlib.nullcontext)
 
 
 def _followed(
@@ -167,13 +169,13 @@ def _followed(
     stands: Stands,
     notes: dict[str, str],
 ) -> tuple[tuple[Operation, ...], tuple[MemoryEvent, ...]]:
-    with _in_place(declared, batch, dispatch) as (recorder, standing, rows), stands(standing):
+    with _in_place(declared, batch, dispatch) as (recorder, standing, rows), stands(standing) as around:
         # What was put in another's place is for what that was for.
         recorder.twins.forget_replaced()
         _claim_residents(recorder, standing, rows)
         for index in range(STEPS):
             recorder.step = index
-            _one_step(standing, rows, recorder, run, notes)
+            _one_step(standing, rows, recorder, run, around, notes)
         if recorder.values_read:
             where = ", ".join(sorted(recorder.values_read)[:3])
             notes["values"] = f"the code reads values of the batch (in {where}); another batch may go another way"
@@ -243,9 +245,12 @@ def _claim_residents(recorder: Recorder, declared: DeclaredStep, batch: Any) -> 
     recorder.arrived(batch)
 
 
-def _one_step(declared: DeclaredStep, batch: Any, recorder: Recorder, run: Run, notes: dict[str, str]) -> None:
-    recorder.announce(Phase.FORWARD)
-    loss = run(declared, batch)
+def _one_step(
+    declared: DeclaredStep, batch: Any, recorder: Recorder, run: Run, around: Around, notes: dict[str, str]
+) -> None:
+    with around():
+        recorder.announce(Phase.FORWARD)
+        loss = run(declared, batch)
     recorder.announce(Phase.OPTIMIZER)
     if declared.optimizer is not None:
         try:
@@ -259,3 +264,6 @@ def _one_step(declared: DeclaredStep, batch: Any, recorder: Recorder, run: Run, 
     for part in declared.modules:
         part.zero_grad(set_to_none=True)
     del loss
+    with around():
+        # What leaves as the next step begins is written down with this one, which brought it.
+        pass
