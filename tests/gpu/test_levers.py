@@ -182,16 +182,44 @@ def test_training_with_state_on_the_host_is_plain_training(name: str, scaled: bo
                 scaler.update()
                 optimizer.zero_grad()
                 schedule.step()
+            between = as_saved(optimizer)
+            step.backward(batch, scaler=scaler)
             moments = [s["exp_avg"] for s in optimizer.state.values() if s["exp_avg"].numel() > 1]
             assert {t.device.type for t in moments} == ({"cpu"} if levers else {"cuda"})
             assert all(t.is_pinned() for t in moments) == bool(levers)
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(), file)
+            assert same(as_saved(optimizer), between)
         assert {s["exp_avg"].device.type for s in optimizer.state.values()} == {"cuda"}
-        file.seek(0)
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        runs.append([{k: v.cpu() for k, v in model.state_dict().items()}, saved["state"]])
+        assert same(as_saved(optimizer), between)
+        runs.append([{k: v.cpu() for k, v in model.state_dict().items()}, between])
     assert same(runs[0], runs[1])
+
+
+def as_saved(optimizer: torch.optim.Optimizer) -> Any:
+    """Its state as a checkpoint of it holds it, on the host."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)["state"]
+
+
+def test_state_leaves_while_the_host_goes_on_and_what_is_read_afterwards_has_arrived() -> None:
+    model, batch = chain()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    side = torch.cuda.Stream()
+    with forced(model, cross_entropy, optimizer=optimizer, optimizer_state={}) as step:
+        for index in range(4):
+            with torch.cuda.stream(side if index % 2 else torch.cuda.current_stream()):
+                # The device has work to do for longer than the host takes to set off the step.
+                torch.cuda._sleep(200_000_000)
+                step.backward(batch)
+                state = [t for s in optimizer.state.values() for t in s.values() if t.numel() > 1]
+                arrived = [t.clone() for t in state]
+                torch.cuda.synchronize()
+                assert all(torch.equal(a, b) for a, b in zip(arrived, state)) and bool(state) == (index > 0)
+                assert all(t.device.type == "cpu" for t in state)
+            torch.cuda.synchronize()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def test_state_is_off_the_device_in_forward_and_backward() -> None:

@@ -131,7 +131,8 @@ class _Piece:
 
     def freed(self) -> list[Tensor]:
         """Copies of its parts on its device, each in memory of its own."""
-        return [torch.empty_like(part, device=self.home).copy_(part, non_blocking=True) for part in self.parts]
+        # Waited for: pinned memory knows only of copies from its beginning, and is soon somebody else's.
+        return [torch.empty_like(part, device=self.home).copy_(part) for part in self.parts]
 
     def is_whole(self, ids: Set[int]) -> bool:
         """Whether all its parts are of ``ids``, and lie where they did: ``part.data = ...`` lays one elsewhere."""
