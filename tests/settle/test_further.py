@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import samegrad as sg
-from samegrad.records import Exactness, Footprint, Phase, PhaseLaw, Plan
+from samegrad.records import Counting, Exactness, Footprint, Phase, PhaseLaw, Plan
 from samegrad.settle import smaller_plans
 
 from ..contract.plain import cross_entropy, labelled
@@ -37,6 +37,25 @@ def test_each_needs_an_eighth_less_and_the_last_is_the_smallest() -> None:
     for before, after in zip([start, *peaks[:-2]], peaks[:-1]):
         assert after <= before * 7 / 8
     assert peaks[-1] == footprint.predicted_peak_bytes(rows=1) == min(peaks)
+
+
+def test_on_a_card_the_same_plan_in_segments_that_grow_comes_first() -> None:
+    footprint, plan = measured()
+    assert plan.budget is not None
+    others_refused = {name: why for name, why in footprint.refusals.items() if name != "expandable_segments"}
+    footprint = dataclasses.replace(footprint, refusals=others_refused)
+    counted = list(smaller_plans(footprint, plan, Exactness.SAME_SUM))
+    on_card = dataclasses.replace(plan, budget=dataclasses.replace(plan.budget, counting=Counting.CUDA_ALLOCATOR))
+    first, *others = smaller_plans(footprint, on_card, Exactness.SAME_SUM)
+    grows = {"expandable_segments": {}}
+    assert first.levers == plan.levers | grows and first.predicted_peak_bytes == plan.predicted_peak_bytes
+    assert "memory ran out" in first.reasons["expandable_segments"]
+    assert others and all(p.levers.keys() > grows.keys() and p.reasons.keys() >= grows.keys() for p in others)
+    assert not any("expandable_segments" in p.levers for p in counted)
+    # Not twice, and not where it cannot be.
+    assert next(smaller_plans(footprint, first, Exactness.SAME_SUM)).levers != first.levers
+    refused = dataclasses.replace(footprint, refusals=footprint.refusals | {"expandable_segments": "no segments"})
+    assert not any("expandable_segments" in p.levers for p in smaller_plans(refused, on_card, Exactness.SAME_SUM))
 
 
 def test_a_floor_that_hides_the_rows_leaves_the_smallest_alone() -> None:

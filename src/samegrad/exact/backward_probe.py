@@ -24,6 +24,7 @@ from samegrad.exact import program
 from samegrad.exact.aliases import NARROW, ParameterAliases
 from samegrad.exact.backward_names import BackwardTrace, first_at_fault
 from samegrad.exact.probes import RowProbes
+from samegrad.exact.rounding import eps_in_use
 from samegrad.exact.row_comparisons import close
 from samegrad.exact.row_refusals import check_reach
 from samegrad.exact.undisturbed import Generators, ModuleState
@@ -203,6 +204,10 @@ class _Numbers:
             stack += [below for below, _ in node.next_functions if below is not None]
         narrowest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
         if dtypes.isdisjoint(NARROW):
+            # Products in TF32 have few bits too, and sums of them cancel as well.
+            coarsest = max((eps_in_use(leaf) for leaf in leaves if leaf.grad_fn is not None), default=0.0)
+            if coarsest > narrowest:
+                return cls(2.0**_ORDERS, _ROUNDING_IN_NARROW * coarsest**0.5)
             return cls(2.0**_ORDERS, narrowest**0.5)
         # What is small in float16 has few bits left.
         orders = 1 if torch.float16 in dtypes else _ORDERS_IN_NARROW

@@ -19,6 +19,7 @@ from samegrad.exact.one_chunk import ChunkedStep, OneChunkStep
 from samegrad.exact.pass_programs import EagerPrograms, LossMaker, Programs, eager_loss
 from samegrad.exact.split import Chunks, SplitStep
 from samegrad.exact.undisturbed import NotToBeTried
+from samegrad.execute.new_state import room_for_new_state
 from samegrad.execute.ways import Ways
 from samegrad.levers import Around, Execution, Lever, StandingLever, levers_of
 from samegrad.measure import counters
@@ -69,7 +70,7 @@ class Standing:
         self._stack = contextlib.ExitStack()
         self._around: Around = contextlib.nullcontext
         self._levers: Sequence[Lever] = []
-        self._brought: dict[str, dict[str, Any]] = {}
+        self._brought: dict[str, dict[str, Any]] | None = None
         self._has_workspaces = False
         # A step that nobody closed: at the end of the process tensors are taken apart before blocks are.
         weakref.finalize(self, self._stack.close)
@@ -80,8 +81,9 @@ class Standing:
         if plan.levers == self._brought:
             return self._around()
         levers = [lever for lever in levers_of(plan) if isinstance(lever, StandingLever)]
-        if levers != self._levers:
+        if self._brought is None or levers != self._levers:
             self.close()
+            self._stack.enter_context(room_for_new_state(self._declared))
             if levers and not self._has_workspaces:
                 # Small, and kept for good: among the activations of the first step it would part what is free.
                 counters.take_workspaces(self._declared.device)
@@ -93,7 +95,7 @@ class Standing:
 
     def close(self) -> None:
         """Puts back everything."""
-        self._levers, self._brought, self._around = [], {}, contextlib.nullcontext
+        self._levers, self._brought, self._around = [], None, contextlib.nullcontext
         self._stack.close()
 
 

@@ -168,7 +168,8 @@ def _with_turn(
 ) -> list[Tensor]:
     """``run`` and, while its gradients stand, what the optimizer takes; of that the new state, which stays."""
     gradients = run()
-    if turn.makes_room:
+    if turn.makes_room or new_bytes:
+        # Before what is new as ``room_for_new_state`` does.
         torch.cuda.empty_cache()
     state = _standing_in(declared, new_bytes)
     travelling = [torch.empty(piece, dtype=torch.uint8, device=declared.device) for piece in turn.travelling_bytes]

@@ -13,7 +13,7 @@ from samegrad.levers.layout import Layout
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import budget_for
 from samegrad.plan.options import Options
-from samegrad.records import Exactness, Footprint, Plan
+from samegrad.records import Counting, Exactness, Footprint, Plan
 
 # Of what failed: rungs lie close together, and each one that fails costs a step.
 _LARGEST_FRACTION = 7 / 8
@@ -22,11 +22,20 @@ _KEPT = frozenset((ExpandableSegments.name, Layout.name, Autocast.name))
 
 
 def smaller_plans(footprint: Footprint, plan: Plan, allow: Exactness) -> Iterator[Plan]:
-    """Plans of ``footprint`` below ``plan``, each the fastest that is predicted to need an eighth less than the last.
+    """``plan`` in segments that grow, where it is not; then plans of ``footprint`` below it, each the fastest that is
+    predicted to need an eighth less than the last.
 
     Where none needs so much less, the smallest there is comes last. No tensor and no device is touched. Each keeps
     the budget and the signature of ``plan``, and the kind of segments, the layout and the precision that it had.
     """
+    if _may_grow(footprint, plan):
+        # It was measured to fit: what is missing lies in gaps.
+        plan = dataclasses.replace(
+            plan,
+            levers=plan.levers | {ExpandableSegments.name: {}},
+            reasons=plan.reasons | {ExpandableSegments.name: "taken: without it memory ran out in a step"},
+        )
+        yield plan
     kept = {name: knobs for name, knobs in plan.levers.items() if name in _KEPT}
     failed: Plan | None = plan
     while failed is not None and failed.predicted_peak_bytes is not None:
@@ -44,6 +53,12 @@ def smaller_plans(footprint: Footprint, plan: Plan, allow: Exactness) -> Iterato
                 knob_origins=found.knob_origins | origins,
             )
         failed = found
+
+
+def _may_grow(footprint: Footprint, plan: Plan) -> bool:
+    name, budget = ExpandableSegments.name, plan.budget
+    by_allocator = budget is not None and budget.counting is Counting.CUDA_ALLOCATOR
+    return by_allocator and name not in plan.levers and name not in footprint.refusals
 
 
 def _smaller(footprint: Footprint, failed: Plan, failed_bytes: int, allow: Exactness) -> Plan | None:
