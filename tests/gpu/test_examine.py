@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.errors import CannotSplit
+from samegrad.errors import CannotSplit, FalseNormalise
 
 pytestmark = pytest.mark.gpu
 
@@ -48,4 +48,43 @@ def test_planted_hooks_that_are_not_linear_are_named_all_the_same(tf32: bool, mo
     model, batch = Up().cuda(), torch.randn(8, 3, 64, 64, device="cuda")
     model.body[9].register_full_backward_hook(lambda module, grads, _: tuple(g.clamp(-1e-3, 1e-3) for g in grads))
     with sg.Step(model, squared, rows=2) as step, pytest.raises(CannotSplit, match=r"body\.9"):
+        step.backward(batch)
+
+
+class Perceptual(nn.Module):
+    """A loss with convolutions of its own, on the images that the model made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(128, 256, 3, stride=2, padding=1),
+        ).requires_grad_(False)  # fmt: skip
+
+    def forward(self, outputs: Tensor, batch: Tensor) -> Tensor:
+        return (self.features(outputs) - self.features(batch)).square().mean()
+
+
+def weighted(outputs: Tensor, batch: Tensor) -> Tensor:
+    """Half a percent from the mean that it is said to be, on all but the whole batch."""
+    return squared(outputs, batch) * (1 + 0.005 * (len(outputs) < 8))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_loss_with_convolutions_is_the_mean_that_it_is_said_to_be(
+    tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    torch.manual_seed(0)
+    model, batch = Up(32).cuda(), torch.randn(8, 3, 64, 64, device="cuda")
+    with sg.Step(model, Perceptual().cuda(), rows=3, normalise="mean") as step:
+        step.backward(batch)
+    assert torch.backends.cudnn.allow_tf32 is tf32
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_planted_a_mean_that_is_half_a_percent_off_is_refused(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    model, batch = Up(32).cuda(), torch.randn(8, 3, 64, 64, device="cuda")
+    with sg.Step(model, weighted, rows=3, normalise="mean") as step, pytest.raises(FalseNormalise):
         step.backward(batch)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from samegrad.declared import DeclaredStep
 from samegrad.exact.attributes import PLAIN, can_hold_state
 from samegrad.exact.held import held_in, of_a_library
+from samegrad.exact.tf32 import Tf32Products
 from samegrad.module_walk import parts_of
 
 _DEEPEST = 3
@@ -140,9 +141,8 @@ def _ambient(device_type: str) -> Hashable:
         torch.get_autocast_dtype(device_type),
         torch.is_autocast_cache_enabled(),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
+        Tf32Products.now(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.enabled,
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,

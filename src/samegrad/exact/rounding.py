@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
+
+from samegrad.exact.tf32 import Tf32Products
 
 # TF32 keeps 10 bits of a factor.
 _TF32_EPS = 2.0**-10
@@ -20,15 +20,6 @@ def eps_in_use(of: Tensor) -> float:
     device_type = of.device.type
     if torch.is_autocast_enabled(device_type):
         eps = max(eps, float(torch.finfo(torch.get_autocast_dtype(device_type)).eps))
-    if device_type == "cuda" and of.dtype is torch.float32 and _tf32_allowed():
+    if device_type == "cuda" and of.dtype is torch.float32 and Tf32Products.now().any:
         eps = max(eps, _TF32_EPS)
     return eps
-
-
-def _tf32_allowed() -> bool:
-    # These settings are properties of modules, which torch does not type.
-    backends = cast(Any, torch.backends)
-    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-    return any(
-        (backends.fp32_precision if s.fp32_precision == "none" else s.fp32_precision) == "tf32" for s in settings
-    )

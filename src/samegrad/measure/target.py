@@ -7,6 +7,7 @@ import functools
 
 import torch
 
+from samegrad.exact.tf32 import Tf32Products
 from samegrad.measure import counters
 from samegrad.measure.allocator_rules import AllocatorRules, read_allocator_rules
 from samegrad.measure.caps import Reserved, predict_reserved
@@ -27,23 +28,25 @@ _FREE_MARGIN = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """``card`` under a version of torch, with the allocator's rules of this process's environment."""
+    """``card`` under a version of torch, with the allocator's rules of this process's environment.
+
+    ``tf32``: which float32 products are rounded to TF32, by default as in this process when the target was made.
+    """
 
     card: Card
     torch_version: str = torch.__version__
-    matmul_tf32: bool = False
+    tf32: Tf32Products = dataclasses.field(default_factory=Tf32Products.now)
 
     @classmethod
     def named(cls, name: str) -> Target:
         """The card called ``name``, as this process would use it. Raises UsageError for none, or several."""
-        return cls(find_card(name), matmul_tf32=torch.backends.cuda.matmul.allow_tf32)
+        return cls(find_card(name))
 
     @classmethod
     def at_hand(cls, device: torch.device) -> Target:
         """The card that is ``device`` of this machine. Raises UsageError where the catalogue lacks it."""
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
-        card = find_card(torch.cuda.get_device_name(device), memory_bytes=memory_bytes)
-        return cls(card, matmul_tf32=torch.backends.cuda.matmul.allow_tf32)
+        return cls(find_card(torch.cuda.get_device_name(device), memory_bytes=memory_bytes))
 
     @functools.cached_property
     def calibration(self) -> Calibration:
@@ -63,7 +66,8 @@ class Target:
 
     @functools.cached_property
     def roofline(self) -> Roofline:
-        return Roofline(self.card, self.calibration, matmul_tf32=self.matmul_tf32, convolution_tf32=True)
+        tf32 = self.tf32
+        return Roofline(self.card, self.calibration, matmul_tf32=tf32.matrices, convolution_tf32=tf32.convolutions)
 
     def in_words(self) -> str:
         """The card, and on what its numbers rest."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import nn
 
 from samegrad.declared import DeclaredStep
+from samegrad.exact.tf32 import Tf32Products
 from samegrad.verify import tolerance
 from samegrad.verify.tolerance import Precision
 
@@ -25,20 +24,12 @@ def precision_in_use(declared: DeclaredStep) -> Precision:
 
 
 def _has_tf32_products(network: nn.Module) -> bool:
-    # These settings are properties of modules, which torch does not type.
-    backends = cast(Any, torch.backends)
-    kinds = {_effective(backends.cuda.matmul.fp32_precision)}
-    for part in network.modules():
-        if isinstance(part, nn.modules.conv._ConvNd):
-            kinds.add(_effective(backends.cudnn.conv.fp32_precision))
-        elif isinstance(part, nn.RNNBase):
-            kinds.add(_effective(backends.cudnn.rnn.fp32_precision))
-    return "tf32" in kinds
-
-
-def _effective(setting: str) -> str:
-    # "none" leaves the choice to the setting for all backends.
-    return str(cast(Any, torch.backends).fp32_precision) if setting == "none" else setting
+    products = Tf32Products.now()
+    return products.matrices or any(
+        (products.convolutions and isinstance(part, nn.modules.conv._ConvNd))
+        or (products.recurrences and isinstance(part, nn.RNNBase))
+        for part in network.modules()
+    )
 
 
 def uses_batch_statistics(declared: DeclaredStep) -> bool:
