@@ -341,3 +341,19 @@ def test_what_is_laid_elsewhere_by_its_data_is_what_travels(when: str) -> None:
         handle.remove()
         training.run(2)
     assert same(contents(ours), contents(plain))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int64, torch.complex64, torch.bool]
+)
+def test_tensors_of_every_dtype_travel_each_in_memory_of_its_own(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    made = torch.randint(0, 2, (3, 4, 5)).to(dtype), torch.randint(0, 2, (7,)).to(dtype)
+    leaves = [made[0].permute(2, 0, 1), made[1]]
+    there = _Piece.packed(leaves).sent().returned()
+    for part, leaf in zip(there.parts, leaves):
+        assert part.dtype == dtype and part.stride() == leaf.stride()
+        # Not all dtypes can be compared.
+        assert torch.equal(part.contiguous().view(torch.uint8), leaf.contiguous().view(torch.uint8))
+        assert part.untyped_storage().nbytes() == leaf.nbytes
+    assert there.is_whole({id(part) for part in there.parts})

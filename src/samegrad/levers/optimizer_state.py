@@ -38,6 +38,8 @@ Leaf = TypeVar("Leaf")
 # The most that travels at once, larger tensors apart, and what each tensor of a piece begins at a multiple of.
 _PIECE_BYTES = 64 << 20
 _ALIGNED_BYTES = 64
+# DLPack does not know all of torch's dtypes; others go by way of bytes.
+_EXCHANGED = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,22 +114,23 @@ class _Piece:
         memory = _host_memory(leaves[0], starts.pop())
         # As dense as they are, whatever the order of their axes.
         strides = [torch.empty_like(leaf, device="meta").stride() for leaf in leaves]
-        parts = [_apart(memory, *one) for one in zip(starts, (leaf.shape for leaf in leaves), strides)]
+        parts = _parts_of(memory, starts, [leaf.shape for leaf in leaves], strides)
         for part, leaf in zip(parts, leaves):
             part.copy_(leaf, non_blocking=True)
         return cls(leaves[0].device, memory, tuple(starts), tuple(parts))
 
     def sent(self) -> _Piece:
         """A copy on the host, in memory that nobody has."""
-        memory = _host_memory(self.memory, self.memory.numel()).copy_(self.memory, non_blocking=True)
-        parts = [_apart(memory, start, part.shape, part.stride()) for start, part in zip(self.starts, self.parts)]
-        return _Piece(self.home, memory, self.starts, tuple(parts))
+        return self._in(_host_memory(self.memory, self.memory.numel()).copy_(self.memory, non_blocking=True))
 
     def returned(self) -> _Piece:
         """A copy on its device."""
-        memory = torch.empty_like(self.memory, device=self.home).copy_(self.memory, non_blocking=True)
-        parts = [_apart(memory, start, part.shape, part.stride()) for start, part in zip(self.starts, self.parts)]
-        return _Piece(self.home, memory, self.starts, tuple(parts))
+        return self._in(torch.empty_like(self.memory, device=self.home).copy_(self.memory, non_blocking=True))
+
+    def _in(self, memory: Tensor) -> _Piece:
+        """The same parts of ``memory``, which holds what this one's does."""
+        shapes, strides = [part.shape for part in self.parts], [part.stride() for part in self.parts]
+        return _Piece(self.home, memory, self.starts, tuple(_parts_of(memory, self.starts, shapes, strides)))
 
     def freed(self) -> list[Tensor]:
         """Copies of its parts on its device, each in memory of its own."""
@@ -158,18 +161,22 @@ def _host_memory(like: Tensor, entries: int) -> Tensor:
     return torch.empty(entries, dtype=like.dtype, device="cpu", pin_memory=pinned)
 
 
-def _apart(memory: Tensor, start: int, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    """The tensor that lies in ``memory`` from entry ``start`` on, of a storage of its own.
+def _parts_of(
+    memory: Tensor, starts: Sequence[int], shapes: Sequence[torch.Size], strides: Sequence[tuple[int, ...]]
+) -> list[Tensor]:
+    """The tensors that lie in ``memory``, each from one of ``starts`` on and of a storage of its own.
 
     A checkpoint writes storages whole, and what is loaded from it shares them as they were shared.
     """
     if not computing():
-        return memory.as_strided(shape, stride, start)
-    # By way of bytes, since DLPack does not know all of torch's dtypes.
-    size = memory.element_size()
-    view = memory.view(torch.uint8)[start * size : (start + shape.numel()) * size]
-    # As a capsule: between tensors themselves it takes twice as long.
-    return from_dlpack(to_dlpack(view)).view(memory.dtype).as_strided(shape, stride, 0)
+        return [memory.as_strided(*where) for where in zip(shapes, strides, starts)]
+    # As capsules: between tensors themselves it takes twice as long, and there are hundreds in every step.
+    if memory.dtype in _EXCHANGED:
+        return [from_dlpack(to_dlpack(memory.as_strided(*where))) for where in zip(shapes, strides, starts)]
+    size, by_bytes = memory.element_size(), memory.view(torch.uint8)
+    views = [by_bytes[start * size : (start + shape.numel()) * size] for start, shape in zip(starts, shapes)]
+    alone = [from_dlpack(to_dlpack(view)).view(memory.dtype) for view in views]
+    return [one.as_strided(shape, stride) for one, shape, stride in zip(alone, shapes, strides)]
 
 
 class _TravellingState:
@@ -220,7 +227,8 @@ class _TravellingState:
         """Returns what says that the copies have arrived."""
         for stream in (elsewhere := [one for one in self._streams if one not in _streams_of({one.device})]):
             torch.accelerator.current_stream(stream.device).wait_stream(stream)
-        leaves = {id(leaf): leaf for leaf in self._leaves()}
+        homes = {id(leaf): (leaf, p.device) for p in self._parameters() for leaf in self._leaves_of(p)}
+        leaves = {key: leaf for key, (leaf, _) in homes.items()}
         mine = {id(part) for piece in (*self._away, *self._back) for part in piece.parts}
         shared = _in_shared_memory([*self._parameters(), *(leaf for key, leaf in leaves.items() if key not in mine)])
         self._away = [piece for piece in self._away if piece.has_any_of(leaves.keys())]
@@ -232,11 +240,10 @@ class _TravellingState:
             if memory_of(piece.memory) not in shared and piece.is_whole(leaves.keys())
         ]
         sent = [_noted(piece.parts, piece.sent(), moved) for piece in whole]
-        homes = {id(leaf): p.device for p in self._parameters() for leaf in self._leaves_of(p)}
         others = [
             leaf
-            for key, leaf in leaves.items()
-            if key not in gone and key not in moved and _can_travel(leaf, homes[key]) and memory_of(leaf) not in shared
+            for key, (leaf, home) in homes.items()
+            if key not in gone and key not in moved and _can_travel(leaf, home) and memory_of(leaf) not in shared
         ]
         pieces = [piece for kind in _by_kind(others) for piece in _in_pieces(kind, _bytes_of)]
         sent += [_noted(piece, _Piece.packed(piece), moved) for piece in pieces]
@@ -248,7 +255,7 @@ class _TravellingState:
         self._away, self._back = [*self._away, *sent], []
         # What is held here would not be given back.
         is_new = bool(pieces)
-        for held in (leaves, others, whole, pieces):
+        for held in (homes, leaves, others, whole, pieces):
             held.clear()
         self._make_room(is_new=is_new)
         return leaving
