@@ -41,14 +41,16 @@ class Given:
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_it_is_given_back_once_and_the_hook_is_gone(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Given(monkeypatch, momentum=momentum)
+def test_it_is_given_back_once_beside_hooks_of_others(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, turns = Given(monkeypatch, momentum=momentum), list[int]()
+    given.optimizer.register_step_pre_hook(lambda *_: turns.append(given.times))
     with room_for_new_state(given.declared):
-        assert given.hooks == 1
+        given.optimizer.register_step_pre_hook(lambda *_: turns.append(given.times))
+        assert given.hooks == 3
         for _ in range(3):
             given.turn()
-            assert given.times == 1 and given.hooks == 0
-    assert given.hooks == 0
+    assert given.hooks == 2 and given.times == 1
+    assert turns == [0, 1, *[1, 1] * 2]
 
 
 def test_nothing_is_done_elsewhere_or_where_there_is_state_or_no_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +79,7 @@ def test_it_stands_from_the_first_plan_on_and_through_changes_of_it(monkeypatch:
     standing.bring(plan_with())
     given.turn()
     assert given.times == 1
-    standing.bring(plan_with(layout={}))
+    standing.bring(plan_with(layout={}, optimizer_state={}))
+    given.turn()
     standing.close()
     assert given.hooks == 0 and given.times == 1

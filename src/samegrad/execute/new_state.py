@@ -7,6 +7,7 @@ within a budget the largest of those pieces then has no place, though there are 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,11 +27,14 @@ def room_for_new_state(declared: DeclaredStep) -> Iterator[None]:
         yield
         return
 
-    def before_the_first_turn(*_: Any) -> None:
-        hook.remove()
-        torch.cuda.empty_cache()
+    turns = itertools.count()
 
-    hook = optimizer.register_step_pre_hook(before_the_first_turn)
+    def before_each_turn(*_: Any) -> None:
+        # It stays until the block ends: while hooks run torch lets none be removed.
+        if not next(turns):
+            torch.cuda.empty_cache()
+
+    hook = optimizer.register_step_pre_hook(before_each_turn)
     try:
         yield
     finally:
