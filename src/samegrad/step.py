@@ -140,8 +140,8 @@ class Step:
 
         ``scaler``: a GradScaler; it scales the loss only, unscale, step and update stay yours. If anything raises
         before the gradients are handed over, ``.grad`` is as it was. Where memory runs out, the attempt is undone and
-        the next smaller plan runs the same batch (``recoveries`` says what happened, and so does a warning); with a
-        plan that was pinned, or none left, OutOfMemory is raised.
+        the next plan that needs less runs the same batch (``recoveries`` says what happened, and so does a warning);
+        with a plan that was pinned, or none left, OutOfMemory is raised.
         """
         self._check_open()
         if scaler is not None:

@@ -1,4 +1,4 @@
-"""Out of memory inside a step: nothing of the attempt stays, and a smaller plan runs the same batch.
+"""Out of memory inside a step: nothing of the attempt stays, and a plan that needs less runs the same batch.
 
     for attempt in attempts:
         with attempt:
@@ -168,7 +168,7 @@ class Attempt:
 
 
 class Attempts:
-    """The attempts of one step, each under a smaller plan; ends by an error where there is none to try.
+    """The attempts of one step, each under a plan that needs less; ends by an error where there is none to try.
 
     ``smaller``: the plans below ``plan``, largest first. ``examination``: how the step may be split, where it may.
     ``advice``: what to do when all fail. ``undoable``: whether a step that is not split can be undone. ``ranks``: those
