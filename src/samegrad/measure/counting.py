@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact.looking_on import LookingOn
+from samegrad.measure.operation_costs import tensors_in
 from samegrad.records import Category, Phase, TimelinePoint
 
 _BORN_IN = {
@@ -177,19 +178,20 @@ class ByteCounter(LookingOn):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         category = _BORN_IN[self.phase]
-        for leaf in (result,) if isinstance(result, Tensor) else trees.leaves_of(result):
-            if isinstance(leaf, Tensor) and not self._stood_before(leaf, args):
-                self._see(leaf, category)
+        for tensor in tensors_in(result if isinstance(result, (list, tuple)) else (result,)):
+            storages = _storages(tensor)
+            # Most results are views, or written where they stood.
+            if all(storage._cdata in self._known for storage in storages) or _bring(args, storages):
+                continue
+            self._see(tensor, category)
         self._note_peak()
         return result
 
-    def _stood_before(self, result: Tensor, args: tuple[Any, ...]) -> bool:
-        """Whether ``result`` only looks at memory that an argument brought and nobody claimed: a mapped file, say."""
-        keys = {storage._cdata for storage in _storages(result)}
-        if keys <= self._known.keys():
-            return False
-        leaves = [leaf for leaf in trees.leaves_of(args) if isinstance(leaf, Tensor)]
-        return any(storage._cdata in keys for leaf in leaves for storage in _storages(leaf))
+
+def _bring(args: tuple[Any, ...], storages: Sequence[torch.UntypedStorage]) -> bool:
+    """Whether an argument brought some of ``storages``, which nobody claimed: a mapped file that is looked at, say."""
+    brought = {storage._cdata for tensor in tensors_in(args) for storage in _storages(tensor)}
+    return any(storage._cdata in brought for storage in storages)
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
