@@ -53,6 +53,35 @@ def test_a_run_goes_on_under_a_smaller_plan_and_every_record_tells(cli: Cli, fol
     assert again.code == 0, again.err
 
 
+def test_a_resumed_run_goes_on_under_a_smaller_plan_as_well(cli: Cli, folder: Path) -> None:
+    with (folder / "steps.py").open("a") as file:
+        file.write(FAILS_ONCE)
+    assert cli("run", "steps.py:short", "--output", "run", "--steps", "1").code == 0
+    run = folder / "run"
+    plain = Plan.from_json((run / "plan.json").read_text())
+    assert plain.levers == {}
+    # A process of its own, whose third step fails again.
+    ran = cli("run", "steps.py:short", "--output", "run", "--resume", "--steps", "6")
+    assert ran.code == 0, ran.err
+    recovered = [line["recoveries"] for line in metrics(run)]
+    assert [len(found) for found in recovered] == [0, 0, 0, 1, 0, 0]
+    taken = Recovery.from_dict(recovered[3][0]).taken
+    assert "split_rows" in taken
+    # And that one is gone on with.
+    now = Plan.from_json((run / "plan.json").read_text())
+    assert now.levers == taken and now.budget == plain.budget and now.signature == plain.signature
+
+
+def test_a_pin_is_not_left_by_a_resumed_run_either(cli: Cli, folder: Path) -> None:
+    with (folder / "steps.py").open("a") as file:
+        file.write(FAILS_ONCE.replace('budget="1MiB"', "rows=48"))
+    assert cli("run", "steps.py:short", "--output", "run", "--steps", "1").code == 0
+    ran = cli("run", "steps.py:short", "--output", "run", "--resume", "--steps", "6")
+    assert ran.code == 5, ran.err
+    assert "plan= is a pin" in ran.err
+    assert len(metrics(folder / "run")) == 3
+
+
 def result(index: int, retries: int = 0) -> StepResult:
     return StepResult(index=index, loss=1.0, seconds=1.0, batch_rows=8, allocator_retries=retries)
 

@@ -12,7 +12,7 @@ from samegrad.errors import BudgetTooSmall, CannotTrace, NotMeasured, UsageError
 from samegrad.measure.counters import read_budget
 from samegrad.plan.explain import explain_plan
 from samegrad.plan.predict import predict_plan
-from samegrad.records import Footprint, Origin, Plan
+from samegrad.records import Footprint, KnobOrigin, Origin, Plan
 from samegrad.units import format_bytes
 
 
@@ -31,16 +31,19 @@ class Planned:
     told: str = ""
 
 
-def plan_step(training: Training, given: Plan | None = None) -> Planned:
+def plan_step(training: Training, given: Plan | None = None, *, resumed: bool = False) -> Planned:
     """The step of ``training`` planned: by ``given``, by the budget on the command line, or as it was declared.
 
+    ``resumed``: the plan is that of the run that goes on. Where nobody pinned a knob of it, it is no pin here either:
+    where memory runs out a smaller one is taken, as in the run before.
     Raises BudgetTooSmall or CannotSplit when nothing exact fits, UsageError when the step's own pins contradict.
     """
     if given is not None or training.budget is not None:
-        declare_again(training, given)
+        chosen = resumed and given is not None and KnobOrigin.PINNED not in given.knob_origins.values()
+        declare_again(training, given, _measured(training) if chosen else None)
     step, batch = training.step, training.batch
     plan = step.prepare(batch)
-    footprint = step.footprint or sg.measure_step(step, batch)
+    footprint = _measured(training)
     predicted, note = _predicted(step, batch, plan, footprint)
     known = predicted.origin is Origin.PREDICTED
     plan = dataclasses.replace(
@@ -56,8 +59,15 @@ def plan_step(training: Training, given: Plan | None = None) -> Planned:
     return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explanation, told=told)
 
 
-def declare_again(training: Training, given: Plan | None) -> None:
-    """Puts the same step in place, declared with the plan or the budget of the command line."""
+def _measured(training: Training) -> Footprint:
+    return training.step.footprint or sg.measure_step(training.step, training.batch)
+
+
+def declare_again(training: Training, given: Plan | None, footprint: Footprint | None = None) -> None:
+    """Puts the same step in place, declared with the plan or the budget of the command line.
+
+    ``footprint``: what smaller plans than ``given`` are chosen from; without it the plan is a pin.
+    """
     step = training.step
     pinned, declared = step.rows, step.declared
     if pinned is not None and given is None:
@@ -72,6 +82,7 @@ def declare_again(training: Training, given: Plan | None) -> None:
         declared.model,
         declared.loss_fn,
         plan=given,
+        footprint=footprint,
         budget=training.budget if given is None else None,
         optimizer=declared.optimizer,
         forward=declared.forward,

@@ -95,12 +95,12 @@ def run_session(target: Target, call: Call, folder: RunFolder, console: Console)
         if options.resume and (given is None or options.plan is not None):
             # It was another plan's; should this process end before there is a new one, nobody takes it for this one's.
             folder.remove(VERDICT)
-        planned = _plan(training, folder, given, console)
+        as_before = options.resume and given is not None and options.plan is None
+        planned = _plan(training, folder, given, console, resumed=as_before)
         # After the plan: a resume that failed before it is to find the change again, and plan for it.
         folder.write_text(CONFIG, config_text(target, call))
         _write_summary(training, folder, planned, Outcome())
         try:
-            as_before = options.resume and given is not None and options.plan is None
             verdict = _verify(training, folder, options, console, as_before=as_before)
             train_in(folder, training, planned.plan, options, stop, console)
             # After training, because only now the optimizer's state is there to be counted.
@@ -183,8 +183,8 @@ def _resume(training: Training, folder: RunFolder, options: RunOptions, console:
     console.note(f"resuming after {training.unit} {training.done}, from {checkpoint.path}{redo}")
 
 
-def _plan(training: Training, folder: RunFolder, given: Plan | None, console: Console) -> Planned:
-    planned = plan_step(training, given)
+def _plan(training: Training, folder: RunFolder, given: Plan | None, console: Console, *, resumed: bool) -> Planned:
+    planned = plan_step(training, given, resumed=resumed)
     budget = planned.plan.budget
     if budget is not None:
         # The library leaves the allocator alone; the command line holds itself to the budget.
