@@ -59,8 +59,20 @@ def assert_same(found: tuple[Tensor, list[Tensor | None]], plain: tuple[Tensor, 
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13 * largest)
 
 
-@pytest.mark.parametrize("name", ["flat", "next token", "weights", "another index", "likelihood", "capped"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own weight"])
+COMPILED = "flat", "next token", "weights", "another index", "likelihood", "capped"
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        # The loss sees logits and never whose weight they came from, so every second pair has seen both.
+        pytest.param(
+            name, tied, id=f"{name}-{'tied' if tied else 'own weight'}", marks=[pytest.mark.slow] * (at % 2 == tied)
+        )
+        for at, name in enumerate(COMPILED)
+        for tied in (True, False)
+    ],
+)
 def test_it_is_the_step_without_chunks_under_its_draws(name: str, tied: bool) -> None:
     model, batch = Words(tied=tied, bias=not tied, dropout=0.3).double(), words()
     plain = split_step(model, loss_of(LOSSES[name]), batch)
