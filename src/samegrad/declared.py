@@ -25,6 +25,8 @@ from samegrad.trees import RowLayout
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
 Normalise = Literal["mean", "sum"] | Callable[[Any], Any]
+# Makes the block of one backward, for what has to be done around each.
+Around = Callable[[], AbstractContextManager[None]]
 
 # Keys of a mapping batch that belong to the loss. A model that takes labels would compute its own loss inside.
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets", "y"})

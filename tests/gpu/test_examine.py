@@ -15,6 +15,13 @@ from samegrad.errors import FalseNormalise
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["float32", "tf32"])
+def tf32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", request.param)
+    torch.manual_seed(0)
+    return bool(request.param)
+
+
 class Up(nn.Module):
     """Convolutions between group norms at the size of images, where a bias's gradient is a long sum."""
 
@@ -35,21 +42,13 @@ def squared(outputs: Tensor, batch: Tensor) -> Tensor:
     return (outputs - batch).square().mean()
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-def test_convolutions_in_tf32_are_split_by_rows(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    torch.manual_seed(0)
+def test_convolutions_in_tf32_are_split_by_rows() -> None:
     model, batch = Up().cuda(), torch.randn(8, 3, 128, 128, device="cuda")
     with sg.Step(model, squared, rows=2) as step:
         step.backward(batch)
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-def test_planted_hooks_that_are_not_linear_are_named_and_split_around(
-    tf32: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    torch.manual_seed(0)
+def test_planted_hooks_that_are_not_linear_are_named_and_split_around(tf32: bool) -> None:
     model, batch = Up().cuda(), torch.randn(8, 3, 64, 64, device="cuda")
     model.body[9].register_full_backward_hook(lambda module, grads, _: tuple(g.clamp(-1e-3, 1e-3) for g in grads))
     plain = copy.deepcopy(model)
@@ -83,21 +82,14 @@ def weighted(outputs: Tensor, batch: Tensor) -> Tensor:
     return squared(outputs, batch) * (1 + 0.005 * (len(outputs) < 8))
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-def test_a_loss_with_convolutions_is_the_mean_that_it_is_said_to_be(
-    tf32: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    torch.manual_seed(0)
+def test_a_loss_with_convolutions_is_the_mean_that_it_is_said_to_be(tf32: bool) -> None:
     model, batch = Up(32).cuda(), torch.randn(8, 3, 64, 64, device="cuda")
     with sg.Step(model, Perceptual().cuda(), rows=3, normalise="mean") as step:
         step.backward(batch)
     assert torch.backends.cudnn.allow_tf32 is tf32
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-def test_planted_a_mean_that_is_half_a_percent_off_is_refused(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+def test_planted_a_mean_that_is_half_a_percent_off_is_refused() -> None:
     model, batch = Up(32).cuda(), torch.randn(8, 3, 64, 64, device="cuda")
     with sg.Step(model, weighted, rows=3, normalise="mean") as step, pytest.raises(FalseNormalise):
         step.backward(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Callable, Sequence
@@ -218,6 +219,60 @@ def test_state_leaves_once_a_backward_and_never_in_the_optimizers_own_turn(monke
     # Its closure calls backward while it has its state in hand.
     Training("lbfgs", lever=True).run(2)
     assert not left
+
+
+class Stream:
+    """One whose copies arrive when they are waited for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.under_way = 0
+
+    def record_event(self) -> Stream:
+        self.under_way += 1
+        return self
+
+    def synchronize(self) -> None:
+        self.under_way = 0
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["as it is", "after an exception"])
+def test_a_checkpoint_in_the_middle_of_a_backward_waits_for_what_is_under_way(fails: bool, monkeypatch: Patch) -> None:
+    """As a signal's handler saves one."""
+    stream, seen = Stream(), list[tuple[int, int]]()
+    monkeypatch.setattr(optimizer_state, "_streams_of", lambda devices: [stream] if devices else [])
+    ours = Training("adam", lever=True)
+    ours.run(2)
+    assert stream.under_way == 0
+
+    def in_forward(*_: Any) -> None:
+        before = stream.under_way
+        ours.optimizer.state_dict()
+        seen.append((before, stream.under_way))
+        if fails:
+            raise ZeroDivisionError
+
+    handle = ours.model.register_forward_pre_hook(in_forward)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        ours.closure()
+    handle.remove()
+    # Under way until it was asked for.
+    assert seen == [(1, 0)] and stream.under_way == 0
+    ours.optimizer.step()
+    assert ours.step is not None
+    ours.step.close()
+    assert not ours.optimizer._optimizer_state_dict_pre_hooks
+
+
+def test_without_a_checkpoint_it_is_waited_for_at_the_end_of_the_backward(monkeypatch: Patch) -> None:
+    stream, inside = Stream(), list[int]()
+    monkeypatch.setattr(optimizer_state, "_streams_of", lambda devices: [stream] if devices else [])
+    ours = Training("adam", lever=True)
+    ours.run(2)
+    ours.model.register_forward_pre_hook(lambda *_: inside.append(stream.under_way))
+    ours.closure()
+    assert inside == [1] and stream.under_way == 0
 
 
 def test_steps_that_cannot_take_it_are_refused_with_the_reason() -> None:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from samegrad.declared import DeclaredStep
+from samegrad.declared import Around, DeclaredStep
 from samegrad.errors import CannotSplit, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_graphs import CapturedPrograms
@@ -21,7 +21,7 @@ from samegrad.exact.split import Chunks, SplitStep
 from samegrad.exact.undisturbed import NotToBeTried
 from samegrad.execute.new_state import room_for_new_state
 from samegrad.execute.ways import Ways
-from samegrad.levers import Around, Execution, Lever, StandingLever, levers_of
+from samegrad.levers import Execution, Lever, StandingLever, levers_of
 from samegrad.measure import counters
 from samegrad.records import Plan
 

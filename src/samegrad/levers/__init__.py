@@ -11,12 +11,12 @@ from typing import cast
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import BadInput
-from samegrad.levers._lever import Around, ChoosyLever, Execution, Lever, PredictedLever, Slot, StandingLever
+from samegrad.levers._lever import ChoosyLever, Execution, Lever, PredictedLever, Slot, StandingLever
 from samegrad.records import Exactness, Plan
 
 __all__ = [
-    "Around", "Execution", "Lever", "PredictedLever", "Slot", "StandingLever", "find_levers", "find_whole_levers",
-    "levers_of", "unsuited_levers", "weakest_exactness",
+    "Execution", "Lever", "PredictedLever", "Slot", "StandingLever", "find_levers", "find_whole_levers", "levers_of",
+    "unsuited_levers", "weakest_exactness",
 ]  # fmt: skip
 
 

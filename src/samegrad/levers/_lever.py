@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
-from samegrad.declared import DeclaredStep
+from samegrad.declared import Around, DeclaredStep
 from samegrad.exact.compiler import CompilerSettings
 from samegrad.exact.find_head import HeadInChunks
 from samegrad.exact.schemes import Scheme, nested, unchanged
@@ -131,10 +131,6 @@ class PredictedLever(Lever, Protocol):
     def predict(self, footprint: Footprint) -> Footprint:
         """The footprint with this lever taken."""
         ...
-
-
-# Makes the block of one backward, for what has to be done around each.
-Around = Callable[[], AbstractContextManager[None]]
 
 
 @runtime_checkable

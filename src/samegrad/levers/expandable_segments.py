@@ -15,9 +15,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
-from samegrad.declared import DeclaredStep
+from samegrad.declared import Around, DeclaredStep
 from samegrad.exact.growing_segments import growing_segments, why_not
-from samegrad.levers._lever import Around, Execution, Slot
+from samegrad.levers._lever import Execution, Slot
 from samegrad.levers._variants import predicted_without
 from samegrad.records import Exactness, Footprint
 

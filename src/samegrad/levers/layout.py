@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from samegrad import trees
-from samegrad.declared import DeclaredStep, Forward
+from samegrad.declared import Around, DeclaredStep, Forward
 from samegrad.errors import UsageError
 from samegrad.exact.dataless import is_torchs_own
-from samegrad.levers._lever import Around, Execution, Slot
+from samegrad.levers._lever import Execution, Slot
 from samegrad.module_walk import parts_of
 from samegrad.records import Exactness, Footprint
 

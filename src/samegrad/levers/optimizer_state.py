@@ -25,12 +25,12 @@ from torch.optim import Optimizer
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]  # documented, not in its __all__
 
 from samegrad import trees
-from samegrad.declared import DeclaredStep
+from samegrad.declared import Around, DeclaredStep
 from samegrad.errors import UsageError
 from samegrad.exact.dataless import computing, has_data, is_torchs_own, memory_of
 from samegrad.exact.growing_segments import segments_grow
 from samegrad.exact.phases import announce
-from samegrad.levers._lever import Around, Execution, Slot
+from samegrad.levers._lever import Execution, Slot
 from samegrad.records import Exactness, Footprint, Phase
 
 Leaf = TypeVar("Leaf")
@@ -78,6 +78,8 @@ class OptimizerState:
             stack.callback(travels.stay)
             stack.callback(declared.optimizer.register_step_pre_hook(travels.begin_turn).remove)
             stack.callback(declared.optimizer.register_step_post_hook(travels.end_turn).remove)
+            # A signal's handler may save a checkpoint in the middle of a backward.
+            stack.callback(declared.optimizer.register_state_dict_pre_hook(lambda _: travels.arrive()).remove)
             yield travels.away
 
     def knobs(self) -> dict[str, Any]:
@@ -195,6 +197,8 @@ class _TravellingState:
         self._in_turn = False
         # Those of the optimizer's last turn.
         self._streams: list[torch.Stream] = []
+        # What says that copies which are under way have arrived.
+        self._leaving: list[torch.Event] = []
 
     def begin_turn(self, _: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Before the optimizer's step: brings back what is away."""
@@ -210,21 +214,27 @@ class _TravellingState:
     def away(self) -> Iterator[None]:
         """The block of a backward, in which the state is on the host; all of it has arrived when the block ends.
 
-        Not where an optimizer calls backward in its own step: it goes on with its state afterwards.
+        ``optimizer.state_dict()`` waits for it inside; ``optimizer.state`` itself cannot, so a loss that reads it there
+        finds copies that are under way. Not where an optimizer calls backward in its own step: it goes on with its
+        state afterwards.
         """
-        leaving: list[torch.Event] = []
         if not self._in_turn:
             announce(Phase.OPTIMIZER)
-            leaving = self.send_away()
+            self.send_away()
         try:
             yield
         finally:
-            # A checkpoint may read the copies at any time from now on. They went first, so this hardly waits.
-            for event in leaving:
-                event.synchronize()
+            # They went first, so this hardly waits.
+            self.arrive()
 
-    def send_away(self) -> list[torch.Event]:
-        """Returns what says that the copies have arrived."""
+    def arrive(self) -> None:
+        """Waits for copies that are under way."""
+        while self._leaving:
+            self._leaving[-1].synchronize()
+            self._leaving.pop()
+
+    def send_away(self) -> None:
+        """Sets off the copies; ``arrive`` waits for them."""
         for stream in (elsewhere := [one for one in self._streams if one not in _streams_of({one.device})]):
             torch.accelerator.current_stream(stream.device).wait_stream(stream)
         homes = {id(leaf): (leaf, p.device) for p in self._parameters() for leaf in self._leaves_of(p)}
@@ -247,10 +257,10 @@ class _TravellingState:
         ]
         pieces = [piece for kind in _by_kind(others) for piece in _in_pieces(kind, _bytes_of)]
         sent += [_noted(piece, _Piece.packed(piece), moved) for piece in pieces]
-        leaving = [stream.record_event() for stream in _streams_of({piece.home for piece in sent})]
-        for event in leaving if elsewhere else ():
+        self._leaving += [stream.record_event() for stream in _streams_of({piece.home for piece in sent})]
+        if elsewhere:
             # The memory that it leaves is given back to the stream that it came in, which runs ahead of the copies.
-            event.synchronize()
+            self.arrive()
         self._replace(moved)
         self._away, self._back = [*self._away, *sent], []
         # What is held here would not be given back.
@@ -258,7 +268,6 @@ class _TravellingState:
         for held in (homes, leaves, others, whole, pieces):
             held.clear()
         self._make_room(is_new=is_new)
-        return leaving
 
     def bring_back(self) -> None:
         self._make_room()

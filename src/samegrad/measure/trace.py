@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from samegrad.declared import DeclaredStep
+from samegrad.declared import Around, DeclaredStep
 from samegrad.errors import CannotTrace
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.one_chunk import ChunkedStep
@@ -52,7 +52,6 @@ from samegrad.records import Category, Phase
 # run(declared, batch): forward, loss and backward, which leaves gradients in ``.grad``.
 Run = Callable[[DeclaredStep, Any], object]
 # stands(declared): a block in which stands what a plan needs between steps as well.
-Around = Callable[[], contextlib.AbstractContextManager[None]]
 Stands = Callable[[DeclaredStep], contextlib.AbstractContextManager[Around]]
 
 STEPS = 2
