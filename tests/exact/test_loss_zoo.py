@@ -46,6 +46,8 @@ def test_losses_whose_graph_looks_like_a_mean_need_the_audit(monkeypatch: pytest
     """The planted fault: an audit that agrees to everything lets one pass through, and the gradient is wrong."""
     passed = Residual(gradient=0.0, loss=0.0, allowed=1.0)
     monkeypatch.setattr(examination, "audit", lambda *_: passed)
+    # The code is followed as well, and shows how the constant is made.
+    monkeypatch.setattr(examination, "taken_over_rows", lambda *_: None)
     model, rows, loss_fn = zoo.mlp(), zoo.batch(), LOSSES["centred constant"][0]
     _, reference = zoo.plain_gradients(model, loss_fn, rows)
     split, layout = zoo.split_step(model, loss_fn, rows)

@@ -3,6 +3,7 @@
 alone  backward draws nothing and changes nothing: it runs once a chunk
 sums   gradients of parts of the rows, each alone, add up to those of all rows, also far larger and of the other sign:
        backward hooks and functions of one's own need not be linear in the gradient that comes to them
+across nothing without a gradient is taken over rows and computed with (``across_rows.py``)
 jac    a gradient of some output rows is exactly zero on the input rows of others: rows can meet in backward only
 
 Hooks of parameters are no part of this: they are handed the total of all chunks, once.
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
+from samegrad.exact.across_rows import Followed, across
 from samegrad.exact.aliases import NARROW, ParameterAliases
 from samegrad.exact.backward_names import BackwardTrace, first_at_fault
+from samegrad.exact.module_names import entered
 from samegrad.exact.probes import RowProbes
 from samegrad.exact.rounding import eps_in_use
 from samegrad.exact.row_comparisons import close
@@ -54,12 +57,14 @@ class BackwardProbe:
         self._network = probes.declared.network
         self._everything = range(probes.layout.rows)
         self._others = [row for row in self._everything if row not in probes.kept]
+        # By how many rows: what forwards made of them.
+        self._made: dict[int, Followed] = {}
 
     def run(self) -> Any:
         """The outputs of all rows as a graph gives them, detached. Raises CannotSplit."""
         with self._aliases.swapped() as standing, torch.enable_grad():
             try:
-                outputs = self._forward(self._probes.batch, self._everything)
+                outputs = self._followed(self._everything)
                 check_reach(self._aliases, outputs, standing)
                 found, numbers = trees.map_tensors(outputs, Tensor.detach), _Numbers.of(outputs)
                 self._check_alone(outputs, numbers.factor)
@@ -67,6 +72,7 @@ class BackwardProbe:
                 if self._others:
                     self._check_sums(standing, numbers)
                     self._check_jac(numbers.factor)
+                    self._check_across()
             finally:
                 # Stand-ins of shared leaves outlive this.
                 for alias in standing:
@@ -171,8 +177,31 @@ class BackwardProbe:
         return True
 
     def _run(self, rows: Sequence[int], factor: float) -> None:
-        _backward(self._forward(self._part(rows), rows), rows, factor)
+        _backward(self._followed(rows), rows, factor)
         self._probes.restored()
+
+    def _followed(self, rows: Sequence[int]) -> Any:
+        """The outputs of these rows; what was made of numbers of rows is remembered."""
+        part = self._part(rows)
+        leaves = zip(trees.leaves_of(part), self._probes.layout.axes)
+        sources = program.tensors_in([leaf for leaf, axis in leaves if axis is not None])
+        with entered(self._network) as running, Followed(sources, running) as followed:
+            outputs = self._forward(part, rows)
+        followed.returns(program.tensors_in(outputs))
+        self._made[len(rows)] = followed
+        return outputs
+
+    def _check_across(self) -> None:
+        """Nothing is computed with a number taken over rows, as a mask's mean is, that these rows do not show."""
+        many, few = (self._made[len(rows)] for rows in (self._everything, self._probes.kept))
+        found = across(many, few, strict=False)
+        if found is not None:
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{found.module or 'code outside its modules'} uses in {found.used} what {found.made} takes over "
+                "rows: a chunk would take it over its own",
+                do=f"{_WAYS_OUT}, or compute it outside the model and pass it in the batch, for each row",
+            )
 
     def _part(self, rows: Sequence[int]) -> Any:
         if len(rows) == len(self._everything):

@@ -7,7 +7,7 @@ user's is left changed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from samegrad.exact.findings import Examination, ModelFindings
 from samegrad.exact.first_pass import FirstPass, as_in_first_pass
 from samegrad.exact.float64 import float64_declared, widened
 from samegrad.exact.forward import StepForward
+from samegrad.exact.left_out import IGNORED, rows_with
 from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.probes import PROBE_ROWS, Findings, RowProbes
 from samegrad.exact.randomness import DrawSites
@@ -37,8 +38,12 @@ from samegrad.exact.undisturbed import NotToBeTried, step_undisturbed
 from samegrad.trees import RowLayout
 
 
-def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Examination:
+def examine(
+    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, left_out: Iterable[int] = ()
+) -> Examination:
     """How the step may be split. Raises CannotSplit or FalseNormalise, with the module or the residual named.
+
+    ``left_out``: targets that some of the rows that are tried are to have.
 
     With sharded parameters every forward is a collective: all ranks must examine at the same time. They then examine
     as many rows, and what one rank refuses is refused on all.
@@ -47,7 +52,7 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
     ranks = ranks_of(declared.modules)
     if ranks is None:
         refuse_batch_gradients(batch, layout)
-        return examine_loss(declared, examine_model(declared, aliases, batch, layout, rows))
+        return examine_loss(declared, examine_model(declared, aliases, batch, layout, rows, left_out))
 
     def at_sight() -> tuple[None, int]:
         refuse_batch_gradients(batch, layout)
@@ -56,7 +61,7 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
         return None, -rows
 
     def tried() -> tuple[Examination, int]:
-        found = examine_loss(declared, examine_model(declared, aliases, batch, layout, -negative))
+        found = examine_loss(declared, examine_model(declared, aliases, batch, layout, -negative, left_out))
         return found, found.passes
 
     _, negative = ranks.together(at_sight)
@@ -73,12 +78,19 @@ def examine(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layou
 
 
 def examine_model(
-    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, rows: int
+    declared: DeclaredStep,
+    aliases: ParameterAliases,
+    batch: Any,
+    layout: RowLayout,
+    rows: int,
+    left_out: Iterable[int] = (),
 ) -> ModelFindings:
     """That rows can be split through the whole model, on ``rows`` of them. Raises CannotSplit naming the module."""
     batch, aliases = stood_in(batch, layout, aliases)
+    few_rows, other_rows = chosen_rows(layout.rows, rows)
+    few_rows = rows_with(batch, layout, few_rows, {IGNORED, *left_out})
     few, others = (
-        trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in chosen_rows(layout.rows, rows)
+        trees.move(trees.take_rows(batch, layout, chosen), declared.device) for chosen in (few_rows, other_rows)
     )
     few_layout = dataclasses.replace(layout, rows=rows)
     with step_undisturbed(declared) as (generators, state):

@@ -20,7 +20,8 @@ class Examination:
     ``form`` COUPLED means two passes. ``declared``: the form rests on normalise=. ``count_per_row``: the count of a
     COUNTED loss that a row brings, as seen on the probe rows. ``module_hooks``: the user's hooks that run per chunk.
     ``sites``: where the model draws, None where it does not. ``rules``: how the state that it changes is reduced.
-    ``collectives``: the loss calls some, so ranks must run it equally often.
+    ``collectives``: the loss calls some, so ranks must run it equally often. ``unseen``: targets that a declared loss
+    leaves out and that none of the rows had on which it was tried.
     """
 
     form: Form
@@ -32,6 +33,7 @@ class Examination:
     sites: DrawSites | None = None
     rules: tuple[StateRule, ...] = ()
     collectives: bool = False
+    unseen: frozenset[int] = frozenset()
 
     @property
     def passes(self) -> int:

@@ -97,6 +97,12 @@ _OVER_DIMS = frozenset(
         "ExpandBackward0",
     }
 )
+# What takes one of many, or orders them.
+_SELECTIONS = frozenset(
+    "MaxBackward0 MaxBackward1 MinBackward0 MinBackward1 AmaxBackward0 AminBackward0 AminmaxBackward0 MedianBackward0 "
+    "MedianBackward1 NanmedianBackward0 NanmedianBackward1 KthvalueBackward0 ModeBackward0 SortBackward0 SortBackward1 "
+    "TopkBackward0 CummaxBackward0 CumminBackward0".split()
+)
 # Values of torch's reduction argument, as graph nodes save it.
 _NONE, _MEAN, _SUM = 0, 1, 2
 
@@ -128,6 +134,28 @@ def count_of(loss: Tensor) -> Tensor:
         if node.name() in _NLL or node.name() == CHUNKED:
             return node._saved_total_weight  # type: ignore[no-any-return]
     raise AssertionError("a counted loss has a likelihood node")
+
+
+def count_below(loss: Tensor) -> float | None:
+    """What a likelihood in the graph of ``loss`` divides its mean by; None where there is none."""
+    if loss.grad_fn is None:
+        return None
+    nodes = [node for node in _walk(loss.grad_fn) if node.name() in _NLL and node._saved_reduction == _MEAN]
+    return float(nodes[0]._saved_total_weight) if nodes else None
+
+
+def selected_over_rows(loss: Tensor, rows: int) -> str:
+    """The first node that takes one of all the rows, a maximum say; "" where there is none."""
+    for node in [] if loss.grad_fn is None else _walk(loss.grad_fn):
+        name = node.name()
+        below = [shape for shape in map(_shape, _below(node)) if shape and shape[0] % rows == 0]
+        if not below or name not in _SELECTIONS:
+            continue
+        dims = getattr(node, "_saved_dim", ())
+        listed = [dims] if isinstance(dims, int) else list(dims or ())
+        if not listed or any(_dim(dim, len(below[0])) == 0 for dim in listed):
+            return str(name)
+    return ""
 
 
 def ignored_by(loss: Tensor) -> set[int]:

@@ -7,6 +7,7 @@ Derivatives of any order hold one chunk of items at a time; "softmax_mean" is a 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -17,17 +18,26 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import BadInput, CannotSplit, UsageError
 from samegrad.exact import collectives, losses
+from samegrad.exact.across_rows import Followed, across
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
 from samegrad.exact.dataless import has_data
 from samegrad.exact.held import arrays_held_in
 from samegrad.exact.ranks import Ranks, SplitItems, largest_over_ranks, sum_over_ranks
 from samegrad.exact.row_comparisons import close
+from samegrad.exact.row_count_code import refuse_counting_rows
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.softmax_loss import checked
 from samegrad.exact.softmax_mean import softmax_mean
 from samegrad.exact.undisturbed import Generators, ModuleState
 from samegrad.exact.watch import Watch
+
+# Items of the chunk that is tried: what the last one sees of those before it, the first does not see.
+_TRIED = 3
+# Made anew from the parameters whenever those are others.
+_REBUILT = ("_flat_weights", "_flat_weight_refs")
+# By code: the kinds of items on which it was looked at.
+_looked_at: weakref.WeakKeyDictionary[Any, set[object]] = weakref.WeakKeyDictionary()
 
 Reduce = Literal["cat", "sum", "logsumexp", "softmax_mean"]
 
@@ -99,6 +109,10 @@ def _log_sum_exp(mapped: _Over, fn: Callable[[Any, Any], Any]) -> Any:
 
     sums = trees.flatten(mapped(shifted, None))[0]
     return trees.unflatten([total.log() + top for total, top in zip(sums, tops)], spec)
+
+
+def _has_items(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
 
 
 class _Over:
@@ -195,15 +209,17 @@ class _Over:
             )
 
     def _check(self, fn: Callable[[Any, Any], Any]) -> None:
-        """One chunk of two items, to see that nothing but items and shared gets a gradient and nothing changes."""
+        """One chunk of three items, to see that nothing but items and shared gets a gradient and nothing changes, and
+        that no item sees the others."""
         generators = Generators(self._items[0].device)
         state = ModuleState(self._modules, arrays_held_in(fn, self._modules, each_call=True))
-        inputs = [leaf.detach().narrow(0, 0, min(2, self._layout.rows)) for leaf in self._items]
+        tried = min(_TRIED, self._layout.rows)
+        inputs = [leaf.detach().narrow(0, 0, tried) for leaf in self._items]
         inputs += [tensor.detach() for tensor in self._inputs()[len(self._items) :]]
         inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
         known = {id(tensor) for tensor in inputs}
         try:
-            with torch.enable_grad(), collectives.watched():
+            with torch.enable_grad(), collectives.watched(), Followed(inputs[: len(self._items)]) as followed:
                 outputs = trees.leaves_of(self._evaluated(fn, inputs))
         except collectives.CollectiveSeen as seen:
             raise CannotSplit(
@@ -211,7 +227,7 @@ class _Over:
                 found=f"it calls a collective ({seen}), and ranks with other chunk counts would wait for each other",
                 do="reduce over ranks outside of it, or with process_group=",
             ) from None
-        drew, changed = generators.advanced(), state.changed()
+        drew, changed = generators.advanced(), [name for name in state.changed() if not name.endswith(_REBUILT)]
         generators.restore()
         state.restore()
         if drew or changed:
@@ -221,7 +237,7 @@ class _Over:
                 found=draws if drew else f"it changes {', '.join(changed[:3])}",
                 do="draw outside and pass the draw in items or shared; keep what is to change outside of it",
             )
-        self._check_alone(fn, inputs, outputs)
+        self._check_alone(fn, inputs, outputs, followed)
         leaves = [leaf for output in outputs for leaf in losses.leaves_under(output)]
         reached = {id(leaf) for leaf in leaves}
         self._reached = [id(tensor) in reached for tensor in inputs[len(self._items) :]]
@@ -233,14 +249,67 @@ class _Over:
                 "items nor in shared",
                 do="pass the tensor, or the module it belongs to, in shared=",
             )
+        # Of one code once for items of a kind: it takes as long as several chunks of few items.
+        code = getattr(fn, "__code__", None)
+        modes = tuple(part.training for module in self._modules for part in module.modules())
+        kind = (self._layout.signature(trees.unflatten(self._items, self._items_spec)), self._sizes, modes)
+        if code is None or kind not in _looked_at.get(code, ()):
+            self._check_backward(inputs, outputs)
+            self._refuse_counting(fn, tried)
+            if code is not None:
+                _looked_at.setdefault(code, set()).add(kind)
 
-    def _check_alone(self, fn: Callable[[Any, Any], Any], inputs: Sequence[Tensor], pair: Sequence[Tensor]) -> None:
-        """The first item alone must give what it gives beside the second one."""
-        items = len(self._items)
-        single = [leaf.narrow(0, 0, 1) for leaf in inputs[:items]]
-        with torch.no_grad():
-            alone = trees.leaves_of(self._evaluated(fn, [*single, *inputs[items:]]))
-        for place, (mine, both) in enumerate(zip(alone, pair, strict=True)):
+    def _check_backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """A gradient of the last item's outputs is zero on the others: items can meet in backward only."""
+        items = [leaf for leaf in inputs[: len(self._items)] if leaf.requires_grad]
+        last = [output.narrow(0, len(output) - 1, 1) for output in outputs if output.requires_grad]
+        if not items or not last or len(items[0]) < 2:
+            return
+        # Not all alike: what is summed to nothing would show nothing.
+        cotangents = [torch.arange(o.numel(), device=o.device).add(1).cos().view(o.shape).to(o.dtype) for o in last]
+        with torch.autocast(items[0].device.type, enabled=False):
+            # As backward runs where the user calls it.
+            gradients = torch.autograd.grad(last, items, cotangents, allow_unused=True)
+        if any(g is not None and has_data(g) and bool(g.narrow(0, 0, len(g) - 1).any()) for g in gradients):
+            raise CannotSplit(
+                asked="a function whose output has one entry an item, each its own",
+                found="the gradient of one item's output reaches other items, in backward only",
+                do="leave what items share outside of the function, and pass it in shared=",
+            )
+
+    def _refuse_counting(self, fn: Callable[[Any, Any], Any], tried: int) -> None:
+        rest = [tensor.detach() for tensor in self._inputs()[len(self._items) :]]
+
+        def run(items: Any) -> Any:
+            return self._evaluated(fn, [*trees.leaves_of(items), *rest])
+
+        items = trees.unflatten([leaf.detach() for leaf in self._items], self._items_spec)
+        refuse_counting_rows(
+            fn, self._modules, run, items, self._layout, [tried, *self._sizes, self._layout.rows]
+        )
+
+    def _check_alone(
+        self, fn: Callable[[Any, Any], Any], inputs: Sequence[Tensor], some: Sequence[Tensor], followed: Followed
+    ) -> None:
+        """The first item alone, and the last one, must give what they give beside the others."""
+        items, tried = len(self._items), len(inputs[0])
+        for index in sorted({0, tried - 1}):
+            single = [leaf.narrow(0, index, 1) for leaf in inputs[:items]]
+            with torch.no_grad(), Followed(single) as by_itself:
+                alone = trees.leaves_of(self._evaluated(fn, [*single, *inputs[items:]]))
+            beside = [leaf.detach()[index : index + 1] if _has_items(leaf) else leaf for leaf in some]
+            self._compare_alone(alone, beside)
+        followed.returns(some)
+        found = across(followed, by_itself, strict=False) if tried > 1 else None
+        if found is not None:
+            raise CannotSplit(
+                asked="a function whose output has one entry an item, each its own",
+                found=f"it uses in {found.used} what {found.made} takes over items",
+                do="take it over all items outside of the function, and pass it in shared=",
+            )
+
+    def _compare_alone(self, alone: Sequence[Tensor], among: Sequence[Tensor]) -> None:
+        for place, (mine, beside) in enumerate(zip(alone, among, strict=True)):
             if not isinstance(mine, Tensor):
                 raise UsageError(
                     asked="a function of items that returns tensors",
@@ -249,7 +318,7 @@ class _Over:
                 )
             here = mine.dim() > 0 and mine.shape[0] == 1
             # Without data there is nothing to compare: what is followed was tried, or will be.
-            if not here or (has_data(mine) and not close(both.detach()[:1], mine)):
+            if not here or (has_data(mine) and not close(beside, mine)):
                 raise CannotSplit(
                     asked="a function whose output has one entry an item, each its own",
                     found=f"output {place} of one item is {tuple(mine.shape)}, or changes when another item is there",

@@ -36,6 +36,7 @@ from samegrad.exact.state import StateRule
 from samegrad.exact.state_probe import StateProbe
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import Generators, ModuleState, NotToBeTried
+from samegrad.exact.varied_rows import with_fewer_in_masks
 from samegrad.trees import RowLayout
 
 PROBE_ROWS = 8
@@ -96,12 +97,21 @@ class RowProbes:
         return sites
 
     def _rules(self, others: Any) -> tuple[StateRule, ...]:
-        """Of the forward that just ran; the state is put back."""
+        """Of the forward that just ran; the state is put back. They must be those of rows with other masks as well."""
         probe = StateProbe(
             self.declared.network, self._rows, self._forward_rows, lambda: self.forward(others), self.state
         )
         rules = tuple(probe.rules())
         self.restored()
+        varied = with_fewer_in_masks(self.batch, self.layout) if rules else None
+        if varied is not None and self._rows > 1:
+            batch, self.batch = self.batch, varied
+            try:
+                self.forward(varied)
+                probe.check(rules)
+            finally:
+                self.batch = batch
+                self.restored()
         return rules
 
     @property
@@ -123,9 +133,9 @@ class RowProbes:
         fewer = max(1, self._rows - max(1, 3 * self._rows // 8))
 
         def second() -> None:
-            self.declared.forward(
-                self.declared.network, trees.take_rows(self.batch, self.layout, list(range(fewer)))
-            )
+            few = trees.take_rows(self.batch, self.layout, list(range(fewer)))
+            with entered(self.declared.network) as running, on_few_rows(fewer, running):
+                self.declared.forward(self.declared.network, few)
 
         with torch.no_grad():
             return find_sites(

@@ -40,13 +40,19 @@ _Instructions = Sequence[dis.Instruction]
 
 def is_row_blind(declared: DeclaredStep, batch: Any) -> bool:
     """Whether neither the model nor the loss of ``declared`` could find out how many rows ``batch`` has."""
+    functions = [f for f in (declared.loss_fn, declared.forward) if f is not declared.loss_module]
+    return is_blind(functions, declared.modules, batch)
+
+
+def is_blind(functions: Sequence[Any], modules: Sequence[nn.Module], batch: Any) -> bool:
+    """Whether neither ``functions`` nor the code of ``modules`` could find out how many rows ``batch`` has."""
     if not _plain_containers(batch):
         # Its own class may count its rows.
         return False
     search = _Search()
-    functions = [f for f in (declared.loss_fn, declared.forward) if f is not declared.loss_module]
-    parts = [part for module in declared.modules for part in module.modules()]
-    return all(map(search.blind, functions)) and all(map(search.blind_module, parts))
+    parts = [part for module in modules for part in module.modules()]
+    apart = [function for function in functions if not any(function is module for module in modules)]
+    return all(map(search.blind, apart)) and all(map(search.blind_module, parts))
 
 
 def _plain_containers(batch: Any) -> bool:

@@ -25,6 +25,7 @@ from samegrad.exact.group_probe import check_alone
 from samegrad.exact.held import arrays_held_in
 from samegrad.exact.probes import PROBE_ROWS, RowProbes
 from samegrad.exact.randomness import DrawSites
+from samegrad.exact.row_count_code import refuse_counting_rows
 from samegrad.exact.row_map import RowCall
 from samegrad.exact.row_refusals import check_reach, refuse_held
 from samegrad.exact.sharded import refuse_sharded
@@ -137,16 +138,24 @@ class Rowwise(nn.Module):
                 found = probes.run(others)
                 _refuse_state(found.rules)
                 BackwardProbe(probes, self._aliases, probes.forward).run()
+                self._refuse_counting(batch, layout, few_layout.rows)
                 return found.sites
             if split:
                 # Rows of one group may see each other, so whole groups are what is tried.
                 few = trees.take_rows(batch, layout, list(range(self._groups[0])))
-                among = trees.take_rows(batch, layout, list(range(sum(self._groups[:2]))))
-                check_alone(probed, few, among, self._groups[0], generators, state)
+                check_alone(probed, batch, layout, self._groups, generators, state)
                 with self._aliases.swapped() as standing, torch.enable_grad():
                     check_reach(self._aliases, self._rows_first(self.module, few), standing)
                 refuse_held(state)
+                self._refuse_counting(batch, layout, self._groups[0])
         return None
+
+    def _refuse_counting(self, batch: Any, layout: RowLayout, tried: int) -> None:
+        detached = trees.map_tensors(batch, Tensor.detach)
+        refuse_counting_rows(
+            self._fn[0], [self.module], lambda chunk: self._rows_first(self.module, chunk), detached, layout,
+            [tried, *self._sizes(layout.rows), layout.rows],
+        )  # fmt: skip
 
     def _rows_first(self, _: nn.Module, batch: Any) -> Any:
         args, kwargs = batch

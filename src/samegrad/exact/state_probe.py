@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from samegrad.errors import CannotSplit
 from samegrad.exact import containers
 from samegrad.exact.attributes import same_tensor
 from samegrad.exact.audit import splits_of
@@ -52,6 +53,28 @@ class StateProbe:
             warmed = self._warmed(fresh)
             rules = [warmed.get(rule.name, rule) for rule in rules]
         return rules
+
+    def check(self, rules: Sequence[StateRule]) -> None:
+        """That these are the rules of what a forward of other rows has just changed; the state is put back.
+
+        Raises CannotSplit naming what has another one.
+        """
+        names = [(rule.path, rule.key) for rule in rules]
+        whole = self._values(names)
+        self._state.restore()
+        if any(isinstance(v, Tensor) and v.is_floating_point() and bool(v.isnan().any()) for v in whole.values()):
+            # Rows without an entry in their mask have no number.
+            return
+        again = learn_rules(names, whole, self._parted(names, self._state), self._values(names))
+        for rule, other in zip(rules, again, strict=True):
+            if rule.reducer is not other.reducer:
+                raise CannotSplit(
+                    asked="split the rows of a step",
+                    found=f"the forward changes {rule.name}, which is chunks' {rule.reducer.value} on some rows and "
+                    f"their {other.reducer.value} on rows with other masks",
+                    do="run the step whole (a larger budget, or rows=<the batch's rows>), or update that state outside "
+                    "the forward",
+                )
 
     def _warmed(self, fresh: Sequence[StateRule]) -> dict[str, StateRule]:
         """Rules of sums that were zero, which shows nothing of their decay: looked at after a first update."""

@@ -7,6 +7,7 @@ from typing import Any
 from samegrad.declared import DeclaredStep
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.examine import find_draws
+from samegrad.exact.left_out import held_by_rows
 from samegrad.exact.randomness import DrawSites
 from samegrad.exact.sharded import ranks_of
 from samegrad.exact.step_draws import StepDraws
@@ -48,10 +49,15 @@ class Examined:
         """The ways to run batches of ``kind``, as this one is, examined on its first rows where none are known."""
         self.refresh()
         ranks = ranks_of(self._declared.modules) if self.aliases.sharded else None
-        unknown = kind not in self.ways
-        # With sharded parameters ranks examine together: when one must, all do.
-        if unknown if ranks is None else ranks.largest(unknown) != [0]:
-            self.ways[kind] = find_ways(self._declared, self.aliases, batch, layout)
+        unseen: frozenset[int] = frozenset()
+        # Once, and again where rows hold targets that the loss turned out to leave out.
+        for _ in range(2):
+            known = self.ways.get(kind)
+            unseen = unseen if known is None or known.by_rows is None else known.by_rows.unseen
+            unknown = known is None or bool(held_by_rows(batch, layout, unseen))
+            # With sharded parameters ranks examine together: when one must, all do.
+            if unknown if ranks is None else ranks.largest(unknown) != [0]:
+                self.ways[kind] = find_ways(self._declared, self.aliases, batch, layout, unseen)
         return self.ways[kind]
 
     def draws_for(self, kind: Kind, batch: Any, layout: RowLayout) -> StepDraws:

@@ -13,9 +13,10 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import BadInput, NonFinite, UsageError
+from samegrad.exact.left_out import IGNORED
 from samegrad.exact.out_of_memory import OutOfMemory, is_out_of_memory
 from samegrad.exact.phases import announce
-from samegrad.measure.counted_targets import IGNORED, refuse_without_targets
+from samegrad.measure.counted_targets import refuse_without_targets
 from samegrad.records import Phase, Recovery
 
 _UNCHANGED = "; the optimizer did not step and the weights are unchanged"

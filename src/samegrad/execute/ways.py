@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from samegrad import trees
@@ -92,21 +92,24 @@ def find_ways(
     aliases: ParameterAliases,
     batch: Any,
     layout: RowLayout,
+    left_out: Iterable[int] = (),
 ) -> Ways:
     """The ways to run the step in chunks; segments that were declared are the only way then.
+
+    ``left_out``: targets that some of the rows that are tried are to have.
 
     Raises FalseNormalise, and CannotSplit for what is not the model's: rows of the batch that require grad, parameters
     of a declared loss that cannot be held back, named segments that are none. OutOfMemory where not two rows fit.
     """
     if aliases.sharded:
         refuse_sharded_segments(declared.segments)
-        return Ways(examine(declared, aliases, batch, layout))
+        return Ways(examine(declared, aliases, batch, layout, left_out))
     refuse_batch_gradients(batch, layout)
     # On as many rows as there is memory for: eight, or fewer on a card that is nearly full.
     rows = min(PROBE_ROWS, layout.rows)
     while True:
         with WithinMemory(declared) as memory:
-            return _ways_on(declared, aliases, batch, layout)
+            return _ways_on(declared, aliases, batch, layout, left_out)
         if rows <= _FEWEST_ROWS:
             raise memory.refusal(
                 asked=f"examine the step on {rows} rows before it is split",
@@ -120,7 +123,9 @@ def _of_rows(layout: RowLayout, rows: int) -> RowLayout:
     return dataclasses.replace(layout, rows=rows)
 
 
-def _ways_on(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout) -> Ways:
+def _ways_on(
+    declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layout: RowLayout, left_out: Iterable[int]
+) -> Ways:
     """The ways that a few rows of ``batch`` show."""
     segments = declared.segments
     if shared := shared_over_ranks(declared.network):
@@ -128,7 +133,7 @@ def _ways_on(declared: DeclaredStep, aliases: ParameterAliases, batch: Any, layo
     refusals: dict[str, str] = {}
     if segments is None:
         try:
-            model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows))
+            model = examine_model(declared, aliases, batch, layout, min(PROBE_ROWS, layout.rows), left_out)
             examination = examine_loss(declared, model)
         except NotToBeTried as refused:
             return Ways(None, refused)

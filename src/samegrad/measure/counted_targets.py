@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep, plain_loss
@@ -17,9 +16,9 @@ from samegrad.errors import BadInput
 from samegrad.exact import losses
 from samegrad.exact.examine import chosen_rows
 from samegrad.exact.few_rows import on_few_rows
+from samegrad.exact.left_out import IGNORED, targets_in
 from samegrad.exact.undisturbed import FailsOnFewRows, step_undisturbed
 
-IGNORED = -100
 _FEW_ROWS = 8
 _WAY_OUT = (
     "leave out batches of which no target counts, or let the loss be a sum divided by max(count, 1), whose gradient "
@@ -48,14 +47,7 @@ def refuse_without_targets_at_sight(declared: DeclaredStep, batch: Any, *, asked
 
 def _all_of(batch: Any, declared: DeclaredStep, index: int) -> list[str]:
     """The leaves with rows that hold nothing but ``index``."""
-    layout = declared.layout(batch)
-    leaves = zip(layout.paths, trees.leaves_of(batch), layout.axes)
-    return [
-        path
-        for path, leaf, axis in leaves
-        if isinstance(leaf, Tensor) and axis is not None and leaf.dtype == torch.int64 and leaf.numel()
-        and leaf.device.type != "meta" and bool((leaf == index).all())
-    ]  # fmt: skip
+    return [path for path, leaf, _ in targets_in(batch, declared.layout(batch)) if bool((leaf == index).all())]
 
 
 def _left_out(declared: DeclaredStep, batch: Any) -> tuple[set[int], float]:

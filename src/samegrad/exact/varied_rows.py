@@ -1,0 +1,55 @@
+"""The rows that are tried with other masks and weights, such as other batches may have.
+
+Rows that are alike hide what is taken over them. Nothing is invented that a model or a loss was not made for: a mask
+has fewer entries, a weight is smaller, an index is what it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samegrad import trees
+from samegrad.trees import RowLayout
+
+
+def with_fewer_in_masks(few: Any, layout: RowLayout) -> Any | None:
+    """``few`` with every third row of its masks off, its later half where a row has many; None without masks."""
+    leaves, found = [], False
+    for leaf, axis in zip(trees.leaves_of(few), layout.axes):
+        masks = axis is not None and isinstance(leaf, Tensor) and is_mask(leaf)
+        leaves.append(_with_fewer(leaf, axis) if masks and axis is not None else leaf)
+        found = found or masks
+    return trees.unflatten(leaves, layout.spec) if found else None
+
+
+def with_smaller_numbers(few: Any, layout: RowLayout, *, masks: bool) -> Any:
+    """``few`` with every row times a factor of its own, in [1/4, 1]: what is in [0, 1] stays there. ``masks``: too."""
+    leaves = []
+    for leaf, axis in zip(trees.leaves_of(few), layout.axes):
+        if axis is not None and isinstance(leaf, Tensor) and leaf.is_floating_point() and (masks or not is_mask(leaf)):
+            rows = torch.arange(leaf.shape[axis], device=leaf.device, dtype=leaf.dtype)
+            leaf = leaf * _along(1 - rows.mul(5).remainder(7) / 9.5, leaf, axis)
+        leaves.append(leaf)
+    return trees.unflatten(leaves, layout.spec)
+
+
+def is_mask(leaf: Tensor) -> bool:
+    """Whether it holds nothing but zeros and ones."""
+    return leaf.dtype == torch.bool or (not leaf.is_complex() and bool(((leaf == 0) | (leaf == 1)).all()))
+
+
+def _with_fewer(leaf: Tensor, axis: int) -> Tensor:
+    rows = torch.arange(leaf.shape[axis], device=leaf.device)
+    # Not one of the first two, each of which is a part by itself (``audit.splits_of``).
+    off = _along(rows % 3 == 2, leaf, axis)
+    if axis < leaf.dim() - 1:
+        # A row without any entry may have no result at all.
+        off = off & (torch.arange(leaf.shape[-1], device=leaf.device) >= leaf.shape[-1] // 2)
+    return leaf.masked_fill(off, 0)
+
+
+def _along(values: Tensor, leaf: Tensor, axis: int) -> Tensor:
+    return values.view(-1, *[1] * (leaf.dim() - axis - 1))
