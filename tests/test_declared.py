@@ -82,6 +82,8 @@ def test_a_declared_forward_replaces_the_default() -> None:
 def test_data_parallel_is_refused_with_what_to_use() -> None:
     with pytest.raises(UsageError, match="DistributedDataParallel"):
         declare(nn.DataParallel(mlp()), cross_entropy)
+    with pytest.raises(UsageError, match=r"whose 0 is an nn\.DataParallel"):
+        declare(nn.Sequential(nn.DataParallel(mlp())), cross_entropy)
 
 
 @pytest.mark.parametrize(("model", "loss_fn"), [(lambda x: x, cross_entropy), (mlp(), 3)])

@@ -182,10 +182,11 @@ def declare(
                      "loss_fn=lambda outputs, batch: loss(outputs, batch[1])")  # fmt: skip
     if forward is not None:
         _check_arguments("forward", forward, "(model, batch)", do="forward=lambda model, batch: model(batch[0])")
-    if isinstance(model, nn.DataParallel):
+    scattered = [name for name, part in model.named_modules() if isinstance(part, nn.DataParallel)]
+    if scattered:
         raise UsageError(
-            asked="Step(nn.DataParallel(...), ...)",
-            found="DataParallel scatters each chunk again and copies the model on every forward",
+            asked=f"Step({f'a model whose {scattered[0]} is an ' if scattered[0] else ''}nn.DataParallel(...), ...)",
+            found="DataParallel scatters each chunk again and copies its module on every forward",
             do="pass the inner module, or one process per device with DistributedDataParallel and torchrun",
         )
     if normalise is not None and normalise not in ("mean", "sum") and not callable(normalise):

@@ -87,9 +87,16 @@ def test_recomputation_on_the_whole_batch_is_the_plain_step_bit_for_bit(name: st
     assert same_bits(ours, left_by(model, batch_of(x), coupled_loss, rows=len(x)))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("kept_chunks", [0, 2])
-@pytest.mark.parametrize("name", zoo.BY_ROWS)
+# Each loss and each number of chunks that keep their graphs in every second model; all of them where there is time.
+@pytest.mark.parametrize(
+    ("name", "kept_chunks", "loss"),
+    [
+        pytest.param(name, kept, loss, marks=[pytest.mark.slow] * ((place + which + (kept > 0)) % 2))
+        for place, name in enumerate(zoo.BY_ROWS)
+        for kept in (0, 2)
+        for which, loss in enumerate(LOSSES)
+    ],
+)
 def test_recomputation_in_ragged_chunks_gives_the_split_steps_bits(name: str, kept_chunks: int, loss: str) -> None:
     model, x = zoo.made(name)
     split = {"rows": SIZES, "kept_chunks": kept_chunks}

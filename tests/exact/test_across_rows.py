@@ -65,6 +65,9 @@ HIDDEN: dict[str, Loss] = {
     "inside weight=": centred,
     "the longest": lambda z, b: F.mse_loss(z / b["length"].max(), b["t"]),
     "written into a tensor": lambda z, b: (squares(z, b) * torch.zeros(1, dtype=D).add_(b["weight"].mean())).mean(),
+    "rows counted by a tensor": lambda z, b: (
+        squares(z, b) / torch.ones_like(b["mask"]).sum().clamp(max=29).sub(21).clamp(min=1)
+    ).mean(),
     "of outputs, detached": lambda z, b: (squares(z, b) / (1 + z.detach().argmax(1).max())).mean(),
 }
 # Such as look like it and are a mean over rows for every batch.
@@ -94,6 +97,7 @@ USES: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "the mean of a mask": lambda h, b: h * (b["on"].to(D) / b["on"].to(D).mean())[:, None],
     "the longest": lambda h, b: h / b["length"].max(),
     "in place": lambda h, b: h * b["on"].to(D).div_(b["on"].to(D).mean())[:, None],
+    "rows counted by a tensor": lambda h, b: h * torch.ones_like(b["on"]).sum().clamp(min=16),
     "through where": lambda h, b: torch.where(b["on"].all(), h, 2 * h),
 }
 ROW_BY_ROW: dict[str, Callable[[Tensor, Any], Tensor]] = {
@@ -377,3 +381,12 @@ def test_a_recurrent_layer_may_be_shared_with_all_items() -> None:
     sg.over(run, x, shared=layer, rows=4).square().sum().backward()
     ours = [p.grad for p in layer.parameters()]
     torch.testing.assert_close(ours, plainly, rtol=1e-12, atol=1e-14)
+
+
+def test_scattered_modules_are_refused_inside_a_function_of_rows_too() -> None:
+    inside = nn.Sequential(nn.DataParallel(nn.Linear(3, 2, dtype=D)))
+    x = items()[0]
+    with pytest.raises(sg.CannotSplit, match=r"0\.0 is an nn\.DataParallel|0 is an nn\.DataParallel"):
+        sg.rowwise(inside, rows=4)(x)
+    with pytest.raises(sg.CannotSplit, match=r"0 is an nn\.DataParallel"):
+        sg.over(lambda each, shared: shared(each), x, shared=inside, rows=4)

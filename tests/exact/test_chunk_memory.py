@@ -72,3 +72,31 @@ def test_a_pass_that_keeps_its_chunks_would_be_seen(monkeypatch: pytest.MonkeyPa
     items = CHUNKS * ROWS
     ours, more = (peak_bytes(in_chunks, "softmax_mean", n) for n in (items, 2 * items))
     assert more - ours > 1.01 * items * WIDTH * 8
+
+
+def derivative_bytes(order: int, items: int, rows: int | None) -> int:
+    """The most bytes alive at once for a loss of the derivatives up to ``order`` with respect to the rows."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).to(D)
+    x = torch.randn(items, 4, dtype=D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    function = network if rows is None else sg.rowwise(network, rows=rows)
+    if rows is not None:
+        # Examined before it is counted.
+        function(x)
+    with ByteCounter(torch.device("cpu")) as counter:
+        value = function(x)
+        loss = value.square().mean()
+        for _ in range(order - 1):
+            (value,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+            loss = loss + value.square().mean()
+        loss.backward()
+    return counter.peak_bytes
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_derivatives_of_any_order_hold_one_chunk(order: int) -> None:
+    items = CHUNKS * ROWS
+    ours, more = derivative_bytes(order, items, ROWS), derivative_bytes(order, 2 * items, ROWS)
+    assert ours < derivative_bytes(order, items, None) / 8
+    # What every row leaves is a few numbers: its value, its derivatives, and their cotangents.
+    assert more - ours <= items * 32 * 8 * order

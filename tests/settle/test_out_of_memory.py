@@ -125,9 +125,9 @@ def places(run: Callable[[int | None], Lacks], number: int) -> Iterator[int]:
 @pytest.mark.parametrize("kind", STEPS)
 def test_wherever_memory_runs_out_planning_and_verifying_raise_no_raw_error(kind: str) -> None:
     budget = tight(kind)
-    for at in places(lambda at: planned(kind, budget, at), 6):
+    for at in places(lambda at: planned(kind, budget, at), 4):
         assert planned(kind, budget, at).failed_in
-    for at in places(lambda at: verified(kind, at), 3):
+    for at in places(lambda at: verified(kind, at), 2):
         assert verified(kind, at).failed_in
 
 
@@ -155,11 +155,11 @@ def test_another_error_stays_what_it_is() -> None:
         sg.settle_plan(step, batch, budget=tight("one pass"))
 
 
-# Every kind of error in one step, and one in every kind of step; all of them where there is time.
+# Every kind of error in a step of its own kind; each in all of them where there is time.
 @pytest.mark.parametrize(
     ("kind", "error"),
     [
-        pytest.param(kind, error, marks=[pytest.mark.slow] * (at * which > 0), id=f"{kind}-{type(error).__name__}")
+        pytest.param(kind, error, marks=[pytest.mark.slow] * (at != which), id=f"{kind}-{type(error).__name__}")
         for at, kind in enumerate(STEPS)
         for which, error in enumerate(LACKS)
     ],

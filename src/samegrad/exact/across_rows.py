@@ -133,7 +133,7 @@ def across(followed: Followed, on_few: Followed, *, strict: bool) -> Across | No
     """
     many, few = followed.events, on_few.events
     taken: dict[int, str] = {}
-    # Tensors that take nothing from rows but a device and lengths.
+    # Tensors that take nothing from rows but a device, a dtype and lengths of other axes.
     filled: set[int] = set()
     for a, b in zip(many, few):
         if a.function != b.function or len(a.made) != len(b.made):
@@ -146,12 +146,12 @@ def across(followed: Followed, on_few: Followed, *, strict: bool) -> Across | No
         if hidden and any(flows for _, _, flows in a.made):
             return Across(taken[hidden[0]], a.place, a.module)
         fills = a.function in _FILLS or a.function.startswith("new_") or a.function.endswith("_like")
-        if fills or all(number in filled for number, _, _ in a.inputs):
-            filled.update(number for number, _, _ in a.made)
-            continue
+        fills = fills or all(number in filled for number, _, _ in a.inputs)
         for (number, shape, _), (_, other, _) in zip(a.made, b.made):
             filled.discard(number)
-            if over:
+            if fills and shape == other:
+                filled.add(number)
+            elif over and not fills:
                 taken[number] = taken[over[0][0]]
             elif shape == other:
                 taken[number] = a.place

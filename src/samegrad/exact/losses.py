@@ -4,7 +4,8 @@ One pass over the chunks is exact only when the loss is a sum over rows divided 
 the graph of the loss on a few rows: the root must be a weighted sum of recognised reductions, and everything between
 a reduction and the outputs must keep rows apart. Whatever is not recognised is COUPLED, and coupled losses take two
 passes, exact for every loss. A constant that was computed from several rows does not show in a graph, so a
-recognised form must also pass the audit (``exact/audit.py``), which may reject it but never selects one.
+recognised form must also pass the audit (``audit.py``), which may reject it but never selects one, and the code is
+followed for such constants (``across_rows.py``).
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from samegrad.exact.held import arrays_held_in
 from samegrad.exact.ranks import Ranks, SplitItems, largest_over_ranks, sum_over_ranks
 from samegrad.exact.row_comparisons import close
 from samegrad.exact.row_count_code import refuse_counting_rows
+from samegrad.exact.row_refusals import refuse_data_parallel
 from samegrad.exact.sharded import refuse_sharded
 from samegrad.exact.softmax_loss import checked
 from samegrad.exact.softmax_mean import softmax_mean
@@ -140,6 +141,8 @@ class _Over:
             asked="share a module with all chunks of items",
             do="share a module that every rank holds as a whole",
         )
+        for module in self._modules:
+            refuse_data_parallel(module)
         self._check(fn)
 
     def split_over(self, ranks: Ranks) -> None:

@@ -21,6 +21,7 @@ WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 
 def refuse_known_layers(module: nn.Module) -> None:
     """Raises CannotSplit for layers whose kind alone forbids splitting in the mode they are in."""
+    refuse_data_parallel(module)
     for name, part in module.named_modules():
         kind = type(part).__name__
         if kind == "FullyShardedDataParallel":
@@ -34,6 +35,18 @@ def refuse_known_layers(module: nn.Module) -> None:
                 asked="split the rows of a step",
                 found=f"{name or 'the model'} ({kind} in training mode) normalises with the statistics of all rows",
                 do=f"{WAYS_OUT}, put that layer in eval mode, or use GroupNorm (another model)",
+            )
+
+
+def refuse_data_parallel(module: nn.Module) -> None:
+    """Raises CannotSplit for ``nn.DataParallel``, wherever it is."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.DataParallel):
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{name or 'the model'} is an nn.DataParallel, which scatters each chunk again and copies its "
+                "module on every forward",
+                do="use the module that it wraps, or one process per device with DistributedDataParallel and torchrun",
             )
 
 
