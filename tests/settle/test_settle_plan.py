@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 import samegrad as sg
 from samegrad.measure.probe import Rung
+from samegrad.plan.choose import choose_plan
+from samegrad.plan.explain import floor_bytes
+from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
-from samegrad.records import Budget, Counting, Exactness, KnobOrigin, PhaseLaw, Plan
+from samegrad.records import Budget, Counting, Exactness, Footprint, KnobOrigin, PhaseLaw, Plan
 from samegrad.settle import Measurement, aliases_for, check_one_of, ladder, measure, settle
+from samegrad.settle.last_rungs import rungs_to_try
 from samegrad.unit_tables import TracedWay
 from samegrad.units import format_bytes
 
@@ -304,7 +308,7 @@ def settled_of(
 
     monkeypatch.setattr(ladder, "measured", lambda *given: measured(given[4]))
     monkeypatch.setattr(ladder, "measured_whole", lambda *given, most: measured(given[3]))
-    monkeypatch.setattr(ladder, "choose_plan", lambda *_: ladder_plans)
+    monkeypatch.setattr(ladder, "rungs_to_try", lambda *_: (ladder_plans, None))
     given = declared, aliases, measure(declared, batch, aliases), batch
     return settle(*given, budget=budget, options=Options())[0], seen
 
@@ -352,3 +356,49 @@ def test_what_levers_cost_the_whole_step_is_measured_on_a_card(
 ) -> None:
     plan, found = settled_of([(ROWS, 1.0, 3.0, {})], counting, monkeypatch)
     assert found == seen and plan.predicted_seconds == seconds
+
+
+def between() -> tuple[Footprint, Budget]:
+    """A footprint, and a budget that its smallest plan is within, but not within what predictions may come to."""
+    declared = stepped(one_pass).declared
+    footprint = measure(declared, labelled(ROWS), aliases_for(declared)).footprint
+    total = floor_bytes(footprint) + 2**20
+    return footprint, Budget(total_bytes=total, device="played", counting=Counting.CUDA_ALLOCATOR, source="played")
+
+
+def test_within_the_margin_of_a_budget_the_smallest_plans_are_tried_on_a_card() -> None:
+    footprint, budget = between()
+    with pytest.raises(sg.BudgetTooSmall, match="are left for gaps") as refused:
+        choose_plan(footprint, Options(), budget)
+    rungs, refusal = rungs_to_try(footprint, Options(), budget)
+    assert 1 <= len(rungs) <= 4 and refusal is not None and refusal.found == refused.value.found
+    assert all(plan.budget == budget for plan in rungs)
+    assert all(usable_bytes(budget) < (plan.predicted_peak_bytes or 0) <= budget.total_bytes for plan in rungs)
+    # Counted bytes have no gaps, pins are refused by their own number, and below the floor nothing is tried.
+    floor = floor_bytes(footprint)
+    for other, options in (
+        (dataclasses.replace(budget, counting=Counting.TENSOR_BYTES, total_bytes=floor), Options()),
+        (budget, Options(rows=5)),
+        (dataclasses.replace(budget, total_bytes=floor - 1), Options()),
+    ):
+        with pytest.raises(sg.BudgetTooSmall):
+            rungs_to_try(footprint, options, other)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_is_tried_there_is_taken_or_the_refusal_says_what_was_measured(
+    fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = stepped(one_pass).declared
+    batch, aliases = labelled(ROWS), aliases_for(declared)
+    measurement, budget = measure(declared, batch, aliases), between()[1]
+    peak = budget.total_bytes // 2 if fits else 2 * budget.total_bytes
+    monkeypatch.setattr(ladder, "measured", lambda *_: Rung(peak, 1.0))
+    monkeypatch.setattr(ladder, "measured_whole", lambda *_, most: Rung(peak, 1.0))
+    given: dict[str, Any] = {"budget": budget, "options": Options()}
+    if fits:
+        plan, _, found = settle(declared, aliases, measurement, batch, **given)
+        assert plan.budget == budget and found == peak
+        return
+    with pytest.raises(sg.BudgetTooSmall, match=r"(?s)smallest plan needs.*tried on the device all the same: \d+ rows"):
+        settle(declared, aliases, measurement, batch, **given)

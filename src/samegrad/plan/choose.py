@@ -74,7 +74,7 @@ def _nothing_fits(
         )
     return BudgetTooSmall(
         asked=f"a plan {within}",
-        found=floor_sentence(footprint),
+        found=floor_sentence(footprint, budget),
         do="; ".join(ways_down(footprint, budget)),
         option="--budget",
     )

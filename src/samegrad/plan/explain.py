@@ -10,7 +10,7 @@ from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.split_rows import SplitRows
-from samegrad.plan.margin import budget_for
+from samegrad.plan.margin import budget_for, usable_bytes
 from samegrad.plan.options import Options
 from samegrad.plan.traced import Candidate, plain_peak_bytes, traced_candidates
 from samegrad.records import Budget, Category, Exactness, Footprint, PhaseLaw, Plan, Variant
@@ -38,8 +38,8 @@ def _smallest_bytes(footprint: Footprint, variant: Variant) -> int:
     return max(law.peak_bytes(rows=1, batch_rows=footprint.batch_rows) for law in variant.laws)
 
 
-def floor_sentence(footprint: Footprint) -> str:
-    """What the smallest plan needs and what that is made of."""
+def floor_sentence(footprint: Footprint, budget: Budget | None = None) -> str:
+    """What the smallest plan needs and what that is made of, and what of ``budget`` is not for it."""
     floor = floor_bytes(footprint)
     resident = {category: footprint.resident_bytes.get(category, 0) for category in _FLOOR}
     parts = [f"{category.value.replace('_', ' ')} {format_bytes(n)}" for category, n in resident.items() if n]
@@ -53,7 +53,11 @@ def floor_sentence(footprint: Footprint) -> str:
         again = [v.lever for v in footprint.variants if _smallest_bytes(footprint, v) == floor]
         beside = f"activations and temporaries with {again[0]}" if again else beside
     parts.append(f"{beside} {format_bytes(max(rest, 0))}")
-    return f"the smallest plan needs {format_bytes(floor)}: " + ", ".join(parts)
+    sentence = f"the smallest plan needs {format_bytes(floor)}: " + ", ".join(parts)
+    if budget is None or floor > budget.total_bytes:
+        return sentence
+    left = format_bytes(budget.total_bytes - usable_bytes(budget))
+    return f"{sentence}; of the budget {left} are left for gaps between tensors and for what libraries take"
 
 
 def _smallest_followed(footprint: Footprint) -> Candidate | None:

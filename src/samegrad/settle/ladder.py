@@ -29,9 +29,9 @@ from samegrad.measure.laws import peak_of
 from samegrad.measure.probe import OptimizerTurn, Rung, measure_rung, measure_whole
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.module_walk import parameters_of
-from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
+from samegrad.settle.last_rungs import rungs_to_try
 from samegrad.settle.making_room import ChannelsLastWhereNeeded
 from samegrad.settle.probing import Measurement
 from samegrad.settle.progress import trying
@@ -67,7 +67,8 @@ def settle(
     room = ChannelsLastWhereNeeded(declared, footprint, most, options, budget)
     best: _Fitting | None = None
     rivals_left = _MOST_RIVALS if budget.counting is Counting.CUDA_ALLOCATOR and options.rows is None else 0
-    for plan in choose_plan(footprint, options, budget):
+    rungs, refusal = rungs_to_try(footprint, options, budget)
+    for plan in rungs:
         if best is not None:
             if not rivals_left:
                 break
@@ -102,6 +103,11 @@ def settle(
             break
     if best is not None:
         return dataclasses.replace(best.plan, predicted_seconds=best.seconds), footprint, best.peak_bytes
+    if refusal is not None:
+        raise BudgetTooSmall(
+            asked=refusal.asked, found=f"{refusal.found}; tried on the device all the same: {'; '.join(tried)}",
+            do=refusal.do, option=refusal.option,
+        )  # fmt: skip
     held = _held_for_nothing(declared.device)
     if held > _HELD_FRACTION * budget.total_bytes:
         raise BudgetTooSmall(
