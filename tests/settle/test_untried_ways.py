@@ -159,3 +159,25 @@ def test_a_way_that_is_another_step_is_left_out(monkeypatch: pytest.MonkeyPatch)
     assert probed(measurement) == [WAYS["all boundaries"]] and not measurement.ways.untried
     assert "exact_batchnorm" not in measurement.footprint.refusals
     assert [lockstep_of(lever.knobs()) for lever in measurement.ways.mapped if "rows" in lever.knobs()] == [(1, 1)]
+
+
+def test_where_blocks_one_by_one_keep_too_much_runs_of_them_are_tried_before_lockstep() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU()) for _ in range(9)]
+    model = nn.Sequential(*blocks, nn.Linear(16, 3)).double()
+    batch = torch.randn(400, 16, dtype=torch.float64), torch.arange(400) % 3
+    footprint = sg.measure_step(sg.Step(model, cross_entropy), batch)
+    again = [
+        (variant.knobs["blocks"], max(law.peak_bytes(rows=400, batch_rows=400) for law in variant.laws))
+        for variant in footprint.variants if variant.lever == "recompute"
+    ]  # fmt: skip
+    (single, most), (runs, least) = again
+    assert single == [str(place) for place in range(9)] and runs == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"]]
+    assert least < 0.9 * most
+    ours, plain = copy.deepcopy(model), copy.deepcopy(model)
+    step = sg.Step(ours, cross_entropy, budget=budget_for((least + most) // 2, Counting.TENSOR_BYTES))
+    step.backward(batch)
+    assert step.plan is not None and step.plan.levers == {"recompute": {"blocks": runs}}
+    cross_entropy(plain(batch[0]), batch).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), plain.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), plain.buffers()))

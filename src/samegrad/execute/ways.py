@@ -46,6 +46,8 @@ _MAPPING = (Segments.name, Recompute.name, ExactBatchNorm.name)
 _KEEP_EVERY = 4
 # Layers whose inputs are there for one chunk only, where memory is shorter still; of many layers, their root.
 _TOGETHER = 5
+# Of blocks that run again one by one, from which on runs of them keep much less.
+_FEWEST_IN_RUNS = 4
 # Of an examination: one row cannot mix with another.
 _FEWEST_ROWS = 2
 
@@ -195,18 +197,23 @@ def _ways_on(
 def _try_batchnorm(declared: DeclaredStep, fits: Callable[[MappingLever], bool]) -> tuple[MappingLever, ...]:
     """The full batch block by block, then chunks in lockstep; chunks that meet only where lockstep cannot record.
 
-    Returns lockstep with less that is kept, for whoever has too little memory for all boundaries.
+    Returns what keeps less, for whoever has too little memory for all that is between blocks or layers: several blocks
+    that run again as one, and lockstep with fewer boundaries.
     """
-    if blocks := find_blocks(declared.network):
-        fits(Recompute([*blocks]))
+    untried: list[MappingLever] = []
+    blocks = find_blocks(declared.network)
+    if blocks and fits(Recompute([*blocks])) and len(blocks) >= _FEWEST_IN_RUNS:
+        # Of runs as long as there are many, what enters them and the inside of one are least together.
+        length = math.isqrt(len(blocks) - 1) + 1
+        untried.append(Recompute([blocks[at : at + length] for at in range(0, len(blocks), length)]))
     if fits(ExactBatchNorm(1)):
         layers = len(has_batchnorm(declared.network))
         if layers > _KEEP_EVERY:
             together = max(_TOGETHER, math.isqrt(layers))
-            return ExactBatchNorm(1, keep_every=_KEEP_EVERY), ExactBatchNorm(1, together=together)
+            untried += [ExactBatchNorm(1, keep_every=_KEEP_EVERY), ExactBatchNorm(1, together=together)]
     else:
         fits(ExactBatchNorm(1, scheme_name="rendezvous"))
-    return ()
+    return tuple(untried)
 
 
 def _try_segments(
