@@ -346,6 +346,15 @@ def test_over_refuses_what_mixes_items(name: str, reduce: Any) -> None:
             sg.over(lambda each, _: mixing(*each), items(), reduce=reduce, rows=4)
 
 
+def test_over_looks_at_another_function_behind_the_same_code() -> None:
+    def through(function: Callable[[Tensor], Tensor]) -> Tensor:
+        return sg.over(lambda each, _: function(each), items()[0], rows=4)
+
+    through(lambda x: x.sin())
+    with pytest.raises(sg.CannotSplit):
+        through(lambda x: x.sin() * (2.0 if len(x) > 9 else 1.0))
+
+
 @pytest.mark.parametrize("name", MIXING)
 def test_rowwise_refuses_what_mixes_rows(name: str) -> None:
     with pytest.raises(sg.CannotSplit):

@@ -7,7 +7,6 @@ Derivatives of any order hold one chunk of items at a time; "softmax_mean" is a 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -37,8 +36,8 @@ from samegrad.exact.watch import Watch
 _TRIED = 3
 # Made anew from the parameters whenever those are others.
 _REBUILT = ("_flat_weights", "_flat_weight_refs")
-# By code: the kinds of items on which it was looked at.
-_looked_at: weakref.WeakKeyDictionary[Any, set[object]] = weakref.WeakKeyDictionary()
+# Codes, and the kinds of items on which they were looked at.
+_looked_at: set[object] = set()
 
 Reduce = Literal["cat", "sum", "logsumexp", "softmax_mean"]
 
@@ -110,6 +109,22 @@ def _log_sum_exp(mapped: _Over, fn: Callable[[Any, Any], Any]) -> Any:
 
     sums = trees.flatten(mapped(shifted, None))[0]
     return trees.unflatten([total.log() + top for total, top in zip(sums, tops)], spec)
+
+
+def _codes_within(fn: Any, deepest: int = 3) -> object:
+    """The code that ``fn`` would run: its own, and that of the functions in its closure."""
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return type(fn)
+    held = [cell.cell_contents for cell in fn.__closure__ or () if deepest and _is_set(cell)]
+    return code, tuple(_codes_within(value, deepest - 1) for value in held if callable(value))
+
+
+def _is_set(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # not assigned yet
+        return False
 
 
 def _has_items(leaf: Any) -> bool:
@@ -253,14 +268,15 @@ class _Over:
                 do="pass the tensor, or the module it belongs to, in shared=",
             )
         # Of one code once for items of a kind: it takes as long as several chunks of few items.
-        code = getattr(fn, "__code__", None)
         modes = tuple(part.training for module in self._modules for part in module.modules())
-        kind = (self._layout.signature(trees.unflatten(self._items, self._items_spec)), self._sizes, modes)
-        if code is None or kind not in _looked_at.get(code, ()):
+        kinds = tuple(type(module) for module in self._modules)
+        signature = self._layout.signature(trees.unflatten(self._items, self._items_spec))
+        kind = (_codes_within(fn), signature, self._sizes, kinds, modes)
+        if kind not in _looked_at:
             self._check_backward(inputs, outputs)
             self._refuse_counting(fn, tried)
-            if code is not None:
-                _looked_at.setdefault(code, set()).add(kind)
+            if hasattr(fn, "__code__"):
+                _looked_at.add(kind)
 
     def _check_backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """A gradient of the last item's outputs is zero on the others: items can meet in backward only."""
