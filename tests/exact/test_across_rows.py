@@ -346,6 +346,14 @@ def test_over_refuses_what_mixes_items(name: str, reduce: Any) -> None:
             sg.over(lambda each, _: mixing(*each), items(), reduce=reduce, rows=4)
 
 
+@torch.no_grad()
+def test_over_is_looked_at_without_gradients_too() -> None:
+    layer, x = nn.Linear(3, 2, dtype=D), items()[0]
+    torch.testing.assert_close(sg.over(lambda each, net: net(each), x, shared=layer, rows=4), layer(x))
+    with pytest.raises(sg.CannotSplit, match=r"in backward only|takes over items"):
+        sg.over(lambda each, _: MIXING["backward only"](each, each), x, rows=4)
+
+
 def test_over_looks_at_another_function_behind_the_same_code() -> None:
     def through(function: Callable[[Tensor], Tensor]) -> Tensor:
         return sg.over(lambda each, _: function(each), items()[0], rows=4)

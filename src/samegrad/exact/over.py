@@ -281,7 +281,9 @@ class _Over:
     def _check_backward(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """A gradient of the last item's outputs is zero on the others: items can meet in backward only."""
         items = [leaf for leaf in inputs[: len(self._items)] if leaf.requires_grad]
-        last = [output.narrow(0, len(output) - 1, 1) for output in outputs if output.requires_grad]
+        with torch.enable_grad():
+            # Called under no_grad as well.
+            last = [output.narrow(0, len(output) - 1, 1) for output in outputs if output.requires_grad]
         if not items or not last or len(items[0]) < 2:
             return
         # Not all alike: what is summed to nothing would show nothing.
