@@ -25,6 +25,7 @@ FLOORS = [
     {"__init__"},
     {"recipes"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 BANNED_STEMS = {"utils", "util", "helpers", "common", "core", "manager", "misc", "base"}

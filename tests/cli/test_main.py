@@ -263,3 +263,8 @@ def test_a_narrow_terminal_without_colour_is_served(monkeypatch: pytest.MonkeyPa
 def test_main_returns_instead_of_leaving(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "autoencoder", "--help"]) == 0
     assert "--num_epochs" in capfd.readouterr().out
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "samegrad", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("usage: samegrad") and done.stderr == ""

@@ -1,36 +1,51 @@
 """Numbers taken over several rows that no gradient flows through: a mask's mean, the largest weight or length.
 
 They show in no graph, and rows that are alike hide them from every comparison of values: where all of a mask is true,
-its mean is one for any of the rows. So torch's functions are followed as the code calls them, on two numbers of rows.
-What follows the rows in its shape may still treat them alone; what is made of rows and has as many entries for eight of
-them as for five was taken over them, and so was all that is computed with it. It may be looked at, but neither the
-result nor its gradient may depend on it.
+its mean is one for any of the rows. So torch's functions are followed as the code calls them, and each whose result has
+no gradient is tried by itself, on numbers drawn for it: on all rows, on the first of them and on the last. What some
+rows give alone must be their part of what all give. A result that is no such thing was taken over rows, and so was all
+that is computed with it.
 
-A function is seen where the user's code calls it, not what torch does inside. Those that return as many rows as they
-take (a sum that runs along them) show in values, unless the rows are alike.
+A result whose shape depends on values, one of a function that cannot be tried, and values that Python reads are not
+known. Whoever cannot look further takes them for taken; a model's rows are compared with others' masks and lengths
+(``varied_rows.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from samegrad.exact.calls import line_from, tensors_in
+from samegrad.exact.dataless import has_data
+from samegrad.exact.out_of_memory import is_out_of_memory
 
 # What hands values to Python.
 _READS = frozenset(
     "item __float__ __int__ __bool__ __index__ __complex__ __array__ tolist numpy is_nonzero equal allclose".split()
 )
-# Of which only the length or the place is taken from a tensor.
-_FILLS = frozenset("arange zeros ones full empty linspace eye".split())
-# Which rows are taken, and not what is computed with them.
-_TAKES = frozenset("__getitem__ index_select gather embedding take take_along_dim masked_select nonzero where".split())
+# Which rows are taken or written, and not what is computed with them.
+_PLACES = frozenset(
+    "__getitem__ __setitem__ index_select gather embedding take take_along_dim index_add index_add_ index_put "
+    "index_put_ index_copy index_copy_ index_fill index_fill_ scatter scatter_ scatter_add scatter_add_ "
+    "masked_scatter masked_scatter_ masked_select".split()
+)
+# Functions that may take a device, a dtype or a length of a tensor, and none of its values.
+_OF_THEM = frozenset("to type arange zeros ones full empty eye".split())
+_DRAWS = ("rand", "normal", "uniform", "dropout", "bernoulli", "multinomial", "exponential", "poisson", "cauchy")
+# Larger tensors are not tried.
+_MOST_NUMBERS = 2**22
+# What a function raises that was not made for such numbers or so many rows.
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,73 +59,291 @@ class Across:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Event:
-    """One call with numbers that were made of rows. Tensors are numbered in the order in which they were met.
+class _Kind:
+    """What a tensor is: its rows on ``axis``; taken over them, or nobody knows, by ``made``; or none of their values.
 
-    ``module``: the innermost that ran. ``inputs``: number, whether a gradient flows through it, and whether it is the
-    first argument. ``made``: number, shape, and whether a gradient flows through it. ``reads``: it hands values to
-    Python.
+    ``sure``: False where nobody knows.
     """
 
-    function: str
-    line: str
-    module: str
-    inputs: tuple[tuple[int, bool, bool], ...]
-    made: tuple[tuple[int, tuple[int, ...], bool], ...]
-    reads: bool
+    axis: int | None = None
+    made: str = ""
+    sure: bool = True
 
     @property
-    def place(self) -> str:
-        return f"{self.function} ({self.line})" if self.line else self.function
+    def is_free(self) -> bool:
+        return self.axis is None and not self.made
+
+
+_FREE = _Kind()
 
 
 class Followed(TorchFunctionMode):
-    """Follows what the code in the block makes of ``sources``, tensors of rows. ``running``: the modules that run."""
+    """Follows what the code in the block makes of ``sources``: tensors of ``rows`` rows, each with the rows' axis.
 
-    def __init__(self, sources: Iterable[Tensor], running: Sequence[str] = ()) -> None:
+    ``running``: the modules that run. strict: whatever is not known counts as taken, and a value that Python reads
+    counts from where a gradient next depends on anything. ``hooks``: those on tensors count as such a value.
+    ``taken``: the first number taken over rows on which a result with a gradient depends. ``unknown``: what may be one.
+    ``strangers``: tensors without a gradient of which nobody saw how they were made; none where it is not strict.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[tuple[Tensor, int]],
+        rows: int,
+        running: Sequence[str] = (),
+        *,
+        strict: bool = False,
+        hooks: bool = True,
+    ) -> None:
         super().__init__()
-        self.events: list[_Event] = []
-        self.returned: list[int] = []
-        self._running = running
-        # By object, and none is kept alive.
-        self._numbers: Any = WeakIdKeyDictionary()
-        self._count = 0
-        for source in sources:
-            self._number(source)
-
-    def returns(self, outputs: Iterable[Tensor]) -> None:
-        """What the code returns: without a gradient it may not be taken over rows either."""
-        self.returned = [self._numbers[t] for t in outputs if t in self._numbers and not t.requires_grad]
-
-    def _number(self, tensor: Tensor) -> int:
-        found: int | None = self._numbers.get(tensor)
-        if found is None:
-            found = self._numbers[tensor] = self._count
-            self._count += 1
-        return found
+        self.taken: Across | None = None
+        self.unknown: Across | None = None
+        self.strangers: list[Tensor] = []
+        self._rows, self._running, self._strict = rows, running, strict
+        self._read, self._hooks = "", hooks
+        # By object, and none is kept alive; by storage where one was written.
+        self._kinds: Any = WeakIdKeyDictionary()
+        self._written: dict[int, _Kind] = {}
+        for source, axis in sources:
+            self._kinds[source] = _Kind(axis)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = (*args, *(kwargs or {}).values())
-        inputs = [
-            (self._numbers[tensor], tensor.requires_grad, bool(args) and tensor is args[0])
-            for tensor in tensors_in(given)
-            if tensor in self._numbers
-        ]
-        result = func(*args, **(kwargs or {}))
-        if inputs:
-            self._note(_name_of(func), inputs, given, result)
+        kwargs = kwargs or {}
+        given = list(tensors_in((*args, *kwargs.values(), *_ends_of_slices(args[1:]))))
+        kinds = [self._kind(tensor) for tensor in given]
+        name = _name_of(func)
+        # This method's frame is that of whoever called.
+        place = f"{name} ({line})" if (line := line_from(sys._getframe(1))) else name
+        writes = _writes(name)
+        # An experiment needs what a write is to change.
+        before = args[0].detach().clone() if writes and args and isinstance(args[0], Tensor) else None
+        if self._strict:
+            pairs = zip(given, kinds)
+            self.strangers += [tensor for tensor, kind in pairs if kind is None and not tensor.requires_grad]
+        result = func(*args, **kwargs)
+        made = list(tensors_in((*args[: int(writes)], result)))
+        known = [kind for kind in kinds if kind is not None and not kind.is_free]
+        if not made:
+            if (known and name in _READS) or (name == "register_hook" and self._hooks):
+                self._reads(place)
+        elif any(tensor.requires_grad for tensor in made):
+            self._uses(name, place, given, kinds, args)
+            for tensor in made:
+                self._mark(tensor, self._of_gradient(tensor, place, known), writes)
+        elif known:
+            found = _Trial(func, args, kwargs, before, self._kind, self._rows).kinds(name, place, made)
+            if any(kind.made and not kind.sure for kind in found):
+                # Its shape may be read without a call.
+                self._reads(place)
+            for tensor, kind in zip(made, found):
+                self._mark(tensor, kind, writes)
+        else:
+            for tensor in made:
+                self._mark(tensor, _FREE, writes)
         return result
 
-    def _note(self, name: str, inputs: list[tuple[int, bool, bool]], given: tuple[Any, ...], result: Any) -> None:
-        written = given[:1] if _writes(name) else ()
-        made = [(self._number(t), tuple(t.shape), t.requires_grad) for t in tensors_in((*written, result))]
-        if made or name in _READS:
-            # The frame of this method, that of the one above, and then whoever called.
-            line = line_from(sys._getframe(2))
-            module = self._running[-1] if self._running else ""
-            self.events.append(_Event(name, line, module, tuple(inputs), tuple(made), name in _READS))
+    def returns(self, outputs: Iterable[Tensor]) -> None:
+        """What the code returns: without a gradient it may not be taken over rows either, nor hang on what was read."""
+        if self._strict and self._read:
+            self._found(_Kind(made=self._read), self._read)
+        for tensor in outputs:
+            kind = self._kind(tensor)
+            if kind is not None and kind.made and not tensor.requires_grad:
+                self._found(kind, "what it returns")
+
+    def _kind(self, tensor: Tensor) -> _Kind | None:
+        kind: _Kind | None = self._kinds.get(tensor)
+        if self._written and has_data(tensor) and tensor.layout is torch.strided:
+            return self._written.get(tensor.untyped_storage().data_ptr(), kind)
+        return kind
+
+    def _mark(self, tensor: Tensor, kind: _Kind, writes: bool) -> None:
+        self._kinds[tensor] = kind
+        if writes and kind.made and has_data(tensor) and tensor.layout is torch.strided:
+            # Every other view of it holds that as well.
+            self._written[tensor.untyped_storage().data_ptr()] = kind
+
+    def _of_gradient(self, tensor: Tensor, place: str, known: Sequence[_Kind]) -> _Kind:
+        """Graphs show how rows meet there; what is detached of it is looked at from here on."""
+        if not known:
+            return _FREE
+        if tensor.requires_grad and tensor.dim() and tensor.shape[0] % self._rows == 0:
+            return _Kind(0)
+        return _Kind(made=place, sure=tensor.requires_grad)
+
+    def _uses(
+        self, name: str, place: str, given: Sequence[Tensor], kinds: Sequence[_Kind | None], args: Sequence[Any]
+    ) -> None:
+        if self._strict and self._read:
+            self._found(_Kind(made=self._read), self._read)
+        for tensor, kind in zip(given, kinds):
+            if tensor.requires_grad:
+                continue
+            if kind is not None and kind.made:
+                is_place = name in _PLACES and not (args and tensor is args[0])
+                sure = kind.sure and (self._strict or not is_place)
+                self._found(dataclasses.replace(kind, sure=sure), place)
+
+    def _reads(self, place: str) -> None:
+        self._read = self._read or place
+        if not self._strict:
+            self._found(_Kind(made=place, sure=False), place)
+
+    def _found(self, kind: _Kind, used: str) -> None:
+        across = Across(kind.made, used, self._running[-1] if self._running else "")
+        if kind.sure or self._strict:
+            self.taken = self.taken or across
+        else:
+            self.unknown = self.unknown or across
+
+
+class _Trial:
+    """``func`` by itself, on numbers drawn for it in the place of those that were made of rows."""
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: Tensor | None,
+        kind_of: Callable[[Tensor], _Kind | None],
+        rows: int,
+    ) -> None:
+        self._func, self._kind_of, self._rows = func, kind_of, rows
+        self._writes = before is not None
+        self._args = args if before is None else (before, *args[1:])
+        self._kinds = {id(before): kind_of(args[0])} if before is not None else {}
+        self._kwargs = kwargs
+        self._some = max(1, 5 * rows // 8)
+
+    def kinds(self, name: str, place: str, made: Sequence[Tensor]) -> list[_Kind]:
+        """Of each tensor of ``made``."""
+        unsure = [_Kind(made=place, sure=False)] * len(made)
+        tensors = list(tensors_in((*self._args, *self._kwargs.values())))
+        if any(word in name for word in _DRAWS) or not all(map(has_data, tensors)):
+            return unsure
+        if sum(tensor.numel() for tensor in (*tensors, *made)) > _MOST_NUMBERS:
+            return unsure
+        with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
+            for drawn in (True, False):
+                for lengths in (True, False):
+                    try:
+                        found = self._compared(place, drawn, lengths)
+                    except _FAILURES as error:
+                        if is_out_of_memory(error):
+                            raise
+                        continue
+                    if len(found) == len(made):
+                        return [self._with_inputs(name, place, kind, tensors) for kind in found]
+        return unsure
+
+    def _with_inputs(self, name: str, place: str, kind: _Kind, tensors: Sequence[Tensor]) -> _Kind:
+        """What is computed with a number that was taken over rows was taken over them too, but for what has none of
+        its values."""
+        inputs = [known for tensor in tensors if (known := self._of_argument(tensor)) is not None and known.made]
+        if kind.is_free and _fills(name):
+            return kind
+        if not inputs:
+            # Numbers that were drawn may all be clamped to one.
+            return _Kind(made=place) if kind.is_free else kind
+        return next((known for known in inputs if known.sure), kind if kind.made and kind.sure else inputs[0])
+
+    def _compared(self, place: str, drawn: bool, lengths: bool) -> list[_Kind]:
+        """drawn: numbers are. lengths: what has none of the rows' values but their number is cut as they are."""
+        ends = slice(0, self._some), slice(self._rows - self._some, self._rows)
+        parts = slice(0, self._rows), *ends
+        one, two = ([self._run(part, seed, drawn, lengths) for part in parts] for seed in (1, 2))
+        found = []
+        for mine, other in ((one, two), (two, one)):
+            each = zip(mine[0], other[0], mine[1], mine[2], strict=True)
+            found.append([self._of(whole, beside, first, last, place) for whole, beside, first, last in each])
+        # What is seen with some numbers may not be with others: all of a mask on, say.
+        return [b if a.axis is not None else a for a, b in zip(*found, strict=True)]
+
+    def _of(self, whole: Tensor, other: Tensor, first: Tensor, last: Tensor, place: str) -> _Kind:
+        if whole.shape != other.shape:
+            return _Kind(made=place, sure=False)
+        if whole.shape == first.shape:
+            return _FREE if _same(whole, other) and _same(whole, first) else _Kind(made=place)
+        if whole.dim() != first.dim() or whole.dim() != last.dim():
+            return _Kind(made=place, sure=False)
+        changed = [axis for axis in range(whole.dim()) if whole.shape[axis] != first.shape[axis]]
+        if len(changed) != 1:
+            return _Kind(made=place)
+        axis, length = changed[0], first.shape[changed[0]]
+        if length * self._rows != whole.shape[axis] * self._some or last.shape != first.shape:
+            return _Kind(made=place, sure=False)
+        apart = _same(whole.narrow(axis, 0, length), first)
+        apart = apart and _same(whole.narrow(axis, whole.shape[axis] - length, length), last)
+        return _Kind(axis) if apart else _Kind(made=place)
+
+    def _run(self, part: slice, seed: int, drawn: bool, lengths: bool) -> list[Tensor]:
+        """What is made of the rows ``part`` of numbers of ``seed``."""
+        generator = torch.Generator().manual_seed(seed)
+        # Lengths of axes on which rows are.
+        rows_long = {
+            tensor.shape[kind.axis]
+            for tensor in tensors_in((*self._args, *self._kwargs.values()))
+            if (kind := self._of_argument(tensor)) is not None and kind.axis is not None
+        }
+
+        def argument(tensor: Tensor) -> Tensor:
+            kind = self._of_argument(tensor)
+            mine = tensor.detach().cpu()
+            if kind is not None and not kind.is_free and drawn:
+                mine = _drawn(mine, generator)
+            if kind is not None and kind.axis is not None:
+                return self._cut(mine, kind.axis, part).clone()
+            if kind is None or kind.is_free:
+                for axis in range(mine.dim()) if lengths else ():
+                    if mine.shape[axis] in rows_long:
+                        mine = self._cut(mine, axis, part)
+            return mine.clone()
+
+        args, kwargs = pytree.tree_map_only(Tensor, argument, (self._args, self._kwargs))
+        result = self._func(*args, **kwargs)
+        return list(tensors_in((*args[: int(self._writes)], result)))
+
+    def _of_argument(self, tensor: Tensor) -> _Kind | None:
+        return self._kinds[id(tensor)] if id(tensor) in self._kinds else self._kind_of(tensor)
+
+    def _cut(self, tensor: Tensor, axis: int, part: slice) -> Tensor:
+        each, rest = divmod(tensor.shape[axis], self._rows)
+        if rest:
+            return tensor
+        return tensor.narrow(axis, part.start * each, (part.stop - part.start) * each)
+
+
+def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers of the kind that ``tensor`` holds, no index among them that was not in its range."""
+    uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+    if tensor.dtype == torch.bool:
+        return uniform < 0.5
+    if tensor.is_floating_point() or tensor.is_complex():
+        if bool(((tensor == 0) | (tensor == 1)).all()):
+            # It may be a mask: some count and some do not.
+            kept = torch.rand(tensor.shape, generator=generator) < 0.6
+            return ((uniform + 0.1) * kept).to(tensor.dtype)
+        return (uniform + 0.1).to(tensor.dtype)
+    if not tensor.numel():
+        return tensor
+    least, most = max(0, int(tensor.min())), int(tensor.max())
+    if most < 0:
+        return tensor
+    # Of numbers that are all one, those below it as well.
+    least = 0 if least >= most else least
+    return (least + (uniform * (max(most, 1) + 1 - least)).long()).to(tensor.dtype)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_floating_point() or a.is_complex():
+        tolerance = 64 * torch.finfo(a.dtype).eps
+        return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return torch.equal(a, b)
 
 
 def _name_of(func: Any) -> str:
@@ -119,43 +352,21 @@ def _name_of(func: Any) -> str:
     return str(getattr(getattr(func, "__self__", None), "__name__", name)) if name == "__get__" else str(name)
 
 
+def _ends_of_slices(values: Iterable[Any]) -> Iterator[Any]:
+    """What slices among ``values`` begin and end with."""
+    for value in values:
+        if isinstance(value, slice):
+            yield from (value.start, value.stop, value.step)
+        elif isinstance(value, (tuple, list)):
+            yield from _ends_of_slices(value)
+
+
+def _fills(name: str) -> bool:
+    """Whether it may take nothing of a tensor but what it is."""
+    return name.startswith("new_") or name.endswith(("_like", "_as")) or name in _OF_THEM
+
+
 def _writes(name: str) -> bool:
     return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or (
         name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__")
     )
-
-
-def across(followed: Followed, on_few: Followed, *, strict: bool) -> Across | None:
-    """The first number taken over rows on which a result with a gradient depends, in runs on many and on few rows.
-
-    strict: a value that Python reads, and what is taken by such a number, counts as well; and runs that call different
-    functions, which nobody can compare.
-    """
-    many, few = followed.events, on_few.events
-    taken: dict[int, str] = {}
-    # Tensors that take nothing from rows but a device, a dtype and lengths of other axes.
-    filled: set[int] = set()
-    for a, b in zip(many, few):
-        if a.function != b.function or len(a.made) != len(b.made):
-            return Across("other code", a.place, a.module) if strict else None
-        takes = not strict and a.function in _TAKES
-        over = [(number, flows) for number, flows, first in a.inputs if number in taken and (first or not takes)]
-        hidden = [number for number, flows in over if not flows]
-        if strict and a.reads:
-            return Across(taken[hidden[0]] if hidden else a.place, a.place, a.module)
-        if hidden and any(flows for _, _, flows in a.made):
-            return Across(taken[hidden[0]], a.place, a.module)
-        fills = a.function in _FILLS or a.function.startswith("new_") or a.function.endswith("_like")
-        fills = fills or all(number in filled for number, _, _ in a.inputs)
-        for (number, shape, _), (_, other, _) in zip(a.made, b.made):
-            filled.discard(number)
-            if fills and shape == other:
-                filled.add(number)
-            elif over and not fills:
-                taken[number] = taken[over[0][0]]
-            elif shape == other:
-                taken[number] = a.place
-    if strict and len(many) != len(few):
-        further = max(many, few, key=len)[min(len(many), len(few))]
-        return Across("other code", further.place, further.module)
-    return next((Across(taken[number], "what it returns", "") for number in followed.returned if number in taken), None)

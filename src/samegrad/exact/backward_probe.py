@@ -22,15 +22,18 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
-from samegrad.exact.across_rows import Followed, across
+from samegrad.exact.across_rows import Across, Followed
 from samegrad.exact.aliases import NARROW, ParameterAliases
 from samegrad.exact.backward_names import BackwardTrace, first_at_fault
+from samegrad.exact.loss_rows import sources_of
 from samegrad.exact.module_names import entered
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.probes import RowProbes
 from samegrad.exact.rounding import eps_in_use
-from samegrad.exact.row_comparisons import close
+from samegrad.exact.row_comparisons import close, rounded_alike, row_pairs
 from samegrad.exact.row_refusals import check_reach
 from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.exact.varied_rows import pairs_of_other_rows
 
 _WAYS_OUT = "run the step whole (a larger budget, or rows=<the batch's rows>)"
 # Gradients are tried so many binary orders of magnitude below and above one: what clips or drops them shows there.
@@ -57,14 +60,17 @@ class BackwardProbe:
         self._network = probes.declared.network
         self._everything = range(probes.layout.rows)
         self._others = [row for row in self._everything if row not in probes.kept]
-        # By how many rows: what forwards made of them.
-        self._made: dict[int, Followed] = {}
+        # What the forward of all rows made of them.
+        self._followed: Followed | None = None
+        self._own_backward = False
+        self._standing: Sequence[nn.Parameter] = ()
 
     def run(self) -> Any:
         """The outputs of all rows as a graph gives them, detached. Raises CannotSplit."""
         with self._aliases.swapped() as standing, torch.enable_grad():
+            self._standing = standing
             try:
-                outputs = self._followed(self._everything)
+                outputs = self._forward_followed()
                 check_reach(self._aliases, outputs, standing)
                 found, numbers = trees.map_tensors(outputs, Tensor.detach), _Numbers.of(outputs)
                 self._check_alone(outputs, numbers.factor)
@@ -177,24 +183,29 @@ class BackwardProbe:
         return True
 
     def _run(self, rows: Sequence[int], factor: float) -> None:
-        _backward(self._followed(rows), rows, factor)
+        _backward(self._forward(self._part(rows), rows), rows, factor)
         self._probes.restored()
 
-    def _followed(self, rows: Sequence[int]) -> Any:
-        """The outputs of these rows; what was made of numbers of rows is remembered."""
-        part = self._part(rows)
-        leaves = zip(trees.leaves_of(part), self._probes.layout.axes)
-        sources = program.tensors_in([leaf for leaf, axis in leaves if axis is not None])
-        with entered(self._network) as running, Followed(sources, running) as followed:
-            outputs = self._forward(part, rows)
-        followed.returns(program.tensors_in(outputs))
-        self._made[len(rows)] = followed
+    def _forward_followed(self) -> Any:
+        """The outputs of all rows; what is made of them is looked at."""
+        batch, layout = self._probes.batch, self._probes.layout
+        with (
+            entered(self._network) as running,
+            Followed(sources_of(batch, layout), layout.rows, running) as self._followed,
+        ):
+            outputs = self._forward(batch, self._everything)
+        self._followed.returns(program.tensors_in(outputs))
+        self._own_backward = any(map(_has_own_backward, program.tensors_in(outputs)))
         return outputs
 
     def _check_across(self) -> None:
         """Nothing is computed with a number taken over rows, as a mask's mean is, that these rows do not show."""
-        many, few = (self._made[len(rows)] for rows in (self._everything, self._probes.kept))
-        found = across(many, few, strict=False)
+        assert self._followed is not None
+        found, unknown = self._followed.taken, self._followed.unknown
+        if unknown is None and self._own_backward:
+            unknown = Across("a function", "its own backward", "")
+        if found is None and unknown is not None and not self._same_beside_others():
+            found = unknown
         if found is not None:
             raise CannotSplit(
                 asked="split the rows of a step",
@@ -203,10 +214,57 @@ class BackwardProbe:
                 do=f"{_WAYS_OUT}, or compute it outside the model and pass it in the batch, for each row",
             )
 
+    def _same_beside_others(self) -> bool:
+        """Whether rows give the same beside rows with other masks and whole numbers: as they are, and changed."""
+        probes = self._probes
+        for batch, beside in pairs_of_other_rows(probes.batch, probes.layout, probes.kept):
+            try:
+                (mine, gradients), (theirs, others) = map(self._of_kept, (batch, beside))
+            except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError) as error:
+                if is_out_of_memory(error):
+                    raise
+                return False
+            finally:
+                probes.restored()
+            pairs = [(x[probes.kept], y[probes.kept]) for _, x, y in row_pairs(mine, theirs)]
+            if not all(rounded_alike(x, y) for x, y in pairs):
+                return False
+            for a, b in zip(gradients, others):
+                if (a is None) is not (b is None) or (a is not None and b is not None and not close(a, b)):
+                    return False
+        return True
+
+    def _of_kept(self, batch: Any) -> tuple[Any, list[Tensor | None]]:
+        """The outputs of ``batch``, detached, and what the kept rows' give to the parameters."""
+        for alias in self._standing:
+            alias.grad = None
+        outputs = self._forward(batch, self._everything)
+        found = trees.map_tensors(outputs, Tensor.detach)
+        _backward(outputs, self._everything, 1.0, self._probes.kept)
+        self._probes.restored()
+        return found, [alias.grad for alias in self._standing]
+
     def _part(self, rows: Sequence[int]) -> Any:
         if len(rows) == len(self._everything):
             return self._probes.batch
         return trees.take_rows(self._probes.batch, self._probes.layout, list(rows))
+
+
+def _has_own_backward(output: Tensor) -> bool:
+    """Whether a function of the user's is in the graph of ``output``: what it does in backward is in no graph."""
+    seen: set[Any] = set()
+    stack: list[Any] = [output.grad_fn] if output.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            module = str(getattr(node, "_forward_cls", type(node)).__module__)
+            if not module.startswith(("torch.", "samegrad.")):
+                return True
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                stack.append(below)
+    return False
 
 
 @dataclasses.dataclass(frozen=True)

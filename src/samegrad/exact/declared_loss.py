@@ -24,7 +24,7 @@ from samegrad.exact.loss_rows import taken_over_rows, with_grad
 from samegrad.exact.losses import Form
 from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.undisturbed import Generators, ModuleState
-from samegrad.exact.varied_rows import with_fewer_in_masks, with_smaller_numbers
+from samegrad.exact.varied_rows import with_fewer_in_masks, with_other_numbers, with_smaller_numbers
 from samegrad.trees import RowLayout
 
 _REMOVE = "remove normalise= (two passes are exact for every loss)"
@@ -98,9 +98,17 @@ def _check_rows(
 
 
 def _check_other_rows(declared: DeclaredStep, outputs: Any, few: Any, layout: RowLayout) -> None:
-    """The claim on rows with other masks and weights, where the loss uses what it takes over them."""
+    """The claim on rows with other masks and weights, where the loss uses, or may, what it takes over them."""
+    counts = callable(declared.normalise)
+    taken = None if counts else taken_over_rows(declared, outputs, few, layout, strict=False)
+    if taken is not None:
+        raise _false(
+            declared,
+            f"the loss uses in {taken.used} what {taken.made} takes over rows, which is another number for other rows",
+            f"{_REMOVE}, or give the count that the loss divides by",
+        )
     found = taken_over_rows(declared, outputs, few, layout)
-    for kind, varied in () if found is None else _varied(few, layout, counts=callable(declared.normalise)):
+    for kind, varied in () if found is None else _varied(few, layout, counts=counts):
         residual = _tried(declared, outputs, varied, layout)
         if found is not None and residual is not None and not residual.passed:
             raise _false(
@@ -120,6 +128,7 @@ def _varied(few: Any, layout: RowLayout, *, counts: bool) -> Iterator[tuple[str,
     fewer = with_fewer_in_masks(few, layout)
     if fewer is not None:
         yield "masks", fewer
+    yield "masks or whole numbers", with_other_numbers(few, layout, range(2, layout.rows, 3))
     yield "weights", with_smaller_numbers(few, layout, masks=not counts)
 
 

@@ -51,11 +51,11 @@ def examine(
     rows = min(PROBE_ROWS, layout.rows)
     ranks = ranks_of(declared.modules)
     if ranks is None:
-        refuse_batch_gradients(batch, layout)
+        refuse_batch(declared, batch, layout)
         return examine_loss(declared, examine_model(declared, aliases, batch, layout, rows, left_out))
 
     def at_sight() -> tuple[None, int]:
-        refuse_batch_gradients(batch, layout)
+        refuse_batch(declared, batch, layout)
         refuse_known_layers(declared.network)
         refuse_unsafe(declared.modules, dict(zip(aliases.names, aliases.parameters)))
         return None, -rows
@@ -143,7 +143,8 @@ def chosen_rows(batch_rows: int, rows: int) -> tuple[list[int], list[int]]:
     return few, [few[(i + 1) % rows] for i in range(rows)]
 
 
-def refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
+def refuse_batch(declared: DeclaredStep, batch: Any, layout: RowLayout) -> None:
+    """Raises CannotSplit for leaves whose rows no chunk can have: such as require grad, and lists of things."""
     for path, leaf, axis in zip(layout.paths, trees.leaves_of(batch), layout.axes):
         if axis is not None and isinstance(leaf, Tensor) and leaf.requires_grad:
             raise CannotSplit(
@@ -152,6 +153,27 @@ def refuse_batch_gradients(batch: Any, layout: RowLayout) -> None:
                 "gradients from chunks",
                 do="detach it, mark it as shared with None in batch_axes=, or run the step whole with "
                 "rows=<the batch's rows>",
+            )
+
+
+    if declared.batch_axes is None or isinstance(declared.batch_axes, int):
+        _refuse_lists(batch, layout)
+
+
+def _refuse_lists(batch: Any, layout: RowLayout) -> None:
+    """Every chunk would see the whole list, and ``zip`` would take the first entries of it for its rows."""
+    entries: dict[str, int] = {}
+    for path, leaf in zip(layout.paths, trees.leaves_of(batch)):
+        parent, _, key = path.rpartition("[")
+        if key.rstrip("]").isdigit() and not isinstance(leaf, Tensor) and not trees.is_row_source(leaf):
+            entries[parent] = entries.get(parent, 0) + 1
+    for parent, count in entries.items():
+        if count == layout.rows and layout.rows > 1:
+            raise CannotSplit(
+                asked="split the rows of a step",
+                found=f"{parent} has {count} entries that are no tensors, one for each row",
+                do="give them as a tensor (numbers for names), or say that all rows share them with None for it in "
+                "batch_axes=, or run the step whole with rows=<the batch's rows>",
             )
 
 

@@ -17,6 +17,7 @@ from samegrad.exact.declared_loss import examine_declared, false_for_collectives
 from samegrad.exact.findings import Examination, ModelFindings
 from samegrad.exact.loss_rows import taken_over_rows, with_grad
 from samegrad.exact.losses import Form, LossForm
+from samegrad.exact.out_of_memory import is_out_of_memory
 from samegrad.exact.sharded import refuse_in_loss
 from samegrad.exact.softmax_loss import SoftmaxLoss, checked
 from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
@@ -109,7 +110,15 @@ def _recognised(
         return LossForm(Form.COUPLED, "the loss draws random numbers"), 0.0
     if changed := state.changed():
         return LossForm(Form.COUPLED, f"the loss changes {', '.join(changed[:3])}"), 0.0
-    residual = audit(declared, outputs, few, layout, form.form)
+    try:
+        residual = audit(declared, outputs, few, layout, form.form)
+        found = taken_over_rows(declared, outputs, few, layout)
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        # It ran on all of these rows, and does not on one of them: it asks for other rows.
+        if is_out_of_memory(error):
+            raise
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return LossForm(Form.COUPLED, f"it fails on fewer than {layout.rows} rows ({words})"), 0.0
     # Parts without a gradient show nothing of their weight: a mask's hidden denominator could pass. A likelihood
     # brings its own count, so ignored targets may be silent there.
     if residual is None or (residual.silent_parts and form.form is not Form.COUNTED):
@@ -117,7 +126,7 @@ def _recognised(
     if not residual.passed:
         text = f"its graph looks like a {form.form.value}, but parts differ by {residual.gradient:.2g}"
         return LossForm(Form.COUPLED, text), 0.0
-    if (found := taken_over_rows(declared, outputs, few, layout)) is not None:
+    if found is not None:
         # On rows that are alike it is one for all of them, and no comparison of values shows it.
         text = f"it uses in {found.used} what {found.made} takes over rows"
         return LossForm(Form.COUPLED, text), 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
-from samegrad.exact.across_rows import Followed, across
+from samegrad.exact.across_rows import Followed
+from samegrad.exact.loss_rows import sources_of
 from samegrad.exact.module_names import entered
 from samegrad.exact.row_comparisons import close, row_pairs
 from samegrad.exact.row_refusals import WAYS_OUT, refuse_known_layers
@@ -37,9 +38,10 @@ def check_alone(
     """
     refuse_known_layers(declared.network)
     together = groups[:_TRIED]
-    among, seen_among = _run(declared, batch, layout, range(sum(together)))
+    alike = len(set(together)) == 1
+    among, followed = _run(declared, batch, layout, range(sum(together)), len(together) if alike else 1)
     for start, stop in {(0, together[0]), (sum(together[:-1]), sum(together))}:
-        alone, seen_alone = _run(declared, batch, layout, range(start, stop))
+        alone, _ = _run(declared, batch, layout, range(start, stop), 1)
         drew, changed = generators.advanced(), state.changed()
         if drew or changed:
             raise CannotSplit(
@@ -48,8 +50,9 @@ def check_alone(
                 do=WAYS_OUT,
             )
         _compare(alone, among, slice(start, stop))
-    found = across(seen_among, seen_alone, strict=False) if len(together) > 1 else None
-    if found is not None:
+    found = followed.taken
+    # Groups of several lengths are no multiples of one another.
+    if found is not None and alike and len(together) > 1:
         raise CannotSplit(
             asked="split groups of rows",
             found=f"{found.module or 'the function'} uses in {found.used} what {found.made} takes over groups",
@@ -57,14 +60,15 @@ def check_alone(
         )
 
 
-def _run(declared: DeclaredStep, batch: Any, layout: RowLayout, rows: Iterable[int]) -> tuple[Any, Followed]:
+def _run(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, rows: Sequence[int], groups: int
+) -> tuple[Any, Followed]:
     """The outputs of these rows, and what was made of them on the way."""
     some = trees.take_rows(batch, layout, list(rows))
-    of_rows = [leaf for leaf, axis in zip(trees.leaves_of(some), layout.axes) if axis is not None]
     with (
         torch.enable_grad(),
         entered(declared.network) as running,
-        Followed(program.tensors_in(of_rows), running) as followed,
+        Followed(sources_of(some, layout), groups, running, strict=True) as followed,
     ):
         outputs = declared.forward(declared.network, some)
     followed.returns(program.tensors_in(outputs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 
 from samegrad import trees
 from samegrad.declared import DeclaredStep
-from samegrad.exact import program
-from samegrad.exact.across_rows import Across, Followed, across
+from samegrad.exact.across_rows import Across, Followed
 from samegrad.trees import RowLayout
 
 
@@ -25,18 +23,29 @@ def with_grad(outputs: Any) -> tuple[list[Tensor], Any]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)], trees.unflatten(leaves, spec)
 
 
-def taken_over_rows(declared: DeclaredStep, outputs: Any, few: Any, layout: RowLayout) -> Across | None:
-    """What the loss of the rows ``few`` takes over rows without a gradient, and uses."""
+def taken_over_rows(
+    declared: DeclaredStep, outputs: Any, few: Any, layout: RowLayout, *, strict: bool = True
+) -> Across | None:
+    """What the loss of the rows ``few`` takes over rows without a gradient, and uses. strict: or may take."""
     runs = []
-    for rows in (layout.rows, max(1, 5 * layout.rows // 8)):
-        batch = few if rows == layout.rows else trees.slice_rows(few, layout, 0, rows)
-        leaves, mine = with_grad(trees.map_tensors(outputs, partial(_first, rows=rows)))
-        of_rows = [leaf for leaf, axis in zip(trees.leaves_of(batch), layout.axes) if axis is not None]
-        with torch.enable_grad(), Followed(program.tensors_in((leaves, of_rows))) as followed:
-            declared.loss_fn(mine, batch)
-        runs.append(followed)
-    return across(*runs, strict=True)
+    for _ in range(2):
+        leaves, rows = with_grad(outputs)
+        sources = [(leaf, 0) for leaf in leaves]
+        sources += sources_of(few, layout)
+        with torch.enable_grad(), Followed(sources, layout.rows, strict=strict) as followed:
+            declared.loss_fn(rows, few)
+        taken: Across | None = followed.taken
+        if taken is not None:
+            return taken
+        runs.append(followed.strangers)
+    # A constant is the same object in both runs; what is made anew was made where nobody sees it, of the rows perhaps.
+    first, second = runs
+    if len(first) != len(second) or any(a is not b for a, b in zip(first, second)):
+        return Across("code that cannot be followed", "its graph", "")
+    return None
 
 
-def _first(leaf: Tensor, rows: int) -> Tensor:
-    return leaf[:rows]
+def sources_of(batch: Any, layout: RowLayout) -> list[tuple[Tensor, int]]:
+    """The tensors of ``batch`` that have rows, with the axis that they are on."""
+    leaves = zip(trees.leaves_of(batch), layout.axes)
+    return [(leaf, axis) for leaf, axis in leaves if axis is not None and isinstance(leaf, Tensor)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import BadInput, CannotSplit, UsageError
 from samegrad.exact import collectives, losses
-from samegrad.exact.across_rows import Followed, across
+from samegrad.exact.across_rows import Followed
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.chunk_map import Autocast, ChunkMap
 from samegrad.exact.dataless import has_data
@@ -109,6 +109,15 @@ def _log_sum_exp(mapped: _Over, fn: Callable[[Any, Any], Any]) -> Any:
 
     sums = trees.flatten(mapped(shifted, None))[0]
     return trees.unflatten([total.log() + top for total, top in zip(sums, tops)], spec)
+
+
+def _some_apart(leaf: Tensor, tried: int) -> Tensor:
+    """``tried`` items spread over ``leaf``, made others where they are alike: what is alike hides what sees it."""
+    some = torch.stack([leaf[place * (len(leaf) - 1) // max(1, tried - 1)] for place in range(tried)])
+    if not leaf.is_floating_point() or tried < 2 or not has_data(some) or bool((some != some[:1]).any()):
+        return some
+    factors = 1 + 0.5 * torch.arange(tried, device=leaf.device, dtype=leaf.dtype)
+    return some * factors.view(-1, *[1] * (leaf.dim() - 1)) + 0.25
 
 
 def _codes_within(fn: Any, deepest: int = 3) -> object:
@@ -232,12 +241,12 @@ class _Over:
         generators = Generators(self._items[0].device)
         state = ModuleState(self._modules, arrays_held_in(fn, self._modules, each_call=True))
         tried = min(_TRIED, self._layout.rows)
-        inputs = [leaf.detach().narrow(0, 0, tried) for leaf in self._items]
+        inputs = [_some_apart(leaf.detach(), tried) for leaf in self._items]
         inputs += [tensor.detach() for tensor in self._inputs()[len(self._items) :]]
         inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
         known = {id(tensor) for tensor in inputs}
         try:
-            with torch.enable_grad(), collectives.watched(), Followed(inputs[: len(self._items)]) as followed:
+            with torch.enable_grad(), collectives.watched():
                 outputs = trees.leaves_of(self._evaluated(fn, inputs))
         except collectives.CollectiveSeen as seen:
             raise CannotSplit(
@@ -255,7 +264,7 @@ class _Over:
                 found=draws if drew else f"it changes {', '.join(changed[:3])}",
                 do="draw outside and pass the draw in items or shared; keep what is to change outside of it",
             )
-        self._check_alone(fn, inputs, outputs, followed)
+        self._check_alone(fn, inputs, outputs)
         leaves = [leaf for output in outputs for leaf in losses.leaves_under(output)]
         reached = {id(leaf) for leaf in leaves}
         self._reached = [id(tensor) in reached for tensor in inputs[len(self._items) :]]
@@ -274,6 +283,7 @@ class _Over:
         kind = (_codes_within(fn), signature, self._sizes, kinds, modes)
         if kind not in _looked_at:
             self._check_backward(inputs, outputs)
+            self._check_across(fn, inputs, tried)
             self._refuse_counting(fn, tried)
             if hasattr(fn, "__code__"):
                 _looked_at.add(kind)
@@ -309,20 +319,29 @@ class _Over:
             fn, self._modules, run, items, self._layout, [tried, *self._sizes, self._layout.rows]
         )
 
-    def _check_alone(
-        self, fn: Callable[[Any, Any], Any], inputs: Sequence[Tensor], some: Sequence[Tensor], followed: Followed
-    ) -> None:
+    def _check_alone(self, fn: Callable[[Any, Any], Any], inputs: Sequence[Tensor], some: Sequence[Tensor]) -> None:
         """The first item alone, and the last one, must give what they give beside the others."""
         items, tried = len(self._items), len(inputs[0])
         for index in sorted({0, tried - 1}):
             single = [leaf.narrow(0, index, 1) for leaf in inputs[:items]]
-            with torch.no_grad(), Followed(single) as by_itself:
+            with torch.no_grad():
                 alone = trees.leaves_of(self._evaluated(fn, [*single, *inputs[items:]]))
             beside = [leaf.detach()[index : index + 1] if _has_items(leaf) else leaf for leaf in some]
             self._compare_alone(alone, beside)
-        followed.returns(some)
-        found = across(followed, by_itself, strict=False) if tried > 1 else None
-        if found is not None:
+
+    def _check_across(self, fn: Callable[[Any, Any], Any], inputs: Sequence[Tensor], tried: int) -> None:
+        """Nothing is taken over items, a mask's mean say, that these items do not show."""
+        if tried < 2:
+            return
+        # What has a gradient is not tried by itself.
+        items = [leaf.detach() for leaf in inputs[: len(self._items)]]
+        generators, state = Generators(items[0].device), ModuleState(self._modules)
+        with torch.enable_grad(), Followed([(leaf, 0) for leaf in items], tried, strict=True, hooks=False) as followed:
+            outputs = self._evaluated(fn, [*items, *inputs[len(items) :]])
+        followed.returns(leaf for leaf in trees.leaves_of(outputs) if isinstance(leaf, Tensor))
+        generators.restore()
+        state.restore()
+        if (found := followed.taken) is not None:
             raise CannotSplit(
                 asked="a function whose output has one entry an item, each its own",
                 found=f"it uses in {found.used} what {found.made} takes over items",

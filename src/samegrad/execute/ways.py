@@ -22,7 +22,7 @@ from samegrad.exact.examine import (
     examine,
     examine_model,
     find_state_rules,
-    refuse_batch_gradients,
+    refuse_batch,
 )
 from samegrad.exact.examine_loss import examine_loss
 from samegrad.exact.findings import Examination
@@ -106,7 +106,7 @@ def find_ways(
     if aliases.sharded:
         refuse_sharded_segments(declared.segments)
         return Ways(examine(declared, aliases, batch, layout, left_out))
-    refuse_batch_gradients(batch, layout)
+    refuse_batch(declared, batch, layout)
     # On as many rows as there is memory for: eight, or fewer on a card that is nearly full.
     rows = min(PROBE_ROWS, layout.rows)
     while True:

@@ -55,6 +55,10 @@ class FewShotProgram(Program):
         self.validations.append(self._metrics("val", _VALIDATION, self.options.episodes)["accuracy"])
         return 1 - self.validations[-1]
 
+    def validation_parts(self) -> Mapping[str, float]:
+        # Smaller is better for whoever stops early; a person asks how many were right.
+        return {"accuracy": self.validations[-1]} if self.validations else {}
+
     def evaluate(self) -> dict[str, float]:
         return self.test_metrics
 
