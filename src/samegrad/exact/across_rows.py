@@ -13,6 +13,7 @@ known. Whoever cannot look further takes them for taken; a model's rows are comp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
-from samegrad.exact.calls import line_from, tensors_in
+from samegrad.exact.calls import line_from, tensors_in, uncompiled
 from samegrad.exact.dataless import has_data
 from samegrad.exact.out_of_memory import is_out_of_memory
 
@@ -101,11 +102,22 @@ class Followed(TorchFunctionMode):
         self.strangers: list[Tensor] = []
         self._rows, self._running, self._strict = rows, running, strict
         self._read, self._hooks = "", hooks
+        self._blocks = contextlib.ExitStack()
         # By object, and none is kept alive; by storage where one was written.
         self._kinds: Any = WeakIdKeyDictionary()
         self._written: dict[int, _Kind] = {}
         for source, axis in sources:
             self._kinds[source] = _Kind(axis)
+
+    def __enter__(self) -> Followed:
+        # What was compiled calls nothing that could be seen.
+        self._blocks.enter_context(uncompiled())
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch has no types here
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        with self._blocks:
+            super().__exit__(*raised)  # type: ignore[no-untyped-call]  # torch has no types here
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -97,6 +97,17 @@ def _shapes_of(made: Sequence[Tensor]) -> tuple[int, ...]:
     return (len(made), *made[0].shape, *made[-1].shape) if made else ()
 
 
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """A block in which compiled functions run as they were written."""
+    if "torch._dynamo" not in sys.modules:
+        # Nothing is compiled, and setting the stance would load the compiler.
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
     """The tensors among ``values``, and in tuples and lists among them."""
     for value in values:

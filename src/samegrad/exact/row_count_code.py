@@ -7,9 +7,7 @@ code needs values it is followed up to there, and the outputs of a few rows alon
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from samegrad import trees
 from samegrad.errors import CannotSplit
-from samegrad.exact.calls import Calls, CallsSeen
+from samegrad.exact.calls import Calls, CallsSeen, uncompiled
 from samegrad.exact.compare_calls import first_difference
 from samegrad.exact.dataless import has_data
 from samegrad.exact.out_of_memory import is_out_of_memory
@@ -50,7 +48,7 @@ def refuse_counting_rows(
         # What has no data is followed already, by whoever looks at the whole step.
         return
     # Whoever counts bytes is not to count these.
-    with torch.no_grad(), _uncompiled(), _disable_current_modes():
+    with torch.no_grad(), uncompiled(), _disable_current_modes():
         runs = [_followed(run, batch, layout, count) for count in numbers]
     found = first_difference(runs)
     if found is None and any(one.failure for one in runs):
@@ -89,16 +87,6 @@ def _followed(run: Callable[[Any], Any], batch: Any, layout: RowLayout, count: i
 
 def _called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return function(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """A block in which compiled functions run as they were written."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _compare(run: Callable[[Any], Any], batch: Any, layout: RowLayout, few: int, most: int) -> None:

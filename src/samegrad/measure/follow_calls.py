@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact.batchnorm import by_rows
-from samegrad.exact.calls import Calls, CallsSeen, tensors_in
+from samegrad.exact.calls import Calls, CallsSeen, tensors_in, uncompiled
 from samegrad.exact.module_names import entered
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.measure.failures import first_line, line_of
@@ -66,7 +65,7 @@ def follow_calls(
         return found
 
     # Whoever counts the step's bytes is not to count these.
-    with _uncompiled(), _unlogged(), _disable_current_modes():
+    with uncompiled(), _unlogged(), _disable_current_modes():
         return [follow(count) for count in rows]
 
 
@@ -95,17 +94,6 @@ def _called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return result
     with unset_fake_temporarily():
         return function(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """A block in which compiled functions run as they were written."""
-    if "torch._dynamo" not in sys.modules:
-        # Nothing is compiled, and setting the stance would load the compiler.
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @contextlib.contextmanager
