@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -42,7 +43,13 @@ _PLACES = frozenset(
 )
 # Functions that may take a device, a dtype or a length of a tensor, and none of its values.
 _OF_THEM = frozenset("to type arange zeros ones full empty eye".split())
-_DRAWS = ("rand", "normal", "uniform", "dropout", "bernoulli", "multinomial", "exponential", "poisson", "cauchy")
+_DRAWS = frozenset(
+    "rand rand_like randn randn_like randint randint_like random_ normal normal_ log_normal_ uniform_ exponential_ "
+    "cauchy_ geometric_ bernoulli bernoulli_ poisson multinomial dropout dropout_ native_dropout feature_dropout "
+    "alpha_dropout feature_alpha_dropout rrelu rrelu_ gumbel_softmax".split()
+)
+# What may follow the rows in its length alone: tensors, and sizes that are given as numbers.
+_TENSORS, _SIZES = frozenset({"tensors"}), frozenset({"sizes"})
 # Larger tensors are not tried.
 _MOST_NUMBERS = 2**22
 # What a function raises that was not made for such numbers or so many rows.
@@ -167,13 +174,13 @@ class Followed(TorchFunctionMode):
 
     def _kind(self, tensor: Tensor) -> _Kind | None:
         kind: _Kind | None = self._kinds.get(tensor)
-        if self._written and has_data(tensor) and tensor.layout is torch.strided:
+        if self._written and _has_storage(tensor):
             return self._written.get(tensor.untyped_storage().data_ptr(), kind)
         return kind
 
     def _mark(self, tensor: Tensor, kind: _Kind, writes: bool) -> None:
         self._kinds[tensor] = kind
-        if writes and kind.made and has_data(tensor) and tensor.layout is torch.strided:
+        if writes and kind.made and _has_storage(tensor):
             # Every other view of it holds that as well.
             self._written[tensor.untyped_storage().data_ptr()] = kind
 
@@ -228,21 +235,27 @@ class _Trial:
         self._args = args if before is None else (before, *args[1:])
         self._kinds = {id(before): kind_of(args[0])} if before is not None else {}
         self._kwargs = kwargs
-        self._some = max(1, 5 * rows // 8)
+        # Of the first and of the last no row is both: the largest of all is in one of them only.
+        self._some = max(1, rows // 2)
+        self._empty = False
 
     def kinds(self, name: str, place: str, made: Sequence[Tensor]) -> list[_Kind]:
         """Of each tensor of ``made``."""
         unsure = [_Kind(made=place, sure=False)] * len(made)
         tensors = list(tensors_in((*self._args, *self._kwargs.values())))
-        if any(word in name for word in _DRAWS) or not all(map(has_data, tensors)):
+        if name in _DRAWS:
+            # Draws are keyed by their rows, which are where the numbers are that they are like.
+            return [self._like(tensor, tensors, place) for tensor in made]
+        if any(map(is_functorch_wrapped_tensor, tensors)) or not all(map(has_data, tensors)):
             return unsure
         if sum(tensor.numel() for tensor in (*tensors, *made)) > _MOST_NUMBERS:
             return unsure
+        self._empty = "empty" in name
         with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
             for drawn in (True, False):
-                for lengths in (True, False):
+                for follows in (_TENSORS, _TENSORS | _SIZES, frozenset()):
                     try:
-                        found = self._compared(place, drawn, lengths)
+                        found = self._compared(place, drawn, follows)
                     except _FAILURES as error:
                         if is_out_of_memory(error):
                             raise
@@ -250,6 +263,10 @@ class _Trial:
                     if len(found) == len(made):
                         return [self._with_inputs(name, place, kind, tensors) for kind in found]
         return unsure
+
+    def _like(self, made: Tensor, tensors: Sequence[Tensor], place: str) -> _Kind:
+        kinds = [(tensor.shape, kind) for tensor in tensors if (kind := self._of_argument(tensor)) is not None]
+        return next((kind for shape, kind in kinds if shape == made.shape), _Kind(made=place, sure=False))
 
     def _with_inputs(self, name: str, place: str, kind: _Kind, tensors: Sequence[Tensor]) -> _Kind:
         """What is computed with a number that was taken over rows was taken over them too, but for what has none of
@@ -262,11 +279,11 @@ class _Trial:
             return _Kind(made=place) if kind.is_free else kind
         return next((known for known in inputs if known.sure), kind if kind.made and kind.sure else inputs[0])
 
-    def _compared(self, place: str, drawn: bool, lengths: bool) -> list[_Kind]:
-        """drawn: numbers are. lengths: what has none of the rows' values but their number is cut as they are."""
+    def _compared(self, place: str, drawn: bool, follows: frozenset[str]) -> list[_Kind]:
+        """drawn: numbers are. follows: what has none of the rows' values but their number, and is cut as they are."""
         ends = slice(0, self._some), slice(self._rows - self._some, self._rows)
         parts = slice(0, self._rows), *ends
-        one, two = ([self._run(part, seed, drawn, lengths) for part in parts] for seed in (1, 2))
+        one, two = ([self._run(part, seed, drawn, follows) for part in parts] for seed in (1, 2))
         found = []
         for mine, other in ((one, two), (two, one)):
             each = zip(mine[0], other[0], mine[1], mine[2], strict=True)
@@ -291,7 +308,7 @@ class _Trial:
         apart = apart and _same(whole.narrow(axis, whole.shape[axis] - length, length), last)
         return _Kind(axis) if apart else _Kind(made=place)
 
-    def _run(self, part: slice, seed: int, drawn: bool, lengths: bool) -> list[Tensor]:
+    def _run(self, part: slice, seed: int, drawn: bool, follows: frozenset[str]) -> list[Tensor]:
         """What is made of the rows ``part`` of numbers of ``seed``."""
         generator = torch.Generator().manual_seed(seed)
         # Lengths of axes on which rows are.
@@ -309,14 +326,25 @@ class _Trial:
             if kind is not None and kind.axis is not None:
                 return self._cut(mine, kind.axis, part).clone()
             if kind is None or kind.is_free:
-                for axis in range(mine.dim()) if lengths else ():
+                for axis in range(mine.dim()) if follows >= _TENSORS else ():
                     if mine.shape[axis] in rows_long:
                         mine = self._cut(mine, axis, part)
             return mine.clone()
 
-        args, kwargs = pytree.tree_map_only(Tensor, argument, (self._args, self._kwargs))
+        def changed(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return argument(leaf)
+            if isinstance(leaf, torch.Size):
+                return tuple(map(changed, leaf))
+            if follows >= _SIZES and type(leaf) is int and leaf > 0 and leaf % self._rows == 0:
+                return leaf // self._rows * (part.stop - part.start)
+            return leaf
+
+        args, kwargs = pytree.tree_map(changed, (self._args, self._kwargs))
         result = self._func(*args, **kwargs)
-        return list(tensors_in((*args[: int(self._writes)], result)))
+        made = list(tensors_in((*args[: int(self._writes)], result)))
+        # Memory as it was found says nothing.
+        return [torch.zeros_like(tensor) for tensor in made] if self._empty else made
 
     def _of_argument(self, tensor: Tensor) -> _Kind | None:
         return self._kinds[id(tensor)] if id(tensor) in self._kinds else self._kind_of(tensor)
@@ -326,6 +354,12 @@ class _Trial:
         if rest:
             return tensor
         return tensor.narrow(axis, part.start * each, (part.stop - part.start) * each)
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    if is_functorch_wrapped_tensor(tensor) or tensor.layout is not torch.strided:
+        return False
+    return has_data(tensor)
 
 
 def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
