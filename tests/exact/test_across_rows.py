@@ -86,6 +86,7 @@ HIDDEN: dict[str, Loss] = {
     ).mean(),
     "shifted rows": lambda z, b: (squares(z, b) * b["weight"].roll(1)).mean(),
     "sorted rows": lambda z, b: (squares(z, b) * b["weight"].sort().values).mean(),
+    "the largest so far": lambda z, b: (squares(z, b) * b["weight"].cummax(0).values).mean(),
     "sums that run": lambda z, b: (squares(z, b) * (1 + (b["weight"] - 1).cumsum(0))).mean(),
     "rows scaled together": lambda z, b: (squares(z, b) * F.normalize(b["weight"], p=float("inf"), dim=0)).mean(),
     "how often a length is there": lambda z, b: (

@@ -50,6 +50,8 @@ _DRAWS = frozenset(
 )
 # What may follow the rows in its length alone: tensors, and sizes that are given as numbers.
 _TENSORS, _SIZES = frozenset({"tensors"}), frozenset({"sizes"})
+# How often numbers are drawn for a function.
+_SEEDS = 4
 # Larger tensors are not tried.
 _MOST_NUMBERS = 2**22
 # What a function raises that was not made for such numbers or so many rows.
@@ -283,13 +285,13 @@ class _Trial:
         """drawn: numbers are. follows: what has none of the rows' values but their number, and is cut as they are."""
         ends = slice(0, self._some), slice(self._rows - self._some, self._rows)
         parts = slice(0, self._rows), *ends
-        one, two = ([self._run(part, seed, drawn, follows) for part in parts] for seed in (1, 2))
-        found = []
-        for mine, other in ((one, two), (two, one)):
+        runs = [[self._run(part, seed, drawn, follows) for part in parts] for seed in range(_SEEDS)]
+        found: list[list[_Kind]] = []
+        for mine, other in zip(runs, (*runs[1:], runs[0])):
             each = zip(mine[0], other[0], mine[1], mine[2], strict=True)
             found.append([self._of(whole, beside, first, last, place) for whole, beside, first, last in each])
-        # What is seen with some numbers may not be with others: all of a mask on, say.
-        return [b if a.axis is not None else a for a, b in zip(*found, strict=True)]
+        # What is seen with some numbers may not be with others: where all of a mask is on, say.
+        return [next((kind for kind in kinds if kind.axis is None), kinds[0]) for kinds in zip(*found, strict=True)]
 
     def _of(self, whole: Tensor, other: Tensor, first: Tensor, last: Tensor, place: str) -> _Kind:
         if whole.shape != other.shape:
