@@ -291,7 +291,7 @@ class _Trial:
             each = zip(mine[0], other[0], mine[1], mine[2], strict=True)
             found.append([self._of(whole, beside, first, last, place) for whole, beside, first, last in each])
         # What is seen with some numbers may not be with others: where all of a mask is on, say.
-        return [next((kind for kind in kinds if kind.axis is None), kinds[0]) for kinds in zip(*found, strict=True)]
+        return [next((kind for kind in kinds if kind.made), kinds[0]) for kinds in zip(*found, strict=True)]
 
     def _of(self, whole: Tensor, other: Tensor, first: Tensor, last: Tensor, place: str) -> _Kind:
         if whole.shape != other.shape:
