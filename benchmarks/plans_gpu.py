@@ -31,7 +31,7 @@ import samegrad as sg
 from samegrad.errors import BudgetTooSmall, CannotSplit
 
 MEASURED = Path(__file__).parent / "results" / "peaks_gpu.json"
-SHARES = (1.1, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
+SHARES = (1.1, 0.9, 0.8, 0.72, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 STEPS = 6
 MOST_SECONDS = 400
 CASES = [
