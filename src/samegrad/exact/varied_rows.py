@@ -33,7 +33,7 @@ def with_other_numbers(few: Any, layout: RowLayout, rows: Sequence[int] | None =
         if axis is not None and isinstance(leaf, Tensor):
             changed = _other(leaf, axis)
             if rows is not None:
-                index = torch.tensor(list(rows), device=leaf.device)
+                index = torch.tensor(list(rows), dtype=torch.int64, device=leaf.device)
                 changed = leaf.index_copy(axis, index, changed.index_select(axis, index))
             leaf = changed
         leaves.append(leaf)

@@ -135,7 +135,8 @@ def explain_plan(plan: Plan, footprint: Footprint) -> str:
     lines += [f"{name}: {reason}." for name, reason in plan.reasons.items()]
     lines += [f"{knob}: {origin.value}." for knob, origin in plan.knob_origins.items()]
     lines += [f"{topic}: {fact}." for topic, fact in footprint.facts.items()]
-    lines.append(floor_sentence(footprint) + ".")
+    # Ways that keep less are looked at where a budget asks for them.
+    lines.append(f"of the ways that were looked at, {floor_sentence(footprint)}.")
     return "\n".join(lines)
 
 

@@ -92,7 +92,8 @@ def plan_across(
         model, matching_loss, forward=across, batch_axes=BATCH_AXES, optimizer=optimizer,
         plan=sg.Plan(
             levers={},
-            exactness=sg.Exactness.SAME_BITS,
+            # Places add up their centers' terms in an order of their own.
+            exactness=sg.Exactness.SAME_SUM,
             batch_rows=len(here),
             budget=plan.budget or alone.budget,
             reasons={"model_parallel": f"{across.places} places, {rows} centers at a time on each"},
