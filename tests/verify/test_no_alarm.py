@@ -81,11 +81,21 @@ def normalised(norm: Callable[[int], nn.Module]) -> nn.Module:
     return nn.Sequential(*stages, Mean(2, 3), nn.Linear(8, 3))
 
 
-@pytest.mark.parametrize("offset", [0.0, 5.0])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("loss_fn", [cross_entropy, spread], ids=["one pass", "two passes"])
-@pytest.mark.parametrize("rows", [None, 5], ids=["whole", "split"])
-@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
+# Every kind of layer in every dtype, whole and split, each loss and offset in half of them; all where there is time.
+@pytest.mark.parametrize(
+    ("norm", "rows", "loss_fn", "dtype", "offset"),
+    [
+        pytest.param(
+            norm, rows, loss_fn, dtype, offset, marks=[pytest.mark.slow] * ((a + b + c + d) % 2),
+            id=f"{norm}-{'split' if rows else 'whole'}-{'two passes' if c else 'one pass'}-{dtype}-{offset}",
+        )
+        for norm in ("batch", "group", "instance")
+        for a, rows in enumerate([None, 5])
+        for b, dtype in enumerate(DTYPES[:2])
+        for c, loss_fn in enumerate([cross_entropy, spread])
+        for d, offset in enumerate([0.0, 5.0])
+    ],
+)  # fmt: skip
 def test_kernels_that_add_up_in_another_order(
     norm: str, rows: int | None, loss_fn: Any, dtype: torch.dtype, offset: float
 ) -> None:
