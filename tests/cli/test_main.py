@@ -74,14 +74,14 @@ def test_the_clock_counts_sleep_and_work_of_its_own(tmp_path: Path) -> None:
 )
 def test_what_needs_no_torch_imports_none_and_takes_half_a_second(line: list[str], code: int, tmp_path: Path) -> None:
     times = []
-    for _ in range(3):
+    for _ in range(8):
         returned, errors, seconds = timed(WATCHED, *line, cwd=tmp_path)
         times.append(seconds)
         assert returned == code, errors
         assert "TORCH" not in errors
         if times[-1] < 0.5:
             break
-    # The best of three: other work on the machine only ever adds.
+    # The best of some: other work on the machine only ever adds.
     assert min(times) < 0.5
 
 
