@@ -488,3 +488,34 @@ def test_a_list_with_an_entry_for_each_row_is_refused_by_its_name() -> None:
     model = nn.Linear(6, 5, dtype=D)
     sg.Step(model, loss, forward=lambda m, b: m(b[0]), rows=8).backward((x, ["a", "b"]))
     sg.Step(model, loss, forward=lambda m, b: m(b[0]), rows=8, batch_axes=(0, None)).backward((x, ["a"] * ROWS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_weights_are_looked_at_in_full(dtype: torch.dtype) -> None:
+    def loss(z: Tensor, b: Any) -> Tensor:
+        weight = b["weight"].to(dtype)
+        return (squares(z, b) * (weight.softmax(0) * ROWS)).mean()
+
+    assert examination(assert_right_on_both(lambda: Net(lambda h, b: h), loss)).form is Form.COUPLED
+
+
+@pytest.mark.parametrize("name", ["the largest", "a mask's mean", "the largest, detached", "and what they are then"])
+def test_groups_of_several_lengths_that_see_others_are_refused(name: str) -> None:
+    with pytest.raises(sg.CannotSplit):
+        sg.rowwise(MIXING[name], rows=6, groups=[2, 3, 1, 6, 4, 5])(*items())
+
+
+def test_groups_of_several_lengths_are_not_told_apart_by_their_longest() -> None:
+    def by_longest(x: Tensor, length: Tensor) -> Tensor:
+        return x / length.max()
+
+    x, lengths = items()[0], torch.full((21,), 7)
+    with pytest.raises(sg.CannotSplit, match="takes over groups"):
+        sg.rowwise(by_longest, rows=6, groups=[2, 3, 1, 6, 4, 5])(x, lengths)
+
+
+def test_a_rule_of_state_that_other_masks_break_is_refused_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BackwardProbe, "_check_across", lambda self: None)
+    step = sg.Step(Centre(), lambda z, b: squares(z, b).mean(), forward=forward, rows=8)
+    step.backward(batch())
+    assert "centre" in step.explain() and "not split through the whole model" in step.explain()

@@ -39,6 +39,8 @@ _PLACES = frozenset(
     "index_put_ index_copy index_copy_ index_fill index_fill_ scatter scatter_ scatter_add scatter_add_ "
     "masked_scatter masked_scatter_ masked_select".split()
 )
+
+
 @dataclasses.dataclass(frozen=True)
 class Across:
     """``made``: what was taken over rows, by function and line. ``used``: where the result comes to depend on it, in

@@ -38,8 +38,10 @@ def check_alone(
     """
     refuse_known_layers(declared.network)
     together = groups[:_TRIED]
-    alike = len(set(together)) == 1
-    among, followed = _run(declared, batch, layout, range(sum(together)), len(together) if alike else 1)
+    among, followed = _run(declared, batch, layout, range(sum(together)), len(together))
+    if len(set(together)) > 1:
+        # Groups of several lengths are no multiples of one another: the first one in their place.
+        _, followed = _run(declared, batch, layout, list(range(together[0])) * len(together), len(together))
     for start, stop in {(0, together[0]), (sum(together[:-1]), sum(together))}:
         alone, _ = _run(declared, batch, layout, range(start, stop), 1)
         drew, changed = generators.advanced(), state.changed()
@@ -51,8 +53,7 @@ def check_alone(
             )
         _compare(alone, among, slice(start, stop))
     found = followed.taken
-    # Groups of several lengths are no multiples of one another.
-    if found is not None and alike and len(together) > 1:
+    if found is not None and len(together) > 1:
         raise CannotSplit(
             asked="split groups of rows",
             found=f"{found.module or 'the function'} uses in {found.used} what {found.made} takes over groups",

@@ -17,6 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from samegrad.exact.aliases import NARROW
 from samegrad.exact.calls import tensors_in
 from samegrad.exact.dataless import has_data
 from samegrad.exact.out_of_memory import is_out_of_memory
@@ -175,6 +176,9 @@ class RowTrial:
         def argument(tensor: Tensor) -> Tensor:
             kind = self._of_argument(tensor)
             mine = tensor.detach().cpu()
+            if mine.dtype in NARROW:
+                # Whose rounding would hide what is taken over rows.
+                mine = mine.float()
             if kind is not None and not kind.is_free and drawn:
                 mine = _drawn(mine, generator)
             if kind is not None and kind.axis is not None:
