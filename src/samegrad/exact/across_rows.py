@@ -25,7 +25,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from samegrad.exact.calls import line_from, tensors_in, uncompiled
+from samegrad.exact.calls import function_name, line_from, tensors_in, uncompiled
 from samegrad.exact.dataless import has_data
 from samegrad.exact.row_trial import FREE, Kind, RowTrial
 
@@ -98,7 +98,7 @@ class Followed(TorchFunctionMode):
         kwargs = kwargs or {}
         given = list(tensors_in((*args, *kwargs.values(), *_ends_of_slices(args[1:]))))
         kinds = [self._kind(tensor) for tensor in given]
-        name = _name_of(func)
+        name = function_name(func)
         # This method's frame is that of whoever called.
         place = f"{name} ({line})" if (line := line_from(sys._getframe(1))) else name
         writes = _writes(name)
@@ -188,12 +188,6 @@ def _has_storage(tensor: Tensor) -> bool:
     if is_functorch_wrapped_tensor(tensor) or tensor.layout is not torch.strided:
         return False
     return has_data(tensor)
-
-
-def _name_of(func: Any) -> str:
-    name = getattr(func, "__name__", type(func).__name__)
-    # Properties are descriptors, whose own name says what is read.
-    return str(getattr(getattr(func, "__self__", None), "__name__", name)) if name == "__get__" else str(name)
 
 
 def _ends_of_slices(values: Iterable[Any]) -> Iterator[Any]:

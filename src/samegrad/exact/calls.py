@@ -75,7 +75,7 @@ class CallsSeen(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = self._call(func, args, kwargs or {})
-        name = getattr(func, "__name__", type(func).__name__)
+        name = function_name(func)
         made = list(tensors_in((result,)))
         if made or name in _SWITCHES:
             leaves: list[Any] = []
@@ -84,13 +84,14 @@ class CallsSeen(TorchFunctionMode):
             place = self._running[-1] if self._running else self._outside
             # The frame of this method, then that of whoever called.
             line = line_from(sys._getframe(1))
-            self._found.append(Call(_name_of(func, name), place, line, tuple(leaves), _shapes_of(made)))
+            self._found.append(Call(name, place, line, tuple(leaves), _shapes_of(made)))
         return result
 
 
-def _name_of(func: Any, name: str) -> str:
-    """Properties are descriptors, whose own name says what is read."""
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+def function_name(func: Any) -> str:
+    """What is called, or read: properties are descriptors, whose own name says what."""
+    name = getattr(func, "__name__", type(func).__name__)
+    return str(getattr(getattr(func, "__self__", None), "__name__", name)) if name == "__get__" else str(name)
 
 
 def _shapes_of(made: Sequence[Tensor]) -> tuple[int, ...]:
