@@ -510,7 +510,7 @@ def test_groups_of_several_lengths_are_not_told_apart_by_their_longest() -> None
         return x / length.max()
 
     x, lengths = items()[0], torch.full((21,), 7)
-    with pytest.raises(sg.CannotSplit, match="takes over groups"):
+    with pytest.raises(sg.CannotSplit, match="depends on the groups that run with it"):
         sg.rowwise(by_longest, rows=6, groups=[2, 3, 1, 6, 4, 5])(x, lengths)
 
 

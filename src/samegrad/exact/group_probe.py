@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,10 @@ from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.exact import program
-from samegrad.exact.across_rows import Followed
-from samegrad.exact.loss_rows import sources_of
-from samegrad.exact.module_names import entered
 from samegrad.exact.row_comparisons import close, row_pairs
 from samegrad.exact.row_refusals import WAYS_OUT, refuse_known_layers
 from samegrad.exact.undisturbed import Generators, ModuleState
+from samegrad.exact.varied_rows import with_other_numbers
 from samegrad.trees import RowLayout
 
 # Groups that run together: what the last one sees of those before it, the first does not see.
@@ -38,12 +37,12 @@ def check_alone(
     """
     refuse_known_layers(declared.network)
     together = groups[:_TRIED]
-    among, followed = _run(declared, batch, layout, range(sum(together)), len(together))
-    if len(set(together)) > 1:
-        # Groups of several lengths are no multiples of one another: the first one in their place.
-        _, followed = _run(declared, batch, layout, list(range(together[0])) * len(together), len(together))
+    total = sum(together)
+    base = trees.take_rows(batch, layout, list(range(total)))
+    rows = dataclasses.replace(layout, rows=total)
+    among = _outputs(declared, base)
     for start, stop in {(0, together[0]), (sum(together[:-1]), sum(together))}:
-        alone, _ = _run(declared, batch, layout, range(start, stop), 1)
+        alone = _outputs(declared, trees.take_rows(base, rows, list(range(start, stop))))
         drew, changed = generators.advanced(), state.changed()
         if drew or changed:
             raise CannotSplit(
@@ -52,28 +51,17 @@ def check_alone(
                 do=WAYS_OUT,
             )
         _compare(alone, among, slice(start, stop))
-    found = followed.taken
-    if found is not None and len(together) > 1:
-        raise CannotSplit(
-            asked="split groups of rows",
-            found=f"{found.module or 'the function'} uses in {found.used} what {found.made} takes over groups",
-            do=f"{WAYS_OUT}, or compute it outside the function and pass it in, for each row",
-        )
+    # Groups that are alike hide what is taken over them: beside others, and changed beside others.
+    mine = list(range(together[0]))
+    others = list(range(together[0], total))
+    for changed in [others, mine] if others else []:
+        some = with_other_numbers(base, rows, changed)
+        _compare(_outputs(declared, trees.take_rows(some, rows, mine)), _outputs(declared, some), slice(0, len(mine)))
 
 
-def _run(
-    declared: DeclaredStep, batch: Any, layout: RowLayout, rows: Sequence[int], groups: int
-) -> tuple[Any, Followed]:
-    """The outputs of these rows, and what was made of them on the way."""
-    some = trees.take_rows(batch, layout, list(rows))
-    with (
-        torch.enable_grad(),
-        entered(declared.network) as running,
-        Followed(sources_of(some, layout), groups, running, strict=True) as followed,
-    ):
-        outputs = declared.forward(declared.network, some)
-    followed.returns(program.tensors_in(outputs))
-    return trees.map_tensors(outputs, Tensor.detach), followed
+def _outputs(declared: DeclaredStep, batch: Any) -> Any:
+    with torch.no_grad():
+        return declared.forward(declared.network, batch)
 
 
 def _compare(alone: Any, among: Any, rows: slice) -> None:
