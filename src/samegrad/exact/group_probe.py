@@ -54,8 +54,8 @@ def check_alone(
     # Groups that are alike hide what is taken over them: beside others, and changed beside others.
     mine = list(range(together[0]))
     others = list(range(together[0], total))
-    for changed in [others, mine] if others else []:
-        some = with_other_numbers(base, rows, changed)
+    for replaced in [others, mine] if others else []:
+        some = with_other_numbers(base, rows, replaced)
         _compare(_outputs(declared, trees.take_rows(some, rows, mine)), _outputs(declared, some), slice(0, len(mine)))
 
 
