@@ -7,7 +7,7 @@ the plain step's and run under a cap at that budget. Times are medians of eight 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import gc
 import statistics
 import time
 from typing import Any
@@ -31,6 +31,9 @@ WARM, TIMED = 3, 8
 
 def run(case: _steps.StepCase, budget_bytes: int | None) -> dict[str, Any]:
     """The step under a budget, or the plain one."""
+    # What libraries keep of the step before lies inside its large segments, and would count against this one.
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     model, batch = _steps.make_model(case, "cuda"), _steps.make_batch(case, "cuda")
     optimizer = _steps.make_optimizer(case, model)
@@ -74,24 +77,24 @@ def run(case: _steps.StepCase, budget_bytes: int | None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--again", action="store_true", help="measure what the file already holds")
     arguments = parser.parse_args()
-    figures: list[dict[str, Any]] = []
+    cells = _results.Cells("plan_speed_gpu", {"warm_steps": WARM, "timed_steps": TIMED}, again=arguments.again)
     for name, (case, shares) in CASES.items():
         if arguments.only not in name:
             continue
-        plain = run(dataclasses.replace(case), None)
-        floor = resident_bytes(case)
-        figures.append({"name": name, "share": 1.0, **plain})
+        if name not in cells:
+            cells.add(name, {**run(case, None), "floor_bytes": resident_bytes(case)})
+        plain = cells.cells[name]
         for share in shares:
-            budget = int(floor + share * (plain["peak_reserved_bytes"] - floor))
+            key = f"{name} at {share:.0%}"
+            if key in cells:
+                continue
+            budget = int(plain["floor_bytes"] + share * (plain["peak_reserved_bytes"] - plain["floor_bytes"]))
             found = run(case, budget)
             if found["planned"]:
                 found["more_time"] = found["seconds"] / plain["seconds"] - 1
-            figures.append({"name": name, "share": share, "budget_bytes": budget, **found})
-            _results.write("plan_speed_gpu", {"plans": figures}, quiet=True)
-            short = {k: len(v["blocks"]) if k == "recompute" else v for k, v in found.get("plan", {}).items()}
-            print(name, share, short, {k: found.get(k) for k in ("seconds", "more_time", "plan_seconds", "found")})
-    _results.write("plan_speed_gpu", {"plans": figures}, quiet=True)
+            cells.add(key, {"budget_bytes": budget, **found})
 
 
 if __name__ == "__main__":

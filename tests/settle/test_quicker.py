@@ -57,9 +57,9 @@ def a_card(plan: Plan) -> Rung:
 
 def settled_by(
     budget_mib: float, monkeypatch: pytest.MonkeyPatch, *, rule: Rule = a_card, loss: Any = cross_entropy,
-    settled_rows: int = 4, make: type[Blocks] = Blocks, **options: Any,
+    settled_rows: int = 4, beside: dict[str, Any] | None = None, make: type[Blocks] = Blocks, **options: Any,
 ) -> tuple[Plan, list[Plan]]:  # fmt: skip
-    """The plan that is taken, and all that were measured."""
+    """The plan that is taken, and all that were measured. ``beside``: levers that were settled with the rows."""
     torch.manual_seed(0)
     step = declare(make(), loss)
     batch = labelled(ROWS, torch.float32)
@@ -85,7 +85,7 @@ def settled_by(
         return rung if rung is not None and rung.peak_bytes <= most else None
 
     monkeypatch.setattr(candidates, "measured", played)
-    levers = {"split_rows": {"rows": settled_rows, "kept_chunks": 0}}
+    levers = {"split_rows": {"rows": settled_rows, "kept_chunks": 0}} | (beside or {})
     plan = Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=ROWS, budget=budget)
     plan = dataclasses.replace(plan, predicted_seconds=a_card(plan).seconds)
     measurement = dataclasses.replace(measurement, footprint=footprint)
@@ -138,12 +138,12 @@ def test_blocks_run_again_where_that_takes_more_rows_and_wins(monkeypatch: pytes
     assert first.levers["recompute"]["blocks"] == ["layers.0", "layers.1", "layers.2"]
 
 
-def fastest_there_is(rule: Callable[[Plan], Rung], budget_mib: float) -> float:
-    """Seconds of the best compiled plan in even chunks, of all rows and numbers of blocks that run again."""
+def fastest_there_is(rule: Callable[[Plan], Rung], budget_mib: float, *programs: str) -> float:
+    """Seconds of the best plan in even chunks under ``programs``, of all rows and numbers of blocks that run again."""
     found = []
     for rows in (n for n in range(1, ROWS + 1) if ROWS % n == 0):
         for again in range(BLOCKS + 1):
-            levers: dict[str, Any] = {"split_rows": {"rows": rows}, "compile": {}, "graphs": {}}
+            levers: dict[str, Any] = {"split_rows": {"rows": rows}, **{name: {} for name in programs}}
             levers |= {"recompute": {"blocks": [""] * again}} if again else {}
             rung = rule(Plan(levers=levers, exactness=Exactness.SAME_SUM, batch_rows=ROWS))
             if rung.peak_bytes <= 0.98 * budget_mib * MIB:
@@ -169,7 +169,7 @@ def test_rows_and_blocks_between_the_ways_come_near_to_the_best_there_is(
         compiled = [one.levers for one in tried if "compile" in one.levers]
         assert len({repr({**levers, "graphs": {}}) for levers in compiled}) <= 8
         assert plan.predicted_seconds is not None
-        over.append(plan.predicted_seconds / fastest_there_is(rule, budget))
+        over.append(plan.predicted_seconds / fastest_there_is(rule, budget, "compile", "graphs"))
     assert max(over) < 1.15 and sum(over) / len(over) < 1.03, over
 
 
@@ -250,6 +250,42 @@ def test_a_pool_that_does_not_fit_makes_room_by_blocks_that_run_again(monkeypatc
     plan, tried = settled_by(100, monkeypatch, rule=large_pools)
     assert "graphs" in tried[0].levers and "split_rows" in tried[0].levers
     assert {"recompute", "graphs"} <= plan.levers.keys() and "split_rows" not in plan.levers
+
+
+def test_where_its_own_pool_does_not_fit_fewer_rows_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pools_by_rows(plan: Plan) -> Rung:
+        rung, rows = a_card(plan), rows_of(plan)
+        # Blocks that run again cost much, so that rows alone are the way.
+        slow = 0.1 * ("recompute" in plan.levers)
+        pool = 16.0 * rows * ("graphs" in plan.levers)
+        return dataclasses.replace(rung, peak_bytes=int(rung.peak_bytes + pool * MIB), seconds=rung.seconds + slow)
+
+    plan, tried = settled_by(100, monkeypatch, rule=pools_by_rows)
+    assert tried[0].levers.keys() == {"split_rows", "graphs"} and rows_of(tried[0]) == 4
+    assert "graphs" in plan.levers and "recompute" not in plan.levers and rows_of(plan) < 4
+    assert pools_by_rows(plan).peak_bytes <= 98 * MIB
+    assert plan.predicted_seconds == pools_by_rows(plan).seconds < pools_by_rows(tried[0]).seconds + 0.08
+
+
+@pytest.mark.parametrize("rule", [a_card, a_card_of_its_own])
+def test_captured_rows_and_blocks_come_near_to_the_best_there_is(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what was settled runs every block again, and replays need no large chunks."""
+    settled = {"recompute": {"blocks": [f"layers.{number}" for number in range(BLOCKS)]}}
+    over = []
+    for budget in range(30, 160, 10):
+        plan, tried = settled_by(budget, monkeypatch, rule=rule, beside=settled)
+        assert plan.predicted_peak_bytes is not None and plan.predicted_peak_bytes <= 0.98 * budget * MIB
+        assert "graphs" in plan.levers and all("compile" not in one.levers for one in tried)
+        assert plan.predicted_seconds is not None
+        over.append(plan.predicted_seconds / fastest_there_is(rule, budget, "graphs"))
+    assert max(over) < 1.35 and sum(over) / len(over) < 1.05, over
+
+
+def test_nothing_else_is_captured_where_what_was_settled_fits_and_runs_nothing_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, tried = settled_by(100, monkeypatch)
+    assert len(tried) == 1
 
 
 def test_rows_that_somebody_pinned_are_not_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from samegrad.levers.recompute import Recompute
 from samegrad.records import Plan
 from samegrad.settle.candidates import Search, Tried
 from samegrad.settle.edits import Levers, plan_anew
-from samegrad.settle.one_compiled_way import ROOM_FRACTION
+from samegrad.settle.one_chunk_way import ROOM_FRACTION
 
 # Of a step whose blocks all run again, what is left at least when none does: one forward fewer on about three.
 _LEAST_KEPT_SHARE = 0.75

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 from samegrad.levers import find_levers
-from samegrad.levers.compile import Compile
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.layout import Layout
 from samegrad.levers.split_rows import SplitRows
@@ -32,11 +31,6 @@ def plan_anew(settled: Plan, levers: Levers, rows: int) -> Plan:
         kept |= {SplitRows.name: {"rows": rows, "kept_chunks": 0}}
     origins = {name: origin for name, origin in settled.knob_origins.items() if name.partition(".")[0] in kept}
     return with_levers(dataclasses.replace(settled, levers=kept, knob_origins=origins), levers)
-
-
-def compiled_plan(settled: Plan, levers: Levers, rows: int) -> Plan:
-    """``plan_anew``, compiled under ``levers``."""
-    return plan_anew(settled, {Compile.name: Compile().knobs(), **levers}, rows)
 
 
 def rows_of(plan: Plan) -> int:

@@ -1,4 +1,4 @@
-"""Compiled chunks of some rows, with some blocks that run again: what lies between the ways that were measured.
+"""Chunks of some rows, captured or compiled, with some blocks that run again: between the ways that were measured.
 
 More rows at a time are fewer chunks, each of which costs launches and another sum of gradients; blocks that are kept
 are not run twice; both take memory. Bytes are taken for linear in the rows and in the rows times the kept blocks,
@@ -18,11 +18,11 @@ from samegrad.levers.graphs import Graphs
 from samegrad.levers.recompute import Recompute
 from samegrad.records import Plan
 from samegrad.settle.candidates import Search, Tried
-from samegrad.settle.edits import Levers, compiled_plan
-from samegrad.settle.one_compiled_way import ROOM_FRACTION, Way, measured_captured, tried_rows
+from samegrad.settle.edits import Levers, plan_anew
+from samegrad.settle.one_chunk_way import ROOM_FRACTION, Way, measured_captured, tried_rows
 
 _MOST_TRIED = 3
-# Of a step's time, that must be won by another compilation.
+# Of a step's time, that must be won by another program.
 _WORTH_FRACTION = 0.99
 # Of the time of a step whose blocks all run again: those, where it was not followed (one forward more on about three);
 # as many chunks more as it has, and what they may come to where nothing was measured at other rows.
@@ -130,7 +130,7 @@ def _plan_of(settled: Plan, kept: Way, again: Way, rows: int, number: int) -> Pl
     """``rows`` at a time, with ``number`` blocks kept: the last ones, which are gone when the others run again."""
     run_again = again.blocks[: len(again.blocks) - number]
     more: Levers = {Recompute.name: {"blocks": run_again}} if run_again else {}
-    return compiled_plan(settled, kept.levers | more, rows)
+    return plan_anew(settled, kept.levers | more, rows)
 
 
 def _plane(

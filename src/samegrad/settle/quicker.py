@@ -3,8 +3,8 @@
 Other kernels are those of convolutions, and of the loss of a large head, which is faster in chunks than whole.
 
 Each candidate is measured as the ladder measures its rungs, under the same cap, and taken only where it fits and wins.
-Compilation is paid once, so it is tried only where it is known how many steps there will be (``compiled_ways.py``), and
-taken where they pay it back.
+Compilation is paid once, so it is tried only where it is known how many steps there will be, and taken where
+they pay it back. ``chunk_ways.py`` looks for the rows at a time and the blocks that run again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from samegrad.levers.convolution_algorithms import ConvolutionAlgorithms
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.layout import Layout
+from samegrad.levers.recompute import Recompute
 from samegrad.measure.probe import Rung, measure_whole
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Plan
 from samegrad.settle.candidates import Search, Tried
 from samegrad.settle.captured_ways import captured_with_blocks_again
-from samegrad.settle.compiled_ways import compiled_candidates
+from samegrad.settle.chunk_ways import captured_candidates, compiled_candidates
 from samegrad.settle.edits import Levers, even_rows, rows_of, with_levers
 from samegrad.settle.probing import Measurement
 from samegrad.units import format_bytes, format_seconds
@@ -148,7 +149,14 @@ def _candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tri
             "say expected_steps="
         )
     else:
+        # Compiled chunks are captured too.
         yield from compiled_candidates(settled, search, options)
+        return
+    # Fewer rows at a time cost nothing in replays; what was settled without them is the best only where it fits so too.
+    may_be_better = captured is None or Recompute.name in settled.levers
+    may_take_others = options.rows is None and search.measurement.ways.by_rows is not None
+    if may_be_better and may_take_others and Graphs.name not in search.reasons:
+        yield from captured_candidates(settled, search, options)
 
 
 def _in_even_chunks(settled: Plan, options: Options) -> Plan:

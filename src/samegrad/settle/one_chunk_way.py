@@ -1,4 +1,4 @@
-"""One way to run compiled chunks: its levers, what following the step predicts of it, and what fitted when measured."""
+"""One way to run chunks by a program: its levers, what following the step predicts of it, and what fitted."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ class Way:
     fitted: list[Tried] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def of(cls, head: Levers, blocks: list[str | list[str]], settled: Plan, search: Search) -> Way:
+    def of(cls, levers: Levers, blocks: list[str | list[str]], settled: Plan, search: Search) -> Way:
+        followed_levers = {name: knobs for name, knobs in levers.items() if name != Compile.name}
         again: Levers = {Recompute.name: {"blocks": blocks}} if blocks else {}
         footprint, predicted = search.measurement.footprint, dict[int, FollowedPlan]()
         for followed in footprint.traced:
-            if followed.levers.keys() != head.keys():
+            if followed.levers.keys() != followed_levers.keys():
                 continue
             for rows in [table.rows for table in followed.tables]:
                 split: Levers = {} if rows == settled.batch_rows else {SplitRows.name: {"rows": rows}}
                 found = predict_traced(footprint, followed.levers | split | again)
                 if found is not None:
                     predicted[rows] = found
-        return cls(head | again, blocks, predicted)
+        return cls(levers | again, blocks, predicted)
 
     @property
     def largest(self) -> Tried:
@@ -68,12 +69,11 @@ class Way:
 
 
 def measured_captured(plan: Plan, search: Search) -> Tried | None:
-    """``plan`` captured; as it is where that does not fit, since a pool of its own holds more, or cannot be.
-
-    Without launches it is no slower, and it is compiled for that: otherwise gradients add up in another way.
+    """``plan`` captured. One that is compiled, as it is where that does not fit, since a pool of its own holds more, or
+    cannot be: without launches it is no slower, and compiled for that, since otherwise gradients add up in another way.
     """
     captured = None if Graphs.name in search.reasons else search.measured(with_levers(plan, {Graphs.name: {}}))
-    if captured is not None or Compile.name in search.reasons:
+    if captured is not None or Compile.name not in plan.levers or Compile.name in search.reasons:
         return captured
     return search.measured(plan)
 
