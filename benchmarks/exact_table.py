@@ -23,6 +23,35 @@ from samegrad.verify import tolerance
 AT_A_TIME = (1, 7, 8, 28)
 PARTS = 64
 ROWS = {**_exact_losses.ROWS, **_exact_models.ROWS, **_exact_items.ROWS}
+# What hand-written prototypes of each scheme came to, on networks and batches of their own: the order to be expected.
+# Steps of an equation that run again are bit for bit the plain ones; here rows are split beside, which is a sum.
+PROTOTYPE_ERRORS = {
+    "(a) mean over rows": 6e-16,
+    "(b) ignored targets": 7e-16,
+    "(b) class weights and smoothing": 7e-16,
+    "(b) two terms with two counts": 7e-16,
+    "(b') numerator and denominator learned": 4e-13,
+    "(b'') expert balance": 2e-16,
+    "(c) InfoNCE with temperature": 4e-16,
+    "(c) InfoNCE by tiles": 7e-16,
+    "(c) sliced Wasserstein": 3e-16,
+    "(c) sliced Wasserstein by directions": 6e-16,
+    "(c) VICReg": 3e-16,
+    "(c) VICReg by moments": 7e-16,
+    "(c) self-similarity": 3e-16,
+    "(c) self-similarity by row tiles": 5e-16,
+    "(c) prototypes, a shared leaf": 1e-12,
+    "(d) log-sum-exp over centers": 1e-15,
+    "(d) log-sum-exp over centers, first order": 1e-15,
+    "(e) BatchNorm": 2e-14,
+    "(e) dropout": 1e-15,
+    "(e) BatchNorm and dropout": 2e-14,
+    "(i) sliced score matching": 7e-16,
+    "(i) implicit score matching": 7e-16,
+    "(i) score matching of a density, closed form": 1e-15,
+}
+# A gradient that is zero by structure (a bias that the loss centres away) holds rounding alone: the contract judges it.
+STRUCTURAL_ZERO = 1e-10
 
 
 def magnitudes(case: Case) -> list[Tensor]:
@@ -52,9 +81,11 @@ def naive(case: Case) -> Sequence[Tensor]:
 
 def relative_error(mine: Sequence[Tensor], plain: Sequence[Tensor]) -> float:
     """Largest difference over the tensor's largest entry, or a thousandth of the largest of all."""
-    largest = max(g.abs().max().item() for g in plain)
+    sizes = [g.abs().max().item() for g in plain]
     return max(
-        (a - b).abs().max().item() / max(b.abs().max().item(), 1e-3 * largest) for a, b in zip(mine, plain, strict=True)
+        (a - b).abs().max().item() / max(size, 1e-3 * max(sizes))
+        for a, b, size in zip(mine, plain, sizes, strict=True)
+        if size > STRUCTURAL_ZERO * max(sizes)
     )
 
 
@@ -89,7 +120,7 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def main() -> int:
-    table = {name: measured(make()) for name, make in ROWS.items()}
+    table = {name: measured(make()) | {"prototype_error": PROTOTYPE_ERRORS.get(name)} for name, make in ROWS.items()}
     beyond = [name for name, row in table.items() if not row["share_of_contract"] <= 1]
     unseen = [name for name, row in table.items() if not row["naive_share_of_contract"] > 1]
     _results.write(
