@@ -19,6 +19,7 @@ from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, Footprint, Plan
 from samegrad.settle import settle_plan
 
+from ..crossed import crossed
 from ..exact import coupled_zoo as zoo
 from ..exact.coupled_zoo import CASES, made, step_of
 
@@ -54,8 +55,7 @@ def really_needed(step: sg.Step, rows: Any) -> int:
     return last.peak_allocated_bytes
 
 
-@pytest.mark.parametrize("share", [0.25, 0.75])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "share"), crossed(CASES, [0.25, 0.75]))
 def test_a_budget_between_the_smallest_and_the_plain_peak_is_kept_and_predicted(
     name: str, share: float, footprints: dict[str, Footprint]
 ) -> None:

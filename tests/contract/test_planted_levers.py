@@ -23,6 +23,7 @@ from samegrad.records import Same, Verdict
 from samegrad.verify.kept import PUT_BACK
 from samegrad.verify.tiers import KEPT_BITS, PLAIN_TWICE
 
+from ..crossed import crossed
 from .lever_zoo import forced, stale
 from .plain import cross_entropy, left_alone, spread
 from .test_pairs import KNOBS, made
@@ -83,8 +84,10 @@ def half_a_percent(lever: type, monkeypatch: Patch) -> None:
 
 
 @PASSES
-@pytest.mark.parametrize("company", COMPANY)
-@pytest.mark.parametrize("name", ["autocast", "layout", "offload_saved", "optimizer_state", "recompute", "host_rows"])
+@pytest.mark.parametrize(
+    ("name", "company"),
+    crossed(["autocast", "layout", "offload_saved", "optimizer_state", "recompute", "host_rows"], COMPANY),
+)
 def test_a_lever_whose_gradients_are_half_a_percent_larger_is_named(
     name: str, company: str, loss_fn: Any, monkeypatch: Patch
 ) -> None:

@@ -19,6 +19,7 @@ from samegrad.exact.randomness import keyed
 from samegrad.measure.counting import ByteCounter
 from samegrad.verify import tolerance
 
+from ..crossed import crossed
 from ..exact import recompute_zoo as zoo
 
 Batch = tuple[Tensor, Tensor]
@@ -87,16 +88,7 @@ def test_recomputation_on_the_whole_batch_is_the_plain_step_bit_for_bit(name: st
     assert same_bits(ours, left_by(model, batch_of(x), coupled_loss, rows=len(x)))
 
 
-# Each loss and each number of chunks that keep their graphs in every second model; all of them where there is time.
-@pytest.mark.parametrize(
-    ("name", "kept_chunks", "loss"),
-    [
-        pytest.param(name, kept, loss, marks=[pytest.mark.slow] * ((place + which + (kept > 0)) % 2))
-        for place, name in enumerate(zoo.BY_ROWS)
-        for kept in (0, 2)
-        for which, loss in enumerate(LOSSES)
-    ],
-)
+@pytest.mark.parametrize(("name", "kept_chunks", "loss"), crossed(zoo.BY_ROWS, (0, 2), LOSSES, every=3))
 def test_recomputation_in_ragged_chunks_gives_the_split_steps_bits(name: str, kept_chunks: int, loss: str) -> None:
     model, x = zoo.made(name)
     split = {"rows": SIZES, "kept_chunks": kept_chunks}

@@ -18,6 +18,7 @@ from samegrad.exact.attributes import can_hold_state
 from samegrad.exact.undisturbed import undisturbed
 from samegrad.verify import tolerance
 
+from ..crossed import crossed
 from . import zoo
 from .module_zoo import BY_PARTS, BY_ROWS, REFUSED
 from .zoo_modules import Output
@@ -145,8 +146,7 @@ def assert_same_state(mine: Any, theirs: Any) -> None:
         assert mine == theirs or not can_hold_state(theirs)
 
 
-@pytest.mark.parametrize("loss", ["mse", "rmse"])
-@pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.parametrize(("name", "loss"), crossed(BY_ROWS, ["mse", "rmse"]))
 def test_what_treats_rows_alone_is_split_by_rows_exactly(name: str, loss: str) -> None:
     plain = reference(BY_ROWS[name], loss)
     for rows in (8, RAGGED):

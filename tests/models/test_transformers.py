@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from samegrad.errors import CannotTrace
 from samegrad.measure.trace import trace_step
 
+from ..crossed import crossed
 from . import suite
 from .suite import ROWS, Batch, Case
 
@@ -219,19 +220,16 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-# Those that take long: of each model the gradients' always, the others' of every second; all where there is time.
-LONG = ("levers together are the whole step", "measuring leaves everything as it was")
+GRADIENTS = "ragged chunks are the plain step"
 
 
-@pytest.mark.parametrize(
-    ("name", "check"),
-    [
-        pytest.param(name, check, marks=[pytest.mark.slow] * (check in LONG and (place + LONG.index(check)) % 2))
-        for place, name in enumerate(CASES)
-        for check in suite.CHECKS
-    ],
-)
-def test_the_promises_hold(name: str, check: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradients_are_the_plain_steps(name: str) -> None:
+    suite.CHECKS[GRADIENTS](CASES[name])
+
+
+@pytest.mark.parametrize(("name", "check"), crossed(CASES, [check for check in suite.CHECKS if check != GRADIENTS]))
+def test_the_other_promises_hold(name: str, check: str) -> None:
     suite.CHECKS[check](CASES[name])
 
 

@@ -18,6 +18,7 @@ from samegrad.recipes.fewshot_cosine.objective import EpisodeLoss
 
 from ..contract.lever_zoo import Mean, forced
 from ..contract.plain import cross_entropy, spread
+from ..crossed import crossed
 from ..exact import zoo
 from ..exact.module_zoo import BY_PARTS, BY_ROWS
 from ..exact.test_module_zoo import batch as zoo_batch
@@ -28,9 +29,7 @@ from ..exact.test_probes import SAFE
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("loss", ["mse", "info nce"])
-@pytest.mark.parametrize("name", SAFE)
+@pytest.mark.parametrize(("name", "loss", "dtype"), crossed(SAFE, ["mse", "info nce"], DTYPES))
 def test_models_that_treat_rows_alone(name: str, loss: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     step = sg.Step(SAFE[name]().to(dtype), zoo.LOSSES[loss][0], rows=[8, 8, 8, 5], forward=zoo.forward)
@@ -42,7 +41,7 @@ def test_models_that_treat_rows_alone(name: str, loss: str, dtype: torch.dtype) 
 NOT_IN_FLOAT32 = {"a reentrant checkpoint", "complex weights", "a codebook that follows the rows"}
 
 
-@pytest.mark.parametrize("name", [name for name in (*BY_ROWS, *BY_PARTS) if name not in NOT_IN_FLOAT32])
+@pytest.mark.parametrize("name", crossed(name for name in (*BY_ROWS, *BY_PARTS) if name not in NOT_IN_FLOAT32))
 def test_every_module_of_the_zoo_in_float32(name: str) -> None:
     seeded(0)
     model = (BY_ROWS[name] if name in BY_ROWS else BY_PARTS[name].make)().to(torch.float32)
@@ -84,18 +83,8 @@ def normalised(norm: Callable[[int], nn.Module]) -> nn.Module:
 # Every kind of layer in every dtype, whole and split, each loss and offset in half of them; all where there is time.
 @pytest.mark.parametrize(
     ("norm", "rows", "loss_fn", "dtype", "offset"),
-    [
-        pytest.param(
-            norm, rows, loss_fn, dtype, offset, marks=[pytest.mark.slow] * ((a + b + c + d) % 2),
-            id=f"{norm}-{'split' if rows else 'whole'}-{'two passes' if c else 'one pass'}-{dtype}-{offset}",
-        )
-        for norm in ("batch", "group", "instance")
-        for a, rows in enumerate([None, 5])
-        for b, dtype in enumerate(DTYPES[:2])
-        for c, loss_fn in enumerate([cross_entropy, spread])
-        for d, offset in enumerate([0.0, 5.0])
-    ],
-)  # fmt: skip
+    crossed(("batch", "group", "instance"), (None, 5), (cross_entropy, spread), DTYPES[:2], (0.0, 5.0), every=3),
+)
 def test_kernels_that_add_up_in_another_order(
     norm: str, rows: int | None, loss_fn: Any, dtype: torch.dtype, offset: float
 ) -> None:
