@@ -16,7 +16,7 @@ from samegrad.levers.graphs import Graphs
 from samegrad.plan.options import Options
 from samegrad.records import Plan
 from samegrad.settle.candidates import Search, Tried
-from samegrad.settle.edits import Levers, even_rows, plan_anew, rows_of
+from samegrad.settle.edits import Levers, even_rows, makes_room, plan_anew, rows_of
 from samegrad.settle.mixed_ways import mixed_candidates
 from samegrad.settle.one_chunk_way import ROOM_FRACTION, Way, measured_captured, tried_rows
 
@@ -34,7 +34,13 @@ def compiled_candidates(settled: Plan, search: Search, options: Options) -> Iter
 
 def captured_candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
     """Ones of Python's own kernels, captured, that fit: fewer rows cost few launches then, and hold less."""
-    yield from _candidates({}, Graphs.name, settled, search, options)
+    fits = False
+    for beside in makes_room(settled):
+        for one in _candidates(beside, Graphs.name, settled, search, options):
+            fits = True
+            yield one
+        if fits or Graphs.name in search.reasons:
+            return
 
 
 def _candidates(base: Levers, refusable: str, settled: Plan, search: Search, options: Options) -> Iterator[Tried]:

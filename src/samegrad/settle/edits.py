@@ -8,6 +8,7 @@ from typing import Any
 from samegrad.levers import find_levers
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.layout import Layout
+from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.levers.split_rows import SplitRows
 from samegrad.records import Exactness, KnobOrigin, Plan
 
@@ -31,6 +32,12 @@ def plan_anew(settled: Plan, levers: Levers, rows: int) -> Plan:
         kept |= {SplitRows.name: {"rows": rows, "kept_chunks": 0}}
     origins = {name: origin for name, origin in settled.knob_origins.items() if name.partition(".")[0] in kept}
     return with_levers(dataclasses.replace(settled, levers=kept, knob_origins=origins), levers)
+
+
+def makes_room(settled: Plan) -> list[Levers]:
+    """What others are tried beside, one after the other until something fits: it costs time, and may be needed."""
+    name = OptimizerState.name
+    return [{}, {name: settled.levers[name]}] if name in settled.levers else [{}]
 
 
 def rows_of(plan: Plan) -> int:
