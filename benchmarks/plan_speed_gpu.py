@@ -65,6 +65,7 @@ def run(case: _steps.StepCase, budget_bytes: int | None) -> dict[str, Any]:
         return {
             "planned": True,
             "plan": plan.levers,
+            "reasons": plan.reasons,
             "plan_seconds": plan_seconds,
             "predicted_seconds": plan.predicted_seconds,
             "seconds": statistics.median(seconds[WARM:]),

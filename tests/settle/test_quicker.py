@@ -330,6 +330,21 @@ def test_the_loss_of_a_large_head_runs_in_chunks_where_that_is_faster(
         assert plan.reasons["chunk_loss"] == "not needed: measured, and no faster within the budget"
 
 
+def test_what_launches_hide_of_a_heads_loss_in_chunks_a_replay_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(plan: Plan) -> Rung:
+        """Logits are most of what the device does, and of what a capture holds; launches take longer than all of it."""
+        rung, captured, in_chunks = a_card(plan), "graphs" in plan.levers, "chunk_loss" in plan.levers
+        if not captured:
+            return rung
+        held = 0 if in_chunks else 200 * MIB
+        return Rung(rung.peak_bytes + held, rung.seconds - (0.005 if in_chunks else 0.0))
+
+    with_a_head(monkeypatch)
+    plan, tried = settled_by(100, monkeypatch, rule=hidden)
+    assert {"chunk_loss", "graphs"} <= plan.levers.keys() and "recompute" not in plan.levers
+    assert plan.reasons["chunk_loss"].startswith("taken: measured") and len(tried) <= 4
+
+
 def test_a_large_heads_loss_runs_in_chunks_beside_compiled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     with_a_head(monkeypatch)
     plan, tried = settled_by(100, monkeypatch, expected_steps=10**6)

@@ -138,9 +138,13 @@ def _before(settled: Plan, search: Search) -> Rung | None:
 
 
 def _candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
-    captured = search.measured(with_levers(_in_even_chunks(settled, options), {Graphs.name: {}}))
-    if captured is not None:
-        yield captured
+    even, captured = _in_even_chunks(settled, options), list[Tried]()
+    # What a head in chunks saves the device, launches may hide; a replay shows it.
+    for more in [{}, *_slower_head(search)]:
+        found = search.measured(with_levers(even, {Graphs.name: {}, **more}))
+        if found is not None:
+            captured.append(found)
+    yield from captured
     if options.allow < Compile.exactness:
         search.reasons[Compile.name] = f"not allowed: {Compile.exactness.explained()} ({Compile.exactness.name})"
     elif options.expected_steps is None:
@@ -153,10 +157,15 @@ def _candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tri
         yield from compiled_candidates(settled, search, options)
         return
     # Fewer rows at a time cost nothing in replays; what was settled without them is the best only where it fits so too.
-    may_be_better = captured is None or Recompute.name in settled.levers
+    may_be_better = not captured or Recompute.name in settled.levers
     may_take_others = options.rows is None and search.measurement.ways.by_rows is not None
     if may_be_better and may_take_others and Graphs.name not in search.reasons:
         yield from captured_candidates(settled, search, options)
+
+
+def _slower_head(search: Search) -> list[Levers]:
+    """The head's loss in chunks where it ran and was no faster by itself."""
+    return [search.head()] if search.reasons.get(ChunkLoss.name) == _NO_FASTER else []
 
 
 def _in_even_chunks(settled: Plan, options: Options) -> Plan:
