@@ -256,7 +256,7 @@ def test_where_its_own_pool_does_not_fit_fewer_rows_are_captured(monkeypatch: py
     def pools_by_rows(plan: Plan) -> Rung:
         rung, rows = a_card(plan), rows_of(plan)
         # Blocks that run again cost much, so that rows alone are the way.
-        slow = 0.1 * ("recompute" in plan.levers)
+        slow = 0.02 * ("recompute" in plan.levers)
         pool = 16.0 * rows * ("graphs" in plan.levers)
         return dataclasses.replace(rung, peak_bytes=int(rung.peak_bytes + pool * MIB), seconds=rung.seconds + slow)
 
@@ -264,7 +264,7 @@ def test_where_its_own_pool_does_not_fit_fewer_rows_are_captured(monkeypatch: py
     assert tried[0].levers.keys() == {"split_rows", "graphs"} and rows_of(tried[0]) == 4
     assert "graphs" in plan.levers and "recompute" not in plan.levers and rows_of(plan) < 4
     assert pools_by_rows(plan).peak_bytes <= 98 * MIB
-    assert plan.predicted_seconds == pools_by_rows(plan).seconds < pools_by_rows(tried[0]).seconds + 0.08
+    assert plan.predicted_seconds == pools_by_rows(plan).seconds
 
 
 @pytest.mark.parametrize("rule", [a_card, a_card_of_its_own])
@@ -279,6 +279,16 @@ def test_captured_rows_and_blocks_come_near_to_the_best_there_is(rule: Rule, mon
         assert plan.predicted_seconds is not None
         over.append(plan.predicted_seconds / fastest_there_is(rule, budget, "graphs"))
     assert max(over) < 1.35 and sum(over) / len(over) < 1.05, over
+
+
+def test_where_replays_win_nothing_few_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device_bound(plan: Plan) -> Rung:
+        again = "recompute" in plan.levers
+        pool = 200 * MIB if "graphs" in plan.levers and not again else 0
+        return Rung(a_card(plan).peak_bytes + pool, 0.8 if again else 0.5)
+
+    plan, tried = settled_by(100, monkeypatch, rule=device_bound)
+    assert list(plan.levers) == ["split_rows"] and len(tried) <= 4
 
 
 def test_nothing_else_is_captured_where_what_was_settled_fits_and_runs_nothing_again(

@@ -16,10 +16,7 @@ from samegrad.levers.recompute import Recompute
 from samegrad.records import Plan
 from samegrad.settle.candidates import Search, Tried
 from samegrad.settle.edits import Levers, makes_room, plan_anew
-from samegrad.settle.one_chunk_way import ROOM_FRACTION
-
-# Of a step whose blocks all run again, what is left at least when none does: one forward fewer on about three.
-_LEAST_KEPT_SHARE = 0.75
+from samegrad.settle.one_chunk_way import LEAST_KEPT_SHARE, ROOM_FRACTION
 
 
 def captured_with_blocks_again(settled: Plan, search: Search, *, slower_seconds: float) -> Iterator[Tried]:
@@ -34,7 +31,7 @@ def captured_with_blocks_again(settled: Plan, search: Search, *, slower_seconds:
     else:
         return
     yield again
-    if again.rung.seconds * _LEAST_KEPT_SHARE >= slower_seconds:
+    if again.rung.seconds * LEAST_KEPT_SHARE >= slower_seconds:
         return
     footprint = search.measurement.footprint
     plain_bytes = footprint.predicted_peak_bytes(rows=settled.batch_rows)

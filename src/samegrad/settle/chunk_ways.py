@@ -8,6 +8,7 @@ blocks goes to as many rows as fit by what a row takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from samegrad.levers.chunk_loss import ChunkLoss
@@ -18,7 +19,7 @@ from samegrad.records import Plan
 from samegrad.settle.candidates import Search, Tried
 from samegrad.settle.edits import Levers, even_rows, makes_room, plan_anew, rows_of
 from samegrad.settle.mixed_ways import mixed_candidates
-from samegrad.settle.one_chunk_way import ROOM_FRACTION, Way, measured_captured, tried_rows
+from samegrad.settle.one_chunk_way import LEAST_KEPT_SHARE, ROOM_FRACTION, Way, measured_captured, tried_rows
 
 # Sizes of chunk of which one must fit, and those that are tried of a model without blocks when one did.
 _MOST_TOO_LARGE = 3
@@ -32,29 +33,39 @@ def compiled_candidates(settled: Plan, search: Search, options: Options) -> Iter
     yield from _candidates({Compile.name: Compile().knobs()}, Compile.name, settled, search, options)
 
 
-def captured_candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
-    """Ones of Python's own kernels, captured, that fit: fewer rows cost few launches then, and hold less."""
+def captured_candidates(
+    settled: Plan, search: Search, options: Options, *, slower_seconds: float
+) -> Iterator[Tried]:
+    """Ones of Python's own kernels, captured, that fit: fewer rows cost few launches then, and hold less.
+
+    Nothing more is tried once none can be faster than ``slower_seconds``: where the device is what takes the time,
+    replays win nothing.
+    """
     fits = False
     for beside in makes_room(settled):
-        for one in _candidates(beside, Graphs.name, settled, search, options):
+        for one in _candidates(beside, Graphs.name, settled, search, options, slower_seconds):
             fits = True
             yield one
         if fits or Graphs.name in search.reasons:
             return
 
 
-def _candidates(base: Levers, refusable: str, settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
+def _candidates(
+    base: Levers, refusable: str, settled: Plan, search: Search, options: Options, slower_seconds: float = math.inf
+) -> Iterator[Tried]:
     """A large head's loss runs in chunks, unless the model works on its logits: then they are whole.
 
     ``base``: the levers of all of them. ``refusable``: the one that ends the search where it cannot be.
     """
     head = search.head() if ChunkLoss.exactness <= options.allow else {}
-    yield from _beside(base | head, refusable, settled, search, options)
+    yield from _beside(base | head, refusable, settled, search, options, slower_seconds)
     if head and search.reasons.pop(refusable, None) is not None:
-        yield from _beside(base, refusable, settled, search, options)
+        yield from _beside(base, refusable, settled, search, options, slower_seconds)
 
 
-def _beside(levers: Levers, refusable: str, settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
+def _beside(
+    levers: Levers, refusable: str, settled: Plan, search: Search, options: Options, slower_seconds: float
+) -> Iterator[Tried]:
     pinned, blocks = options.rows is not None, search.blocks()
     kept, again = (Way.of(levers, some, settled, search) for some in ([], blocks))
     # All rows at once and nothing twice is the fastest, where it fits.
@@ -66,6 +77,8 @@ def _beside(levers: Levers, refusable: str, settled: Plan, search: Search, optio
             yield one
             way.fitted.append(one)
         if refusable in search.reasons or any(tried_rows(one) == settled.batch_rows for one in kept.fitted):
+            return
+        if any(one.rung.seconds * LEAST_KEPT_SHARE >= slower_seconds for one in again.fitted):
             return
     if kept.fitted and again.fitted:
         yield from mixed_candidates(settled, kept, again, search, rows=rows_of(settled) if pinned else None)

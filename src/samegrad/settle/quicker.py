@@ -77,7 +77,7 @@ def quicker_plan(
     if laid_out and Layout.name not in settled.levers:
         best = _with_kernels({Layout.name: {}}, best, search, options)
     if chunks_are_work:
-        for candidate in _candidates(best.plan, search, options):
+        for candidate in _candidates(best, search, options):
             if _pays(candidate, best, options):
                 best = candidate
     # A capture that was refused would be again; one that fitted was as fast as it is.
@@ -137,7 +137,8 @@ def _before(settled: Plan, search: Search) -> Rung | None:
     )
 
 
-def _candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tried]:
+def _candidates(best: Tried, search: Search, options: Options) -> Iterator[Tried]:
+    settled = best.plan
     even, captured = _in_even_chunks(settled, options), list[Tried]()
     # What a head in chunks saves the device, launches may hide; a replay shows it.
     for more in [{}, *_slower_head(search)]:
@@ -160,7 +161,8 @@ def _candidates(settled: Plan, search: Search, options: Options) -> Iterator[Tri
     may_be_better = not captured or Recompute.name in settled.levers
     may_take_others = options.rows is None and search.measurement.ways.by_rows is not None
     if may_be_better and may_take_others and Graphs.name not in search.reasons:
-        yield from captured_candidates(settled, search, options)
+        fastest = min([best, *captured], key=lambda one: one.rung.seconds)
+        yield from captured_candidates(settled, search, options, slower_seconds=fastest.rung.seconds)
 
 
 def _slower_head(search: Search) -> list[Levers]:
