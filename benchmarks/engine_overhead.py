@@ -1,13 +1,19 @@
-"""Time of ``Step.backward`` against a hand-written loop over the same chunks, in pairs, one pass and two passes."""
+"""Time of ``Step.backward`` against a hand-written loop over the same chunks, in pairs, one pass and two passes.
+
+``--device cuda``: three networks on a card, chunks that Python runs and chunks that are captured, both ways.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import _results
+import _steps
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,6 +49,80 @@ def coupled(outputs: Tensor, batch: Tensor) -> Tensor:
     return F.mse_loss(outputs, batch).sqrt()
 
 
+@dataclasses.dataclass(frozen=True)
+class OnCard:
+    """A step of ``_steps`` in chunks of ``rows``, all of one size, run by ``Step`` and by hand."""
+
+    case: _steps.StepCase
+    rows: int
+
+    def hand_eager(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+        forward, share = _steps.forward_of(self.case), self.rows / self.case.rows
+
+        def chunks() -> None:
+            for inputs, targets in zip(*(part.split(self.rows) for part in batch)):
+                (_steps.loss_of(forward(model, (inputs, targets)), (inputs, targets)) * share).backward()
+
+        return chunks
+
+    def hand_graphed(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+        """A chunk captured once, forward and backward, into gradients that stay where they are."""
+        forward, share = _steps.forward_of(self.case), self.rows / self.case.rows
+        places = tuple(part[: self.rows].clone() for part in batch)
+
+        def chunk() -> None:
+            (_steps.loss_of(forward(model, places), places) * share).backward()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                chunk()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chunk()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+
+        def chunks() -> None:
+            torch._foreach_zero_(gradients)
+            for parts in zip(*(part.split(self.rows) for part in batch)):
+                for place, part in zip(places, parts):
+                    place.copy_(part)
+                graph.replay()
+
+        return chunks
+
+    def measured(self, pairs: int, *, graphed: bool) -> dict[str, float]:
+        model, batch = _steps.make_model(self.case, "cuda"), _steps.make_batch(self.case, "cuda")
+        twin = _steps.make_model(self.case, "cuda")
+        levers: dict[str, Any] = {"split_rows": {"rows": self.rows}} | ({"graphs": {}} if graphed else {})
+        plan = sg.Plan(levers=levers, exactness=sg.Exactness.SAME_SUM, batch_rows=self.case.rows)
+        by_hand = (self.hand_graphed if graphed else self.hand_eager)(twin, batch)
+        with sg.Step(model, _steps.loss_of, forward=_steps.forward_of(self.case), plan=plan) as step:
+            step.prepare(batch)
+
+            def ours() -> None:
+                model.zero_grad(set_to_none=True)
+                step.backward(batch)
+                torch.cuda.synchronize()
+
+            def hand() -> None:
+                if not graphed:
+                    twin.zero_grad(set_to_none=True)
+                by_hand()
+                torch.cuda.synchronize()
+
+            return paired_ratio(ours, hand, pairs)
+
+
+ON_CARD = {
+    "GPT-2 124M, 32 by 8, bf16": OnCard(_steps.StepCase("gpt2 32 bf16", "gpt2", 32, "bf16"), 8),
+    "ViT-B/16, 128 by 32, bf16": OnCard(_steps.StepCase("vit_b16 128 bf16", "vit_b16", 128, "bf16"), 32),
+    "ResNet-50-GN, 128 by 32, bf16": OnCard(_steps.StepCase("resnet50_gn 128 bf16", "resnet50_gn", 128, "bf16"), 32),
+}
+
+
 def paired_ratio(ours: Callable[[], None], theirs: Callable[[], None], pairs: int) -> dict[str, float]:
     """Median of ours / theirs, pair by pair, so that a machine that drifts cancels out."""
     ours(), theirs()
@@ -67,7 +147,17 @@ def paired_ratio(ours: Callable[[], None], theirs: Callable[[], None], pairs: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=40)
-    pairs = parser.parse_args().pairs
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
+    pairs = arguments.pairs
+    if arguments.device == "cuda":
+        figures = {
+            f"{name}, {'graphed' if graphed else 'eager'}": one.measured(pairs, graphed=graphed)
+            for name, one in ON_CARD.items()
+            for graphed in (False, True)
+        }
+        _results.write("engine_overhead_cuda", figures)
+        return
     model = make_model()
     x = torch.randn(ROWS, FEATURES)
     single = sg.Step(model, lambda outputs, batch: F.mse_loss(outputs, batch), rows=CHUNK_ROWS)
