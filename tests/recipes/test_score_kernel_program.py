@@ -17,9 +17,11 @@ import samegrad as sg
 from samegrad.cli.planned import plan_step
 from samegrad.cli.programs import RecipeTraining
 from samegrad.recipes import run_epochs
+from samegrad.recipes.score_kernel import parallel
 from samegrad.recipes.score_kernel import program as score_program
 from samegrad.recipes.score_kernel.model import score_implicit_matching_stable
 from samegrad.recipes.score_kernel.options import ScoreKernelOptions
+from samegrad.recipes.score_kernel.parallel import joined
 from samegrad.recipes.score_kernel.recipe import RECIPE, ScoreKernelProgram, build, table
 from samegrad.recipes.score_kernel.schedule import learning_rates
 from samegrad.recipes.score_kernel.strategies import documents_choice, memory_estimate
@@ -133,6 +135,40 @@ def test_a_budget_is_kept_by_fewer_centers_at_a_time() -> None:
 def test_the_plan_is_verified_against_the_plain_loss() -> None:
     program = build(options(chunk_size=5))
     assert sg.verify_step(program.step, next(program.batches(0))).same
+
+
+def first_place_alone(parts: Any, device: torch.device) -> Any:
+    return joined(parts[:1], device)
+
+
+def mean_of_places(parts: Any, device: torch.device) -> Any:
+    """As in the document: each place has a softmax of its own."""
+    names = ("force", "curvature")
+    means = {name: torch.stack([found[name] for _, found in parts]).mean(0) for name in names}
+    return joined(parts, device)[0], means
+
+
+def last_place_twice_in_the_gradient(parts: Any, device: torch.device) -> Any:
+    """The values are right, so that no loss shows it."""
+    lse, means = parts[-1]
+    return joined([*parts[:-1], (lse, {name: 2 * value - value.detach() for name, value in means.items()})], device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("fault", [None, first_place_alone, mean_of_places, last_place_twice_in_the_gradient])
+def test_centers_over_places_are_verified_against_the_unsharded_step(
+    fault: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = build(options(strategy="model_parallel", devices=("cpu", "cpu"), chunk_size=5, dtype=dtype))
+    if fault is not None:
+        # After the places themselves were checked, which would have stopped it.
+        monkeypatch.setattr(parallel, "joined", fault)
+    verdict = sg.verify_step(program.step, next(program.batches(0)))
+    assert verdict.same == (fault is None)
+    assert verdict.fault.startswith("forward=") == (fault is not None)
+    # Places add up in another order.
+    assert verdict.asked is sg.Exactness.SAME_SUM
+    assert verdict.found is (sg.Exactness.SAME_SUM if fault is None else None)
 
 
 def test_the_documents_rule_is_its_own() -> None:

@@ -90,6 +90,7 @@ def declare_again(training: Training, given: Plan | None, footprint: Footprint |
         batch_axes=declared.batch_axes,
         segments=declared.segments,
         head=declared.head,
+        plain_forward=declared.plain_forward,
         expected_steps=step.expected_steps,
         device=declared.device,
         allow=step.allow,
