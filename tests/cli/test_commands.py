@@ -352,6 +352,8 @@ def test_doctor_judges_a_run(cli: Cli) -> None:
     assert findings["no out-of-memory"]["answer"] == "ok"
     assert findings["memory stable"]["answer"] == "ok"
     assert "50.0 KiB" in findings["within the budget"]["detail"]
+    answers = {finding["answer"] for finding in findings.values()}
+    assert ran.document["passed"] == (answers == {"ok"}) and ran.code == (0 if answers == {"ok"} else 1)
 
 
 def test_demo_keeps_the_whole_promise(cli: Cli, folder: Path) -> None:

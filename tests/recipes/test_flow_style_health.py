@@ -16,7 +16,7 @@ from samegrad.recipes import Answer, find_health
 from samegrad.recipes.flow_style.health import advise, examine
 from samegrad.recipes.flow_style.options import FlowStyleOptions
 
-EPOCHS, STEPS = 9, 2
+EPOCHS, STEPS = 10, 2
 # The document's own file, comments and all.
 DOCUMENT_CONFIG = """{
   "training": {
@@ -92,23 +92,38 @@ def test_a_figure_that_is_wrong_fails_its_line_alone(tmp_path: Path, name: str, 
     assert {line for line, answer in found.items() if answer is Answer.FAILS} == {name}
 
 
-def test_too_short_a_run_says_so(tmp_path: Path) -> None:
-    one = {name: [0.5] * STEPS for name in ("loss", "norm", "seconds", "peak")} | {"swd": [0.4], "ssm": [0.3]}
-    found = examine(write_run(tmp_path, **one))
-    unknown = [finding for finding in found if finding.answer is Answer.UNKNOWN]
-    assert len(unknown) == 4 and all("not enough epochs" in finding.detail for finding in unknown)
+TRENDS = ("loss falls over the first 10 epochs", "SWD falling (held out)", "SSM stable (held out)")
+
+
+def write_short_run(folder: Path, epochs: int) -> Path:
+    short = {name: [0.5] * STEPS * epochs for name in ("loss", "norm", "seconds", "peak")}
+    return write_run(folder, **short, swd=[0.4] * epochs, ssm=[0.3] * epochs)
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(1, "1 epoch, needs 10"), (3, "3 epochs, needs 10"), (9, "9 epochs")])
+def test_too_short_a_run_is_not_judged_and_says_how_long_it_must_be(tmp_path: Path, epochs: int, told: str) -> None:
+    found = {finding.name: finding for finding in examine(write_short_run(tmp_path, epochs))}
+    for name in TRENDS:
+        assert found[name].answer is Answer.UNKNOWN
+        assert found[name].detail.startswith(f"not judged, not enough epochs: {told}")
+
+
+def test_one_epoch_has_neither_a_time_nor_a_share(tmp_path: Path) -> None:
+    found = {finding.name: finding for finding in examine(write_short_run(tmp_path, 1))}
+    assert found["epoch time as planned"].detail.endswith("1 epoch, needs 2")
+    assert found["share of clipped steps"].detail.endswith("2 gradient norms, needs 6")
 
 
 @pytest.mark.parametrize(
     ("says", "changed"),
     [
         ("Over the budget", {"plan": {"budget": {"total_bytes": 900}}}),
-        ("--max_grad_norm 0.5", {"norm": [0.5] * 17 + [9.0]}),
-        ("--use_velocity_reg", {"norm": [0.5] * 17 + [9.0]}),
-        ("--epsilon_warmup_epochs 20", {"norm": [0.5] * 17 + [9.0]}),
+        ("--max_grad_norm 0.5", {"norm": [0.5] * 19 + [9.0]}),
+        ("--use_velocity_reg", {"norm": [0.5] * 19 + [9.0]}),
+        ("--epsilon_warmup_epochs 20", {"norm": [0.5] * 19 + [9.0]}),
         ("Launch-bound (50 %", {"plan": {"levers": {"split_rows": {"rows": 4}}},
                                "footprint": {"seconds_per_chunk": 0.4, "seconds_per_row": 0.1}}),
-        ("--ode_integration_steps 7", {"seconds": [2.0] * 18}),
+        ("--ode_integration_steps 7", {"seconds": [2.0] * 20}),
         ("SWD does not fall", {"swd": RISING[:EPOCHS]}),
     ],
 )  # fmt: skip
@@ -120,7 +135,7 @@ def test_each_line_of_advice_needs_its_measurement(tmp_path: Path, says: str, ch
 
 
 def test_velocity_regularisation_is_not_advised_where_it_is_on(tmp_path: Path) -> None:
-    told = advise(write_run(tmp_path, norm=[0.5] * 17 + [9.0], config={"use_velocity_reg": True}))
+    told = advise(write_run(tmp_path, norm=[0.5] * 19 + [9.0], config={"use_velocity_reg": True}))
     assert told and not any("--use_velocity_reg" in line for line in told)
 
 
