@@ -51,7 +51,7 @@ def write_run(folder: Path, **changed: Any) -> Path:
         step = {"loss": loss, "grad_norm": norm, "seconds": seconds, "peak_allocated_bytes": peak, "batch_rows": 6}
         lines.append({"kind": "step", "step": i, "index": i, **step})
         if i % STEPS == STEPS - 1 and i // STEPS < len(given["swd"]):
-            parts = {"swd": given["swd"][i // STEPS], "ssm": given["ssm"][i // STEPS]}
+            parts = {"swd_loss": given["swd"][i // STEPS], "ssm_loss": given["ssm"][i // STEPS]}
             lines.append({"kind": "validation", "step": i, "loss": sum(parts.values()), "parts": parts})
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -80,8 +80,8 @@ RISING = [0.1 * i for i in range(1, EPOCHS * STEPS + 1)]
     ("name", "changed"),
     [
         ("loss falls over the first 10 epochs", {"loss": RISING}),
-        ("SWD falling (held out)", {"swd": RISING[:EPOCHS]}),
-        ("SSM stable (held out)", {"ssm": RISING[:EPOCHS]}),
+        ("SWD loss falling (validation)", {"swd": RISING[:EPOCHS]}),
+        ("SSM loss stable (validation)", {"ssm": RISING[:EPOCHS]}),
         ("epoch time as planned", {"seconds": [3.0] * EPOCHS * STEPS}),
         ("share of clipped steps", {"norm": [2.0] * EPOCHS * STEPS}),
         ("torch.compile logs", {"config": {"use_compile": True}, "metrics": {"compiled_graphs": 17}}),
@@ -92,7 +92,7 @@ def test_a_figure_that_is_wrong_fails_its_line_alone(tmp_path: Path, name: str, 
     assert {line for line, answer in found.items() if answer is Answer.FAILS} == {name}
 
 
-TRENDS = ("loss falls over the first 10 epochs", "SWD falling (held out)", "SSM stable (held out)")
+TRENDS = ("loss falls over the first 10 epochs", "SWD loss falling (validation)", "SSM loss stable (validation)")
 
 
 def write_short_run(folder: Path, epochs: int) -> Path:
@@ -124,7 +124,7 @@ def test_one_epoch_has_neither_a_time_nor_a_share(tmp_path: Path) -> None:
         ("Launch-bound (50 %", {"plan": {"levers": {"split_rows": {"rows": 4}}},
                                "footprint": {"seconds_per_chunk": 0.4, "seconds_per_row": 0.1}}),
         ("--ode_integration_steps 7", {"seconds": [2.0] * 20}),
-        ("SWD does not fall", {"swd": RISING[:EPOCHS]}),
+        ("The SWD loss does not fall", {"swd": RISING[:EPOCHS]}),
     ],
 )  # fmt: skip
 def test_each_line_of_advice_needs_its_measurement(tmp_path: Path, says: str, changed: dict[str, Any]) -> None:
@@ -144,9 +144,9 @@ def test_the_doctor_adds_the_recipes_lines_to_its_own(tmp_path: Path) -> None:
     (tmp_path / "plan.json").unlink()
     (tmp_path / "status.json").write_text(json.dumps({"name": "flow_style", "state": "done", "exit_code": 0}))
     names = [finding.name for finding in examine_run(tmp_path)]
-    assert {"no out-of-memory", "memory stable", "SWD falling (held out)", "torch.compile logs"} <= set(names)
+    assert {"no out-of-memory", "memory stable", "SWD loss falling (validation)", "torch.compile logs"} <= set(names)
     (tmp_path / "status.json").write_text(json.dumps({"name": "steps.py:train", "state": "done", "exit_code": 0}))
-    assert "SWD falling (held out)" not in [finding.name for finding in examine_run(tmp_path)]
+    assert "SWD loss falling (validation)" not in [finding.name for finding in examine_run(tmp_path)]
     assert find_health("autoencoder") is None
 
 

@@ -139,7 +139,7 @@ def test_validation_is_what_its_parts_add_up_to(options: FlowStyleOptions) -> No
     program = build(changed(options, w_style=3.0, w_content=0.5))
     value = program.validate()
     parts = program.validation_parts()
-    assert value == pytest.approx(3 * parts["swd"] + 0.5 * parts["ssm"], rel=1e-12)
+    assert value == pytest.approx(3 * parts["swd_loss"] + 0.5 * parts["ssm_loss"], rel=1e-12)
     assert program.validate() == value
 
 
@@ -153,7 +153,10 @@ def test_metrics_stand_between_their_anchors(options: FlowStyleOptions) -> None:
     )
     assert (shuffled.swd, shuffled.ssm) == (shuffled.shuffled_swd, shuffled.shuffled_ssm)
     metrics = program.evaluate()
-    assert all(math.isfinite(value) for value in metrics.values()) and metrics["ssm_identity"] == 0
+    program.validate()
+    # Two kinds of figures, and no name for both.
+    assert metrics.keys().isdisjoint(program.validation_parts()) and not {"swd", "ssm"} & metrics.keys()
+    assert all(math.isfinite(value) for value in metrics.values()) and metrics["held_out_ssm_identity"] == 0
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(options: FlowStyleOptions) -> None:
@@ -188,7 +191,7 @@ def test_what_is_written_is_read_back(options: FlowStyleOptions, tmp_path: Path)
 def test_curves_show_what_was_written_down() -> None:
     history = History(
         tuple({"step": i, "loss": 1 / (i + 1)} for i in range(4)),
-        tuple({"step": i, "parts": {"swd": 0.1 * i, "ssm": 0.2}} for i in (1, 3)),
+        tuple({"step": i, "parts": {"swd_loss": 0.1 * i, "ssm_loss": 0.2}} for i in (1, 3)),
     )
     left, middle, right = draw_curves(history).axes
     np.testing.assert_allclose(left.lines[0].get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])

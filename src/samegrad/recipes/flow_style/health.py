@@ -20,7 +20,7 @@ _FEWEST_STEPS = 6
 # The first epoch pays for warm-up.
 _FEWEST_TIMED_EPOCHS = 2
 _WARM_UP_STEPS = 2
-# SSM may rise by so much and is stable.
+# The SSM loss may rise by so much and is stable.
 _STABLE_FRACTION = 0.25
 # An epoch may take so many times what was planned.
 _SLOW_FACTOR = 1.5
@@ -36,8 +36,8 @@ def examine(folder: Path) -> tuple[Finding, ...]:
     config = read_document(folder / "config.json")
     return (
         _loss_falls(history),
-        _style_falls(history.part("swd")),
-        _content_stable(history.part("ssm")),
+        _style_falls(history.part("swd_loss")),
+        _content_stable(history.part("ssm_loss")),
         _epoch_time(history, read_document(folder / "plan.json")),
         _clipped(history, config),
         _compiled(config, read_document(folder / "summary.json")),
@@ -76,7 +76,7 @@ def _loss_falls(history: History) -> Finding:
 
 
 def _style_falls(swd: Sequence[float]) -> Finding:
-    name = "SWD falling (held out)"
+    name = "SWD loss falling (validation)"
     if len(swd) < _EARLY_EPOCHS:
         return _not_judged(name, len(swd), _EARLY_EPOCHS)
     # Most of it falls early: where it began counts, and not its first third.
@@ -87,7 +87,7 @@ def _style_falls(swd: Sequence[float]) -> Finding:
 
 
 def _content_stable(ssm: Sequence[float]) -> Finding:
-    name = "SSM stable (held out)"
+    name = "SSM loss stable (validation)"
     if len(ssm) < _EARLY_EPOCHS:
         return _not_judged(name, len(ssm), _EARLY_EPOCHS)
     first, last = _thirds(ssm)
@@ -164,9 +164,8 @@ def _advice(folder: Path) -> Iterator[str]:
     yield from _memory_advice(history, plan)
     yield from _stability_advice(history, config)
     yield from _speed_advice(history, config, plan, read_document(folder / "footprint.json"))
-    swd = history.part("swd")
-    if (falls := _style_falls(swd)).answer is Answer.FAILS:
-        yield f"SWD does not fall ({falls.detail}): raise --w_style or train longer."
+    if (falls := _style_falls(history.part("swd_loss"))).answer is Answer.FAILS:
+        yield f"The SWD loss does not fall ({falls.detail}): raise --w_style or train longer."
 
 
 def _memory_advice(history: History, plan: dict[str, Any]) -> Iterator[str]:

@@ -41,14 +41,16 @@ def draw_side_by_side(pictures: Sequence[Shown], names: Sequence[str]) -> Figure
 
 
 def draw_curves(history: History) -> Figure:
-    """Training energy by step; held-out SWD and SSM by the step they were taken at."""
+    """Training energy by step; SWD and SSM losses of validation by the step they were taken at."""
     figure = new_figure(9.6, 3.2)
     left, middle, right = figure.subplots(1, 3)
     steps = [step["step"] for step in history.steps]
     left.plot(steps, history.of_steps("loss"), color=BLUE, linewidth=1.0)
     _dress(left, "training energy")
     at = [line["step"] for line in history.validations if line.get("parts")]
-    for axes, name, title in ((middle, "swd", "held-out SWD (style)"), (right, "ssm", "held-out SSM (content)")):
+    for axes, name, title in (
+        (middle, "swd_loss", "SWD loss (style), validation"), (right, "ssm_loss", "SSM loss (content), validation")
+    ):
         axes.plot(at, history.part(name), color=ACCENT, linewidth=1.4, marker="o", markersize=3, clip_on=False)
         _dress(axes, title)
     return figure
