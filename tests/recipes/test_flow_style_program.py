@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 
 import samegrad as sg
+from samegrad.cli.planned import plan_step
+from samegrad.cli.programs import RecipeTraining
+from samegrad.errors import IN_THE_DECLARATION
 from samegrad.recipes import run_epochs
 from samegrad.recipes.flow_style import inference, plans, preprocess
 from samegrad.recipes.flow_style.checkpoint import load_flow
@@ -22,7 +25,7 @@ from samegrad.recipes.flow_style.history import History
 from samegrad.recipes.flow_style.judging import judge_styled
 from samegrad.recipes.flow_style.options import SIZES, FlowStyleOptions
 from samegrad.recipes.flow_style.pictures import draw_curves
-from samegrad.recipes.flow_style.recipe import FlowStyleProgram, build, table
+from samegrad.recipes.flow_style.recipe import RECIPE, FlowStyleProgram, build, table
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,15 @@ def test_a_budget_below_single_rows_runs_steps_again(options: FlowStyleOptions) 
         assert sg.verify_step(step, batch).same
     with pytest.raises(sg.BudgetTooSmall):
         build(changed(wanted, budget=budget, use_gradient_checkpointing=False))
+
+
+def test_the_plan_gives_no_advice_that_only_a_steps_author_could_follow(options: FlowStyleOptions) -> None:
+    program = build(options)
+    planned = plan_step(RecipeTraining(RECIPE, program))
+    assert "two passes" in planned.explanation and "normalise" not in planned.explanation
+    assert IN_THE_DECLARATION not in planned.footprint.facts | planned.predicted.facts
+    # Who has the step itself in hand is told.
+    assert "normalise='mean'" in sg.measure_step(program.step, next(program.batches(0))).facts[IN_THE_DECLARATION]
 
 
 def test_validation_is_what_its_parts_add_up_to(options: FlowStyleOptions) -> None:

@@ -46,10 +46,14 @@ def advised(target: Target) -> Iterator[None]:
         yield
     except (SamegradError, MemoryError, RuntimeError) as error:
         known = known_error(error)
-        if not isinstance(target, FunctionTarget) and isinstance(known, (BudgetTooSmall, CannotSplit, OverBudget)):
-            for line in find_recipe(target.name).troubleshooting:
-                error.add_note(line)
-        raise
+        if isinstance(target, FunctionTarget) or not isinstance(known, (BudgetTooSmall, CannotSplit, OverBudget)):
+            raise
+        told = error.without_declaration() if isinstance(error, SamegradError) else error
+        for line in find_recipe(target.name).troubleshooting:
+            told.add_note(line)
+        if told is error:
+            raise
+        raise told.with_traceback(error.__traceback__) from error.__cause__
 
 
 def load_training(target: Target, call: Call) -> Training:
@@ -122,7 +126,7 @@ def _seed(seed: int) -> None:
 class RecipeTraining:
     """A recipe's program, one epoch a tick."""
 
-    unit = "epoch"
+    unit, declared_here = "epoch", False
 
     def __init__(self, recipe: Recipe, program: Program, *, budget: str | None = None) -> None:
         self.title, self.recipe, self.program, self.budget = recipe.name, recipe, program, budget

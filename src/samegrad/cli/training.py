@@ -61,11 +61,13 @@ class Training(Protocol):
 
     ``unit`` is what a tick is called, ``total`` how many there are where that is known, ``done`` how many are done
     and ``steps_done`` how many optimizer steps that was. ``batch`` is the one the plan is made for, later the latest;
-    ``budget`` is set where the command line gave one that the step does not know.
+    ``budget`` is set where the command line gave one that the step does not know. ``declared_here``: whoever runs it
+    wrote the step's declaration and can change it.
     """
 
     title: str
     unit: str
+    declared_here: bool
     budget: str | None
 
     step: sg.Step
@@ -105,7 +107,7 @@ class Training(Protocol):
 class FunctionTraining:
     """One pass over the batches of a user's own ``(step, batches)``."""
 
-    unit = "step"
+    unit, declared_here = "step", True
 
     def __init__(self, title: str, step: sg.Step, batches: Iterable[Any], *, budget: str | None = None) -> None:
         self.title, self.step, self.budget, self._done = title, step, budget, 0
