@@ -73,7 +73,7 @@ def _by_levers(candidate: Candidate) -> str:
 
 
 def ways_down(footprint: Footprint, budget: Budget) -> str:
-    """The cheapest ways to fit, each with its bytes; those that need another declaration come last."""
+    """The three cheapest ways to fit, each with its bytes; those that need another declaration come last."""
     floor = floor_bytes(footprint)
     state = footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
     parameters = footprint.resident_bytes.get(Category.PARAMETERS, 0)
@@ -87,10 +87,13 @@ def ways_down(footprint: Footprint, budget: Budget) -> str:
         plain_row = _plain_row_bytes(footprint)
         ways.append(f"a smaller batch ({format_bytes(plain_row)} a row, and it is another step)")
     else:
-        ways.append(f"a smaller model (parameters and gradients take {format_bytes(2 * parameters)}, and it is another one)")
+        both = format_bytes(2 * parameters)
+        ways.append(f"a smaller model (parameters and gradients take {both}, and it is another one)")
+    # Where two declarations help, what makes another step of it can wait.
+    ways = ways[: max(1, 3 - len(declaring))]
     if declaring:
-        ways.append(f"{IN_THE_DECLARATION}: {declaring[0]}")
-    return "; ".join(ways + declaring[1:2])
+        declaring[0] = f"{IN_THE_DECLARATION}: {declaring[0]}"
+    return "; ".join((ways + declaring)[:3])
 
 
 def _plain_row_bytes(footprint: Footprint) -> float:
