@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.cli.main import main
 from samegrad.cli.planned import plan_step
 from samegrad.cli.programs import RecipeTraining
 from samegrad.recipes import run_epochs
@@ -268,3 +270,28 @@ def test_every_option_of_the_document_is_there() -> None:
         "stability weight_decay scheduler_type load_model_path load_centers_path strategy chunk_size accumulation_steps"
     ).split()
     assert set(document) <= {field.name for field in dataclasses.fields(ScoreKernelOptions)}
+
+
+def test_a_run_counts_in_the_iterations_that_its_options_speak_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = (
+        "run score_kernel --data 8gaussians --train_kernel_size 9 --train_samples_size 60 --test_samples_size 6 "
+        f"--hiddenunits 8 --depth 2 --batch_size 5 --device cpu --niters 120 --output {tmp_path / 'run'}"
+    ).split()
+    assert main([*line, "--steps", "100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["iterations"] == 100
+    assert main([*line[:2], "--output", line[-1], "--resume", "--steps", "120"]) == 0
+    told = capsys.readouterr()
+    assert "resuming after iteration 100" in told.err and "iteration 120: loss" in told.err
+    assert "after 120 iterations" in told.out
+    for text in (told.out, told.err, (tmp_path / "run" / "report.md").read_text()):
+        assert "epoch" not in text
+
+
+def test_training_stops_after_the_fifty_iterations_that_hold_the_last_one_asked_for() -> None:
+    training = RecipeTraining(RECIPE, build(options(niters=170)))
+    assert (training.unit, training.total, training.done) == ("iteration", 170, 0)
+    for asked, stops in ((400, 170), (101, 150), (100, 100), (1, 50)):
+        training.limit(asked)
+        assert training.total == stops
