@@ -203,12 +203,18 @@ def test_what_is_written_is_read_back(options: FlowStyleOptions, tmp_path: Path)
 def test_curves_show_what_was_written_down() -> None:
     history = History(
         tuple({"step": i, "loss": 1 / (i + 1)} for i in range(4)),
-        tuple({"step": i, "parts": {"swd_loss": 0.1 * i, "ssm_loss": 0.2}} for i in (1, 3)),
+        tuple({"step": i, "loss": 0.5 / i, "parts": {"swd_loss": 0.1 * i, "ssm_loss": 0.2}} for i in (1, 3)),
     )
     left, middle, right = draw_curves(history).axes
     np.testing.assert_allclose(left.lines[0].get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
     np.testing.assert_allclose(middle.lines[0].get_xydata(), [[1, 0.1], [3, 0.3]], atol=1e-12)
     np.testing.assert_allclose(right.lines[0].get_ydata(), [0.2, 0.2])
+    np.testing.assert_allclose(left.lines[1].get_xydata(), [[1, 0.5], [3, 0.5 / 3]])
+    # The weights of the lowest validation energy are kept, and each panel marks where that was.
+    assert [axes.lines[-1].get_xdata()[0] for axes in (left, middle, right)] == [3, 3, 3]
+    for axes in (left, middle, right):
+        assert axes.get_xlabel() == "optimizer step" and axes.get_ylabel()
+        assert axes.get_ylim()[1] > max(line.get_ydata().max() for line in axes.lines)
 
 
 @pytest.mark.slow
