@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -19,7 +20,7 @@ from samegrad.cli.main import main
 from samegrad.cli.planned import plan_step
 from samegrad.cli.programs import RecipeTraining
 from samegrad.recipes import run_epochs
-from samegrad.recipes.score_kernel import parallel
+from samegrad.recipes.score_kernel import parallel, pictures
 from samegrad.recipes.score_kernel import program as score_program
 from samegrad.recipes.score_kernel.model import score_implicit_matching_stable
 from samegrad.recipes.score_kernel.options import ScoreKernelOptions
@@ -295,3 +296,23 @@ def test_training_stops_after_the_fifty_iterations_that_hold_the_last_one_asked_
     for asked, stops in ((400, 170), (101, 150), (100, 100), (1, 50)):
         training.limit(asked)
         assert training.total == stops
+
+
+def test_no_chart_hides_data_under_its_legend_or_leaves_an_axis_without_a_name() -> None:
+    draws = np.random.default_rng(0)
+    points = {count: draws.normal(size=(30, count)) for count in (2, 6)}
+    far = np.concatenate([points[2], [[50.0, 0.0]]])
+    figures = [
+        pictures.draw_losses([50, 100], [(-1.0, -2.0), (-3.0, -2.5)], optimum=-4.0),
+        pictures.draw_samples(far, points[2], points[2][:3]),
+        pictures.draw_samples(points[6], points[6], points[6][:3]),
+        pictures.draw_density(draws.normal(size=(20, 20)), 3.0, points[2], points[2][:3]),
+    ]
+    for figure in figures:
+        assert len(figure.legends) == 1 and not any(axes.get_legend() for axes in figure.axes)
+        assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
+    # What lies outside is counted, and that there are more coordinates is said.
+    assert figures[1].axes[1].get_title(loc="left").endswith("1 outside")
+    assert "first 2 of 6" in figures[2].get_suptitle()
+    _, validation, optimum = figures[0].axes[0].lines[:3]
+    assert validation.get_ydata()[1] == -2.5 and optimum.get_ydata()[0] == -4.0
