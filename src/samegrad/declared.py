@@ -55,7 +55,8 @@ class DeclaredStep:
     rows ("sum"), a mean over rows ("mean"), or a sum over rows divided by ``normalise(batch)``. ``batch_axes`` says
     where rows are when their leading axis does not (see ``trees.find_rows``). ``device`` is where the model is.
     ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere. ``head`` names the
-    nn.Linear whose output only the loss takes, where it is not the last one.
+    nn.Linear whose output only the loss takes, where it is not the last one. ``plain_forward`` is what ``forward`` must
+    equal, where it computes the same by other means: rows shared out over devices, say.
     """
 
     model: nn.Module
@@ -67,6 +68,14 @@ class DeclaredStep:
     batch_axes: Any = None
     segments: tuple[str, ...] | None = None
     head: str | None = None
+    plain_forward: Forward | None = None
+
+    @property
+    def as_plain(self) -> DeclaredStep:
+        """The step whose plain call verification compares with."""
+        if self.plain_forward is None:
+            return self
+        return dataclasses.replace(self, forward=self.plain_forward, plain_forward=None)
 
     @property
     def network(self) -> nn.Module:
@@ -155,6 +164,7 @@ def declare(
     batch_axes: Any = None,
     segments: Sequence[str] | None = None,
     head: str | None = None,
+    plain_forward: Forward | None = None,
     device: torch.device | str | None = None,
 ) -> DeclaredStep:
     """A DeclaredStep, with the arguments checked. Raises UsageError naming the argument."""
@@ -180,8 +190,9 @@ def declare(
         )
     _check_arguments("loss_fn", loss_fn, "(outputs, batch)", do="take the outputs and the whole batch, as in "
                      "loss_fn=lambda outputs, batch: loss(outputs, batch[1])")  # fmt: skip
-    if forward is not None:
-        _check_arguments("forward", forward, "(model, batch)", do="forward=lambda model, batch: model(batch[0])")
+    for argument, called in (("forward", forward), ("plain_forward", plain_forward)):
+        if called is not None:
+            _check_arguments(argument, called, "(model, batch)", do=f"{argument}=lambda model, batch: model(batch[0])")
     scattered = [name for name, part in model.named_modules() if isinstance(part, nn.DataParallel)]
     if scattered:
         raise UsageError(
@@ -206,6 +217,7 @@ def declare(
         batch_axes=batch_axes,
         segments=_checked_names(segments),
         head=head,
+        plain_forward=plain_forward,
     )
 
 

@@ -22,6 +22,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# The topic of advice that only whoever declares the step can follow; in ``do`` it is the end.
+IN_THE_DECLARATION = "in the step's declaration"
+
 
 class SamegradError(Exception):
     """An error with what was asked, what was found and what to do.
@@ -42,6 +45,11 @@ class SamegradError(Exception):
     @property
     def hint(self) -> str:
         return self.do
+
+    def without_declaration(self) -> SamegradError:
+        """The same for whoever cannot declare the step otherwise: a recipe's user."""
+        do = self.do.partition(f"; {IN_THE_DECLARATION}: ")[0]
+        return _rebuild(type(self), self.asked, self.found, do, self.file, self.option)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes send exceptions by pickle; keyword-only arguments need a rebuilder.

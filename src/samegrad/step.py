@@ -73,9 +73,10 @@ class Step:
 
     ``segments`` names submodules that treat rows alone, for a model that couples rows elsewhere; without it they are
     found. ``head`` names the nn.Linear whose logits only the loss takes, where it is not the last one: a plan may then
-    run that loss in chunks, and with ``rows`` it does. ``expected_steps``: how many steps the plan is for, which
-    decides whether compiling pays. ``groups`` is refused until the lever behind it exists. ``host_budget``: what plans
-    may pin on the host, by default what is free there.
+    run that loss in chunks, and with ``rows`` it does. ``plain_forward``: what ``forward`` must equal where it computes
+    the same by other means, such as rows shared out over devices; verification compares with it. ``expected_steps``:
+    how many steps the plan is for, which decides whether compiling pays. ``groups`` is refused until the lever behind
+    it exists. ``host_budget``: what plans may pin on the host, by default what is free there.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Step:
         segments: Sequence[str] | None = None,
         batch_axes: Any = None,
         head: str | None = None,
+        plain_forward: Forward | None = None,
         expected_steps: int | None = None,
         device: torch.device | str | None = None,
         enforce: bool = False,
@@ -107,7 +109,7 @@ class Step:
         loss_fn = reduced_loss(loss_fn, reduce=reduce, normalise=normalise)
         self.declared: DeclaredStep = declare(
             model, loss_fn, optimizer=optimizer, forward=forward, normalise=normalise, batch_axes=batch_axes,
-            segments=segments, head=head, device=device,
+            segments=segments, head=head, plain_forward=plain_forward, device=device,
         )  # fmt: skip
         if head is not None:
             named_head(self.declared.network, head)

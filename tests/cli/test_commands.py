@@ -13,6 +13,7 @@ import pytest
 
 import samegrad as sg
 from samegrad.cli.stopping import Stopped
+from samegrad.errors import IN_THE_DECLARATION
 from samegrad.recipes import find_recipe, recipe_names
 from samegrad.records import Footprint, Plan, Same, Verdict
 from samegrad.store import RunFolder
@@ -46,6 +47,7 @@ def test_below_the_floor_the_answer_is_no_with_what_it_is_made_of(cli: Cli) -> N
     for part in ("parameters", "gradients", "optimizer state", "one row"):
         assert part in error["message"]
     assert len(error["hint"].split("; ")) >= 3
+    assert f"{IN_THE_DECLARATION}: an optimizer with less state" in error["hint"]
 
 
 def test_a_recipes_refusal_comes_with_its_own_advice_in_order(cli: Cli) -> None:
@@ -55,6 +57,8 @@ def test_a_recipes_refusal_comes_with_its_own_advice_in_order(cli: Cli) -> None:
     places = [refused.err.find(f"{number}. {line}") for number, line in enumerate(advice, start=1)]
     assert -1 not in places
     assert places == sorted(places)
+    # What only the step's author could declare is none of it.
+    assert "raise the budget to" in refused.err and IN_THE_DECLARATION not in refused.err
 
 
 def test_no_advice_on_memory_where_the_mistake_is_another(cli: Cli) -> None:
@@ -352,6 +356,8 @@ def test_doctor_judges_a_run(cli: Cli) -> None:
     assert findings["no out-of-memory"]["answer"] == "ok"
     assert findings["memory stable"]["answer"] == "ok"
     assert "50.0 KiB" in findings["within the budget"]["detail"]
+    answers = {finding["answer"] for finding in findings.values()}
+    assert ran.document["passed"] == (answers == {"ok"}) and ran.code == (0 if answers == {"ok"} else 1)
 
 
 def test_demo_keeps_the_whole_promise(cli: Cli, folder: Path) -> None:

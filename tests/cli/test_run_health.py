@@ -11,6 +11,7 @@ import pytest
 from samegrad.cli.run_health import FEWEST_STEPS, Answer, Finding, examine_run
 from samegrad.errors import BadInput
 from samegrad.records import Budget, Counting, Exactness, Plan
+from tests.cli.conftest import Cli
 
 
 def write_run(
@@ -77,8 +78,24 @@ def test_each_check_catches_its_own_fault_and_says_what_to_do(
 def test_too_short_a_run_says_not_enough_epochs(tmp_path: Path, name: str) -> None:
     short = finding(write_run(tmp_path / "short", FALLING[: FEWEST_STEPS - 1]), name)
     assert short.answer is Answer.UNKNOWN
-    assert f"not enough epochs: {FEWEST_STEPS - 1} steps" in short.detail
+    assert short.detail == f"not judged, not enough epochs: {FEWEST_STEPS - 1} steps, needs {FEWEST_STEPS}"
     assert finding(write_run(tmp_path / "long", FALLING[:FEWEST_STEPS]), name).answer is Answer.OK
+
+
+@pytest.mark.parametrize(
+    ("steps", "state", "code", "told"),
+    [
+        (9, "done", 0, "all 7 checks passed"),
+        (3, "done", 1, "4 of 7 checks passed, 0 failed, 3 could not be judged: exit code 1"),
+        (9, "failed", 1, "6 of 7 checks passed, 1 failed, 0 could not be judged: exit code 1"),
+    ],
+)
+def test_doctor_passes_a_run_only_when_all_of_it_was_judged(
+    cli: Cli, tmp_path: Path, steps: int, state: str, code: int, told: str
+) -> None:
+    write_run(tmp_path / "out", FALLING[:steps], status={"state": state})
+    ran = cli("doctor", "--run", str(tmp_path / "out"))
+    assert ran.code == code and ran.out.splitlines()[-1] == told
 
 
 def test_half_a_line_from_a_crash_is_passed_over(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from samegrad.recipes import Answer, find_health
 from samegrad.recipes.flow_style.health import advise, examine
 from samegrad.recipes.flow_style.options import FlowStyleOptions
 
-EPOCHS, STEPS = 9, 2
+EPOCHS, STEPS = 10, 2
 # The document's own file, comments and all.
 DOCUMENT_CONFIG = """{
   "training": {
@@ -51,7 +51,7 @@ def write_run(folder: Path, **changed: Any) -> Path:
         step = {"loss": loss, "grad_norm": norm, "seconds": seconds, "peak_allocated_bytes": peak, "batch_rows": 6}
         lines.append({"kind": "step", "step": i, "index": i, **step})
         if i % STEPS == STEPS - 1 and i // STEPS < len(given["swd"]):
-            parts = {"swd": given["swd"][i // STEPS], "ssm": given["ssm"][i // STEPS]}
+            parts = {"swd_loss": given["swd"][i // STEPS], "ssm_loss": given["ssm"][i // STEPS]}
             lines.append({"kind": "validation", "step": i, "loss": sum(parts.values()), "parts": parts})
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -80,8 +80,8 @@ RISING = [0.1 * i for i in range(1, EPOCHS * STEPS + 1)]
     ("name", "changed"),
     [
         ("loss falls over the first 10 epochs", {"loss": RISING}),
-        ("SWD falling (held out)", {"swd": RISING[:EPOCHS]}),
-        ("SSM stable (held out)", {"ssm": RISING[:EPOCHS]}),
+        ("SWD loss falling (validation)", {"swd": RISING[:EPOCHS]}),
+        ("SSM loss stable (validation)", {"ssm": RISING[:EPOCHS]}),
         ("epoch time as planned", {"seconds": [3.0] * EPOCHS * STEPS}),
         ("share of clipped steps", {"norm": [2.0] * EPOCHS * STEPS}),
         ("torch.compile logs", {"config": {"use_compile": True}, "metrics": {"compiled_graphs": 17}}),
@@ -92,24 +92,39 @@ def test_a_figure_that_is_wrong_fails_its_line_alone(tmp_path: Path, name: str, 
     assert {line for line, answer in found.items() if answer is Answer.FAILS} == {name}
 
 
-def test_too_short_a_run_says_so(tmp_path: Path) -> None:
-    one = {name: [0.5] * STEPS for name in ("loss", "norm", "seconds", "peak")} | {"swd": [0.4], "ssm": [0.3]}
-    found = examine(write_run(tmp_path, **one))
-    unknown = [finding for finding in found if finding.answer is Answer.UNKNOWN]
-    assert len(unknown) == 4 and all("not enough epochs" in finding.detail for finding in unknown)
+TRENDS = ("loss falls over the first 10 epochs", "SWD loss falling (validation)", "SSM loss stable (validation)")
+
+
+def write_short_run(folder: Path, epochs: int) -> Path:
+    short = {name: [0.5] * STEPS * epochs for name in ("loss", "norm", "seconds", "peak")}
+    return write_run(folder, **short, swd=[0.4] * epochs, ssm=[0.3] * epochs)
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(1, "1 epoch, needs 10"), (3, "3 epochs, needs 10"), (9, "9 epochs")])
+def test_too_short_a_run_is_not_judged_and_says_how_long_it_must_be(tmp_path: Path, epochs: int, told: str) -> None:
+    found = {finding.name: finding for finding in examine(write_short_run(tmp_path, epochs))}
+    for name in TRENDS:
+        assert found[name].answer is Answer.UNKNOWN
+        assert found[name].detail.startswith(f"not judged, not enough epochs: {told}")
+
+
+def test_one_epoch_has_neither_a_time_nor_a_share(tmp_path: Path) -> None:
+    found = {finding.name: finding for finding in examine(write_short_run(tmp_path, 1))}
+    assert found["epoch time as planned"].detail.endswith("1 epoch, needs 2")
+    assert found["share of clipped steps"].detail.endswith("2 gradient norms, needs 6")
 
 
 @pytest.mark.parametrize(
     ("says", "changed"),
     [
         ("Over the budget", {"plan": {"budget": {"total_bytes": 900}}}),
-        ("--max_grad_norm 0.5", {"norm": [0.5] * 17 + [9.0]}),
-        ("--use_velocity_reg", {"norm": [0.5] * 17 + [9.0]}),
-        ("--epsilon_warmup_epochs 20", {"norm": [0.5] * 17 + [9.0]}),
+        ("--max_grad_norm 0.5", {"norm": [0.5] * 19 + [9.0]}),
+        ("--use_velocity_reg", {"norm": [0.5] * 19 + [9.0]}),
+        ("--epsilon_warmup_epochs 20", {"norm": [0.5] * 19 + [9.0]}),
         ("Launch-bound (50 %", {"plan": {"levers": {"split_rows": {"rows": 4}}},
                                "footprint": {"seconds_per_chunk": 0.4, "seconds_per_row": 0.1}}),
-        ("--ode_integration_steps 7", {"seconds": [2.0] * 18}),
-        ("SWD does not fall", {"swd": RISING[:EPOCHS]}),
+        ("--ode_integration_steps 7", {"seconds": [2.0] * 20}),
+        ("The SWD loss does not fall", {"swd": RISING[:EPOCHS]}),
     ],
 )  # fmt: skip
 def test_each_line_of_advice_needs_its_measurement(tmp_path: Path, says: str, changed: dict[str, Any]) -> None:
@@ -120,7 +135,7 @@ def test_each_line_of_advice_needs_its_measurement(tmp_path: Path, says: str, ch
 
 
 def test_velocity_regularisation_is_not_advised_where_it_is_on(tmp_path: Path) -> None:
-    told = advise(write_run(tmp_path, norm=[0.5] * 17 + [9.0], config={"use_velocity_reg": True}))
+    told = advise(write_run(tmp_path, norm=[0.5] * 19 + [9.0], config={"use_velocity_reg": True}))
     assert told and not any("--use_velocity_reg" in line for line in told)
 
 
@@ -129,9 +144,9 @@ def test_the_doctor_adds_the_recipes_lines_to_its_own(tmp_path: Path) -> None:
     (tmp_path / "plan.json").unlink()
     (tmp_path / "status.json").write_text(json.dumps({"name": "flow_style", "state": "done", "exit_code": 0}))
     names = [finding.name for finding in examine_run(tmp_path)]
-    assert {"no out-of-memory", "memory stable", "SWD falling (held out)", "torch.compile logs"} <= set(names)
+    assert {"no out-of-memory", "memory stable", "SWD loss falling (validation)", "torch.compile logs"} <= set(names)
     (tmp_path / "status.json").write_text(json.dumps({"name": "steps.py:train", "state": "done", "exit_code": 0}))
-    assert "SWD falling (held out)" not in [finding.name for finding in examine_run(tmp_path)]
+    assert "SWD loss falling (validation)" not in [finding.name for finding in examine_run(tmp_path)]
     assert find_health("autoencoder") is None
 
 

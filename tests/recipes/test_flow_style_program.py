@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 
 import samegrad as sg
+from samegrad.cli.planned import plan_step
+from samegrad.cli.programs import RecipeTraining
+from samegrad.errors import IN_THE_DECLARATION
 from samegrad.recipes import run_epochs
 from samegrad.recipes.flow_style import inference, plans, preprocess
 from samegrad.recipes.flow_style.checkpoint import load_flow
@@ -22,7 +25,7 @@ from samegrad.recipes.flow_style.history import History
 from samegrad.recipes.flow_style.judging import judge_styled
 from samegrad.recipes.flow_style.options import SIZES, FlowStyleOptions
 from samegrad.recipes.flow_style.pictures import draw_curves
-from samegrad.recipes.flow_style.recipe import FlowStyleProgram, build, table
+from samegrad.recipes.flow_style.recipe import RECIPE, FlowStyleProgram, build, table
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +138,20 @@ def test_a_budget_below_single_rows_runs_steps_again(options: FlowStyleOptions) 
         build(changed(wanted, budget=budget, use_gradient_checkpointing=False))
 
 
+def test_the_plan_gives_no_advice_that_only_a_steps_author_could_follow(options: FlowStyleOptions) -> None:
+    program = build(options)
+    planned = plan_step(RecipeTraining(RECIPE, program))
+    assert "two passes" in planned.explanation and "normalise" not in planned.explanation
+    assert IN_THE_DECLARATION not in planned.footprint.facts | planned.predicted.facts
+    # Who has the step itself in hand is told.
+    assert "normalise='mean'" in sg.measure_step(program.step, next(program.batches(0))).facts[IN_THE_DECLARATION]
+
+
 def test_validation_is_what_its_parts_add_up_to(options: FlowStyleOptions) -> None:
     program = build(changed(options, w_style=3.0, w_content=0.5))
     value = program.validate()
     parts = program.validation_parts()
-    assert value == pytest.approx(3 * parts["swd"] + 0.5 * parts["ssm"], rel=1e-12)
+    assert value == pytest.approx(3 * parts["swd_loss"] + 0.5 * parts["ssm_loss"], rel=1e-12)
     assert program.validate() == value
 
 
@@ -153,7 +165,10 @@ def test_metrics_stand_between_their_anchors(options: FlowStyleOptions) -> None:
     )
     assert (shuffled.swd, shuffled.ssm) == (shuffled.shuffled_swd, shuffled.shuffled_ssm)
     metrics = program.evaluate()
-    assert all(math.isfinite(value) for value in metrics.values()) and metrics["ssm_identity"] == 0
+    program.validate()
+    # Two kinds of figures, and no name for both.
+    assert metrics.keys().isdisjoint(program.validation_parts()) and not {"swd", "ssm"} & metrics.keys()
+    assert all(math.isfinite(value) for value in metrics.values()) and metrics["held_out_ssm_identity"] == 0
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(options: FlowStyleOptions) -> None:
@@ -188,12 +203,18 @@ def test_what_is_written_is_read_back(options: FlowStyleOptions, tmp_path: Path)
 def test_curves_show_what_was_written_down() -> None:
     history = History(
         tuple({"step": i, "loss": 1 / (i + 1)} for i in range(4)),
-        tuple({"step": i, "parts": {"swd": 0.1 * i, "ssm": 0.2}} for i in (1, 3)),
+        tuple({"step": i, "loss": 0.5 / i, "parts": {"swd_loss": 0.1 * i, "ssm_loss": 0.2}} for i in (1, 3)),
     )
     left, middle, right = draw_curves(history).axes
     np.testing.assert_allclose(left.lines[0].get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
     np.testing.assert_allclose(middle.lines[0].get_xydata(), [[1, 0.1], [3, 0.3]], atol=1e-12)
     np.testing.assert_allclose(right.lines[0].get_ydata(), [0.2, 0.2])
+    np.testing.assert_allclose(left.lines[1].get_xydata(), [[1, 0.5], [3, 0.5 / 3]])
+    # The weights of the lowest validation energy are kept, and each panel marks where that was.
+    assert [axes.lines[-1].get_xdata()[0] for axes in (left, middle, right)] == [3, 3, 3]
+    for axes in (left, middle, right):
+        assert axes.get_xlabel() == "optimizer step" and axes.get_ylabel()
+        assert axes.get_ylim()[1] > max(line.get_ydata().max() for line in axes.lines)
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,12 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 import samegrad as sg
+from samegrad.cli.main import main
 from samegrad.cli.planned import plan_step
 from samegrad.cli.programs import RecipeTraining
 from samegrad.recipes import run_epochs
+from samegrad.recipes.score_kernel import parallel, pictures
 from samegrad.recipes.score_kernel import program as score_program
 from samegrad.recipes.score_kernel.model import score_implicit_matching_stable
 from samegrad.recipes.score_kernel.options import ScoreKernelOptions
+from samegrad.recipes.score_kernel.parallel import joined
 from samegrad.recipes.score_kernel.recipe import RECIPE, ScoreKernelProgram, build, table
 from samegrad.recipes.score_kernel.schedule import learning_rates
 from samegrad.recipes.score_kernel.strategies import documents_choice, memory_estimate
@@ -135,6 +140,40 @@ def test_the_plan_is_verified_against_the_plain_loss() -> None:
     assert sg.verify_step(program.step, next(program.batches(0))).same
 
 
+def first_place_alone(parts: Any, device: torch.device) -> Any:
+    return joined(parts[:1], device)
+
+
+def mean_of_places(parts: Any, device: torch.device) -> Any:
+    """As in the document: each place has a softmax of its own."""
+    names = ("force", "curvature")
+    means = {name: torch.stack([found[name] for _, found in parts]).mean(0) for name in names}
+    return joined(parts, device)[0], means
+
+
+def last_place_twice_in_the_gradient(parts: Any, device: torch.device) -> Any:
+    """The values are right, so that no loss shows it."""
+    lse, means = parts[-1]
+    return joined([*parts[:-1], (lse, {name: 2 * value - value.detach() for name, value in means.items()})], device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("fault", [None, first_place_alone, mean_of_places, last_place_twice_in_the_gradient])
+def test_centers_over_places_are_verified_against_the_unsharded_step(
+    fault: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = build(options(strategy="model_parallel", devices=("cpu", "cpu"), chunk_size=5, dtype=dtype))
+    if fault is not None:
+        # After the places themselves were checked, which would have stopped it.
+        monkeypatch.setattr(parallel, "joined", fault)
+    verdict = sg.verify_step(program.step, next(program.batches(0)))
+    assert verdict.same == (fault is None)
+    assert verdict.fault.startswith("forward=") == (fault is not None)
+    # Places add up in another order.
+    assert verdict.asked is sg.Exactness.SAME_SUM
+    assert verdict.found is (sg.Exactness.SAME_SUM if fault is None else None)
+
+
 def test_the_documents_rule_is_its_own() -> None:
     names = [documents_choice(need, 100, devices) for need, devices in ((80, 1), (110, 2), (110, 1), (160, 1))]
     assert names == ["single_gpu", "model_parallel", "chunked", "gradient_accumulation"]
@@ -232,3 +271,48 @@ def test_every_option_of_the_document_is_there() -> None:
         "stability weight_decay scheduler_type load_model_path load_centers_path strategy chunk_size accumulation_steps"
     ).split()
     assert set(document) <= {field.name for field in dataclasses.fields(ScoreKernelOptions)}
+
+
+def test_a_run_counts_in_the_iterations_that_its_options_speak_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = (
+        "run score_kernel --data 8gaussians --train_kernel_size 9 --train_samples_size 60 --test_samples_size 6 "
+        f"--hiddenunits 8 --depth 2 --batch_size 5 --device cpu --niters 120 --output {tmp_path / 'run'}"
+    ).split()
+    assert main([*line, "--steps", "100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["iterations"] == 100
+    assert main([*line[:2], "--output", line[-1], "--resume", "--steps", "120"]) == 0
+    told = capsys.readouterr()
+    assert "resuming after iteration 100" in told.err and "iteration 120: loss" in told.err
+    assert "after 120 iterations" in told.out
+    for text in (told.out, told.err, (tmp_path / "run" / "report.md").read_text()):
+        assert "epoch" not in text
+
+
+def test_training_stops_after_the_fifty_iterations_that_hold_the_last_one_asked_for() -> None:
+    training = RecipeTraining(RECIPE, build(options(niters=170)))
+    assert (training.unit, training.total, training.done) == ("iteration", 170, 0)
+    for asked, stops in ((400, 170), (101, 150), (100, 100), (1, 50)):
+        training.limit(asked)
+        assert training.total == stops
+
+
+def test_no_chart_hides_data_under_its_legend_or_leaves_an_axis_without_a_name() -> None:
+    draws = np.random.default_rng(0)
+    points = {count: draws.normal(size=(30, count)) for count in (2, 6)}
+    far = np.concatenate([points[2], [[50.0, 0.0]]])
+    figures = [
+        pictures.draw_losses([50, 100], [(-1.0, -2.0), (-3.0, -2.5)], optimum=-4.0),
+        pictures.draw_samples(far, points[2], points[2][:3]),
+        pictures.draw_samples(points[6], points[6], points[6][:3]),
+        pictures.draw_density(draws.normal(size=(20, 20)), 3.0, points[2], points[2][:3]),
+    ]
+    for figure in figures:
+        assert len(figure.legends) == 1 and not any(axes.get_legend() for axes in figure.axes)
+        assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
+    # What lies outside is counted, and that there are more coordinates is said.
+    assert figures[1].axes[1].get_title(loc="left").endswith("1 outside")
+    assert "first 2 of 6" in figures[2].get_suptitle()
+    _, validation, optimum = figures[0].axes[0].lines[:3]
+    assert validation.get_ydata()[1] == -2.5 and optimum.get_ydata()[0] == -4.0

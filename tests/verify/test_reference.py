@@ -173,3 +173,35 @@ def test_a_cpu_that_takes_too_long_is_seen_on_two_rows(
     declared, batch = sg.Step(mlp(), cross_entropy, rows=8).declared, labelled(N)
     assert reference.cpu_is_possible(declared, batch, declared.layout(batch), N) is possible
     assert seen == rows
+
+
+def summed_in_halves(model: nn.Module, batch: Any) -> Tensor:
+    """What the model is, computed by other means: on two parts of the rows."""
+    return torch.cat([model(rows) for rows in batch[0].tensor_split(2)])
+
+
+def half_without_gradient(model: nn.Module, batch: Any) -> Tensor:
+    first, second = batch[0].tensor_split(2)
+    return torch.cat([model(first), model(second).detach()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_forward_of_other_means_is_compared_with_the_plain_one(dtype: torch.dtype) -> None:
+    plan = sg.Plan(levers={}, exactness=sg.Exactness.SAME_SUM, batch_rows=N)
+    for forward, same in ((summed_in_halves, True), (half_without_gradient, False)):
+        step = sg.Step(
+            mlp(dtype), cross_entropy, forward=forward, plain_forward=lambda m, batch: m(batch[0]), plan=plan
+        )
+        verdict = sg.verify_step(step, labelled(N, dtype))
+        assert verdict.same is same
+        assert verdict.found is not sg.Exactness.SAME_BITS or verdict.max_relative_error == 0
+        assert same or verdict.fault.startswith("forward=")
+
+
+def test_a_split_of_such_a_forward_is_compared_with_the_plain_one_too() -> None:
+    for factor in (1.0, 1.001):
+        step = sg.Step(
+            mlp(), cross_entropy, rows=8, forward=lambda m, batch, factor=factor: factor * m(batch[0]),
+            plain_forward=lambda m, batch: m(batch[0]),
+        )  # fmt: skip
+        assert sg.verify_step(step, labelled(N)).same is (factor == 1)

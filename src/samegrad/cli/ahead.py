@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from samegrad.cli.planned import declare_again
+from samegrad.cli.planned import declare_again, facts_for
 from samegrad.cli.training import Training
 from samegrad.measure.cards import Card
 from samegrad.measure.target import Target
 from samegrad.records import Budget, Counting, Footprint, Origin, Plan
-from samegrad.settle import plan_ahead, plan_followed
+from samegrad.settle import Ahead, plan_ahead, plan_followed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,16 @@ def plan_for_card(training: Training, card: Card, given: Plan | None = None) -> 
             predicted_peak_bytes=ahead.predicted.steady_cap_bytes,
             predicted_seconds=ahead.predicted.seconds,
         )
-        return PlannedAhead(target=target, plan=plan, plain=ahead.footprint, predicted=ahead.predicted)
+        return _planned(training, target, plan, ahead)
     step = training.step
     budget = training.budget if training.budget is not None else step.asked_budget
     ahead = plan_ahead(step, training.batch, card.name, budget=budget, rows=step.rows, allow=step.allow)
-    return PlannedAhead(target=target, plan=ahead.plan, plain=ahead.footprint, predicted=ahead.predicted)
+    return _planned(training, target, ahead.plan, ahead)
+
+
+def _planned(training: Training, target: Target, plan: Plan, ahead: Ahead) -> PlannedAhead:
+    plain, predicted = facts_for(training, ahead.footprint), facts_for(training, ahead.predicted)
+    return PlannedAhead(target=target, plan=plan, plain=plain, predicted=predicted)
 
 
 def _budget_of(plan: Plan, target: Target) -> Budget:

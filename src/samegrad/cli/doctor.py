@@ -32,7 +32,7 @@ class DoctorOptions:
     """Paste the output of `samegrad doctor` into an issue."""
 
     run: Path | None = None
-    """A run folder to judge instead: exit code 1 when a check fails."""
+    """A run folder to judge instead: exit code 0 when every check passes, 1 when one fails or cannot be judged yet."""
     cards: Switch = False
     """List the cards that plan and measure can predict for (--device), instead."""
 
@@ -47,9 +47,25 @@ def main(argv: Sequence[str], console: Console) -> int:
         console.result(f"{finding.answer.value:<7}  {finding.name:<{width}}  {finding.detail}")
         if finding.do:
             console.result(f"{'':<7}  {'':<{width}}  do: {finding.do}")
-    console.document({"findings": [finding.to_dict() for finding in findings]})
-    failed = any(finding.answer is Answer.FAILS for finding in findings)
-    return (1 if options.run is not None else 4) if failed else 0
+    document = {"findings": [finding.to_dict() for finding in findings]}
+    failed = sum(finding.answer is Answer.FAILS for finding in findings)
+    if options.run is None:
+        console.document(document)
+        return 4 if failed else 0
+    not_judged = sum(finding.answer is Answer.UNKNOWN for finding in findings)
+    console.result(_tally(len(findings), failed, not_judged))
+    # What could not be judged is no pass.
+    passed = not failed and not not_judged
+    console.document(document | {"passed": passed})
+    return 0 if passed else 1
+
+
+def _tally(checks: int, failed: int, not_judged: int) -> str:
+    """All checks of a run in a line, and the exit code where that is not 0."""
+    if not failed and not not_judged:
+        return f"all {checks} checks passed"
+    passed = checks - failed - not_judged
+    return f"{passed} of {checks} checks passed, {failed} failed, {not_judged} could not be judged: exit code 1"
 
 
 def _show_cards(console: Console) -> int:

@@ -21,8 +21,6 @@ from samegrad.recipes import OutOfRange
 from samegrad.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from samegrad.cli.training import Training
     from samegrad.json_record import Record
     from samegrad.measure.cards import Card
@@ -175,34 +173,10 @@ def _show_table(target: Target, options: Any, console: Console) -> int:
             asked=f"plan {target.name} --table", found="only a recipe's document has a table",
             do="leave --table out", option="table",
         )  # fmt: skip
+    from samegrad.cli.tables import DrawnTable
     from samegrad.recipes import find_recipe
 
     rows = list(find_recipe(target.name).table(options))
-    console.show(drawn_table(rows))
+    console.show(DrawnTable(rows))
     console.document({"table": [dict(row) for row in rows]})
     return 0
-
-
-def drawn_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows under their column names, with amounts in units that read well."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        table.add_column(name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(Text(_cell(name, row.get(name))) for name in names))
-    return table
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, (int, float)) and name.endswith("_bytes"):
-        return format_bytes(value)
-    if isinstance(value, (int, float)) and name.endswith("_seconds"):
-        return format_seconds(value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

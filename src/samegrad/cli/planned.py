@@ -8,7 +8,7 @@ from typing import Any
 import samegrad as sg
 from samegrad.cli.measured import followed_footprint, measured_footprint
 from samegrad.cli.training import Training
-from samegrad.errors import BudgetTooSmall, CannotTrace, NotMeasured, UsageError
+from samegrad.errors import IN_THE_DECLARATION, BudgetTooSmall, CannotTrace, NotMeasured, UsageError
 from samegrad.measure.counters import read_budget
 from samegrad.plan.explain import explain_plan
 from samegrad.plan.predict import predict_plan
@@ -60,7 +60,15 @@ def plan_step(training: Training, given: Plan | None = None, *, resumed: bool = 
 
 
 def _measured(training: Training) -> Footprint:
-    return training.step.footprint or sg.measure_step(training.step, training.batch)
+    return facts_for(training, training.step.footprint or sg.measure_step(training.step, training.batch))
+
+
+def facts_for(training: Training, footprint: Footprint) -> Footprint:
+    """``footprint`` without advice that whoever runs ``training`` cannot follow."""
+    if training.declared_here or IN_THE_DECLARATION not in footprint.facts:
+        return footprint
+    facts = {topic: fact for topic, fact in footprint.facts.items() if topic != IN_THE_DECLARATION}
+    return dataclasses.replace(footprint, facts=facts)
 
 
 def declare_again(training: Training, given: Plan | None, footprint: Footprint | None = None) -> None:
@@ -90,6 +98,7 @@ def declare_again(training: Training, given: Plan | None, footprint: Footprint |
         batch_axes=declared.batch_axes,
         segments=declared.segments,
         head=declared.head,
+        plain_forward=declared.plain_forward,
         expected_steps=step.expected_steps,
         device=declared.device,
         allow=step.allow,

@@ -46,10 +46,14 @@ def advised(target: Target) -> Iterator[None]:
         yield
     except (SamegradError, MemoryError, RuntimeError) as error:
         known = known_error(error)
-        if not isinstance(target, FunctionTarget) and isinstance(known, (BudgetTooSmall, CannotSplit, OverBudget)):
-            for line in find_recipe(target.name).troubleshooting:
-                error.add_note(line)
-        raise
+        if isinstance(target, FunctionTarget) or not isinstance(known, (BudgetTooSmall, CannotSplit, OverBudget)):
+            raise
+        told = error.without_declaration() if isinstance(error, SamegradError) else error
+        for line in find_recipe(target.name).troubleshooting:
+            told.add_note(line)
+        if told is error:
+            raise
+        raise told.with_traceback(error.__traceback__) from error.__cause__
 
 
 def load_training(target: Target, call: Call) -> Training:
@@ -120,12 +124,13 @@ def _seed(seed: int) -> None:
 
 
 class RecipeTraining:
-    """A recipe's program, one epoch a tick."""
+    """A recipe's program, one epoch a tick, counted in the program's own unit."""
 
-    unit = "epoch"
+    declared_here = False
 
     def __init__(self, recipe: Recipe, program: Program, *, budget: str | None = None) -> None:
         self.title, self.recipe, self.program, self.budget = recipe.name, recipe, program, budget
+        self.unit = program.unit
         self._batch = next(iter(program.batches(0)))
         self._emptied = CacheEmptying()
 
@@ -143,11 +148,11 @@ class RecipeTraining:
 
     @property
     def total(self) -> int | None:
-        return self.program.epochs
+        return self.program.units_in(self.program.epochs)
 
     @property
     def done(self) -> int:
-        return self.program.next_epoch
+        return self.program.units_in(self.program.next_epoch)
 
     @property
     def steps_done(self) -> int:
@@ -156,15 +161,17 @@ class RecipeTraining:
     def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
         return self.program.told_of(plan, footprint)
 
-    def limit(self, ticks: int) -> None:
-        self.program.epochs = min(self.program.epochs, ticks)
+    def limit(self, units: int) -> None:
+        # Training stops between two epochs, so an epoch that holds the last one is done to its end.
+        epochs = range(1, self.program.epochs)
+        self.program.epochs = next((n for n in epochs if self.program.units_in(n) >= units), self.program.epochs)
 
     def ticks(self) -> Iterator[Tick]:
         counter = sg.count_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
         for epoch in run_epochs(self.program, counter=counter):
             self._emptied.seconds += epoch.empty_cache_seconds
             self._emptied.given_back_bytes += epoch.given_back_bytes
-            last = epoch.stopped or self.done >= self.program.epochs
+            last = epoch.stopped or self.program.next_epoch >= self.program.epochs
             yield Tick(
                 results=epoch.steps,
                 validation_loss=epoch.validation,

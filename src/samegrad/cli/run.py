@@ -46,11 +46,11 @@ class RunOptions:
     plan: Path | None = None
     """A plan.json to run, instead of making a plan."""
     steps: int | None = None
-    """Stop after so many epochs (a recipe's) or steps (of file.py:function) in all."""
+    """Stop after so many epochs or iterations (whichever a recipe counts), or steps (of file.py:function), in all."""
     save_every: int = 10
-    """Save a checkpoint every so many epochs or steps; one is saved at the end and on a stop in any case."""
+    """Save a checkpoint every so many epochs, iterations or steps; one is saved at the end and on a stop as well."""
     log_every: int = 10
-    """Log loss and memory every so many epochs or steps."""
+    """Log loss and memory every so many epochs, iterations or steps."""
     verify_rows: int | None = None
     """Rows on which the gradients are verified before training; default: as many as fit."""
 

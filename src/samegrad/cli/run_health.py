@@ -82,7 +82,7 @@ def peaks_of(results: Sequence[StepResult]) -> list[int]:
 def _within_budget(results: Sequence[StepResult], plan: Plan | None) -> Finding:
     name, peaks = "within the budget", peaks_of(results)
     if plan is None or plan.budget is None or not peaks:
-        return Finding(name=name, answer=Answer.UNKNOWN, detail="no budget or no measured peak was recorded")
+        return Finding(name=name, answer=Answer.UNKNOWN, detail="not judged, no budget or no peak was recorded")
     budget = plan.budget.total_bytes
     return Finding(
         name=name,
@@ -134,7 +134,7 @@ def _falling(results: Sequence[StepResult]) -> Finding:
 def _in_time(results: Sequence[StepResult], plan: Plan | None) -> Finding:
     name, seconds = "step time as planned", [result.seconds for result in results[WARM_UP_STEPS:]]
     if plan is None or plan.predicted_seconds is None:
-        return Finding(name=name, answer=Answer.UNKNOWN, detail="the plan predicts no time")
+        return Finding(name=name, answer=Answer.UNKNOWN, detail="not judged, the plan predicts no time")
     if len(results) < FEWEST_STEPS:
         return _too_short(name, results)
     median = statistics.median(seconds)
@@ -153,6 +153,6 @@ def _too_short(name: str, results: Sequence[StepResult]) -> Finding:
     return Finding(
         name=name,
         answer=Answer.UNKNOWN,
-        detail=f"not enough epochs: {len(results)} steps, {FEWEST_STEPS} are needed to tell",
+        detail=f"not judged, not enough epochs: {len(results)} steps, needs {FEWEST_STEPS}",
         do="train longer",
     )

@@ -31,7 +31,7 @@ def train_in(
     if training.total is not None and training.done >= training.total:
         done = f"{training.unit} {training.done} is done, and the last one was to be {training.total}"
         console.note(f"nothing is left to train: {done}")
-    thrashing, ended = False, _Ended()
+    thrashing, ended, before = False, _Ended(), training.done
     with stop.hold(), console.progress(training.title, training.total) as bar:
         for tick in _until_workers_end(training, ended):
             told = _record(tick, training, folder)
@@ -39,11 +39,12 @@ def train_in(
                 thrashing = True
                 bar.say(line)
             bar.advance(told, done=training.done)
-            if training.done % options.log_every == 0 or training.done == 1 or tick.last:
+            if before == 0 or tick.last or _is_due(options.log_every, before, training.done):
                 _log_memory(tick, told, training, folder, plan.budget, bar)
-            if stop or tick.last or training.done % options.save_every == 0:
+            if stop or tick.last or _is_due(options.save_every, before, training.done):
                 _save(training, folder, stop)
                 saved_at = training.done
+            before = training.done
             stop.obey()
         if saved_at != training.done:
             _save(training, folder, stop)
@@ -52,6 +53,11 @@ def train_in(
         stop.obey()
         if ended.error is not None:
             raise ended.error
+
+
+def _is_due(every: int, before: int, done: int) -> bool:
+    """Whether a multiple of ``every`` came with the units after ``before``; a tick may bring several units."""
+    return done // every > before // every
 
 
 @dataclasses.dataclass

@@ -59,13 +59,15 @@ class Outcome:
 class Training(Protocol):
     """A program that ``run`` can drive, one tick after the other.
 
-    ``unit`` is what a tick is called, ``total`` how many there are where that is known, ``done`` how many are done
-    and ``steps_done`` how many optimizer steps that was. ``batch`` is the one the plan is made for, later the latest;
-    ``budget`` is set where the command line gave one that the step does not know.
+    ``unit`` is what is counted, one or more of them a tick; ``total`` is how many there are where that is known,
+    ``done`` how many are done and ``steps_done`` how many optimizer steps that was. ``batch`` is the one the plan is
+    made for, later the latest; ``budget`` is set where the command line gave one that the step does not know.
+    ``declared_here``: whoever runs it wrote the step's declaration and can change it.
     """
 
     title: str
     unit: str
+    declared_here: bool
     budget: str | None
 
     step: sg.Step
@@ -85,8 +87,8 @@ class Training(Protocol):
     def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
         """What the program has to say of its plan, in lines for people."""
 
-    def limit(self, ticks: int) -> None:
-        """Makes the tick number ``ticks`` the last one."""
+    def limit(self, units: int) -> None:
+        """Makes the tick that brings the unit number ``units`` the last one."""
 
     def ticks(self) -> Iterator[Tick]:
         """The ticks that are not done yet."""
@@ -105,7 +107,7 @@ class Training(Protocol):
 class FunctionTraining:
     """One pass over the batches of a user's own ``(step, batches)``."""
 
-    unit = "step"
+    unit, declared_here = "step", True
 
     def __init__(self, title: str, step: sg.Step, batches: Iterable[Any], *, budget: str | None = None) -> None:
         self.title, self.step, self.budget, self._done = title, step, budget, 0
@@ -136,8 +138,8 @@ class FunctionTraining:
     def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
         return ()
 
-    def limit(self, ticks: int) -> None:
-        self._total = ticks if self._total is None else min(ticks, self._total)
+    def limit(self, units: int) -> None:
+        self._total = units if self._total is None else min(units, self._total)
 
     def ticks(self) -> Iterator[Tick]:
         left = None if self._total is None else max(0, self._total - self._done)

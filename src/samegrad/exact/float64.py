@@ -26,6 +26,7 @@ def float64_declared(declared: DeclaredStep, device: torch.device) -> DeclaredSt
         model=network.to(device, torch.float64),
         loss_fn=loss_fn,
         forward=in_float64(declared.forward, device),
+        plain_forward=None if declared.plain_forward is None else in_float64(declared.plain_forward, device),
         optimizer=_without_state(network) if declared.optimizer is not None else None,
         device=device,
     )

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from samegrad.measure import kernel_scratch
 
@@ -41,14 +42,33 @@ def cost_of(
     dtype = _dtype_of(given, made)
     if _only_looks(func) or (made and _makes_nothing_new(func, given, made)):
         return Cost(0, 0, dtype, 0)
-    flops = flop_registry.get(func._overloadpacket)
     return Cost(
-        int(flops(*args, **kwargs, out_val=result)) if flops is not None else 0,
+        _flops(func, args, kwargs, result),
         _moved_bytes(given, made),
         dtype,
         _launches(args) if func._schema.name.startswith(("aten::_foreach_", "aten::_fused_")) else 1,
         kernel_scratch.scratch_changes(func, args) if any(tensor.device.type == "cuda" for tensor in given) else (),
     )
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    formula = flop_registry.get(func._overloadpacket)
+    if formula is None:
+        return 0
+    if func._overloadpacket is torch.ops.aten.convolution_backward:
+        return _flops_of_backward_convolution(args)
+    return int(formula(*args, **kwargs, out_val=result))
+
+
+def _flops_of_backward_convolution(args: tuple[Any, ...]) -> int:
+    """As many as the convolution itself took, for each of input and weight whose gradient is asked for.
+
+    torch's formula lets every channel meet every other whatever the groups are: of a depthwise convolution it is wrong
+    by the number of its channels, which kernels of a row's own make a number of rows times channels.
+    """
+    gradient, given, weight, transposed, asked = args[0], args[1], args[2], args[7], args[10]
+    once = conv_flop_count(list(given.shape), list(weight.shape), list(gradient.shape), transposed=transposed)
+    return int(once * sum(map(bool, asked[:2])))
 
 
 def tensors_in(values: Sequence[Any]) -> list[Tensor]:

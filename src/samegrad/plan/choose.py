@@ -53,7 +53,7 @@ def _nothing_fits(
         return CannotSplit(
             asked=f"a plan {within}" if pinned is None else f"{pinned} rows at a time {within}",
             found=f"the plain step needs {format_bytes(_plain_peak(footprint))} and cannot be split: {refusal}",
-            do="; ".join(ways_down(footprint, budget)),
+            do=ways_down(footprint, budget),
         )
     if splits and options.allow < SplitRows.exactness and not any(candidate.levers for candidate in followed):
         return BudgetTooSmall(
@@ -75,7 +75,7 @@ def _nothing_fits(
     return BudgetTooSmall(
         asked=f"a plan {within}",
         found=floor_sentence(footprint, budget),
-        do="; ".join(ways_down(footprint, budget)),
+        do=ways_down(footprint, budget),
         option="--budget",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from samegrad.errors import IN_THE_DECLARATION
 from samegrad.levers import Slot, find_levers, levers_of, weakest_exactness
 from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.chunk_loss import ChunkLoss
@@ -71,20 +72,28 @@ def _by_levers(candidate: Candidate) -> str:
     return f"with {' and '.join(lever.name for lever in candidate.levers)}"
 
 
-def ways_down(footprint: Footprint, budget: Budget) -> list[str]:
-    """The three cheapest ways to fit, each with its bytes."""
+def ways_down(footprint: Footprint, budget: Budget) -> str:
+    """The three cheapest ways to fit, each with its bytes; those that need another declaration come last."""
     floor = floor_bytes(footprint)
-    ways = [f"raise the budget to {format_bytes(budget_for(floor, budget.counting))}"]
-    ways += _ways_to_keep_less(footprint, budget)
     state = footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
     parameters = footprint.resident_bytes.get(Category.PARAMETERS, 0)
+    declaring = _ways_to_keep_less(footprint, budget)
     if state:
-        ways.append(f"an optimizer with less state (SGD without momentum holds none: {format_bytes(state)} less)")
+        declaring.append(
+            f"an optimizer with less state (SGD without momentum holds none: {format_bytes(state)} less)"
+        )
+    ways = [f"raise the budget to {format_bytes(budget_for(floor, budget.counting))}"]
     if SplitRows.refusal(footprint) is not None:
         plain_row = _plain_row_bytes(footprint)
-        ways.append(f"a smaller batch ({format_bytes(plain_row)} a row; that is another step)")
-    ways.append(f"a smaller model (parameters and gradients take {format_bytes(2 * parameters)}; another model)")
-    return ways[:3]
+        ways.append(f"a smaller batch ({format_bytes(plain_row)} a row, and it is another step)")
+    else:
+        both = format_bytes(2 * parameters)
+        ways.append(f"a smaller model (parameters and gradients take {both}, and it is another one)")
+    # Where two declarations help, what makes another step of it can wait.
+    ways = ways[: max(1, 3 - len(declaring))]
+    if declaring:
+        declaring[0] = f"{IN_THE_DECLARATION}: {declaring[0]}"
+    return "; ".join((ways + declaring)[:3])
 
 
 def _plain_row_bytes(footprint: Footprint) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from samegrad import trees
 from samegrad.data.prefetch import stream_chunks
 from samegrad.declared import DeclaredStep
-from samegrad.errors import CannotSplit
+from samegrad.errors import IN_THE_DECLARATION, CannotSplit
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.find_head import Head, find_head
 from samegrad.exact.findings import Examination
@@ -266,7 +266,7 @@ def _facts(ways: Ways, residents: Residents, *, streamed: bool) -> dict[str, str
                 f"({examination.reason})"
             )
             if not streamed:
-                facts["loss"] += "; if the loss is a mean over rows, normalise='mean' removes it"
+                facts[IN_THE_DECLARATION] = "normalise='mean' makes it one pass, if the loss is a mean over rows"
         if examination.module_hooks:
             facts["module hooks, run once a chunk"] = ", ".join(examination.module_hooks)
     if residents.note:

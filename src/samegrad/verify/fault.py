@@ -60,7 +60,7 @@ def name_fault(planned: Planned, rows: Any, checks: Sequence[Check], recheck: Re
 
 def _lever_at_fault(planned: Planned, rows: Any, recheck: Recheck) -> str:
     if planned.split is None and not planned.plan.levers:
-        return ""
+        return "" if planned.is_plain_call else "forward=, whose gradients are not those of plain_forward="
     left: list[tuple[str, Planned]] = []
     for lever in reversed(levers_of(planned.plan)):
         # A lever may need another: then leaving that one out shows nothing.

@@ -150,8 +150,10 @@ def _planned(step: Verifiable, batch: Any, layout: RowLayout, sizes: tuple[int, 
         split = step.split_for(batch, layout)
         return Planned(step.declared, split, plan, layout.rows, layout, sizes, split.examination.sites)
     sites = step.draws_for(batch, layout).sites if plan.levers else None
-    by_rows = None if promises_bits(plan) else _by_rows(step, batch, layout)
-    return Planned(step.declared, None, plan, layout.rows, layout, sizes, sites, by_rows)
+    planned = Planned(step.declared, None, plan, layout.rows, layout, sizes, sites)
+    if not plan.levers or promises_bits(planned):
+        return planned
+    return dataclasses.replace(planned, by_rows=_by_rows(step, batch, layout))
 
 
 def _by_rows(step: Verifiable, batch: Any, layout: RowLayout) -> ChunkedStep | None:
@@ -184,7 +186,7 @@ def _on_cpu(
     refusal = ""
     if draws and not _is_host(declared.device):
         refusal = "the step draws random numbers, and the CPU's generator draws others"
-    elif not cpu_is_possible(declared, batch, planned.layout, rows):
+    elif not cpu_is_possible(declared.as_plain, batch, planned.layout, rows):
         refusal = f"{rows} rows in float64 do not fit the host, take too long there, or cannot run there"
     else:
         with WithinMemory(declared) as memory:
@@ -213,7 +215,7 @@ def _verdict(
     checks = [*cpu_checks, *compared.checks]
     passed = all(check.passed for check in checks)
     # In the same bits, or in a plan that is the plain call, there is nothing that a low precision could hide.
-    itself = compared.exactly or not planned.plan.levers
+    itself = compared.exactly or planned.is_plain_call
     proven = itself or tolerance.proves_logic(compared.precision) or reference.cpu_rows > 0
     answer = Same.DIFFERS if not passed else Same.SAME if proven else Same.UNPROVEN
     # The first that failed, or the first: the sharpest.
@@ -243,4 +245,4 @@ def _found(planned: Planned, compared: Compared) -> Exactness:
     """How exact a step is that passed: what rounds otherwise is never the declared step, whatever its reference."""
     if planned.rounding.dtype is not None:
         return Exactness.ROUNDED
-    return Exactness.SAME_BITS if compared.exactly or promises_bits(planned.plan) else Exactness.SAME_SUM
+    return Exactness.SAME_BITS if compared.exactly or promises_bits(planned) else Exactness.SAME_SUM

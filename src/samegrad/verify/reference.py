@@ -79,7 +79,7 @@ def checked_rows(layout: RowLayout, rows: int | None) -> int | None:
 
 def on_device(planned: Planned, batch: Any, layout: RowLayout, rows: int | None) -> Reference:
     """The plain step on the device: on the whole batch or ``rows`` of it where that fits, else on as many as do."""
-    declared = planned.declared
+    declared = planned.declared.as_plain
     name = f"{planned.rounding.plain_step} on {counters.device_name(declared.device)}"
     if rows is not None and declared.device.type == "cpu":
         return Reference(rows, name)

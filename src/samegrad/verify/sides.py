@@ -73,6 +73,11 @@ class Planned:
     loss_scale: float = 1.0
 
     @property
+    def is_plain_call(self) -> bool:
+        """Whether nothing of it could differ: no lever, and the forward that it is compared with."""
+        return not self.plan.levers and self.declared.plain_forward is None
+
+    @property
     def rounding(self) -> Rounding:
         """How the plan rounds beyond what was declared."""
         return Rounding.of(self.plan)
@@ -85,7 +90,7 @@ class Planned:
 
     def reference(self, rows: Any) -> Gradients:
         """The plain step's gradients for ``rows``, rounded as the plan rounds."""
-        with self.rounding.applied(self.declared) as declared:
+        with self.rounding.applied(self.declared.as_plain) as declared:
             return plain_gradients(declared, rows, self.sites, self.loss_scale)
 
     def gradients(self, rows: Any) -> Gradients:

@@ -21,7 +21,7 @@ from samegrad.exact.undisturbed import Generators, ModuleState, step_undisturbed
 from samegrad.levers import levers_of
 from samegrad.measure import counters
 from samegrad.module_walk import convolves
-from samegrad.records import Check, Departure, Exactness, Plan
+from samegrad.records import Check, Departure, Exactness
 from samegrad.verify import tolerance
 from samegrad.verify.compare import (
     Allowance,
@@ -125,7 +125,7 @@ def _departure(planned: Planned, bench: Bench, ours: Gradients) -> Departure | N
     """How far the declared step is from the planned one, where the plan rounds otherwise."""
     if planned.rounding.dtype is None:
         return None
-    declared = bench.run(lambda rows: plain_gradients(planned.declared, rows, planned.sites))
+    declared = bench.run(lambda rows: plain_gradients(planned.declared.as_plain, rows, planned.sites))
     size = norm_of([g for g in declared.by_name.values() if g is not None]) or 1.0
     return Departure(
         levers=tuple(lever.name for lever in levers_of(planned.plan) if lever.exactness >= Exactness.ROUNDED),
@@ -176,23 +176,33 @@ def _judge(
 ) -> _Judged:
     plain, ours = sides
     present = [same_parameters(plain, ours), same_finiteness(plain, ours)]
-    if planned.split is None and promises_bits(planned.plan):
+    if planned.split is None and promises_bits(planned):
         checks = [_spread(PLAIN_TWICE, bench, planned, sides), *present]
-        if same_bits(plain, ours) or not planned.plan.levers:
+        if same_bits(plain, ours) or planned.is_plain_call:
             return _Judged(checks, precision)
         # Plain calls differ by themselves, and behind that a lever could hide something.
         return _judge_by_tiers(planned, bench, sides, precision).beside(before=checks)
     judged = _judge_by_tiers(planned, bench, sides, precision).beside(before=present)
     if (promised := promising_bits(planned)) is not None:
         again = bench.run(promised.bare_gradients)
+        if planned.declared.plain_forward is not None:
+            # The step that they are taken in is the forward's own.
+            promised = dataclasses.replace(
+                promised, declared=dataclasses.replace(planned.declared, plain_forward=None)
+            )
+            plain = bench.run(promised.reference)
         judged = judged.beside(after=[_spread(KEPT_BITS, bench, promised, (plain, again))])
     return judged
 
 
-def promises_bits(plan: Plan) -> bool:
-    """Whether every lever that does not round promises the bits of the step it is taken in."""
-    return all(
-        lever.exactness is Exactness.SAME_BITS or lever.exactness >= Exactness.ROUNDED for lever in levers_of(plan)
+def promises_bits(planned: Planned) -> bool:
+    """Whether every lever that does not round promises the bits of the step it is taken in.
+
+    A forward that is compared with another one may add up in another order.
+    """
+    return planned.declared.plain_forward is None and all(
+        lever.exactness is Exactness.SAME_BITS or lever.exactness >= Exactness.ROUNDED
+        for lever in levers_of(planned.plan)
     )
 
 

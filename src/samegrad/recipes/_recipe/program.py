@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import samegrad as sg
 from samegrad.recipes._recipe.asked import EmptyCache
@@ -48,8 +48,11 @@ class Program(abc.ABC):
     """A training program, live: the step, what feeds it, and what is judged and written at the end.
 
     ``batches_per_step``: batches whose mean loss makes one optimizer step. ``next_epoch``, ``steps_done`` and
-    ``stopped`` are where it stands; ``state`` and ``load_state`` carry them over a restart, tensors apart.
+    ``stopped`` are where it stands; ``state`` and ``load_state`` carry them over a restart, tensors apart. ``unit`` is
+    what the program's options count in, ``units_in`` how many of it some epochs are.
     """
+
+    unit: ClassVar[str] = "epoch"
 
     step: sg.Step
     model: nn.Module
@@ -66,6 +69,10 @@ class Program(abc.ABC):
     @abc.abstractmethod
     def batches(self, epoch: int) -> Iterable[Any]:
         """The epoch's batches, ``batches_per_step`` for an optimizer step: a pure function of (options, epoch)."""
+
+    def units_in(self, epochs: int) -> int:
+        """How many of ``unit`` the first ``epochs`` epochs are."""
+        return epochs
 
     def start(self) -> None:  # noqa: B027 - most programs have nothing to do
         """What happens once before the first epoch, and not when a run is resumed."""

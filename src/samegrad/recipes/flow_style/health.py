@@ -13,12 +13,14 @@ from samegrad.recipes._recipe import Answer, Finding
 from .history import History, read_document, read_history
 from .options import FlowStyleOptions
 
-# The document looks at the first so many epochs.
+# The document looks at the first so many epochs. In fewer nothing has a trend: thirds of three epochs are the least
+# whose medians one odd epoch does not make.
 _EARLY_EPOCHS = 10
-_FEWEST_EPOCHS = 3
 _FEWEST_STEPS = 6
+# The first epoch pays for warm-up.
+_FEWEST_TIMED_EPOCHS = 2
 _WARM_UP_STEPS = 2
-# SSM may rise by so much and is stable.
+# The SSM loss may rise by so much and is stable.
 _STABLE_FRACTION = 0.25
 # An epoch may take so many times what was planned.
 _SLOW_FACTOR = 1.5
@@ -33,9 +35,9 @@ def examine(folder: Path) -> tuple[Finding, ...]:
     history = read_history(folder)
     config = read_document(folder / "config.json")
     return (
-        _loss_falls(history.first_epochs(_EARLY_EPOCHS)),
-        _style_falls(history.part("swd")),
-        _content_stable(history.part("ssm")),
+        _loss_falls(history),
+        _style_falls(history.part("swd_loss")),
+        _content_stable(history.part("ssm_loss")),
         _epoch_time(history, read_document(folder / "plan.json")),
         _clipped(history, config),
         _compiled(config, read_document(folder / "summary.json")),
@@ -48,7 +50,10 @@ def _thirds(figures: Sequence[float]) -> tuple[float, float]:
     return statistics.median(figures[:third]), statistics.median(figures[-third:])
 
 
-def _unknown(name: str, detail: str) -> Finding:
+def _not_judged(name: str, count: int, needed: int, unit: str = "epoch") -> Finding:
+    """The finding on a run of ``count`` epochs, or whatever ``unit`` says, where the check needs more of them."""
+    units = unit if count == 1 else f"{unit}s"
+    detail = f"not judged, not enough epochs: {count} {units}, needs {needed}"
     return Finding(name=name, answer=Answer.UNKNOWN, detail=detail, do="train longer")
 
 
@@ -58,30 +63,33 @@ def _finding(name: str, good: bool, detail: str, do: str) -> Finding:
     )
 
 
-def _loss_falls(early: History) -> Finding:
+def _loss_falls(history: History) -> Finding:
     name = f"loss falls over the first {_EARLY_EPOCHS} epochs"
-    losses = [loss for loss in early.of_steps("loss") if math.isfinite(loss)]
+    if len(history.validations) < _EARLY_EPOCHS:
+        return _not_judged(name, len(history.validations), _EARLY_EPOCHS)
+    losses = [loss for loss in history.first_epochs(_EARLY_EPOCHS).of_steps("loss") if math.isfinite(loss)]
     if len(losses) < _FEWEST_STEPS:
-        return _unknown(name, f"not enough epochs: {len(losses)} steps, {_FEWEST_STEPS} are needed to tell")
+        return _not_judged(name, len(losses), _FEWEST_STEPS, "finite loss")
     first, last = _thirds(losses)
     detail = f"median {first:.4g} in the first third of {len(losses)} steps, {last:.4g} in the last"
     return _finding(name, last < first, detail, "lower --learning_rate, or see --max_grad_norm")
 
 
 def _style_falls(swd: Sequence[float]) -> Finding:
-    name = "SWD falling (held out)"
-    if len(swd) < _FEWEST_EPOCHS:
-        return _unknown(name, f"not enough epochs: {len(swd)} validations, {_FEWEST_EPOCHS} are needed to tell")
+    name = "SWD loss falling (validation)"
+    if len(swd) < _EARLY_EPOCHS:
+        return _not_judged(name, len(swd), _EARLY_EPOCHS)
     # Most of it falls early: where it began counts, and not its first third.
-    first, last = statistics.median(swd[:_FEWEST_EPOCHS]), _thirds(swd)[1]
-    detail = f"{first:.4g} in the first {_FEWEST_EPOCHS} of {len(swd)} epochs, {last:.4g} in the last third"
+    third = _EARLY_EPOCHS // 3
+    first, last = statistics.median(swd[:third]), _thirds(swd)[1]
+    detail = f"{first:.4g} in the first {third} of {len(swd)} epochs, {last:.4g} in the last third"
     return _finding(name, last < first, detail, "raise --w_style; --patch_pool batch cannot tell styles apart")
 
 
 def _content_stable(ssm: Sequence[float]) -> Finding:
-    name = "SSM stable (held out)"
-    if len(ssm) < _FEWEST_EPOCHS:
-        return _unknown(name, f"not enough epochs: {len(ssm)} validations, {_FEWEST_EPOCHS} are needed to tell")
+    name = "SSM loss stable (validation)"
+    if len(ssm) < _EARLY_EPOCHS:
+        return _not_judged(name, len(ssm), _EARLY_EPOCHS)
     first, last = _thirds(ssm)
     growth = last / first - 1 if first else 0.0
     detail = f"{first:.4g} in the first third, {last:.4g} in the last, {growth:+.0%} (at most {_STABLE_FRACTION:+.0%})"
@@ -105,11 +113,11 @@ def _epoch_time(history: History, plan: dict[str, Any]) -> Finding:
     name = "epoch time as planned"
     epochs, size = _epoch_seconds(history)
     if not epochs:
-        return _unknown(name, "not enough epochs: the first one pays for warm-up, another is needed to tell")
+        return _not_judged(name, len(history.validations), _FEWEST_TIMED_EPOCHS)
     median, planned = statistics.median(epochs), plan.get("predicted_seconds")
     took = f"median {median:.3g} s for {size:.0f} steps (the document: 3 to 5 minutes)"
     if not planned:
-        return Finding(name=name, answer=Answer.UNKNOWN, detail=f"{took}; the plan predicts no time")
+        return Finding(name=name, answer=Answer.UNKNOWN, detail=f"not judged, the plan predicts no time: {took}")
     ratio = median / (planned * size)
     return _finding(
         name, ratio <= _SLOW_FACTOR, f"{took}, {ratio:.2f} times the planned", "see whether others use the machine"
@@ -125,8 +133,8 @@ def _clipped_share(history: History, config: dict[str, Any]) -> float | None:
 def _clipped(history: History, config: dict[str, Any]) -> Finding:
     name = "share of clipped steps"
     share = _clipped_share(history, config)
-    if share is None:
-        return _unknown(name, "no gradient norms were written down")
+    if share is None or len(history.steps) < _FEWEST_STEPS:
+        return _not_judged(name, len(history.of_steps("grad_norm")), _FEWEST_STEPS, "gradient norm")
     detail = f"{share:.0%} of {len(history.steps)} logical steps had a norm above {config.get('max_grad_norm')}"
     return _finding(name, share <= _CLIPPED_FRACTION, detail, "lower --learning_rate, or raise --max_grad_norm")
 
@@ -137,7 +145,8 @@ def _compiled(config: dict[str, Any], summary: dict[str, Any]) -> Finding:
         return Finding(name=name, answer=Answer.OK, detail="off (use_compile is false)")
     metrics = summary.get("metrics", {})
     if "compiled_graphs" not in metrics:
-        return _unknown(name, "the run has not ended, and the counts come with its end")
+        detail = "not judged, the run has not ended: the counts come with its end"
+        return Finding(name=name, answer=Answer.UNKNOWN, detail=detail, do="samegrad run with --resume continues it")
     graphs, breaks = metrics["compiled_graphs"], metrics.get("graph_breaks", 0)
     limit = config.get("cache_size_limit", FlowStyleOptions.cache_size_limit)
     detail = f"{graphs:.0f} graphs compiled (limit {limit} a function), {breaks:.0f} graph breaks"
@@ -155,9 +164,8 @@ def _advice(folder: Path) -> Iterator[str]:
     yield from _memory_advice(history, plan)
     yield from _stability_advice(history, config)
     yield from _speed_advice(history, config, plan, read_document(folder / "footprint.json"))
-    swd = history.part("swd")
-    if (falls := _style_falls(swd)).answer is Answer.FAILS:
-        yield f"SWD does not fall ({falls.detail}): raise --w_style or train longer."
+    if (falls := _style_falls(history.part("swd_loss"))).answer is Answer.FAILS:
+        yield f"The SWD loss does not fall ({falls.detail}): raise --w_style or train longer."
 
 
 def _memory_advice(history: History, plan: dict[str, Any]) -> Iterator[str]:

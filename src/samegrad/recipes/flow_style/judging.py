@@ -1,5 +1,8 @@
 """How styled latents are judged: distance to the target style's held-out patches, and how far structure has moved.
 
+These are the held-out SWD and SSM: of what the sampler makes, with all patches. The SWD and SSM losses, also where
+validation takes them on the same latents, are of the flow as it is trained, with the patches that a batch draws.
+
 Two anchors stand beside every figure: the identity, which keeps all structure and no style, and real latents of the
 target style in no order, which have the style and none of the structure.
 """

@@ -62,11 +62,11 @@ class FlowStyleProgram(Program):
                 yield data.draw_batch(training, drawing_of(options), earliest=earliest, seed=seed)
 
     def validate(self) -> float:
-        """The training energy on held-out latents, under the same draws every time."""
+        """The training energy on held-out latents, under the same draws every time; its terms are named as losses."""
         batch = self._held_out_batch
         styled = [self._flow(rows) for rows in _in_chunks(batch, self.options.size("batch_size"))]
         distance, similarity = self.energy.parts(torch.cat(styled), batch)
-        self._parts = {"swd": float(distance), "ssm": float(similarity)}
+        self._parts = {"swd_loss": float(distance), "ssm_loss": float(similarity)}
         return self.energy.style_weight * float(distance) + self.energy.content_weight * float(similarity)
 
     def validation_parts(self) -> Mapping[str, float]:
@@ -75,9 +75,9 @@ class FlowStyleProgram(Program):
     def evaluate(self) -> dict[str, float]:
         found = self.judge()
         return {
-            "swd": found.swd, "ssm": found.ssm,
-            "swd_identity": found.identity_swd, "ssm_identity": found.identity_ssm,
-            "swd_shuffled": found.shuffled_swd, "ssm_shuffled": found.shuffled_ssm,
+            "held_out_swd": found.swd, "held_out_ssm": found.ssm,
+            "held_out_swd_identity": found.identity_swd, "held_out_ssm_identity": found.identity_ssm,
+            "held_out_swd_shuffled": found.shuffled_swd, "held_out_ssm_shuffled": found.shuffled_ssm,
             "held_out_latents": len(self.splits.held_out),
             **self.calling.counts(),
         }  # fmt: skip

@@ -48,6 +48,7 @@ def write_results(
     figure = pictures.draw_grid(
         [[shown(latent, splits.codec) for latent in column] for column in columns],
         ["source", *(f"as {name}" for name in names)],
+        [names[style] for _, style in sources],
     )
     written.append(save_picture(figure, folder / "style_grid.png"))
     history = read_history(folder)
@@ -67,7 +68,7 @@ def _write_pairs(folder: Path, restyle: Restyle, splits: Splits) -> list[Path]:
         real = splits.held_out.of_style(target_style)[0]
         figure = pictures.draw_side_by_side(
             [shown(latent, splits.codec) for latent in (source, styled, real)],
-            [f"source: {names[source_style]}", f"styled as {names[target_style]}", f"a real {names[target_style]}"],
+            [f"source: {names[source_style]}", f"styled as {names[target_style]}", f"real: {names[target_style]}"],
         )
         name = f"{names[source_style]}_as_{names[target_style]}.png"
         written.append(save_picture(figure, folder / name))

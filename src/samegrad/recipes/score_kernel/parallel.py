@@ -94,6 +94,37 @@ class AcrossRanks:
 Across = AcrossDevices | AcrossRanks
 
 
+@dataclasses.dataclass(frozen=True)
+class Unsharded:
+    """What a forward over places must equal: all centers of all places at once, through one softmax.
+
+    ``group``: that of the ranks, each of which brings its own centers; None where the batch has all of them.
+    """
+
+    group: Any = None
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Reduced:
+        centers = batch["centers"] if self.group is None else _of_all_ranks(batch["centers"], self.group)
+        return softmax_means(*model(centers, batch["samples"]))
+
+
+def unsharded(across: Across) -> Unsharded:
+    """The plain forward of what runs ``across`` places."""
+    return Unsharded(across.group if isinstance(across, AcrossRanks) else None)
+
+
+def _of_all_ranks(centers: Tensor, group: Any) -> Tensor:
+    """The centers (K, D) of every rank, (K of all, D); a rank may have fewer than another."""
+    counts = [torch.zeros((), dtype=torch.int64, device=centers.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor(len(centers), device=centers.device), group)
+    longest = max(int(count) for count in counts)
+    mine = centers.new_zeros(longest, centers.shape[1])
+    mine[: len(centers)] = centers
+    everyone = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(everyone, mine, group)
+    return torch.cat([theirs[: int(count)] for theirs, count in zip(everyone, counts)])
+
+
 def shard_of(centers: Tensor, across: Across) -> Tensor:
     """The centers that the batch of this process holds."""
     if isinstance(across, AcrossDevices):

@@ -14,7 +14,7 @@ from samegrad.recipes._recipe.pinned import pinned_step
 from .model import KernelModel
 from .objective import BATCH_AXES, Batch, kernel_outputs, matching_loss
 from .options import ScoreKernelOptions
-from .parallel import Across, AcrossDevices, check_places, shard_of
+from .parallel import Across, AcrossDevices, check_places, shard_of, unsharded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,8 @@ def plan_across(
     across = dataclasses.replace(across, rows=rows)
     error = check_places(across, centers.device)
     step = sg.Step(
-        model, matching_loss, forward=across, batch_axes=BATCH_AXES, optimizer=optimizer,
+        model, matching_loss, forward=across, plain_forward=unsharded(across), batch_axes=BATCH_AXES,
+        optimizer=optimizer,
         plan=sg.Plan(
             levers={},
             # Places add up their centers' terms in an order of their own.

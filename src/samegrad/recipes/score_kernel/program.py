@@ -42,6 +42,8 @@ class ScoreKernelProgram(Program):
     ``centers`` are those of this process; ``across`` says how they are shared out, None where they are not.
     """
 
+    unit = "iteration"
+
     model: KernelModel
     options: ScoreKernelOptions
     points: PointSets
@@ -61,6 +63,9 @@ class ScoreKernelProgram(Program):
                 group["lr"] = self.rates[iteration]
             samples = noised(self.points.train[torch.from_numpy(chosen)], self.options.noise_deviation, draws)
             yield {"centers": self.centers, "samples": samples}
+
+    def units_in(self, epochs: int) -> int:
+        return min(epochs * EPOCH_ITERATIONS, self.options.niters)
 
     def validate(self) -> float:
         validation = self.points.validation
@@ -155,7 +160,7 @@ class ScoreKernelProgram(Program):
     @property
     def iterations_done(self) -> list[int]:
         """After how many iterations each entry of ``history`` was."""
-        return [min((n + 1) * EPOCH_ITERATIONS, self.options.niters) for n in range(len(self.history))]
+        return [self.units_in(n + 1) for n in range(len(self.history))]
 
     @property
     def center_rows(self) -> int:

@@ -14,6 +14,7 @@ from samegrad.recipes._recipe.written import save_picture, save_weights
 from .model import KernelModel, log_density
 from .options import ScoreKernelOptions
 from .splits import PointSets
+from .toys import eight_gaussians_optimum
 
 # Points a side at which a density is drawn.
 GRID = 120
@@ -49,7 +50,7 @@ def write_results(program: Finished, folder: Path) -> list[Path]:
         program.options.save.mkdir(parents=True, exist_ok=True)
         written += write_weights(program.model, program.points.centers, program.options.save)
     if program.history:
-        curve = pictures.draw_losses(program.iterations_done, program.history)
+        curve = pictures.draw_losses(program.iterations_done, program.history, _optimum(program))
         written.append(save_picture(curve, folder / "matching_loss.png"))
     drawn, points = program.drawn.double().cpu().numpy(), program.points
     test = points.test.double().cpu().numpy()
@@ -73,6 +74,13 @@ def write_weights(model: KernelModel, centers: Tensor, folder: Path) -> list[Pat
     safetensors.torch.save_file({"centers": on_host}, paths[0])
     torch.save(on_host, paths[1])
     return [*save_weights(model.factornet, folder, "factornet"), *paths]
+
+
+def _optimum(program: Finished) -> float | None:
+    """The matching loss of the true score on the validation samples, where the density is known."""
+    if program.options.data != "8gaussians":
+        return None
+    return eight_gaussians_optimum(program.points.validation.double().cpu().numpy())
 
 
 def _nearest(program: Finished) -> Any:
