@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import samegrad as sg
+from samegrad.measure import counters
 from samegrad.recipes import run_epochs
 from samegrad.recipes.fewshot_cosine import pictures
 from samegrad.recipes.fewshot_cosine.backbones import make_backbone
@@ -27,7 +28,7 @@ from samegrad.recipes.fewshot_cosine.stepping import amp_dtype, chunk_sizes
 
 SMALL = FewShotOptions(
     dataset="digits", n_way=3, k_shot=2, n_query=3, n_episode=3, num_epoch=2, test_iter=4, image_size=16, device="cpu",
-    dtype="float64", lambda_V=0.5, lambda_C=0.1,
+    dtype="float64", lambda_V=0.5, lambda_C=0.1, dynamic_accumulation=False,
 )  # fmt: skip
 
 
@@ -51,10 +52,10 @@ def test_chunks_are_the_documents_unless_somebody_asks(given: dict[str, Any], st
     assert FewShotOptions(**given).steps == steps
 
 
-def test_what_was_auto_detected_is_said() -> None:
+def test_the_documents_chunks_are_had_by_name_and_said() -> None:
     program = build(SMALL)
     assert levers(program) == {"exact_batchnorm": {"rows": [8, 7]}}
-    assert any("auto-detected for Conv4" in line for line in program.describe())
+    assert any("as the document has them for Conv4" in line for line in program.describe())
     assert build(changed(gradient_accumulation_steps=4)).step.plan.levers["exact_batchnorm"]["rows"] == [4, 4, 4, 3]  # type: ignore[union-attr]
 
 
@@ -91,11 +92,27 @@ def test_a_budget_that_all_images_fit_needs_no_lever_and_pins_that_do_not_fit_ar
         build(changed(budget="14MiB", gradient_accumulation_steps=1))
 
 
-@pytest.mark.slow
-def test_free_memory_decides_where_that_is_asked() -> None:
-    program = build(changed(dynamic_accumulation=True))
+@pytest.mark.parametrize(("free_bytes", "dtype"), [(2**30, "float64"), (2**30, "bfloat16"), (14 * 2**20, "float64")])
+def test_without_a_budget_free_memory_decides(
+    free_bytes: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counters, "free_now", lambda device: (free_bytes, "as the test has it"))
+    program = build(changed(dynamic_accumulation=True, dtype=dtype))
     plan = program.step.plan
     assert plan is not None and plan.budget is not None and "free now" in plan.budget.source
+    # Where all images fit, chunks would only cost their second forward.
+    saving = levers(program).keys() - {"autocast"}
+    assert bool(saving) is (free_bytes < 2**30)
+
+
+def test_what_somebody_asks_for_is_not_measured_and_not_left() -> None:
+    for given in ({"gradient_accumulation_steps": 3}, {"use_gradient_checkpointing": True}):
+        options = changed(dynamic_accumulation=True, **given)
+        assert not options.plan_is_chosen and options.for_card_elsewhere() == dataclasses.replace(
+            options, dynamic_accumulation=False
+        )
+    assert changed(dynamic_accumulation=True).plan_is_chosen and changed(budget="1GiB").plan_is_chosen
+    assert not changed(budget="1GiB").for_card_elsewhere().plan_is_chosen
 
 
 def test_training_is_the_plain_loop() -> None:
@@ -240,7 +257,6 @@ def test_the_table_has_the_documents_figures_beside_measured_ones() -> None:
         ({"lambda_C": -1.0}, "lambda_C"), ({"lambda_I": 0.0}, "lambda_I"), ({"dtype": "bfloat"}, "dtype"),
         ({"gradient_accumulation_steps": 106}, "gradient_accumulation_steps"),
         ({"gradient_accumulation_steps": 2, "use_gradient_checkpointing": True}, "gradient_accumulation_steps"),
-        ({"dynamic_accumulation": True, "budget": "1GiB"}, "dynamic_accumulation"),
         ({"precision": "backbone.layer4"}, "precision"), ({"precision": "head.nose=float32"}, "precision"),
         ({"precision": "backbone.layer4=float16"}, "precision"), ({"num_epoch": 0}, "num_epoch"),
     ],

@@ -257,7 +257,7 @@ def table(options: FewShotOptions) -> list[Mapping[str, Cell]]:
     if not options.lambda_V and not options.lambda_C:
         options = dataclasses.replace(options, lambda_V=0.5, lambda_C=0.1)
     card = _card_of(options)
-    program = build(options if card is None else dataclasses.replace(options, device="cpu", budget=None))
+    program = build(options if card is None else options.for_card_elsewhere())
     model, step = program.model, program.step
     loss = stepping.make_loss(dataclasses.replace(options, query_rows=0), model).to(step.declared.device)
     episode = next(iter(program.batches(0)))
