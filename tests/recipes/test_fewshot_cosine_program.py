@@ -268,8 +268,13 @@ def test_a_wrong_value_is_refused_by_its_options_name(given: dict[str, Any], opt
 
 
 def test_what_the_data_cannot_give_is_refused_before_training() -> None:
-    with pytest.raises(sg.UsageError, match="3 of 3 classes have as many"):
+    with pytest.raises(sg.UsageError, match=r"4 to train on \(base\); 3 to validate on \(val\); 3 to judge") as refused:
         build(changed(n_way=4))
+    assert "--n_way 4" in refused.value.asked and refused.value.do == "ask for at most --n_way 3"
+    assert refused.value.option == "n_way"
+    with pytest.raises(sg.UsageError, match=r"of which \d have 180 images or more") as refused:
+        build(changed(k_shot=170, n_query=10))
+    assert "lower --k_shot or --n_query" in refused.value.do
     with pytest.raises(sg.UsageError, match="do not pass the backbone"):
         build(changed(image_size=8))
 

@@ -24,7 +24,7 @@ from . import data, stepping
 from .backbones import make_backbone
 from .courses import Course, document_step, follow_course, plain_step
 from .judging import accuracies, arranged, judged_episodes
-from .layouts import Splits, open_splits
+from .layouts import Splits, check_episodes, open_splits
 from .model import EpisodeShape, FewShotTransformer, Head
 from .options import FewShotOptions
 from .tables import measured_table, predicted_table
@@ -146,27 +146,18 @@ class FewShotProgram(Program):
 
 
 def _episodes_of(splits: Splits, split: str, options: FewShotOptions, kind: int, *more: int) -> data.Episodes:
-    try:
-        return data.Episodes(
-            classes=splits.named(split),
-            n_way=options.n_way,
-            per_class=options.k_shot + options.n_query,
-            seed=(options.random_seed, kind, *more),
-        )
-    except ValueError as error:
-        raise sg.UsageError(
-            asked=f"{options.n_way} ways, {options.k_shot} shots and {options.n_query} queries of the {split} classes",
-            found=str(error),
-            do="ask for fewer classes or images, or another --dataset",
-            option="n_way",
-        ) from None
+    return data.Episodes(
+        classes=splits.named(split),
+        n_way=options.n_way,
+        per_class=options.k_shot + options.n_query,
+        seed=(options.random_seed, kind, *more),
+    )
 
 
 def build(options: FewShotOptions) -> FewShotProgram:
     """The program that ``options`` describe; data are opened, nothing is trained. Raises what is wrong with them."""
     splits = open_splits(options)
-    for split in data.SPLITS:
-        _episodes_of(splits, split, options, _TRAIN)
+    check_episodes(splits, options)
     device = sg.find_device(options.device)
     model = make_model(options).to(device)
     optimizer = _make_optimizer(options, model)
