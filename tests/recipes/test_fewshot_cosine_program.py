@@ -243,7 +243,7 @@ def test_before_and_after_are_real_steps_and_the_document_holds_more() -> None:
 
 
 def test_the_table_has_the_documents_figures_beside_measured_ones() -> None:
-    lines = table(changed(lambda_V=0.0, lambda_C=0.0))
+    lines = list(table(changed(lambda_V=0.0, lambda_C=0.0)))
     assert [line["document_peak_bytes"] for line in lines] == [14e9, None, 6e9]
     peaks = [line["peak_bytes"] for line in lines]
     assert peaks[0] > peaks[1] > peaks[2]  # type: ignore[operator]

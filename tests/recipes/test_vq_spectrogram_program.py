@@ -331,7 +331,9 @@ def test_the_documents_table_is_measured_line_by_line(
     }
     monkeypatch.setattr(table_module, "SETTINGS", tuple((name, settings[name], "its words") for name in settings))
     monkeypatch.setattr(table_module, "_PLAIN", {"n_patches": 2, "stride": 8})
-    lines = table(options)
+    measured = table(options)
+    lines = list(measured)
+    assert len(measured) == len(lines) == 3
     assert [line["setting"] for line in lines] == [*settings] and lines[0]["bytes_x"] == lines[0]["time_x"] == 1
     assert lines[1]["document"] == "its words"
     assert all(int(line["peak_bytes"]) < int(lines[0]["peak_bytes"]) for line in lines[1:])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell, Program, Recipe, needed_for_pictures
+from samegrad.recipes._recipe import LongTable, Program, Recipe, needed_for_pictures
 from samegrad.recipes._recipe.tensor_files import read_tensors
 from samegrad.recipes._recipe.written import save_picture, save_weights
 
@@ -240,7 +240,7 @@ def _make_optimizer(options: FewShotOptions, model: nn.Module) -> torch.optim.Op
             return torch.optim.SGD(model.parameters(), momentum=options.momentum, **shared)
 
 
-def table(options: FewShotOptions) -> list[Mapping[str, Cell]]:
+def table(options: FewShotOptions) -> LongTable:
     """The document's table, with the document's weights of the loss where none are given.
 
     Measured on the device; for a card's name as ``--device``, predicted without running anything.
@@ -253,8 +253,8 @@ def table(options: FewShotOptions) -> list[Mapping[str, Cell]]:
     loss = stepping.make_loss(dataclasses.replace(options, query_rows=0), model).to(step.declared.device)
     episode = next(iter(program.batches(0)))
     if card is None:
-        return list(measured_table(step, model, loss, program.amp, episode))
-    return list(predicted_table(model, loss, program.amp, episode, card=card, plain=step))
+        return measured_table(step, model, loss, program.amp, episode)
+    return predicted_table(model, loss, program.amp, episode, card=card, plain=step)
 
 
 def _card_of(options: FewShotOptions) -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell
+from samegrad.recipes._recipe import Cell, LongTable
 
 from . import document, stepping
 from .courses import document_step, follow_course, plain_step
@@ -20,7 +20,7 @@ _Figures = tuple[float, float, float] | None
 
 def measured_table(
     step: sg.Step, model: FewShotTransformer, loss: EpisodeLoss, amp: str | None, episode: Tensor
-) -> list[Line]:
+) -> LongTable:
     """Each line is a real step of ``episode`` with its optimizer's turn, counted and undone; the last is ``step``."""
     optimizer = step.declared.optimizer
     assert optimizer is not None
@@ -31,21 +31,23 @@ def measured_table(
     if amp is not None:
         steps.append((f"and {amp}", plain_step(model, loss, optimizer, amp=amp), None))
     steps.append(("as run", step, document.AFTER_BYTES))
-    lines = []
-    for label, each, known in steps:
-        course = follow_course(label, each, model, episode)
-        ended = ", out of memory" if course.out_of_memory else ""
-        peaks = (course.peak_by_phase, course.peak_bytes, course.reserved_bytes)
-        lines.append(_line(label + ended, "measured", peaks, course.seconds, known))
-    return lines
+
+    def lines() -> Iterator[Line]:
+        for label, each, known in steps:
+            course = follow_course(label, each, model, episode)
+            ended = ", out of memory" if course.out_of_memory else ""
+            peaks = (course.peak_by_phase, course.peak_bytes, course.reserved_bytes)
+            yield _line(label + ended, "measured", peaks, course.seconds, known)
+
+    return LongTable(len(steps), lines())
 
 
 def predicted_table(
     model: FewShotTransformer, loss: EpisodeLoss, amp: str | None, episode: Tensor, *, card: str, plain: sg.Step
-) -> list[Line]:
+) -> LongTable:
     """The same for a card that need not be at hand, each step followed without running it; none is planned.
 
-    ``plain``: the step, with its optimizer. Raises CannotTrace where one cannot be followed.
+    ``plain``: the step, with its optimizer. Reading it raises CannotTrace where one cannot be followed.
     """
     optimizer = plain.declared.optimizer
     assert optimizer is not None
@@ -60,13 +62,15 @@ def predicted_table(
     ]
     if amp is not None:
         steps.append((f"and {amp}", stepping.step_under_autocast(model, loss, optimizer, amp), None))
-    lines = []
-    for label, step, known in steps:
-        found = sg.measure_step(step, episode, device=card)
-        phases = {phase.value: peak for phase, peak in found.by_phase.items()}
-        peaks = (phases, found.peak_allocated_bytes, found.peak_reserved_bytes)
-        lines.append(_line(label, f"predicted, {card}", peaks, found.seconds, known))
-    return lines
+
+    def lines() -> Iterator[Line]:
+        for label, step, known in steps:
+            found = sg.measure_step(step, episode, device=card)
+            phases = {phase.value: peak for phase, peak in found.by_phase.items()}
+            peaks = (phases, found.peak_allocated_bytes, found.peak_reserved_bytes)
+            yield _line(label, f"predicted, {card}", peaks, found.seconds, known)
+
+    return LongTable(len(steps), lines())
 
 
 def _line(
