@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
 import safetensors.torch
 import torch
 from PIL import Image
 
 import samegrad as sg
+from samegrad.cli.plan import drawn_table
 from samegrad.measure import counters
 from samegrad.recipes import run_epochs
 from samegrad.recipes.fewshot_cosine import pictures
@@ -243,11 +246,30 @@ def test_before_and_after_are_real_steps_and_the_document_holds_more() -> None:
 
 
 def test_the_table_has_the_documents_figures_beside_measured_ones() -> None:
-    lines = list(table(changed(lambda_V=0.0, lambda_C=0.0)))
-    assert [line["document_peak_bytes"] for line in lines] == [14e9, None, 6e9]
-    peaks = [line["peak_bytes"] for line in lines]
-    assert peaks[0] > peaks[1] > peaks[2]  # type: ignore[operator]
-    assert all(line["step_seconds"] for line in lines)
+    rows = table(changed(lambda_V=0.0, lambda_C=0.0, gradient_accumulation_steps=3))
+    lines = list(rows)
+    assert len(rows) == len(lines)
+    assert [line["peak_bytes"] for line in lines if line["origin"] == "stated"] == [14e9, 6e9]
+    measured = {line["formulation"]: line for line in lines if line["origin"] == "measured"}
+    assert list(measured) == ["the document", "one forward, Gram", "and 2 chunks", "as run"]
+    peaks = [line["peak_bytes"] for line in measured.values()]
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]  # type: ignore[operator]
+    assert all(line["step_seconds"] for line in measured.values())
+
+
+def test_the_table_fits_a_terminal_and_no_word_of_it_is_cut() -> None:
+    figures = {"forward_bytes": 2**30 - 1, "backward_bytes": 2**30 - 1, "peak_bytes": 2**30 - 1}
+    told = {**figures, "step_seconds": 0.0999, "reserved_bytes": 2**30 - 1}
+    lines: list[dict[str, Any]] = [
+        {"formulation": "one forward, Gram, out of memory", "origin": "measured", **told},
+        {"formulation": "AMP and 4 chunks", "origin": "predicted, NVIDIA H100 80GB HBM3", **figures},
+    ]
+    screen = io.StringIO()
+    rich.console.Console(width=80, file=screen).print(drawn_table(lines))
+    drawn = screen.getvalue()
+    for word in " ".join([*told, *(f"{line['formulation']} {line['origin']}" for line in lines)]).split():
+        assert word.removesuffix("_bytes").removesuffix("_seconds") in drawn
+    assert "…" not in drawn and drawn.count("GiB") == 7
 
 
 @pytest.mark.parametrize(

@@ -250,10 +250,10 @@ def table(options: FewShotOptions) -> LongTable:
     card = _card_of(options)
     program = build(options if card is None else options.for_card_elsewhere())
     model, step = program.model, program.step
-    loss = stepping.make_loss(dataclasses.replace(options, query_rows=0), model).to(step.declared.device)
     episode = next(iter(program.batches(0)))
     if card is None:
-        return measured_table(step, model, loss, program.amp, episode)
+        return measured_table(options, step, model, program.amp, episode)
+    loss = stepping.make_loss(dataclasses.replace(options, query_rows=0), model)
     return predicted_table(model, loss, program.amp, episode, card=card, plain=step)
 
 
