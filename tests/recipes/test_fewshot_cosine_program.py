@@ -245,6 +245,20 @@ def test_before_and_after_are_real_steps_and_the_document_holds_more() -> None:
     ]
 
 
+@pytest.mark.parametrize("validation", [[0.4], [0.4, 0.5, 0.6]])
+def test_the_accuracies_are_told_beside_their_picture_not_over_it(validation: list[float]) -> None:
+    names = ("accuracy", "prototype_accuracy", "embedding_prototype_accuracy")
+    metrics = {name: 0.7 + 0.1 * place for place, name in enumerate(names)} | {f"{name}_ci95": 0.01 for name in names}
+    figure = pictures.draw_accuracy(validation, metrics=metrics, ways=3)
+    [axes], [legend] = figure.axes, figure.legends
+    figure.draw_without_rendering()
+    assert axes.get_legend() is None and not legend.get_window_extent().overlaps(axes.get_window_extent())
+    told = [text.get_text() for text in legend.get_texts()]
+    assert "test classes 0.700 ± 0.010" in told and "nearest prototype of embeddings 0.900 ± 0.010" in told
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [*range(1, len(validation) + 1)]
+
+
 def test_the_table_has_the_documents_figures_beside_measured_ones() -> None:
     rows = table(changed(lambda_V=0.0, lambda_C=0.0, gradient_accumulation_steps=3))
     lines = list(rows)
