@@ -82,7 +82,7 @@ def test_rows_that_are_measured_one_by_one_come_with_a_bar(monkeypatch: pytest.M
         terminal = played_terminal(monkeypatch)
         assert list(rows_with_bar("vq_spectrogram", table, Console())) == rows
         told.append(terminal.getvalue())
-    assert "vq_spectrogram --table" in told[0] and "2/2" in told[0] and "[red]batch 8" in told[0]
+    assert "vq_spectrogram" in told[0] and "2/2" in told[0] and "[red]batch 8" in told[0]
     # What was measured in one go is there at once.
     assert told[1] == ""
 

@@ -191,7 +191,7 @@ def rows_with_bar(
     if isinstance(rows, Sequence):
         yield from rows
         return
-    with console.progress(f"{name} --table", len(rows)) as bar:
+    with console.progress(name, len(rows)) as bar:
         for row in rows:
             # The first cell says what was measured.
             bar.advance(str(next(iter(row.values()))))

@@ -104,9 +104,12 @@ def measured_step(options: VQSpectrogramOptions) -> sg.StepResult:
     plan = pinned_plan(options, model, len(batch["machine"]))
     step = make_step(options, model, make_objective(options), optimizer, batch, plan=plan)
     narrow = narrow_dtype(options, device)
-    # What the setting before left in cycles is not this one's.
-    gc.collect()
     scaler = torch.amp.GradScaler(device.type) if narrow is torch.float16 else None
     with step:
         counter = sg.count_bytes(step) if device.type == "cpu" else None
-        return list(sg.train(step, [few, batch, batch], scaler=scaler, counter=counter))[-1]
+        results = []
+        for result in sg.train(step, [few, batch, batch], scaler=scaler, counter=counter):
+            results.append(result)
+            # What examining left in cycles is not the step's, and would be counted for as long as it is there.
+            gc.collect()
+        return results[-1]
