@@ -259,6 +259,19 @@ def test_the_accuracies_are_told_beside_their_picture_not_over_it(validation: li
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [*range(1, len(validation) + 1)]
 
 
+def test_the_title_of_the_smallest_episode_is_not_cut() -> None:
+    predicted = torch.tensor([[0], [0]])
+    judged = Judged(
+        images=torch.rand(2, 2, 1, 8, 8), names=["a", "b"], of_model=predicted, of_pixels=predicted,
+        of_embeddings=predicted,
+    )  # fmt: skip
+    figure = pictures.draw_episode(judged, 1)
+    figure.draw_without_rendering()
+    [title] = figure.texts
+    told = title.get_window_extent()
+    assert figure.bbox.x0 <= told.x0 and told.x1 <= figure.bbox.x1 and "50% of 2 queries" in title.get_text()
+
+
 def test_the_table_has_the_documents_figures_beside_measured_ones() -> None:
     rows = table(changed(lambda_V=0.0, lambda_C=0.0, gradient_accumulation_steps=3))
     lines = list(rows)

@@ -72,8 +72,7 @@ class FewShotOptions(CommonOptions):
     gradient_accumulation_steps: int = 0
     """Chunks of one episode; pins the plan. 0: the budget decides, or without one the memory that is free now."""
     dynamic_accumulation: bool = True
-    """Where neither --budget nor --gradient_accumulation_steps says it, the fastest plan that fits the memory that is
-    free now. Off: the document's chunks, 4 for ResNet, 2 for Conv."""
+    """Where no other option says it, the fastest plan that fits what is free. Off: the document's chunks, 4 or 2."""
     episodes_per_step: int = 1
     """Episodes whose mean loss makes one optimizer step. More is another training, with fewer updates."""
     query_rows: int = 0

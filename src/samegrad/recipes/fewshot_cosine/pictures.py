@@ -31,7 +31,8 @@ def draw_episode(judged: Judged, k_shot: int) -> Figure:
     """A row a class: its support images, then queries, framed by whether they were recognised, and taken for what."""
     queries = min(SHOWN_QUERIES, judged.of_model.shape[1])
     ways, columns = len(judged.images), k_shot + queries
-    figure = new_figure(0.74 * columns + 0.6, 0.92 * ways + 0.7)
+    # At least as wide as its title.
+    figure = new_figure(max(5.2, 0.74 * columns + 0.6), 0.92 * ways + 0.7)
     grid = figure.subplots(ways, columns + 1, squeeze=False, width_ratios=[1] * k_shot + [0.25] + [1] * queries)
     for row, line in enumerate(grid):
         for column, axes in enumerate(line):
@@ -47,9 +48,8 @@ def draw_episode(judged: Judged, k_shot: int) -> Figure:
     grid[0, 0].set_title("support", color=INK, loc="left", fontsize=10)
     shown = "queries" if queries == judged.of_model.shape[1] else f"queries, {queries} of {judged.of_model.shape[1]}"
     grid[0, k_shot + 1].set_title(shown, color=INK, loc="left", fontsize=10)
-    figure.suptitle(
-        f"{ways} new classes, {right:.0%} of {judged.of_model.numel()} queries recognised", color=INK, fontsize=11
-    )
+    told = f"{ways} new classes, {right:.0%} of {judged.of_model.numel()} queries recognised (green)"
+    figure.suptitle(told, color=INK, fontsize=11)
     return figure
 
 
