@@ -10,6 +10,8 @@ import pytest
 
 from samegrad.cli.console import Console
 from samegrad.cli.main import telling_warnings
+from samegrad.cli.plan import rows_with_bar
+from samegrad.recipes._recipe import LongTable
 from tests.cli.conftest import Cli
 
 BUDGETED = ("plan", "steps.py:train", "--budget", "60KiB")
@@ -71,6 +73,18 @@ def test_beside_a_bar_no_line_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     with telling_warnings(console), console.progress("steps", 2):
         logging.getLogger("samegrad").info("samegrad: trying one")
         assert console._working is None
+
+
+def test_rows_that_are_measured_one_by_one_come_with_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"setting": "batch 16", "peak_bytes": 2}, {"setting": "[red]batch 8", "peak_bytes": 1}]
+    told = []
+    for table in (LongTable(2, iter(rows)), rows):
+        terminal = played_terminal(monkeypatch)
+        assert list(rows_with_bar("vq_spectrogram", table, Console())) == rows
+        told.append(terminal.getvalue())
+    assert "vq_spectrogram" in told[0] and "2/2" in told[0] and "[red]batch 8" in told[0]
+    # What was measured in one go is there at once.
+    assert told[1] == ""
 
 
 def test_the_logger_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

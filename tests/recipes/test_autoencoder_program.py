@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -164,7 +165,7 @@ class Scripted(AutoencoderProgram):
     """The program with validation values written down beforehand; remembers the weights behind each."""
 
     def __init__(self, program: AutoencoderProgram, values: list[float]) -> None:
-        super().__init__(**{name: getattr(program, name) for name in program.__dataclass_fields__})
+        super().__init__(**{field.name: getattr(program, field.name) for field in dataclasses.fields(program)})
         self.values, self.seen = values, []
 
     def validate(self) -> float:

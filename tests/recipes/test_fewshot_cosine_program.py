@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
 import safetensors.torch
 import torch
 from PIL import Image
 
 import samegrad as sg
+from samegrad.cli.tables import DrawnTable
+from samegrad.measure import counters
 from samegrad.recipes import run_epochs
 from samegrad.recipes.fewshot_cosine import pictures
 from samegrad.recipes.fewshot_cosine.backbones import make_backbone
@@ -27,7 +31,7 @@ from samegrad.recipes.fewshot_cosine.stepping import amp_dtype, chunk_sizes
 
 SMALL = FewShotOptions(
     dataset="digits", n_way=3, k_shot=2, n_query=3, n_episode=3, num_epoch=2, test_iter=4, image_size=16, device="cpu",
-    dtype="float64", lambda_V=0.5, lambda_C=0.1,
+    dtype="float64", lambda_V=0.5, lambda_C=0.1, dynamic_accumulation=False,
 )  # fmt: skip
 
 
@@ -51,10 +55,10 @@ def test_chunks_are_the_documents_unless_somebody_asks(given: dict[str, Any], st
     assert FewShotOptions(**given).steps == steps
 
 
-def test_what_was_auto_detected_is_said() -> None:
+def test_the_documents_chunks_are_had_by_name_and_said() -> None:
     program = build(SMALL)
     assert levers(program) == {"exact_batchnorm": {"rows": [8, 7]}}
-    assert any("auto-detected for Conv4" in line for line in program.describe())
+    assert any("as the document has them for Conv4" in line for line in program.describe())
     assert build(changed(gradient_accumulation_steps=4)).step.plan.levers["exact_batchnorm"]["rows"] == [4, 4, 4, 3]  # type: ignore[union-attr]
 
 
@@ -91,11 +95,27 @@ def test_a_budget_that_all_images_fit_needs_no_lever_and_pins_that_do_not_fit_ar
         build(changed(budget="14MiB", gradient_accumulation_steps=1))
 
 
-@pytest.mark.slow
-def test_free_memory_decides_where_that_is_asked() -> None:
-    program = build(changed(dynamic_accumulation=True))
+@pytest.mark.parametrize(("free_bytes", "dtype"), [(2**30, "float64"), (2**30, "bfloat16"), (14 * 2**20, "float64")])
+def test_without_a_budget_free_memory_decides(
+    free_bytes: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counters, "free_now", lambda device: (free_bytes, "as the test has it"))
+    program = build(changed(dynamic_accumulation=True, dtype=dtype))
     plan = program.step.plan
     assert plan is not None and plan.budget is not None and "free now" in plan.budget.source
+    # Where all images fit, chunks would only cost their second forward.
+    saving = levers(program).keys() - {"autocast"}
+    assert bool(saving) is (free_bytes < 2**30)
+
+
+def test_what_somebody_asks_for_is_not_measured_and_not_left() -> None:
+    for given in ({"gradient_accumulation_steps": 3}, {"use_gradient_checkpointing": True}):
+        options = changed(dynamic_accumulation=True, **given)
+        assert not options.plan_is_chosen and options.for_card_elsewhere() == dataclasses.replace(
+            options, dynamic_accumulation=False
+        )
+    assert changed(dynamic_accumulation=True).plan_is_chosen and changed(budget="1GiB").plan_is_chosen
+    assert not changed(budget="1GiB").for_card_elsewhere().plan_is_chosen
 
 
 def test_training_is_the_plain_loop() -> None:
@@ -225,12 +245,58 @@ def test_before_and_after_are_real_steps_and_the_document_holds_more() -> None:
     ]
 
 
+@pytest.mark.parametrize("validation", [[0.4], [0.4, 0.5, 0.6]])
+def test_the_accuracies_are_told_beside_their_picture_not_over_it(validation: list[float]) -> None:
+    names = ("accuracy", "prototype_accuracy", "embedding_prototype_accuracy")
+    metrics = {name: 0.7 + 0.1 * place for place, name in enumerate(names)} | {f"{name}_ci95": 0.01 for name in names}
+    figure = pictures.draw_accuracy(validation, metrics=metrics, ways=3)
+    [axes], [legend] = figure.axes, figure.legends
+    figure.draw_without_rendering()
+    assert axes.get_legend() is None and not legend.get_window_extent().overlaps(axes.get_window_extent())
+    told = [text.get_text() for text in legend.get_texts()]
+    assert "test classes 0.700 ± 0.010" in told and "nearest prototype of embeddings 0.900 ± 0.010" in told
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [*range(1, len(validation) + 1)]
+
+
+def test_the_title_of_the_smallest_episode_is_not_cut() -> None:
+    predicted = torch.tensor([[0], [0]])
+    judged = Judged(
+        images=torch.rand(2, 2, 1, 8, 8), names=["a", "b"], of_model=predicted, of_pixels=predicted,
+        of_embeddings=predicted,
+    )  # fmt: skip
+    figure = pictures.draw_episode(judged, 1)
+    figure.draw_without_rendering()
+    [title] = figure.texts
+    told = title.get_window_extent()
+    assert figure.bbox.x0 <= told.x0 and told.x1 <= figure.bbox.x1 and "50% of 2 queries" in title.get_text()
+
+
 def test_the_table_has_the_documents_figures_beside_measured_ones() -> None:
-    lines = table(changed(lambda_V=0.0, lambda_C=0.0))
-    assert [line["document_peak_bytes"] for line in lines] == [14e9, None, 6e9]
-    peaks = [line["peak_bytes"] for line in lines]
-    assert peaks[0] > peaks[1] > peaks[2]  # type: ignore[operator]
-    assert all(line["step_seconds"] for line in lines)
+    rows = table(changed(lambda_V=0.0, lambda_C=0.0, gradient_accumulation_steps=3))
+    lines = list(rows)
+    assert len(rows) == len(lines)
+    assert [line["peak_bytes"] for line in lines if line["origin"] == "stated"] == [14e9, 6e9]
+    measured = {line["formulation"]: line for line in lines if line["origin"] == "measured"}
+    assert list(measured) == ["the document", "one forward, Gram", "and 2 chunks", "as run"]
+    peaks = [line["peak_bytes"] for line in measured.values()]
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]  # type: ignore[operator]
+    assert all(line["step_seconds"] for line in measured.values())
+
+
+def test_the_table_fits_a_terminal_and_no_word_of_it_is_cut() -> None:
+    figures = {"forward_bytes": 2**30 - 1, "backward_bytes": 2**30 - 1, "peak_bytes": 2**30 - 1}
+    told = {**figures, "step_seconds": 0.0999, "reserved_bytes": 2**30 - 1}
+    lines: list[dict[str, Any]] = [
+        {"formulation": "one forward, Gram, out of memory", "origin": "measured", **told},
+        {"formulation": "AMP and 4 chunks", "origin": "predicted, NVIDIA H100 80GB HBM3", **figures},
+    ]
+    screen = io.StringIO()
+    rich.console.Console(width=80, file=screen).print(DrawnTable(lines))
+    drawn = screen.getvalue()
+    for word in " ".join([*told, *(f"{line['formulation']} {line['origin']}" for line in lines)]).split():
+        assert word.removesuffix("_bytes").removesuffix("_seconds") in drawn
+    assert "…" not in drawn and drawn.count("GiB") == 7
 
 
 @pytest.mark.parametrize(
@@ -240,7 +306,6 @@ def test_the_table_has_the_documents_figures_beside_measured_ones() -> None:
         ({"lambda_C": -1.0}, "lambda_C"), ({"lambda_I": 0.0}, "lambda_I"), ({"dtype": "bfloat"}, "dtype"),
         ({"gradient_accumulation_steps": 106}, "gradient_accumulation_steps"),
         ({"gradient_accumulation_steps": 2, "use_gradient_checkpointing": True}, "gradient_accumulation_steps"),
-        ({"dynamic_accumulation": True, "budget": "1GiB"}, "dynamic_accumulation"),
         ({"precision": "backbone.layer4"}, "precision"), ({"precision": "head.nose=float32"}, "precision"),
         ({"precision": "backbone.layer4=float16"}, "precision"), ({"num_epoch": 0}, "num_epoch"),
     ],
@@ -252,8 +317,13 @@ def test_a_wrong_value_is_refused_by_its_options_name(given: dict[str, Any], opt
 
 
 def test_what_the_data_cannot_give_is_refused_before_training() -> None:
-    with pytest.raises(sg.UsageError, match="3 of 3 classes have as many"):
+    with pytest.raises(sg.UsageError, match=r"4 to train on \(base\); 3 to validate on \(val\); 3 to judge") as refused:
         build(changed(n_way=4))
+    assert "--n_way 4" in refused.value.asked and refused.value.do == "ask for at most --n_way 3"
+    assert refused.value.option == "n_way"
+    with pytest.raises(sg.UsageError, match=r"of which \d have 180 images or more") as refused:
+        build(changed(k_shot=170, n_query=10))
+    assert "lower --k_shot or --n_query" in refused.value.do
     with pytest.raises(sg.UsageError, match="do not pass the backbone"):
         build(changed(image_size=8))
 

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 import samegrad as sg
 from samegrad.recipes import run_epochs
-from samegrad.recipes.vq_spectrogram import data, pictures, scores
+from samegrad.recipes.vq_spectrogram import data, pictures, results, scores, sources
 from samegrad.recipes.vq_spectrogram import table as table_module
 from samegrad.recipes.vq_spectrogram.model import Outputs
 from samegrad.recipes.vq_spectrogram.options import VQSpectrogramOptions
@@ -257,27 +257,48 @@ def test_the_program_finds_the_anomalies_of_its_clips_by_their_names(
     np.testing.assert_array_equal([found.mean, found.std], [expected.mean, expected.std])
 
 
-@pytest.mark.parametrize(("machine", "upwards"), [("fan", "band"), ("faces", "pixel")])
-def test_pictures_name_what_runs_upwards(options: VQSpectrogramOptions, machine: str, upwards: str) -> None:
+@pytest.mark.parametrize(
+    ("machine", "upwards", "along"), [("fan", "mel band", "time in the clip, s"), ("faces", "pixel", "pixel")]
+)
+def test_pictures_name_their_axes(options: VQSpectrogramOptions, machine: str, upwards: str, along: str) -> None:
     chosen = options if machine == "fan" else VQSpectrogramOptions(machine_type=machine)
-    assert open_splits(chosen).upwards == upwards
-    blank = np.zeros((4, 8))
-    shown = pictures.Shown(title=machine, upwards=upwards, patches=blank, reconstructed=blank)
+    scales = open_splits(chosen).scales
+    assert (scales.upwards, scales.along) == (upwards, along)
+    blank, spans = np.zeros((4, 8)), ["0–4", "6–10"]
+    shown = pictures.Shown(
+        title=machine, upwards=upwards, along=along, spans=spans, patches=blank, reconstructed=blank
+    )
     axes = pictures.draw_spectrograms([shown]).axes[0]
-    assert axes.get_ylabel() == f"{machine}\n{upwards}"
+    assert axes.get_ylabel() == f"{machine}\n{upwards}" and axes.get_xlabel() == along
+    assert [label.get_text() for label in axes.get_xticklabels()] == spans
+    # Between two patches that lie side by side time jumps.
+    assert [line.get_xdata()[0] for line in axes.lines] == [3.5]
+
+
+def test_patches_that_are_shown_are_spread_over_the_clip_and_told_by_their_times() -> None:
+    assert results.shown_places(range(0, 256, 16)) == [0, 5, 10, 15]
+    # A clip with fewer patches than are asked for brings some of them twice.
+    assert results.shown_places([0, 0, 32, 32]) == [0, 2]
+    assert results.span_in_words(80, 64, sources.OF_SOUND) == "2.6–4.6"
+    assert results.span_in_words(0, 64, sources.OF_PICTURES) == "0–63"
 
 
 def test_curves_and_bars_show_the_numbers_they_are_of() -> None:
     values, labels = np.array([0.0, 1.0, 2.0, 3.0]), [False, True, False, True]
     judged = [scores.MachineScore("fan 00", 0.75, 0.6)]
-    roc = pictures.draw_roc(values, labels, ["fan 00"] * 4, judged, "reconstruction").axes[0]
+    machines = [machine for machine in ("fan 00", "fan 02") for _ in values]
+    judged.append(scores.MachineScore("fan 02", 1.0, 1.0))
+    both = np.concatenate([values, [0.0, 1.0, 0.5, 2.0]])
+    roc, other = pictures.draw_roc(both, labels * 2, machines, judged, "reconstruction").axes
+    # A panel each: curves of several machines lie on each other.
+    np.testing.assert_array_equal(other.lines[1].get_xydata()[-2:], [[0, 1], [1, 1]])
     np.testing.assert_array_equal(roc.lines[1].get_xydata(), [[0, 0], [0, 0.5], [0.5, 0.5], [0.5, 1], [1, 1]])
-    assert "AUC 0.750, pAUC 0.600" in roc.get_legend().get_texts()[0].get_text()
+    assert roc.get_title(loc="left") == "fan 00\nAUC 0.750, pAUC 0.600"
     histogram = pictures.draw_histograms({"reconstruction": values}, labels).axes[0]
-    heights = [patch.get_height() for patch in histogram.patches]
-    assert sum(heights) == 4 and len(heights) == 2 * pictures.BINS
+    counts = [patch.get_data().values for patch in histogram.patches]
+    assert [np.nansum(bars) for bars in counts] == [2, 2] and {len(bars) for bars in counts} == {pictures.BINS}
     usage = pictures.draw_codebook(np.array([1, 3, 0]), np.array([2, 0, 2])).axes[0]
-    np.testing.assert_allclose([line.get_ydata() for line in usage.lines], [[0.75, 0.25, 0], [0, 0.5, 0.5]])
+    np.testing.assert_allclose([patch.get_data().values for patch in usage.patches], [[75, 25, 0], [np.nan, 50, 50]])
 
 
 @pytest.mark.parametrize(
@@ -328,7 +349,9 @@ def test_the_documents_table_is_measured_line_by_line(
     }
     monkeypatch.setattr(table_module, "SETTINGS", tuple((name, settings[name], "its words") for name in settings))
     monkeypatch.setattr(table_module, "_PLAIN", {"n_patches": 2, "stride": 8})
-    lines = table(options)
+    measured = table(options)
+    lines = list(measured)
+    assert len(measured) == len(lines) == 3
     assert [line["setting"] for line in lines] == [*settings] and lines[0]["bytes_x"] == lines[0]["time_x"] == 1
     assert lines[1]["document"] == "its words"
     assert all(int(line["peak_bytes"]) < int(lines[0]["peak_bytes"]) for line in lines[1:])

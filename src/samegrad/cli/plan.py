@@ -7,7 +7,7 @@ budget buys instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from samegrad.cli.training import Training
     from samegrad.json_record import Record
     from samegrad.measure.cards import Card
+    from samegrad.recipes._recipe import LongTable
     from samegrad.records import Plan
 
 
@@ -176,7 +177,21 @@ def _show_table(target: Target, options: Any, console: Console) -> int:
     from samegrad.cli.tables import DrawnTable
     from samegrad.recipes import find_recipe
 
-    rows = list(find_recipe(target.name).table(options))
+    rows = list(rows_with_bar(target.name, find_recipe(target.name).table(options), console))
     console.show(DrawnTable(rows))
     console.document({"table": [dict(row) for row in rows]})
     return 0
+
+
+def rows_with_bar(
+    name: str, rows: Sequence[Mapping[str, Any]] | LongTable, console: Console
+) -> Iterator[Mapping[str, Any]]:
+    """The rows, with a bar beside those that are measured one after the other."""
+    if isinstance(rows, Sequence):
+        yield from rows
+        return
+    with console.progress(name, len(rows)) as bar:
+        for row in rows:
+            # The first cell says what was measured.
+            bar.advance(str(next(iter(row.values()))))
+            yield row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,8 +76,7 @@ def load_training(target: Target, call: Call) -> Training:
     if find_card_asked(options.device) is not None:
         # A card may be elsewhere; the model is made here, and the budget is the card's: nothing is measured for
         # it here.
-        here = dataclasses.replace(options, device="cpu", budget=None)
-        return RecipeTraining(recipe, recipe.build(here), budget=options.budget)
+        return RecipeTraining(recipe, recipe.build(options.for_card_elsewhere()), budget=options.budget)
     return RecipeTraining(recipe, recipe.build(options))
 
 

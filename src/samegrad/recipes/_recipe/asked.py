@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import samegrad as sg
 
@@ -45,6 +45,10 @@ class CommonOptions:
         if not 0 <= self.random_seed < 2**63:
             found = "a negative seed" if self.random_seed < 0 else "more than 63 bits"
             self._out_of_range("random_seed", found, f"give 0 to {2**63 - 1}")
+
+    def for_card_elsewhere(self) -> Self:
+        """The same program for a card that may be elsewhere: made on the host, and nothing measured for it there."""
+        return dataclasses.replace(self, device="cpu", budget=None)
 
     def _refuse(self, name: str, found: str, do: str) -> NoReturn:
         """Refuses what does not go with other options."""

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from samegrad.recipes._recipe.asked import CommonOptions
 from samegrad.recipes._recipe.program import Program
 
 Cell = int | float | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LongTable:
+    """The rows of a table that takes its time, to be read once: each is measured when it is asked for.
+
+    ``len`` says how many there are, so that whoever reads them can tell how far they are.
+    """
+
+    count: int
+    rows: Iterator[Mapping[str, Cell]]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Mapping[str, Cell]]:
+        return self.rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +43,6 @@ class Recipe:
     document: str
     options: type[CommonOptions]
     build: Callable[[Any], Program]
-    table: Callable[[Any], Sequence[Mapping[str, Cell]]]
+    table: Callable[[Any], Sequence[Mapping[str, Cell]] | LongTable]
     pins: Mapping[str, str]
     troubleshooting: tuple[str, ...]

@@ -23,6 +23,8 @@ from .image_files import ImageFiles
 from .options import OFFLINE, FewShotOptions
 from .split_files import listed_classes
 
+# What each split is for, in an error.
+_PURPOSES = {"base": "train on", "val": "validate on", "novel": "judge by"}
 _ALIASES = {"base": ("base", "train"), "val": ("val", "valid", "validation"), "novel": ("novel", "test")}
 
 EXPECTED = {
@@ -79,6 +81,30 @@ def open_splits(options: FewShotOptions) -> Splits:
     _refuse_shared(opened, root)
     counts = ", ".join(str(len(opened[split].names)) for split in data.SPLITS)
     return Splits(**opened, described=f"{options.dataset} in {root}; classes of base, val, novel: {counts}")
+
+
+def check_episodes(splits: Splits, options: FewShotOptions) -> None:
+    """Raises UsageError where a split has fewer classes than an episode takes, or too few with enough images."""
+    per_class = options.k_shot + options.n_query
+    classes = {split: len(splits.named(split).names) for split in data.SPLITS}
+    usable = {split: len(data.enough_classes(splits.named(split), per_class)) for split in data.SPLITS}
+    most = min(usable.values())
+    if most >= options.n_way:
+        return
+    counts = [
+        f"{classes[split]} to {_PURPOSES[split]} ({split})"
+        + ("" if usable[split] == classes[split] else f", of which {usable[split]} have {per_class} images or more")
+        for split in data.SPLITS
+    ]
+    is_short_of_classes = min(classes.values()) < options.n_way
+    fewer = f"ask for at most --n_way {most}" if most > 1 else "take another --dataset, with more classes"
+    raise sg.UsageError(
+        asked=f"episodes of {options.n_way} classes with {per_class} images each (--n_way {options.n_way}, "
+        f"--k_shot {options.k_shot}, --n_query {options.n_query})",
+        found=f"{options.dataset} has classes: {'; '.join(counts)}. All classes of an episode come from one of these",
+        do=fewer if is_short_of_classes else f"lower --k_shot or --n_query, or {fewer}",
+        option="n_way" if is_short_of_classes else "n_query",
+    )
 
 
 def _open_split(root: Path, split: str, options: FewShotOptions) -> ImageFiles:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from samegrad.recipes._recipe import CommonOptions
 
 OFFLINE = ("glyphs", "digits")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 HEAD_PARTS = ("attention", "feed_forward", "classifier")
-# Chunks of an episode where nobody says: the document's.
+# Chunks of an episode as the document has them.
 DOCUMENT_STEPS = {"ResNet": 4, "Conv": 2}
 # Pixels a side for convolutional backbones and for residual ones: the published ones, and what the offline sets have.
 SIDES = {"miniImagenet": (84, 224), "CUB": (84, 224), "CIFAR": (64, 112), "Omniglot": (28, 28)}
@@ -70,9 +70,9 @@ class FewShotOptions(CommonOptions):
     normalise_across: Literal["ways", "features"] = "ways"
     """What the cosine classifier normalises across: the classes, as published, or the features."""
     gradient_accumulation_steps: int = 0
-    """Chunks of one episode; pins the plan. 0: the budget decides; without one 4 for ResNet, 2 for Conv."""
-    dynamic_accumulation: bool = False
-    """Without --budget: let the plan choose the chunks from the memory that is free now."""
+    """Chunks of one episode; pins the plan. 0: the budget decides, or without one the memory that is free now."""
+    dynamic_accumulation: bool = True
+    """Where no other option says it, the fastest plan that fits what is free. Off: the document's chunks, 4 or 2."""
     episodes_per_step: int = 1
     """Episodes whose mean loss makes one optimizer step. More is another training, with fewer updates."""
     query_rows: int = 0
@@ -107,11 +107,6 @@ class FewShotOptions(CommonOptions):
                 "--use_gradient_checkpointing runs blocks on the whole episode, and chunks lie across them",
                 "give one of the two; both keep the statistics of the episode",
             )
-        if self.dynamic_accumulation and (self.budget is not None or self.gradient_accumulation_steps):
-            self._refuse(
-                "dynamic_accumulation", "--budget or --gradient_accumulation_steps decides that already",
-                "give one of them",
-            )  # fmt: skip
         _ = self.full_precision
 
     @property
@@ -142,9 +137,19 @@ class FewShotOptions(CommonOptions):
         """Colours of an image: signs on paper have one."""
         return 1 if self.dataset in (*OFFLINE, "Omniglot") else 3
 
+    def for_card_elsewhere(self) -> Self:
+        # What is free here would be measured, and is not the card's.
+        return dataclasses.replace(super().for_card_elsewhere(), dynamic_accumulation=False)
+
+    @property
+    def plan_is_chosen(self) -> bool:
+        """Whether what runs is chosen from measurements; else it is what the options name."""
+        named = self.gradient_accumulation_steps or self.use_gradient_checkpointing or not self.dynamic_accumulation
+        return self.budget is not None or not named
+
     @property
     def steps(self) -> int:
-        """Chunks of an episode where no budget decides."""
+        """Chunks of an episode where no plan is chosen."""
         if self.gradient_accumulation_steps:
             return self.gradient_accumulation_steps
         auto = next(steps for name, steps in DOCUMENT_STEPS.items() if self.backbone.startswith(name))

@@ -18,14 +18,21 @@ from .judging import Judged
 SHOWN_QUERIES = 10
 GIB = 2**30
 _LINE, _RIGHT = "#3b7ea1", "#2f855a"
-_COURSES = ("#c2410c", "#b7791f", "#3b7ea1", "#2f855a")
+_COURSES = ("#c2410c", "#7c3aed", "#3b7ea1", "#2f855a")
+# What was judged on the test classes, with its colour and dashes: the first two may lie on each other.
+_TESTED: tuple[tuple[str, str, Any, str], ...] = (
+    ("accuracy", ACCENT, "-", "test classes"),
+    ("embedding_prototype_accuracy", _RIGHT, (0, (6, 3)), "nearest prototype of embeddings"),
+    ("prototype_accuracy", FAINT, "-", "nearest prototype of pixels"),
+)
 
 
 def draw_episode(judged: Judged, k_shot: int) -> Figure:
     """A row a class: its support images, then queries, framed by whether they were recognised, and taken for what."""
     queries = min(SHOWN_QUERIES, judged.of_model.shape[1])
     ways, columns = len(judged.images), k_shot + queries
-    figure = new_figure(0.74 * columns + 0.6, 0.92 * ways + 0.7)
+    # At least as wide as its title.
+    figure = new_figure(max(5.2, 0.74 * columns + 0.6), 0.92 * ways + 0.7)
     grid = figure.subplots(ways, columns + 1, squeeze=False, width_ratios=[1] * k_shot + [0.25] + [1] * queries)
     for row, line in enumerate(grid):
         for column, axes in enumerate(line):
@@ -39,38 +46,41 @@ def draw_episode(judged: Judged, k_shot: int) -> Figure:
         line[0].set_ylabel(str(row), color=INK, rotation=0, labelpad=9, va="center")
     right = float((judged.of_model == torch.arange(ways).unsqueeze(1)).double().mean())
     grid[0, 0].set_title("support", color=INK, loc="left", fontsize=10)
-    grid[0, k_shot + 1].set_title("queries", color=INK, loc="left", fontsize=10)
-    figure.suptitle(
-        f"{ways} new classes, {right:.0%} of {judged.of_model.numel()} queries recognised", color=INK, fontsize=11
-    )
+    shown = "queries" if queries == judged.of_model.shape[1] else f"queries, {queries} of {judged.of_model.shape[1]}"
+    grid[0, k_shot + 1].set_title(shown, color=INK, loc="left", fontsize=10)
+    told = f"{ways} new classes, {right:.0%} of {judged.of_model.numel()} queries recognised (green)"
+    figure.suptitle(told, color=INK, fontsize=11)
     return figure
 
 
 def draw_accuracy(validation: Sequence[float], *, metrics: dict[str, float], ways: int) -> Figure:
     """Validation accuracy after each epoch, and the test accuracies with their intervals beside chance."""
-    figure = new_figure(7.2, 4.2)
+    figure = new_figure(7.2, 4.9)
     axes = figure.subplots()
     epochs = range(1, len(validation) + 1)
-    axes.plot(epochs, validation, color=_LINE, marker="o", markersize=3.5, label="validation classes")
-    lines = [("accuracy", ACCENT, "test classes"), ("prototype_accuracy", FAINT, "nearest prototype of pixels")]
-    for name, colour, label in lines:
+    told = "validation classes, after each epoch"
+    axes.plot(epochs, validation, color=_LINE, marker="o", markersize=3.5, label=told, zorder=3)
+    for name, colour, dashes, label in _TESTED:
         mean, half = metrics[name], metrics[f"{name}_ci95"]
         axes.axhspan(mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-        axes.axhline(mean, color=colour, linewidth=1.2, label=f"{label} {mean:.3f} ± {half:.3f}")
-    axes.axhline(1 / ways, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"chance {1 / ways:.2f}")
+        told = f"{label} {mean:.3f} ± {half:.3f}"
+        axes.axhline(mean, color=colour, linewidth=1.4, linestyle=dashes, label=told)
+    axes.axhline(1 / ways, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=f"chance {1 / ways:.3f}")
     axes.set_xlabel("epoch", color=INK)
     axes.set_ylabel("accuracy", color=INK)
-    axes.set_ylim(0, 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(0, 1.02)
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.set_xlim(0.5, max(1, len(validation)) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_title(f"{ways}-way accuracy on classes that were never trained on", color=INK, loc="left", fontsize=11)
-    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    _legend(figure, columns=2)
     open_frame(axes)
     return figure
 
 
 def draw_courses(courses: Sequence[Course]) -> Figure:
     """Live tensor bytes along one step, a line a formulation; its peak is written at it."""
-    figure = new_figure(8.0, 4.4)
+    figure = new_figure(8.0, 4.8)
     axes = figure.subplots()
     largest = max(course.peak_bytes for course in courses)
     unit, name = (GIB, "GiB") if largest >= GIB else (2**20, "MiB")
@@ -84,12 +94,17 @@ def draw_courses(courses: Sequence[Course]) -> Figure:
             axes.plot(places[-1], heights[-1], marker="x", color=colour)
     axes.set_xlabel("fraction of the step's operations", color=INK)
     axes.set_ylabel(f"live tensors, {name}", color=INK)
-    axes.set_ylim(0, 1.45 * largest / unit)
+    axes.set_ylim(0, 1.05 * largest / unit)
     axes.set_xlim(0, 1)
     axes.set_title("Memory of one episode's step, before and after", color=INK, loc="left", fontsize=11)
-    axes.legend(frameon=False, labelcolor=INK, loc="upper left", fontsize=9)
+    _legend(figure, columns=1)
     open_frame(axes)
     return figure
+
+
+def _legend(figure: Figure, *, columns: int) -> None:
+    """Above the axes, where it hides nothing."""
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=9)
 
 
 def _frame(axes: Any, *, taken_for: int, truth: int) -> None:

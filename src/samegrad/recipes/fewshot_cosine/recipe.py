@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell, Program, Recipe, needed_for_pictures
+from samegrad.recipes._recipe import LongTable, Program, Recipe, needed_for_pictures
 from samegrad.recipes._recipe.tensor_files import read_tensors
 from samegrad.recipes._recipe.written import save_picture, save_weights
 
@@ -24,7 +24,7 @@ from . import data, stepping
 from .backbones import make_backbone
 from .courses import Course, document_step, follow_course, plain_step
 from .judging import accuracies, arranged, judged_episodes
-from .layouts import Splits, open_splits
+from .layouts import Splits, check_episodes, open_splits
 from .model import EpisodeShape, FewShotTransformer, Head
 from .options import FewShotOptions
 from .tables import measured_table, predicted_table
@@ -146,27 +146,18 @@ class FewShotProgram(Program):
 
 
 def _episodes_of(splits: Splits, split: str, options: FewShotOptions, kind: int, *more: int) -> data.Episodes:
-    try:
-        return data.Episodes(
-            classes=splits.named(split),
-            n_way=options.n_way,
-            per_class=options.k_shot + options.n_query,
-            seed=(options.random_seed, kind, *more),
-        )
-    except ValueError as error:
-        raise sg.UsageError(
-            asked=f"{options.n_way} ways, {options.k_shot} shots and {options.n_query} queries of the {split} classes",
-            found=str(error),
-            do="ask for fewer classes or images, or another --dataset",
-            option="n_way",
-        ) from None
+    return data.Episodes(
+        classes=splits.named(split),
+        n_way=options.n_way,
+        per_class=options.k_shot + options.n_query,
+        seed=(options.random_seed, kind, *more),
+    )
 
 
 def build(options: FewShotOptions) -> FewShotProgram:
     """The program that ``options`` describe; data are opened, nothing is trained. Raises what is wrong with them."""
     splits = open_splits(options)
-    for split in data.SPLITS:
-        _episodes_of(splits, split, options, _TRAIN)
+    check_episodes(splits, options)
     device = sg.find_device(options.device)
     model = make_model(options).to(device)
     optimizer = _make_optimizer(options, model)
@@ -249,7 +240,7 @@ def _make_optimizer(options: FewShotOptions, model: nn.Module) -> torch.optim.Op
             return torch.optim.SGD(model.parameters(), momentum=options.momentum, **shared)
 
 
-def table(options: FewShotOptions) -> list[Mapping[str, Cell]]:
+def table(options: FewShotOptions) -> LongTable:
     """The document's table, with the document's weights of the loss where none are given.
 
     Measured on the device; for a card's name as ``--device``, predicted without running anything.
@@ -257,13 +248,13 @@ def table(options: FewShotOptions) -> list[Mapping[str, Cell]]:
     if not options.lambda_V and not options.lambda_C:
         options = dataclasses.replace(options, lambda_V=0.5, lambda_C=0.1)
     card = _card_of(options)
-    program = build(options if card is None else dataclasses.replace(options, device="cpu", budget=None))
+    program = build(options if card is None else options.for_card_elsewhere())
     model, step = program.model, program.step
-    loss = stepping.make_loss(dataclasses.replace(options, query_rows=0), model).to(step.declared.device)
     episode = next(iter(program.batches(0)))
     if card is None:
-        return list(measured_table(step, model, loss, program.amp, episode))
-    return list(predicted_table(model, loss, program.amp, episode, card=card, plain=step))
+        return measured_table(options, step, model, program.amp, episode)
+    loss = stepping.make_loss(dataclasses.replace(options, query_rows=0), model)
+    return predicted_table(model, loss, program.amp, episode, card=card, plain=step)
 
 
 def _card_of(options: FewShotOptions) -> str | None:

@@ -1,4 +1,4 @@
-"""How an episode's step runs: what the options pin, what the document's defaults are, and what a budget decides.
+"""How an episode's step runs: what the options pin, what the document has, and what the memory there is decides.
 
 The backbone is the step's model, and its rows are the images of the episode: it is what a plan puts into chunks, with
 the BatchNorm statistics of the whole episode. The head and the three terms of the loss are the step's loss, once on
@@ -97,10 +97,10 @@ def make_step(
     """The step, planned. ``episode``: images like those it will be given. Raises what refuses the plan."""
     device = next(model.parameters()).device
     loss, dtype = make_loss(options, model).to(device), amp_dtype(options, device)
-    if options.budget is None and not options.dynamic_accumulation:
-        plan, footprint = _default_plan(options, model), None
-    else:
+    if options.plan_is_chosen:
         plan, footprint = _settled_plan(options, model, loss, optimizer, (episode, dtype))
+    else:
+        plan, footprint = _named_plan(options, model), None
     plan = _with_amp(plan, dtype, options.full_precision[0], model.backbone)
     allow = max(plan.exactness, sg.Exactness.SAME_SUM)
     # What somebody asked for is not left where memory runs out.
@@ -112,8 +112,8 @@ def make_step(
     return step
 
 
-def _default_plan(options: FewShotOptions, model: FewShotTransformer) -> sg.Plan:
-    """The document's chunks, or the blocks that run again."""
+def _named_plan(options: FewShotOptions, model: FewShotTransformer) -> sg.Plan:
+    """The chunks that somebody asks for, or the document's, or the blocks that run again."""
     images = options.episode_images
     asked = bool(options.gradient_accumulation_steps)
     if options.use_gradient_checkpointing:
@@ -138,7 +138,7 @@ def told_of_steps(options: FewShotOptions) -> str:
     """Where the number of chunks comes from, in words."""
     if options.gradient_accumulation_steps:
         return f"{options.steps} chunks inside the episode, as --gradient_accumulation_steps asks"
-    return f"{options.steps} chunks inside the episode, auto-detected for {options.backbone}"
+    return f"{options.steps} chunks inside the episode, as the document has them for {options.backbone}"
 
 
 def _settled_plan(
@@ -148,7 +148,10 @@ def _settled_plan(
     optimizer: torch.optim.Optimizer,
     given: tuple[Tensor, AmpDtype],
 ) -> tuple[sg.Plan, sg.Footprint]:
-    """The plan that the budget decides, measured as AMP will run it; pinned chunks are the plan's to work round."""
+    """The fastest plan within the budget, or in what is free now, measured as AMP will run it.
+
+    Pinned chunks are the plan's to work round.
+    """
     episode, dtype = given
     steps = options.gradient_accumulation_steps
     if dtype is None:
@@ -172,7 +175,7 @@ def _settled_plan(
     # What was measured holds the loss in a module of its own; what runs does not.
     signature = sg.Step(model.backbone, loss).declared.signature(episode)
     if options.use_gradient_checkpointing:
-        return dataclasses.replace(_default_plan(options, model), budget=plan.budget, signature=signature), footprint
+        return dataclasses.replace(_named_plan(options, model), budget=plan.budget, signature=signature), footprint
     return dataclasses.replace(plan, signature=signature), footprint
 
 

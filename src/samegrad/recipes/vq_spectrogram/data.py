@@ -208,9 +208,13 @@ class Patching:
         """Patches (B, N, 1, bands, patch_len) to judge by: evenly spread, no transformation."""
         return _stacked([self._cut(clips.read(index), None) for index in indices])
 
+    def starts(self, frames: int, draws: np.random.Generator | None = None) -> list[int]:
+        """The frame at which each patch of a clip of ``frames`` begins, in order; drawn, or evenly spread."""
+        return chosen_starts(patch_starts(frames, self.patch_len, self.stride), self.n_patches, draws)
+
     def _cut(self, spectrogram: Spectrogram, draws: np.random.Generator | None) -> Spectrogram:
         scaled = self.normalisation.applied(spectrogram)
-        starts = chosen_starts(patch_starts(scaled.shape[1], self.patch_len, self.stride), self.n_patches, draws)
+        starts = self.starts(scaled.shape[1], draws)
         return np.stack([scaled[:, start : start + self.patch_len] for start in starts])
 
 

@@ -160,7 +160,7 @@ class VQSpectrogramProgram(Program):
         ordered = dict(sorted(kinds.items(), key=lambda item: item[0] != self.options.chosen_score))
         machines = {name: score_machines(splits.test, scores) for name, scores in ordered.items()}
         return Results(
-            clips=splits.test, upwards=splits.upwards, judged=test, num_codes=codes, scores=ordered, machines=machines
+            clips=splits.test, scales=splits.scales, judged=test, num_codes=codes, scores=ordered, machines=machines
         )
 
 

@@ -16,6 +16,7 @@ from samegrad.recipes._recipe.written import save_picture, save_weights
 
 from .data import Clips, Patching
 from .scores import Judged, MachineScore, Run, Scores, code_usage
+from .sources import Scales
 
 if TYPE_CHECKING:
     from .pictures import Shown
@@ -25,13 +26,10 @@ SHOWN_PATCHES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """The test clips judged. ``machines``: AUC and pAUC of every id, by the kind of score.
-
-    ``upwards``: what a row of a patch is, in a word.
-    """
+    """The test clips judged. ``machines``: AUC and pAUC of every id, by the kind of score."""
 
     clips: Clips
-    upwards: str
+    scales: Scales
     judged: Judged
     num_codes: int
     scores: Mapping[str, Scores]
@@ -79,7 +77,9 @@ def write_pictures(results: Results, run: Run, patching: Patching, folder: Path)
     labels = np.array(results.anomalous)
     figures = {
         "spectrograms": pictures.draw_spectrograms(_shown(results, scores, run, patching)),
-        "score_histograms": pictures.draw_histograms(results.scores, results.anomalous),
+        "score_histograms": pictures.draw_histograms(
+            {_told(kind, results.scales): values for kind, values in results.scores.items()}, results.anomalous
+        ),
         "roc": pictures.draw_roc(
             scores, results.anomalous, [clip.machine for clip in results.clips.clips], results.machines[name], name
         ),
@@ -90,6 +90,16 @@ def write_pictures(results: Results, run: Run, patching: Patching, folder: Path)
     return [save_picture(figure, folder / f"{stem}.png") for stem, figure in figures.items()]
 
 
+def _told(kind: str, scales: Scales) -> str:
+    """A kind of score with its unit."""
+    units = {
+        "reconstruction": "mean squared error",
+        "codes": "mean negative log-likelihood, nats",
+        "mean_energy": scales.level,
+    }
+    return f"{kind.replace('_', ' ')}: {units[kind]}"
+
+
 def _shown(results: Results, scores: Scores, run: Run, patching: Patching) -> list[Shown]:
     """The normal clip and the anomalous one in the middle of their kind's scores: neither best nor worst."""
     from .pictures import Shown
@@ -98,21 +108,39 @@ def _shown(results: Results, scores: Scores, run: Run, patching: Patching) -> li
     for wanted in (False, True):
         mine = [i for i, anomalous in enumerate(results.anomalous) if anomalous is wanted]
         index = sorted(mine, key=lambda i: float(scores[i]))[len(mine) // 2]
+        starts = patching.starts(results.clips.read(index).shape[1])
+        places = shown_places(starts)
         patches = patching.plain(results.clips, [index])
         rebuilt = run(patches).reconstructed.cpu()
         kind = "anomalous" if wanted else "normal"
         shown.append(
             Shown(
                 title=f"{kind}\n{results.clips.clips[index].machine}",
-                upwards=results.upwards,
-                patches=_side_by_side(patches),
-                reconstructed=_side_by_side(rebuilt),
+                upwards=results.scales.upwards,
+                along=results.scales.along,
+                spans=[span_in_words(starts[place], patching.patch_len, results.scales) for place in places],
+                patches=_side_by_side(patches, places),
+                reconstructed=_side_by_side(rebuilt, places),
             )
         )
     return shown
 
 
-def _side_by_side(patches: Tensor) -> npt.NDArray[np.float64]:
-    """(H, N · W) of a clip's (1, N, 1, H, W); four patches at most."""
-    side_by_side: npt.NDArray[np.float64] = patches[0, :SHOWN_PATCHES, 0].permute(1, 0, 2).flatten(1).double().numpy()
+def shown_places(starts: Sequence[int]) -> list[int]:
+    """Of patches that begin at ``starts``, the places of a few that are spread over the clip, none twice."""
+    apart = [place for place, start in enumerate(starts) if start not in starts[:place]]
+    chosen = np.linspace(0, len(apart) - 1, min(SHOWN_PATCHES, len(apart))).round().astype(int)
+    return [apart[i] for i in chosen]
+
+
+def span_in_words(start: int, frames: int, scales: Scales) -> str:
+    """From where to where a patch lies, in the unit of the axis; of pixels the first and the last."""
+    if scales.column == 1:
+        return f"{start}–{start + frames - 1}"
+    return f"{start * scales.column:.1f}–{(start + frames) * scales.column:.1f}"
+
+
+def _side_by_side(patches: Tensor, places: Sequence[int]) -> npt.NDArray[np.float64]:
+    """(H, len(places) · W) of a clip's (1, N, 1, H, W)."""
+    side_by_side: npt.NDArray[np.float64] = patches[0, list(places), 0].permute(1, 0, 2).flatten(1).double().numpy()
     return side_by_side

@@ -10,6 +10,7 @@ from samegrad.recipes._recipe.array_files import read_archive
 from samegrad.recipes._recipe.refused_files import refused_file
 
 from . import faces
+from .audio import HOP, SAMPLE_RATE
 from .clip_files import LAYOUT, FolderClips
 from .data import BANDS, Clips, Normalisation, Patching, machines_of, split_validation, subset
 from .generated import generated_clips
@@ -19,11 +20,26 @@ VALIDATION_FRACTION = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Splits:
-    """Clips to train on, to choose the best weights by and to judge by; the classes of the machine head.
+class Scales:
+    """What pictures say of a clip's axes.
 
-    ``upwards``: what a row of a patch is, from below: a mel band, or a line of pixels.
+    ``upwards``: what a row is, from below. ``along``: what columns run along and its unit, of which each column is
+    ``column`` long. ``level``: what the mean of a clip is.
     """
+
+    upwards: str
+    along: str
+    column: float
+    level: str
+
+
+OF_SOUND = Scales(upwards="mel band", along="time in the clip, s", column=HOP / SAMPLE_RATE, level="mean log-mel, dB")
+OF_PICTURES = Scales(upwards="pixel", along="pixel", column=1, level="mean brightness")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Clips to train on, to choose the best weights by and to judge by; the classes of the machine head."""
 
     train: Clips
     validation: Clips
@@ -31,7 +47,7 @@ class Splits:
     machines: list[str]
     patching: Patching
     described: str
-    upwards: str
+    scales: Scales
 
 
 def open_splits(options: VQSpectrogramOptions) -> Splits:
@@ -57,7 +73,7 @@ def open_splits(options: VQSpectrogramOptions) -> Splits:
         ) from None  # fmt: skip
     return Splits(
         train=train, validation=validation, test=test, machines=machines_of(known), patching=patching,
-        described=described, upwards="pixel" if options.offline == faces.MACHINE_TYPE else "band",
+        described=described, scales=OF_PICTURES if options.offline == faces.MACHINE_TYPE else OF_SOUND,
     )  # fmt: skip
 
 
