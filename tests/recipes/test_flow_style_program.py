@@ -219,7 +219,7 @@ def test_curves_show_what_was_written_down() -> None:
 
 @pytest.mark.slow
 def test_the_tables_rows_are_the_documents(options: FlowStyleOptions) -> None:
-    lines = table(options)
+    lines = list(table(options))
     by_part: dict[Any, list[Any]] = {}
     for line in lines:
         by_part.setdefault(line["part"], []).append(line)

@@ -79,6 +79,9 @@ def table_of(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence
                 torch.save(torch.randn(4, 8, 8), root / style / f"{number}.pt")
         asked = {**asked, "data_root": root}
     rows = recipe.table(recipe.options(device="cpu", **asked))
+    counted, rows = len(rows), list(rows)
+    # A bar beside it ends where the table does.
+    assert counted == len(rows)
     return [{column: widened(column, value) for column, value in row.items()} for row in rows]
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell, Program, Recipe, needed_for_pictures
+from samegrad.recipes._recipe import LongTable, Program, Recipe, needed_for_pictures
 from samegrad.recipes._recipe.clipping import clip_before_step
 from samegrad.recipes._recipe.precision import autocast, narrow_dtype, weight_dtype
 
@@ -239,7 +239,7 @@ def sampler_of(options: FlowStyleOptions) -> Sampler:
     )
 
 
-def table(options: FlowStyleOptions) -> Sequence[Mapping[str, Cell]]:
+def table(options: FlowStyleOptions) -> LongTable:
     """The document's tables with our figures beside its own."""
     return rows_of_table(options, energy_of(options))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 import samegrad as sg
-from samegrad.recipes._recipe import Cell
+from samegrad.recipes._recipe import Cell, LongTable
 
 from . import data
 from .calling import Calling, CompiledCalling
@@ -29,18 +30,28 @@ from .splits import open_splits
 
 _OLD_ROWS, _OLD_STEPS, _NEW_STEPS = 240, 5, 10
 _NEW_ROWS, _NEW_ACCUMULATION = 32, 2
+_MEMORY_LINES, _SPEED_LINES = 7, 3
 _COVERAGES = ((0.0166, "undersampled"), (0.25, "optimal"), (1.0, None))
 _DRAWS, _TIMED = 6, 3
 # Rows of the batch that laws are found on.
 _PROBED_ROWS = 8
 
 
-def rows_of_table(options: FlowStyleOptions, energy: Energy) -> list[Mapping[str, Cell]]:
+def rows_of_table(options: FlowStyleOptions, energy: Energy) -> LongTable:
     """The table's rows: what each is about, figures where they are known, and the document's claim."""
     latents = open_splits(options).training
     batch_of = functools.partial(_batch, options, latents, energy)
-    rows = [*_memory(options, latents, energy, batch_of), *_speed(options, latents, energy, batch_of)]
-    return [*rows, *_noise(latents, energy, options)]
+    rows = itertools.chain(
+        _memory(options, latents, energy, batch_of), _speed(options, latents, energy, batch_of),
+        _noise(latents, energy, options),
+    )  # fmt: skip
+    # What compiling costs once is a line of its own.
+    return LongTable(_MEMORY_LINES + _SPEED_LINES + _compiles(options) + len(_COVERAGES), rows)
+
+
+def _compiles(options: FlowStyleOptions) -> bool:
+    """Compiling for a CPU takes a minute of it; who wants to know asks."""
+    return sg.find_device(options.device).type == "cuda" or bool(options.use_compile)
 
 
 def _batch(options: FlowStyleOptions, latents: data.Latents, energy: Energy, rows: int) -> data.StyleBatch:
@@ -108,7 +119,7 @@ def _speed(
     part: dict[str, Cell] = {"part": "speed", "rows": rows, "at_a_time": rows}
     _, plain = _timed(model, Calling(options.dtype), energy, batch)
     yield part | {"way": "plain", "step_seconds": plain, "document": "~450ms"}
-    if device.type == "cuda" or options.use_compile:
+    if _compiles(options):
         compiled = CompiledCalling(
             options.dtype, model.network, mode=options.compile_mode, fullgraph=options.fullgraph,
             recompile_limit=options.cache_size_limit,
@@ -117,7 +128,6 @@ def _speed(
         yield part | {"way": "compiled", "step_seconds": later, "document": "~420ms"}
         yield part | {"way": "compiling, once", "step_seconds": first - later, "document": "~20-30s"}
     else:
-        # Compiling for a CPU takes a minute of it; who wants to know asks.
         yield part | {"way": "compiled", "step_seconds": None, "document": "~420ms"}
     seconds = None
     if device.type == "cuda":
