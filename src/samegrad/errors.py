@@ -20,6 +20,8 @@ Each error has three parts by construction, so that none is forgotten: what was 
 
 from __future__ import annotations
 
+from traceback import clear_frames
+from types import FrameType
 from typing import Any
 
 # The topic of advice that only whoever declares the step can follow; in ``do`` it is the end.
@@ -46,6 +48,17 @@ class SamegradError(Exception):
     def hint(self) -> str:
         return self.do
 
+    def forget_frames(self) -> None:
+        """Lets go of what was live where this was raised, and where the errors were that it came from; lines stay."""
+        error: BaseException | None = self
+        while error is not None:
+            place = error.__traceback__
+            while place is not None and _is_running(place.tb_frame):
+                place = place.tb_next
+            error.__traceback__ = place
+            clear_frames(place)
+            error = error.__cause__ or error.__context__
+
     def without_declaration(self) -> SamegradError:
         """The same for whoever cannot declare the step otherwise: a recipe's user."""
         do = self.do.partition(f"; {IN_THE_DECLARATION}: ")[0]
@@ -66,6 +79,15 @@ class SamegradError(Exception):
                 "option": self.option,
             }
         }
+
+
+def _is_running(frame: FrameType) -> bool:
+    """Whether ``frame`` has not ended; else what it holds is gone."""
+    try:
+        frame.clear()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _rebuild(

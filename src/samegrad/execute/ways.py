@@ -71,6 +71,11 @@ class Ways:
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     collectives: bool = False
 
+    def __post_init__(self) -> None:
+        if self.refusal is not None:
+            # Kept as long as the step: its frames hold the rows that were tried.
+            self.refusal.forget_frames()
+
     @property
     def waits_inside(self) -> bool:
         """Whether the step waits for other ranks before its gradients are there."""
