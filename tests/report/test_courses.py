@@ -27,7 +27,7 @@ from samegrad.report.ahead import ahead_lines
 from samegrad.report.aligned import aligned
 from samegrad.report.at_peak import peak_lines, peak_rows
 from samegrad.report.course import course_text
-from samegrad.report.front import front_rows, front_svg
+from samegrad.report.front import describe_levers, front_rows, front_svg
 
 
 def course(*lengths: int, phases: tuple[Phase, ...] = (Phase.FORWARD, Phase.BACKWARD)) -> list[TimelinePoint]:
@@ -163,6 +163,11 @@ def test_the_front_s_rows_say_how_much_slower_and_how() -> None:
         ("2", "512 MiB", "1.5 s", "1.50x", "chunk_loss 512 positions"),
         ("3", "256 MiB", "20 s", "20.00x", "split_rows 1 row, recompute 3 blocks"),
     ]
+
+
+def test_plans_that_differ_in_the_chunks_they_keep_are_told_apart() -> None:
+    told = [describe_levers({"split_rows": {"rows": 34, "kept_chunks": kept}}) for kept in (0, 1, 3)]
+    assert told == ["split_rows 34 rows", "split_rows 34 rows (1 chunk kept)", "split_rows 34 rows (3 chunks kept)"]
 
 
 def test_a_very_slow_plan_does_not_press_the_others_flat() -> None:

@@ -55,6 +55,8 @@ def describe_levers(levers: Mapping[str, Mapping[str, Any]]) -> str:
         how = []
         if isinstance(knobs.get("rows"), int):
             how.append(_amount(knobs["rows"], "position" if name == "chunk_loss" else "row"))
+        if knobs.get("kept_chunks"):
+            how.append(f"({_amount(knobs['kept_chunks'], 'chunk')} kept)")
         if isinstance(knobs.get("blocks"), (list, tuple)):
             how.append(_amount(sum(1 if isinstance(entry, str) else len(entry) for entry in knobs["blocks"]), "block"))
         told.append(" ".join([name, *how]))
