@@ -249,9 +249,10 @@ def test_before_and_after_are_real_steps_and_the_document_holds_more() -> None:
 def test_the_accuracies_are_told_beside_their_picture_not_over_it(validation: list[float]) -> None:
     names = ("accuracy", "prototype_accuracy", "embedding_prototype_accuracy")
     metrics = {name: 0.7 + 0.1 * place for place, name in enumerate(names)} | {f"{name}_ci95": 0.01 for name in names}
-    figure = pictures.draw_accuracy(validation, metrics=metrics, ways=3)
+    figure = pictures.draw_accuracy(validation, metrics=metrics, ways=3, split="val")
     [axes], [legend] = figure.axes, figure.legends
     figure.draw_without_rendering()
+    assert axes.get_title(loc="left") == "3-way accuracy on validation classes"
     assert axes.get_legend() is None and not legend.get_window_extent().overlaps(axes.get_window_extent())
     told = [text.get_text() for text in legend.get_texts()]
     assert "test classes 0.700 ± 0.010" in told and "nearest prototype of embeddings 0.900 ± 0.010" in told
@@ -265,7 +266,7 @@ def test_the_title_of_the_smallest_episode_is_not_cut() -> None:
         images=torch.rand(2, 2, 1, 8, 8), names=["a", "b"], of_model=predicted, of_pixels=predicted,
         of_embeddings=predicted,
     )  # fmt: skip
-    figure = pictures.draw_episode(judged, 1)
+    figure = pictures.draw_episode(judged, 1, split="novel")
     figure.draw_without_rendering()
     [title] = figure.texts
     told = title.get_window_extent()

@@ -16,6 +16,8 @@ from .courses import Course
 from .judging import Judged
 
 SHOWN_QUERIES = 10
+# What the classes of a split are to a model that was trained on "base".
+CLASSES = {"base": "training", "val": "validation", "novel": "new"}
 GIB = 2**30
 _LINE, _RIGHT = "#3b7ea1", "#2f855a"
 _COURSES = ("#c2410c", "#7c3aed", "#3b7ea1", "#2f855a")
@@ -27,7 +29,7 @@ _TESTED: tuple[tuple[str, str, Any, str], ...] = (
 )
 
 
-def draw_episode(judged: Judged, k_shot: int) -> Figure:
+def draw_episode(judged: Judged, k_shot: int, *, split: str) -> Figure:
     """A row a class: its support images, then queries, framed by whether they were recognised, and taken for what."""
     queries = min(SHOWN_QUERIES, judged.of_model.shape[1])
     ways, columns = len(judged.images), k_shot + queries
@@ -48,12 +50,14 @@ def draw_episode(judged: Judged, k_shot: int) -> Figure:
     grid[0, 0].set_title("support", color=INK, loc="left", fontsize=10)
     shown = "queries" if queries == judged.of_model.shape[1] else f"queries, {queries} of {judged.of_model.shape[1]}"
     grid[0, k_shot + 1].set_title(shown, color=INK, loc="left", fontsize=10)
-    told = f"{ways} new classes, {right:.0%} of {judged.of_model.numel()} queries recognised (green)"
+    told = f"{ways} {CLASSES[split]} classes, {right:.0%} of {judged.of_model.numel()} queries recognised (green)"
     figure.suptitle(told, color=INK, fontsize=11)
     return figure
 
 
-def draw_accuracy(validation: Sequence[float], *, metrics: dict[str, float], ways: int) -> Figure:
+def draw_accuracy(
+    validation: Sequence[float], *, metrics: dict[str, float], ways: int, split: str
+) -> Figure:
     """Validation accuracy after each epoch, and the test accuracies with their intervals beside chance."""
     figure = new_figure(7.2, 4.9)
     axes = figure.subplots()
@@ -72,7 +76,7 @@ def draw_accuracy(validation: Sequence[float], *, metrics: dict[str, float], way
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.set_xlim(0.5, max(1, len(validation)) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_title(f"{ways}-way accuracy on classes that were never trained on", color=INK, loc="left", fontsize=11)
+    axes.set_title(f"{ways}-way accuracy on {CLASSES[split]} classes", color=INK, loc="left", fontsize=11)
     _legend(figure, columns=2)
     open_frame(axes)
     return figure

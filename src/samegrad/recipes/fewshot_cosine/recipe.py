@@ -72,10 +72,10 @@ class FewShotProgram(Program):
         with needed_for_pictures():
             from . import pictures
         [shown] = self._judged(self.options.split, _TEST, 1)
-        ways = self.options.n_way
+        ways, split = self.options.n_way, self.options.split
         figures = {
-            "episode": pictures.draw_episode(shown, self.options.k_shot),
-            "accuracy": pictures.draw_accuracy(self.validations, metrics=self.test_metrics, ways=ways),
+            "episode": pictures.draw_episode(shown, self.options.k_shot, split=split),
+            "accuracy": pictures.draw_accuracy(self.validations, metrics=self.test_metrics, ways=ways, split=split),
             "memory_before_and_after": pictures.draw_courses(self.courses()),
         }
         return [*written, *(save_picture(figure, folder / f"{name}.png") for name, figure in figures.items())]
