@@ -125,7 +125,7 @@ def places(run: Callable[[int | None], Lacks], number: int) -> Iterator[int]:
 @pytest.mark.parametrize("kind", STEPS)
 def test_wherever_memory_runs_out_planning_and_verifying_raise_no_raw_error(kind: str) -> None:
     budget = tight(kind)
-    for at in places(lambda at: planned(kind, budget, at), 4):
+    for at in places(lambda at: planned(kind, budget, at), 3):
         assert planned(kind, budget, at).failed_in
     for at in places(lambda at: verified(kind, at), 2):
         assert verified(kind, at).failed_in
