@@ -16,6 +16,7 @@ import _results
 import _steps
 import torch
 import torch.nn.functional as F
+from keyed_dropout import graphed
 from torch import Tensor, nn
 
 import samegrad as sg
@@ -65,7 +66,7 @@ class OnCard:
 
         return chunks
 
-    def hand_graphed(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    def hand_captured(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
         """A chunk captured once, forward and backward, into gradients that stay where they are."""
         forward, share = _steps.forward_of(self.case), self.rows / self.case.rows
         places = tuple(part[: self.rows].clone() for part in batch)
@@ -73,15 +74,7 @@ class OnCard:
         def chunk() -> None:
             (_steps.loss_of(forward(model, places), places) * share).backward()
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                chunk()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            chunk()
+        replay = graphed(chunk)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
 
         def chunks() -> None:
@@ -89,16 +82,16 @@ class OnCard:
             for parts in zip(*(part.split(self.rows) for part in batch)):
                 for place, part in zip(places, parts):
                     place.copy_(part)
-                graph.replay()
+                replay()
 
         return chunks
 
-    def measured(self, pairs: int, *, graphed: bool) -> dict[str, float]:
+    def measured(self, pairs: int, *, captured: bool) -> dict[str, float]:
         model, batch = _steps.make_model(self.case, "cuda"), _steps.make_batch(self.case, "cuda")
         twin = _steps.make_model(self.case, "cuda")
-        levers: dict[str, Any] = {"split_rows": {"rows": self.rows}} | ({"graphs": {}} if graphed else {})
+        levers: dict[str, Any] = {"split_rows": {"rows": self.rows}} | ({"graphs": {}} if captured else {})
         plan = sg.Plan(levers=levers, exactness=sg.Exactness.SAME_SUM, batch_rows=self.case.rows)
-        by_hand = (self.hand_graphed if graphed else self.hand_eager)(twin, batch)
+        by_hand = (self.hand_captured if captured else self.hand_eager)(twin, batch)
         with sg.Step(model, _steps.loss_of, forward=_steps.forward_of(self.case), plan=plan) as step:
             step.prepare(batch)
 
@@ -108,7 +101,7 @@ class OnCard:
                 torch.cuda.synchronize()
 
             def hand() -> None:
-                if not graphed:
+                if not captured:
                     twin.zero_grad(set_to_none=True)
                 by_hand()
                 torch.cuda.synchronize()
@@ -152,9 +145,9 @@ def main() -> None:
     pairs = arguments.pairs
     if arguments.device == "cuda":
         figures = {
-            f"{name}, {'graphed' if graphed else 'eager'}": one.measured(pairs, graphed=graphed)
+            f"{name}, {'captured' if captured else 'eager'}": one.measured(pairs, captured=captured)
             for name, one in ON_CARD.items()
-            for graphed in (False, True)
+            for captured in (False, True)
         }
         _results.write("engine_overhead_cuda", figures)
         return

@@ -23,7 +23,8 @@ from samegrad.verify import tolerance
 AT_A_TIME = (1, 7, 8, 28)
 PARTS = 64
 ROWS = {**_exact_losses.ROWS, **_exact_models.ROWS, **_exact_items.ROWS}
-# What hand-written prototypes of each scheme came to, on networks and batches of their own: the order to be expected.
+# What the project's specification states for each scheme (its table of barriers), found by prototypes on networks and
+# batches of their own: the order to be expected, beside the contract and never in its place.
 # Steps of an equation that run again are bit for bit the plain ones; here rows are split beside, which is a sum.
 PROTOTYPE_ERRORS = {
     "(a) mean over rows": 6e-16,

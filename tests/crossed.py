@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 
-def crossed(*axes: Iterable[Any], every: int = 2) -> list[Any]:
+def crossed(*axes: Iterable[Any], every: int = 2, where: Callable[..., bool] = lambda *_: True) -> list[Any]:
     """All combinations, of which those whose places along the axes add up to a multiple of ``every`` are not slow.
 
     So each value of an axis meets every ``every``-th value of another at every commit, and none is left out.
+    ``where``: which combinations there are.
     """
     places = itertools.product(*(list(enumerate(axis)) for axis in axes))
     return [
@@ -22,6 +23,7 @@ def crossed(*axes: Iterable[Any], every: int = 2) -> list[Any]:
             id="-".join(_named(value) for _, value in case),
         )
         for case in places
+        if where(*(value for _, value in case))
     ]
 
 

@@ -49,20 +49,29 @@ class SamegradError(Exception):
         return self.do
 
     def forget_frames(self) -> None:
-        """Lets go of what was live where this was raised, and where the errors were that it came from; lines stay."""
-        error: BaseException | None = self
-        while error is not None:
-            place = error.__traceback__
-            while place is not None and _is_running(place.tb_frame):
-                place = place.tb_next
-            error.__traceback__ = place
-            clear_frames(place)
+        """Lets go of what was live where this was raised, and where the errors were that it came from; lines stay.
+
+        An error that somebody is still handling, a user's own around all this, is left as it is.
+        """
+        place = self.__traceback__
+        while place is not None and _is_running(place.tb_frame):
+            place = place.tb_next
+        self.__traceback__ = place
+        clear_frames(place)
+        error = self.__cause__ or self.__context__
+        while error is not None and not (error.__traceback__ and _is_running(error.__traceback__.tb_frame)):
+            clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
 
     def without_declaration(self) -> SamegradError:
         """The same for whoever cannot declare the step otherwise: a recipe's user."""
-        do = self.do.partition(f"; {IN_THE_DECLARATION}: ")[0]
-        return _rebuild(type(self), self.asked, self.found, do, self.file, self.option)
+        do, declaring, _ = self.do.partition(f"; {IN_THE_DECLARATION}: ")
+        if not declaring:
+            return self
+        told = _rebuild(type(self), self.asked, self.found, do, self.file, self.option)
+        for note in getattr(self, "__notes__", ()):
+            told.add_note(note)
+        return told
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes send exceptions by pickle; keyword-only arguments need a rebuilder.

@@ -188,12 +188,7 @@ def test_autocast_that_narrows_nothing_is_named(monkeypatch: Patch) -> None:
 @PASSES
 @pytest.mark.parametrize(
     ("kind", "company"),
-    [
-        pytest.param(kind, company, marks=[pytest.mark.slow] * ((place + at) % 2))
-        for place, kind in enumerate(KNOBS)
-        for at, company in enumerate(COMPANY)
-        if set(COMPANY[company]) <= KNOBS[kind].keys()
-    ],
+    crossed(KNOBS, COMPANY, where=lambda kind, company: set(COMPANY[company]) <= KNOBS[kind].keys()),
 )
 def test_a_stale_tensor_from_the_host_is_named(kind: str, company: str, loss_fn: Any, monkeypatch: Patch) -> None:
     saved, taken = _saved_tensors.SavedTensors, list[int]()

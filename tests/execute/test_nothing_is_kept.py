@@ -51,6 +51,22 @@ def test_no_row_that_a_step_was_examined_with_lives_on(middle: nn.Module, loss_f
     assert step.plan is not None and examined_rows_alive() == 0
 
 
+def test_an_error_that_is_being_handled_keeps_its_frames() -> None:
+    """Whoever plans again after a failure may want to look into it."""
+
+    def fails() -> None:
+        looked_for = "still here"
+        raise ValueError(looked_for)
+
+    try:
+        fails()
+    except ValueError as error:
+        before = error.__traceback__
+        planned(nn.BatchNorm1d(WIDTH), cross_entropy, 10)
+        assert error.__traceback__ is before and before is not None and before.tb_next is not None
+        assert before.tb_next.tb_frame.f_locals["looked_for"] == "still here"
+
+
 def test_planted_a_refusal_that_keeps_its_frames_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SamegradError, "forget_frames", lambda error: None)
     step = planned(nn.BatchNorm1d(WIDTH), cross_entropy, 10)

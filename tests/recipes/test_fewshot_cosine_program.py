@@ -280,8 +280,8 @@ def test_the_table_has_the_documents_figures_beside_measured_ones() -> None:
     assert [line["peak_bytes"] for line in lines if line["origin"] == "stated"] == [14e9, 6e9]
     measured = {line["formulation"]: line for line in lines if line["origin"] == "measured"}
     assert list(measured) == ["the document", "one forward, Gram", "and 2 chunks", "as run"]
-    peaks = [line["peak_bytes"] for line in measured.values()]
-    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]  # type: ignore[operator]
+    peaks: list[Any] = [line["peak_bytes"] for line in measured.values()]
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
     assert all(line["step_seconds"] for line in measured.values())
 
 
