@@ -73,13 +73,15 @@ def draw_density(log_density: Values, extent: float, test: Values, centers: Valu
     axes = figure.subplots()
     line = np.linspace(-extent, extent, len(log_density))
     top = float(log_density.max())
+    # Below the lowest level by far, not on it: contours lose a plateau that lies on a level, and leave a hole.
     shown = axes.contourf(
-        line, line, np.clip(log_density - top, -_SHOWN_DECAY, 0), levels=np.linspace(-_SHOWN_DECAY, 0, 10), cmap="Blues"
-    )
+        line, line, np.clip(log_density - top, -2 * _SHOWN_DECAY, 0), levels=np.linspace(-_SHOWN_DECAY, 0, 10),
+        cmap="Blues", extend="min",
+    )  # fmt: skip
     axes.scatter(test[:, 0], test[:, 1], s=5, color=ACCENT, alpha=0.7, linewidths=0, label="held-out points")
     axes.scatter(centers[:, 0], centers[:, 1], s=14, color=INK, marker="+", linewidths=0.8, label="centers")
     bar = figure.colorbar(shown, ax=axes, shrink=0.85)
-    bar.set_label(f"log-density below its highest; {_SHOWN_DECAY:g} and more is one shade", color=INK, fontsize=9)
+    bar.set_label(f"log-density below its highest; beyond {_SHOWN_DECAY:g} one shade", color=INK, fontsize=9)
     axes.set_title("Density of the model", color=INK, loc="left", fontsize=11)
     _plane(axes, extent)
     _legend_below(figure, axes)
