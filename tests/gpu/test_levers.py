@@ -168,9 +168,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
-def test_training_with_state_on_the_host_is_plain_training(name: str, scaled: bool) -> None:
+@pytest.mark.parametrize("captured", [False, True], ids=["by Python", "captured"])
+def test_training_with_state_on_the_host_is_plain_training(name: str, scaled: bool, captured: bool) -> None:
     runs = []
-    for levers in ({}, {"optimizer_state": {}}):
+    plain = {"split_rows": {"rows": [6, 1, 4, 2]}} if captured else {}
+    for levers in (plain, plain | {"optimizer_state": {}} | ({"graphs": {}} if captured else {})):
         model, batch = on_gpu("cnn")
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True, **OPTIMIZERS[name])
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
@@ -185,8 +187,8 @@ def test_training_with_state_on_the_host_is_plain_training(name: str, scaled: bo
             between = as_saved(optimizer)
             step.backward(batch, scaler=scaler)
             moments = [s["exp_avg"] for s in optimizer.state.values() if s["exp_avg"].numel() > 1]
-            assert {t.device.type for t in moments} == ({"cpu"} if levers else {"cuda"})
-            assert all(t.is_pinned() for t in moments) == bool(levers)
+            assert {t.device.type for t in moments} == ({"cuda"} if levers is plain else {"cpu"})
+            assert all(t.is_pinned() for t in moments) == (levers is not plain)
             assert same(as_saved(optimizer), between)
         assert {s["exp_avg"].device.type for s in optimizer.state.values()} == {"cuda"}
         assert same(as_saved(optimizer), between)

@@ -9,7 +9,7 @@ import pytest
 from samegrad.errors import UsageError
 from samegrad.measure.allocator_rules import AllocatorRules
 from samegrad.measure.events import Trace
-from samegrad.measure.replay import Request, repeat_steps, replay
+from samegrad.measure.replay import EMPTIES_CACHE, Request, repeat_steps, replay
 from samegrad.records import Category, Phase
 
 from .traces import MIB, TraceWriter, chain
@@ -24,6 +24,8 @@ def live_after(requests: tuple[Request, ...], step: int) -> list[int]:
     for storage, size, _, of_step, *_ in requests:
         if of_step > step:
             break
+        if size == EMPTIES_CACHE:
+            continue
         if size:
             assert storage not in live
             live[storage] = size
@@ -47,7 +49,24 @@ def test_the_first_two_steps_are_the_trace_itself() -> None:
     trace = chain(WEIGHTS, ACTIVATIONS, keeps_gradients=True)
     requests = repeat_steps(trace)
     own = [(event.storage, max(event.change_bytes, 0)) for event in trace.events]
-    assert [(r.storage, r.size_bytes) for r in requests if r.step < 2] == own
+    assert [(r.storage, r.size_bytes) for r in requests if r.step < 2 and r.size_bytes != EMPTIES_CACHE] == own
+
+
+def test_the_cache_is_given_back_once_before_the_turn_that_makes_the_optimizers_state() -> None:
+    trace = chain(WEIGHTS, ACTIVATIONS)
+    requests = repeat_steps(trace)
+    [at] = [index for index, request in enumerate(requests) if request.size_bytes == EMPTIES_CACHE]
+    assert requests[at].step == 0
+    phases = [trace.operations[event.operation].phase if event.operation >= 0 else None for event in trace.events]
+    assert Phase.OPTIMIZER not in phases[:at] and phases[at] is Phase.OPTIMIZER
+    # State that was there before the first step is room that nobody looks for.
+    there = tuple(
+        event._replace(operation=-1) if event.category is Category.OPTIMIZER_STATE else event for event in trace.events
+    )
+    assert all(r.size_bytes != EMPTIES_CACHE for r in repeat_steps(dataclasses.replace(trace, events=there)))
+    # New state lies in segments of its own, and the activations of later steps find theirs whole.
+    without = [request for request in requests if request.size_bytes != EMPTIES_CACHE]
+    assert replay(requests).segments_taken > replay(without).segments_taken
 
 
 def test_what_a_step_keeps_without_having_found_the_like_is_kept_once() -> None:
@@ -114,7 +133,7 @@ def test_a_trace_without_a_second_step_is_as_it_is() -> None:
     first = tuple(o for o in trace.operations if o.step == 0)
     events = tuple(e for e in trace.events if e.operation < len(first))
     short: Trace = dataclasses.replace(trace, operations=first, events=events)
-    assert len(repeat_steps(short)) == len(events)
+    assert [r.storage for r in repeat_steps(short) if r.size_bytes != EMPTIES_CACHE] == [e.storage for e in events]
     assert replay(repeat_steps(short), AllocatorRules(expandable_segments=True)).runs
 
 

@@ -2,6 +2,9 @@
 
 A trace holds two steps. The second is the one that repeats: what it takes and leaves stands in for what it found and
 gave back (this step's gradients for the last one's), and all else that it leaves lives on.
+
+Where the first turn of the optimizer makes its state, what is cached is given back before it, as ``room_for_new_state``
+of a step that runs does.
 """
 
 from __future__ import annotations
@@ -15,13 +18,18 @@ from samegrad.errors import UsageError
 from samegrad.measure.allocator import CachingAllocator
 from samegrad.measure.allocator_rules import DEFAULT_RULES, AllocatorRules
 from samegrad.measure.events import MemoryEvent, Trace
+from samegrad.records import Category, Phase
 
 # Two of the trace, and two more: what the second leaves behind shows in the third, what that leaves in the fourth.
 REPLAYED_STEPS = 4
+# In place of a size: all that is cached is given back.
+EMPTIES_CACHE = -1
 
 
 class Request(NamedTuple):
     """A storage taken (``size_bytes`` > 0) or given back (0), during or after the trace's ``operation`` of ``step``.
+
+    ``EMPTIES_CACHE`` for a size is no storage's.
 
     ``stream`` and ``pool`` as in ``MemoryEvent``.
     """
@@ -80,6 +88,9 @@ def repeat_steps(trace: Trace, steps: int = REPLAYED_STEPS) -> tuple[Request, ..
     step_of = [operation.step for operation in trace.operations]
     requests = [_request(event, event.storage, _step(event, step_of)) for event in trace.events]
     repeated = [event for event, request in zip(trace.events, requests) if request.step == 1]
+    turn = _first_turn(trace)
+    if turn is not None:
+        requests.insert(turn, Request(-1, EMPTIES_CACHE, trace.events[turn].operation, 0))
     if not repeated or steps == 2:
         return tuple(requests)
     successors = _successors(trace.events, repeated)
@@ -121,6 +132,9 @@ def replay(
     failed = None
     for request in requests:
         storage, size_bytes, _, step, stream, pool = request
+        if size_bytes == EMPTIES_CACHE:
+            allocator.empty_cache()
+            continue
         if not size_bytes:
             give_back(storage)
             continue
@@ -148,6 +162,19 @@ def replay(
 
 def _request(event: MemoryEvent, storage: int, step: int) -> Request:
     return Request(storage, max(event.change_bytes, 0), event.operation, step, event.stream, event.pool)
+
+
+def _first_turn(trace: Trace) -> int | None:
+    """The first event of the first turn of an optimizer that makes its state; None where there is none."""
+    turn = [
+        index
+        for index, event in enumerate(trace.events)
+        if event.operation >= 0
+        and trace.operations[event.operation].step == 0
+        and trace.operations[event.operation].phase is Phase.OPTIMIZER
+    ]
+    made = any(trace.events[n].category is Category.OPTIMIZER_STATE and trace.events[n].change_bytes > 0 for n in turn)
+    return turn[0] if made else None
 
 
 def _step(event: MemoryEvent, step_of: list[int]) -> int:
