@@ -24,6 +24,7 @@ import torch
 
 STEPS = 6
 WITHIN = 0.01
+SHOWN = ("name", "peak_allocated_bytes", "peak_reserved_bytes", "steady_cap_bytes", "smallest_cap_bytes", "failed")
 
 
 def run_one(case: _steps.StepCase, cap_bytes: int | None, history: Path | None) -> dict[str, Any]:
@@ -110,31 +111,36 @@ def in_own_process(name: str, cap_bytes: int | None = None, history: Path | None
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def smallest(name: str, low: int, high: int, good: str) -> int:
-    """The smallest cap, to one percent, under which the run says yes to ``good``; ``high`` is known to."""
-    while high - low > WITHIN * high:
-        middle = (low + high) // 2
-        if in_own_process(name, middle).get(good, False):
-            high = middle
-        else:
-            low = middle
-    return high
+class Caps:
+    """Runs of one case under caps; what one of them showed is not asked again."""
+
+    def __init__(self, name: str, low: int, high: int) -> None:
+        """``low``: a cap that is too small; ``high``: one under which it runs without a retry."""
+        self._name = name
+        self._found: dict[int, dict[str, Any]] = {low: {}, high: {"steady": True, "runs": True}}
+
+    def smallest(self, good: str) -> int:
+        """The smallest cap, to one percent, under which the run says yes to ``good``."""
+        while True:
+            high = min(cap for cap, run in self._found.items() if run.get(good, False))
+            low = max(cap for cap, run in self._found.items() if cap < high and not run.get(good, False))
+            if high - low <= WITHIN * high:
+                return high
+            middle = (low + high) // 2
+            self._found[middle] = in_own_process(self._name, middle)
 
 
 def measure(case: _steps.StepCase, histories: Path | None) -> dict[str, Any]:
     history = None if histories is None else histories / f"{case.name.replace(' ', '_')}.npz"
     free = in_own_process(case.name, history=history)
-    if not free["runs"]:
+    if not free["runs"] or case.calibrates:
         return {"name": case.name, **free}
-    if case.calibrates:
-        return {"name": case.name, **free}
-    low, high = int(0.9 * free["peak_allocated_bytes"]), free["peak_reserved_bytes"]
-    steady = smallest(case.name, low, high, "steady")
+    caps = Caps(case.name, int(0.9 * free["peak_allocated_bytes"]), free["peak_reserved_bytes"])
     return {
         "name": case.name,
         **free,
-        "steady_cap_bytes": steady,
-        "smallest_cap_bytes": smallest(case.name, low, steady, "runs"),
+        "steady_cap_bytes": caps.smallest("steady"),
+        "smallest_cap_bytes": caps.smallest("runs"),
     }
 
 
@@ -158,9 +164,9 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
         for done in concurrent.futures.as_completed([pool.submit(measure, case, histories) for case in cases]):
             figures.append(done.result())
+            print(json.dumps({key: figures[-1].get(key) for key in SHOWN}), flush=True)
             # Written each time, so that a run cut short leaves what it found.
             _results.write("peaks_gpu", {"cases": sorted(figures, key=lambda figure: figure["name"])}, quiet=True)
-    _results.write("peaks_gpu", {"cases": sorted(figures, key=lambda figure: figure["name"])})
 
 
 if __name__ == "__main__":
