@@ -291,6 +291,26 @@ def test_where_replays_win_nothing_few_are_tried(monkeypatch: pytest.MonkeyPatch
     assert list(plan.levers) == ["split_rows"] and len(tried) <= 4
 
 
+@pytest.mark.parametrize(("share", "replayed", "taken"), [
+    (0.95, 0.99, True), (0.95, 1.01, False), (0.5, 0.99, False), (None, 0.99, False),
+])  # fmt: skip
+def test_what_python_could_just_launch_in_time_is_replayed_where_that_is_no_slower(
+    share: float | None, replayed: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_time(plan: Plan) -> Rung:
+        captured = "graphs" in plan.levers
+        eager = a_card(dataclasses.replace(plan, levers={k: v for k, v in plan.levers.items() if k != "graphs"}))
+        return dataclasses.replace(
+            eager, seconds=eager.seconds * (replayed if captured else 1.0), launching_share=0.01 if captured else share
+        )
+
+    plan, tried = settled_by(100, monkeypatch, rule=in_time)
+    assert ("graphs" in plan.levers) is taken
+    assert plan.reasons["graphs"].startswith("taken: measured" if taken else "not needed: measured, and no faster")
+    # What was settled is measured once more where that decides.
+    assert sum("graphs" not in one.levers for one in tried) == (replayed <= 1)
+
+
 def test_nothing_else_is_captured_where_what_was_settled_fits_and_runs_nothing_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,7 +8,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,10 +109,14 @@ class OptimizerTurn:
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """What a rung of the ladder was seen to need: reserved bytes on CUDA, counted bytes elsewhere."""
+    """What a rung of the ladder was seen to need: reserved bytes on CUDA, counted bytes elsewhere.
+
+    ``launching_share``: how much of ``seconds`` passed until Python had launched all work; None where none is launched.
+    """
 
     peak_bytes: int
     seconds: float
+    launching_share: float | None = None
 
 
 def measure_rung(
@@ -144,7 +148,7 @@ def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], turn: O
             counter = ByteCounter(device, gradients_of=[declared.network])
             claim_residents(counter, declared, batch)
             with counter, listening(counter):
-                seconds = timed(run, device)
+                seconds = timed(run, device).seconds
             return Rung(counter.peak_bytes + turn.missing_state_bytes, seconds)
         counters.release_cached(device)
         state: list[Tensor] = []
@@ -154,13 +158,13 @@ def _rung(declared: DeclaredStep, batch: Any, run: Callable[[], object], turn: O
         before = counters.read_allocator(device)
         counters.reset_peaks(device)
         timed_run = functools.partial(_with_turn, declared, run, turn) if turn.travelling_bytes else run
-        seconds = min(timed(timed_run, device) for _ in range(2))
+        shortest = min(timed(timed_run, device) for _ in range(2))
         _with_turn(declared, run, turn)
         after = counters.read_allocator(device)
         del state
     if before is None or after is None or after.retries > before.retries:
         return None
-    return Rung(after.peak_reserved_bytes, seconds)
+    return Rung(after.peak_reserved_bytes, shortest.seconds, shortest.launching_share)
 
 
 def _with_turn(
@@ -306,17 +310,25 @@ def _shortest(run: Callable[[], object], device: torch.device, runs: int) -> flo
     """Seconds of the shortest of ``runs``, or of fewer that took long enough together; not a number of none."""
     seconds: list[float] = []
     while len(seconds) < runs and sum(seconds) < _ENOUGH_SECONDS:
-        seconds.append(timed(run, device))
+        seconds.append(timed(run, device).seconds)
     return min(seconds, default=math.nan)
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run, the device's work included."""
+class Timed(NamedTuple):
+    """``seconds`` of one run, the device's work included, and how much of them passed until all of it was launched."""
+
+    seconds: float
+    launching_share: float
+
+
+def timed(run: Callable[[], object], device: torch.device) -> Timed:
     counters.synchronize(device)
     start = time.perf_counter()
     run()
+    launched = time.perf_counter()
     counters.synchronize(device)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return Timed(seconds, (launched - start) / seconds)
 
 
 def claim_residents(counter: ByteCounter, declared: DeclaredStep, batch: Any) -> None:

@@ -213,7 +213,10 @@ def _measured(
     unseen = 0
     if shown < layout.rows:
         unseen = peak_of(laws, rows, layout.rows) - peak_of(laws, rows, shown)
-    return _with_travel(Rung(rung.peak_bytes + unseen, rung.seconds * layout.rows / shown), plan, measurement)
+    of_all = dataclasses.replace(
+        rung, peak_bytes=rung.peak_bytes + unseen, seconds=rung.seconds * layout.rows / shown
+    )
+    return _with_travel(of_all, plan, measurement)
 
 
 def measured_whole(

@@ -38,6 +38,8 @@ from samegrad.units import format_bytes, format_seconds
 
 # A plan that is no faster than this fraction of the settled one is not worth its warm-up.
 _WORTH_FRACTION = 0.97
+# Where Python needs so much of a step to launch it, whatever else the host does makes the step slower.
+_LAUNCHING_SHARE = 0.85
 _NO_FASTER = "not needed: measured, and no faster within the budget"
 _MANY_SHAPES = "not tried: batches of several shapes come in turns, and each would be compiled or captured anew"
 _NONE_FITS = "refused: measured, and the budget holds none of it"
@@ -78,7 +80,7 @@ def quicker_plan(
         best = _with_kernels({Layout.name: {}}, best, search, options)
     if chunks_are_work:
         for candidate in _candidates(best, search, options):
-            if _pays(candidate, best, options):
+            if _pays(candidate, best, options) or _is_steadier(candidate, best, search):
                 best = candidate
     # A capture that was refused would be again; one that fitted was as fast as it is.
     if may_run_again and Graphs.name not in search.fitted and not (chunks_are_work and Graphs.name in search.reasons):
@@ -185,6 +187,19 @@ def _pays(candidate: Tried, best: Tried, options: Options) -> bool:
     saved_seconds = (best.rung.seconds - candidate.rung.seconds) * (options.expected_steps or 0)
     more_seconds = _compiling_seconds(candidate) - _compiling_seconds(best)
     return candidate.rung.seconds <= _WORTH_FRACTION * best.rung.seconds and saved_seconds >= more_seconds
+
+
+def _is_steadier(candidate: Tried, best: Tried, search: Search) -> bool:
+    """Whether ``candidate`` replays, no slower, what Python could just launch in time while it was measured."""
+    replays = Graphs.name in candidate.plan.levers and Graphs.name not in best.plan.levers
+    if not replays or Compile.name in candidate.plan.levers or candidate.rung.seconds > best.rung.seconds:
+        return False
+    share = best.rung.launching_share
+    if share is None:
+        # Of a plan that was settled only its seconds are known.
+        again = search.measured(best.plan)
+        share = None if again is None else again.rung.launching_share
+    return share is not None and share >= _LAUNCHING_SHARE
 
 
 def _compiling_seconds(tried: Tried) -> float:

@@ -115,7 +115,7 @@ def cpu_is_possible(declared: DeclaredStep, batch: Any, layout: RowLayout, rows:
 
 def _row_seconds(twin: DeclaredStep, batch: Any, layout: RowLayout, rows: int, *, runs: int) -> float:
     few = widened(_copied_rows(batch, layout, rows))
-    return min(timed(lambda: plain_gradients(twin, few), twin.device) for _ in range(runs)) / rows
+    return min(timed(lambda: plain_gradients(twin, few), twin.device).seconds for _ in range(runs)) / rows
 
 
 def _laws(declared: DeclaredStep, batch: Any, layout: RowLayout) -> tuple[PhaseLaw, ...]:
@@ -147,5 +147,5 @@ def _seconds(declared: DeclaredStep, batch: Any, layout: RowLayout) -> float:
     rows = min(_TIMED_ROWS, layout.rows)
     few = _copied_rows(batch, layout, rows)
     with step_undisturbed(declared):
-        seconds = timed(lambda: plain_gradients(declared, few), declared.device)
+        seconds = timed(lambda: plain_gradients(declared, few), declared.device).seconds
     return _WORTH_STEPS * seconds / rows * layout.rows
