@@ -78,6 +78,7 @@ def run(case: _steps.StepCase, budget_bytes: int | None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--shares", type=float, nargs="+", help="only these of each case's")
     parser.add_argument("--again", action="store_true", help="measure what the file already holds")
     arguments = parser.parse_args()
     cells = _results.Cells("plan_speed_gpu", {"warm_steps": WARM, "timed_steps": TIMED}, again=arguments.again)
@@ -87,7 +88,7 @@ def main() -> None:
         if name not in cells:
             cells.add(name, {**run(case, None), "floor_bytes": resident_bytes(case)})
         plain = cells.cells[name]
-        for share in shares:
+        for share in shares if arguments.shares is None else set(shares) & set(arguments.shares):
             key = f"{name} at {share:.0%}"
             if key in cells:
                 continue
