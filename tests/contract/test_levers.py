@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import samegrad as sg
 from samegrad import step as step_module
 from samegrad.levers import _parts, _saved_tensors, layout
-from samegrad.levers.optimizer_state import _Piece
+from samegrad.levers._state_pieces import Piece
 
 from .lever_zoo import KNOBS, MODELS, cnn, forced, mlp, plan_with, stale
 from .plain import Gradients, assert_bitwise, cross_entropy, gradients, left_alone, plain_step, spread
@@ -206,13 +206,13 @@ def test_training_under_a_lever_of_the_same_bits_is_plain_training(kind: str, le
 
 
 def test_planted_state_that_is_lost_on_the_way_is_caught(monkeypatch: Patch) -> None:
-    right = _Piece.returned
+    right = Piece.returned
 
-    def lost(piece: _Piece) -> _Piece:
+    def lost(piece: Piece) -> Piece:
         back = right(piece)
         back.memory.zero_()
         return back
 
-    monkeypatch.setattr(_Piece, "returned", lost)
+    monkeypatch.setattr(Piece, "returned", lost)
     with pytest.raises(AssertionError):
         assert_bitwise(trained(*mlp(), optimizer_state={}), trained(*mlp()))

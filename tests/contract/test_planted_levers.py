@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import samegrad as sg
 from samegrad.exact import chunk_map, recomputed, regions
 from samegrad.levers import Execution, _saved_tensors, autocast, find_levers, layout
+from samegrad.levers._state_pieces import Piece
 from samegrad.levers.autocast import Autocast
-from samegrad.levers.optimizer_state import _Piece
 from samegrad.records import Same, Verdict
 from samegrad.verify.kept import PUT_BACK
 from samegrad.verify.tiers import KEPT_BITS, PLAIN_TWICE
@@ -223,10 +223,10 @@ def test_a_tensor_that_comes_back_as_no_number_is_named_too(company: str, monkey
 
 @pytest.mark.parametrize("company", ["alone", "split"])
 def test_optimizer_state_that_is_lost_on_the_way_is_named_and_put_back(company: str, monkeypatch: Patch) -> None:
-    right = _Piece.freed
+    right = Piece.freed
 
     def plant() -> None:
-        monkeypatch.setattr(_Piece, "freed", lambda piece: [part * 0 for part in right(piece)])
+        monkeypatch.setattr(Piece, "freed", lambda piece: [part * 0 for part in right(piece)])
 
     verdict = verified("mlp", cross_entropy, plant, *COMPANY[company], "optimizer_state")
     assert_named(verdict, "optimizer_state")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.levers import optimizer_state, unsuited_levers
+from samegrad.levers import unsuited_levers
 from samegrad.levers._saved_tensors import SavedTensors
+from samegrad.levers._travelling_state import TravellingState
 
 from ..contract.lever_zoo import KNOBS, MODELS, cnn, forced
 from ..contract.plain import assert_bitwise, cross_entropy, gradients, same, spread
@@ -244,7 +245,7 @@ def test_state_that_went_leaves_no_memory_with_the_allocator(monkeypatch: pytest
     reserved = {}
     for planted in (False, True):
         if planted:
-            monkeypatch.setattr(optimizer_state._TravellingState, "_make_room", lambda self, **_: None)
+            monkeypatch.setattr(TravellingState, "_make_room", lambda self, **_: None)
         model, batch = chain()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
         torch.cuda.empty_cache()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import samegrad as sg
 from samegrad.declared import declare
 from samegrad.errors import UsageError
-from samegrad.levers import optimizer_state
-from samegrad.levers.optimizer_state import OptimizerState, _Piece
+from samegrad.levers import _state_pieces, _travelling_state
+from samegrad.levers._state_pieces import Piece
+from samegrad.levers.optimizer_state import OptimizerState
 
 from ..contract.lever_zoo import cnn, forced, mlp, plan_with
 from ..contract.plain import assert_bitwise, cross_entropy, same
@@ -201,18 +202,18 @@ def test_it_stands_from_the_first_backward_until_another_plan_or_close() -> None
 
 def test_state_leaves_once_a_backward_and_never_in_the_optimizers_own_turn(monkeypatch: Patch) -> None:
     left: list[str] = []
-    packed, sent = _Piece.packed, _Piece.sent
+    packed, sent = Piece.packed, Piece.sent
 
-    def seen_packed(leaves: Sequence[Tensor]) -> _Piece:
+    def seen_packed(leaves: Sequence[Tensor]) -> Piece:
         left.append("packed")
         return packed(leaves)
 
-    def seen_sent(piece: _Piece) -> _Piece:
+    def seen_sent(piece: Piece) -> Piece:
         left.append("sent")
         return sent(piece)
 
-    monkeypatch.setattr(_Piece, "packed", seen_packed)
-    monkeypatch.setattr(_Piece, "sent", seen_sent)
+    monkeypatch.setattr(Piece, "packed", seen_packed)
+    monkeypatch.setattr(Piece, "sent", seen_sent)
     Training("adam", lever=True).run(3)
     assert left == ["packed", "sent"]
     left.clear()
@@ -241,7 +242,7 @@ class Stream:
 def test_a_checkpoint_in_the_middle_of_a_backward_waits_for_what_is_under_way(fails: bool, monkeypatch: Patch) -> None:
     """As a signal's handler saves one."""
     stream, seen = Stream(), list[tuple[int, int]]()
-    monkeypatch.setattr(optimizer_state, "_streams_of", lambda devices: [stream] if devices else [])
+    monkeypatch.setattr(_travelling_state, "_streams_of", lambda devices: [stream] if devices else [])
     ours = Training("adam", lever=True)
     ours.run(2)
     assert stream.under_way == 0
@@ -267,7 +268,7 @@ def test_a_checkpoint_in_the_middle_of_a_backward_waits_for_what_is_under_way(fa
 
 def test_without_a_checkpoint_it_is_waited_for_at_the_end_of_the_backward(monkeypatch: Patch) -> None:
     stream, inside = Stream(), list[int]()
-    monkeypatch.setattr(optimizer_state, "_streams_of", lambda devices: [stream] if devices else [])
+    monkeypatch.setattr(_travelling_state, "_streams_of", lambda devices: [stream] if devices else [])
     ours = Training("adam", lever=True)
     ours.run(2)
     ours.model.register_forward_pre_hook(lambda *_: inside.append(stream.under_way))
@@ -286,14 +287,14 @@ def test_steps_that_cannot_take_it_are_refused_with_the_reason() -> None:
 
 @pytest.mark.parametrize("method", ["sent", "returned"])
 def test_planted_state_that_is_lost_on_its_way_is_caught(method: str, monkeypatch: Patch) -> None:
-    right = getattr(_Piece, method)
+    right = getattr(Piece, method)
 
-    def lost(piece: _Piece) -> _Piece:
-        moved: _Piece = right(piece)
+    def lost(piece: Piece) -> Piece:
+        moved: Piece = right(piece)
         moved.memory.zero_()
         return moved
 
-    monkeypatch.setattr(_Piece, method, lost)
+    monkeypatch.setattr(Piece, method, lost)
     plain, ours = Training("adam", lever=False), Training("adam", lever=True)
     plain.run(3)
     ours.run(3)
@@ -302,28 +303,28 @@ def test_planted_state_that_is_lost_on_its_way_is_caught(method: str, monkeypatc
 
 
 def test_planted_copies_that_are_written_again_are_caught(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(_Piece, "returned", lambda piece: piece)
+    monkeypatch.setattr(Piece, "returned", lambda piece: piece)
     with pytest.raises(AssertionError):
         test_what_was_taken_from_the_state_stays_what_it_was()
 
 
 def test_many_tensors_travel_in_few_pieces_and_large_ones_in_one_of_their_own(monkeypatch: Patch) -> None:
-    packed = _Piece.packed
+    packed = Piece.packed
     pieces: list[list[int]] = []
 
-    def seen(leaves: Sequence[Tensor]) -> _Piece:
+    def seen(leaves: Sequence[Tensor]) -> Piece:
         pieces.append([leaf.nbytes for leaf in leaves])
         piece = packed(leaves)
         assert all((part.data_ptr() - piece.memory.data_ptr()) % 64 == 0 for part in piece.parts)
         return piece
 
-    monkeypatch.setattr(_Piece, "packed", seen)
+    monkeypatch.setattr(Piece, "packed", seen)
     ours = Training("adam", lever=True)
     ours.run(3)
     # All at once, and after that as they lie.
     assert len(pieces) == 1
     [sizes] = pieces
-    monkeypatch.setattr(optimizer_state, "_PIECE_BYTES", max(sizes))
+    monkeypatch.setattr(_state_pieces, "_PIECE_BYTES", max(sizes))
     # What is loaded is packed anew.
     ours.optimizer.load_state_dict(copy.deepcopy(ours.optimizer.state_dict()))
     ours.run(2)
@@ -333,14 +334,14 @@ def test_many_tensors_travel_in_few_pieces_and_large_ones_in_one_of_their_own(mo
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "groups"])
 def test_the_pieces_that_planning_counts_are_those_that_travel(name: str, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(optimizer_state, "_PIECE_BYTES", 2000)
-    packed, pieces = _Piece.packed, list[int]()
+    monkeypatch.setattr(_state_pieces, "_PIECE_BYTES", 2000)
+    packed, pieces = Piece.packed, list[int]()
 
-    def seen(leaves: Sequence[Tensor]) -> _Piece:
+    def seen(leaves: Sequence[Tensor]) -> Piece:
         pieces.append(sum(leaf.nbytes for leaf in leaves))
         return packed(leaves)
 
-    monkeypatch.setattr(_Piece, "packed", seen)
+    monkeypatch.setattr(Piece, "packed", seen)
     ours = Training(name, lever=True)
     ours.run(2)
     parameters = list(ours.model.parameters())
@@ -405,7 +406,7 @@ def test_tensors_of_every_dtype_travel_each_in_memory_of_its_own(dtype: torch.dt
     torch.manual_seed(0)
     made = torch.randint(0, 2, (3, 4, 5)).to(dtype), torch.randint(0, 2, (7,)).to(dtype)
     leaves = [made[0].permute(2, 0, 1), made[1]]
-    there = _Piece.packed(leaves).sent().returned()
+    there = Piece.packed(leaves).sent().returned()
     for part, leaf in zip(there.parts, leaves):
         assert part.dtype == dtype and part.stride() == leaf.stride()
         # Not all dtypes can be compared.
