@@ -75,16 +75,21 @@ def test_what_stands_stays_until_a_plan_that_needs_other_comes_or_it_is_closed()
 
 
 def test_workspaces_are_taken_once_however_often_plans_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes through all of the process's objects and gives the cache back, which no step may pay for again."""
-    taken: list[torch.device] = []
-    monkeypatch.setattr("samegrad.execute.apply.counters.take_workspaces", taken.append)
-    step = declare(cnn()[0], cross_entropy)
-    places = Standing(step)
-    for _ in range(3):
-        places.bring(plan())
-        places.bring(plan(layout={}))
-    places.close()
-    assert taken == [step.device]
+    """It goes through all of the process's objects and gives the cache back, which no step may pay for again.
+
+    A step without levers that stand has only those taken anew that cuBLAS keeps already.
+    """
+    taken: list[str] = []
+    for how in ("take_workspaces", "retake_workspaces"):
+        monkeypatch.setattr(f"samegrad.execute.apply.counters.{how}", lambda _, how=how: taken.append(how))
+    for first, second, how in (({}, {"layout": {}}, "retake_workspaces"), ({"layout": {}}, {}, "take_workspaces")):
+        places = Standing(declare(cnn()[0], cross_entropy))
+        for _ in range(3):
+            places.bring(plan(**first))
+            places.bring(plan(**second))
+        places.close()
+        assert taken == [how]
+        taken.clear()
 
 
 def test_what_cannot_stand_leaves_nothing_standing_and_is_tried_again() -> None:

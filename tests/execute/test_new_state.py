@@ -25,7 +25,8 @@ class Given:
         self.declared: DeclaredStep = dataclasses.replace(declared, device=torch.device(device))
         self.times = 0
         monkeypatch.setattr(torch.cuda, "empty_cache", self.given_back)
-        monkeypatch.setattr("samegrad.execute.apply.counters.take_workspaces", lambda _: None)
+        for how in ("take_workspaces", "retake_workspaces"):
+            monkeypatch.setattr(f"samegrad.execute.apply.counters.{how}", lambda _: None)
 
     def given_back(self) -> None:
         self.times += 1

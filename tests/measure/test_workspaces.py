@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from samegrad.errors import UsageError
 from samegrad.measure import convolution_workspaces
 from samegrad.measure.convolution_workspaces import forward_bytes, input_gradient_bytes, weight_gradient_bytes
-from samegrad.measure.events import Convolution, Operation, Recurrence, Trace
+from samegrad.measure.events import BEFORE_THE_STEPS, Convolution, MemoryEvent, Operation, Recurrence, Trace
 from samegrad.measure.library_calibration import LibraryCalibration, blas_workspaces, calibrate_libraries
 from samegrad.measure.recurrent_workspaces import recurrence_bytes, reserve_bytes
 from samegrad.measure.reduction_workspaces import rows_sum_bytes
@@ -135,6 +136,18 @@ def test_a_workspace_is_taken_once_a_thread_and_kept() -> None:
     ]  # fmt: skip
     plain, seen = replay(repeat_steps(trace)), replay(repeat_steps(with_workspaces(trace, H200)))
     assert seen.peak_requested_bytes == plain.peak_requested_bytes + 65 * MIB
+
+
+def test_what_cublas_keeps_is_there_before_the_first_step() -> None:
+    trace = products()
+    resident = MemoryEvent(100, 5 * MIB, BEFORE_THE_STEPS, Category.PARAMETERS)
+    seen = with_workspaces(dataclasses.replace(trace, events=(resident, *trace.events)), H200).events
+    assert seen[0] == resident
+    assert [(event.change_bytes, event.operation) for event in seen[1:3]] == [(32 * MIB, BEFORE_THE_STEPS)] * 2
+    assert [event.operation for event in seen if event.change_bytes == MIB] == [0]
+    # Where every product has its own nothing stands.
+    passing = with_workspaces(trace, calibrate_libraries((9, 0), "2.15.0")).events
+    assert all(event.operation >= 0 for event in passing)
 
 
 def test_a_workspace_of_one_product_comes_and_goes() -> None:

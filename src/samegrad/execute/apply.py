@@ -84,9 +84,11 @@ class Standing:
         if self._brought is None or levers != self._levers:
             self.close()
             self._stack.enter_context(room_for_new_state(self._declared))
-            if levers and not self._has_workspaces:
-                # Small, and kept for good: among the activations of the first step it would part what is free.
-                counters.take_workspaces(self._declared.device)
+            if not self._has_workspaces:
+                # Small, and kept for good: it would part what is free among the activations of the first step, and
+                # keeps with the allocator what examining the step took around it.
+                take = counters.take_workspaces if levers else counters.retake_workspaces
+                take(self._declared.device)
                 self._has_workspaces = True
             self._around = self._stack.enter_context(standing(plan, self._declared))
             self._levers = levers

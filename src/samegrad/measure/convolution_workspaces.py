@@ -73,7 +73,9 @@ def _pointwise_weight_bytes(shape: Convolution, element_bytes: int, constants: L
     copies_bytes = _images_bytes(shape, element_bytes) + constants.alignment_bytes
     if element_bytes < _FLOAT32_BYTES:
         return min(by_row_bytes, copies_bytes)
-    if shape.inputs <= _MOST_CHANNELS_COPIED or by_row_bytes > _MOST_TIMES_COPIES * copies_bytes:
+    # Outputs that have to be padded are copied too.
+    few = shape.inputs <= _MOST_CHANNELS_COPIED or shape.outputs * element_bytes < constants.padded_bytes
+    if few or by_row_bytes > _MOST_TIMES_COPIES * copies_bytes:
         return copies_bytes
     return by_row_bytes
 

@@ -92,6 +92,18 @@ def take_workspaces(device: torch.device) -> None:
     torch.autograd.grad((ones @ ones).sum(), ones)
 
 
+def retake_workspaces(device: torch.device) -> None:
+    """``take_workspaces`` where cuBLAS keeps any: what multiplies no matrices pays for none."""
+    if device.type == "cuda" and not _has_captured(device) and _gave_back_workspaces(device):
+        take_workspaces(device)
+
+
+def _gave_back_workspaces(device: torch.device) -> bool:
+    before = torch.cuda.memory_allocated(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated(device) < before
+
+
 def _refuses_products() -> bool:
     """Whether torch was told to raise where cuBLAS may add up in any order, and cuBLAS not to do so."""
     strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from samegrad.records import Category, Phase
 
+# In place of an operation's index.
+BEFORE_THE_STEPS = -1
+
 
 class Convolution(NamedTuple):
     """The shape of a convolution, forward or backward, which decides what the library takes for itself.
@@ -77,9 +80,9 @@ class MemoryEvent(NamedTuple):
     """A storage taken (``change_bytes`` > 0) or given back (< 0), in bytes as asked for, not rounded.
 
     ``storage``: a number of its own for each storage of the trace. ``operation``: index of the operation during or
-    after which it happened; what stands before the first has -1. ``category``: what the storage was for in the end.
-    ``stream``: 0 for the one that computes, others for copies beside it; ``pool``: 0 for the memory that all share,
-    others for a captured graph's own.
+    after which it happened, ``BEFORE_THE_STEPS`` for what stands before the first. ``category``: what the storage was
+    for in the end. ``stream``: 0 for the one that computes, others for copies beside it; ``pool``: 0 for the memory
+    that all share, others for a captured graph's own.
     """
 
     storage: int

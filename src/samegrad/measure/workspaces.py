@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from samegrad.measure.convolution_workspaces import forward_bytes, input_gradient_bytes, weight_gradient_bytes
-from samegrad.measure.events import Convolution, MemoryEvent, Operation, Recurrence, Trace
+from samegrad.measure.events import BEFORE_THE_STEPS, Convolution, MemoryEvent, Operation, Recurrence, Trace
 from samegrad.measure.library_calibration import BlasWorkspaces, LibraryCalibration
 from samegrad.measure.recurrent_workspaces import Passing, backward_passing, forward_passing
 from samegrad.measure.reduction_workspaces import rows_sum_bytes
@@ -86,14 +86,20 @@ def find_workspaces(trace: Trace, calibration: LibraryCalibration) -> tuple[Work
 
 
 def with_workspaces(trace: Trace, calibration: LibraryCalibration) -> Trace:
-    """The trace with its workspaces as events of the category TEMPORARY; one not of CUDA has none."""
+    """The trace with its workspaces as events of the category TEMPORARY; one not of CUDA has none.
+
+    What cuBLAS keeps is there before the first step: a step has it taken anew when it begins to run.
+    """
     if trace.device != "cuda":
         return trace
     waiting: dict[int, list[Workspace]] = {}
+    residents = sum(event.operation == BEFORE_THE_STEPS for event in trace.events)
     for workspace in find_workspaces(trace, calibration):
+        if workspace.library == "cuBLAS" and workspace.until_takes is None:
+            workspace = dataclasses.replace(workspace, operation=BEFORE_THE_STEPS, after_takes=residents)
         waiting.setdefault(workspace.operation, []).append(workspace)
     woven = _Woven(waiting, 1 + max((event.storage for event in trace.events), default=-1))
-    current = -1
+    current = BEFORE_THE_STEPS
     for event in trace.events:
         if event.operation != current:
             woven.finish(current, event.operation)
