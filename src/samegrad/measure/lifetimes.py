@@ -7,13 +7,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from samegrad.measure.events import MemoryEvent
 from samegrad.records import Category
 
 
-@dataclasses.dataclass(frozen=True)
-class Lifetime:
+class Lifetime(NamedTuple):
     """A storage: the operations during or after which it was taken and given back (infinite: never)."""
 
     storage: int
@@ -35,22 +35,26 @@ class Lifetimes:
     @classmethod
     def of(cls, events: Sequence[MemoryEvent], *, round_to_bytes: int = 1) -> Lifetimes:
         """``round_to_bytes``: every storage takes a multiple of it."""
-        found: dict[int, Lifetime] = {}
+        born: dict[int, MemoryEvent] = {}
+        sizes: dict[int, int] = {}
+        died: dict[int, int] = {}
         changes = []
         for event in events:
-            change = -(-abs(event.change_bytes) // round_to_bytes) * round_to_bytes
-            changes.append(change if event.change_bytes >= 0 else -change)
-            known = found.get(event.storage)
-            if known is None:
-                known = Lifetime(event.storage, 0, event.operation, math.inf, event.category)
+            storage, change = event.storage, -(-abs(event.change_bytes) // round_to_bytes) * round_to_bytes
+            if storage not in born:
+                born[storage], sizes[storage] = event, 0
             if event.change_bytes >= 0:
-                known = dataclasses.replace(known, size_bytes=known.size_bytes + change)
+                sizes[storage] += change
+                changes.append(change)
             else:
-                known = dataclasses.replace(known, died=event.operation)
-            found[event.storage] = known
+                died[storage] = event.operation
+                changes.append(-change)
+        storages = [
+            Lifetime(storage, sizes[storage], event.operation, died.get(storage, math.inf), event.category)
+            for storage, event in born.items()
+        ]
         live = list(itertools.accumulate(changes))
-        births = [storage.born for storage in found.values()]
-        return cls(list(found.values()), births, live, [event.operation for event in events])
+        return cls(storages, [storage.born for storage in storages], live, [event.operation for event in events])
 
     def live_before(self, operation: int) -> int:
         """Bytes that stand when ``operation`` begins."""

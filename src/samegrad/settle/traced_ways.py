@@ -115,20 +115,22 @@ def way_of(
     """
     parameters = [p for part in step.declared.modules for p in part.parameters() if p.requires_grad]
     gradient_bytes = sum(p.nbytes for p in parameters)
-    tables = [_table(step, traces[rows], blocks) for rows in sorted(traces, reverse=True)]
+    seconds = {rows: step.target.seconds_of(trace) for rows, trace in traces.items()}
+    tables = [_table(traces[rows], blocks, seconds[rows]) for rows in sorted(traces, reverse=True)]
     # Narrow gradients are added to wide sums when the whole chunk is done.
     narrow = any(p.is_floating_point() and p.itemsize < _NARROW_BYTES for p in parameters)
     later_tables = tables
     if not narrow:
         shared = _shared_sizes(step.declared.modules)
+        # In other events of the same operations.
         later_tables = [
-            _table(step, with_summed_gradients(traces[table.rows], lasting_bytes=shared), blocks) for table in tables
+            _table(with_summed_gradients(traces[table.rows], lasting_bytes=shared), blocks, seconds[table.rows])
+            for table in tables
         ]
     whole = traces[step.layout.rows]
     # Rows that go through a softmax leave nothing behind, and what the loss sees is as small as for one row.
     streamed = isinstance(step.declared.loss_fn, SoftmaxLoss)
     last = max(operation.step for operation in whole.operations)
-    seconds = step.target.seconds_of(whole)
     output_bytes = step.look.output_row_bytes * step.layout.rows
     return TracedWay(
         levers=levers,
@@ -143,7 +145,7 @@ def way_of(
         optimizer_bytes=peak_by_phase(whole, round_to=CUDA_BLOCK_BYTES).get(Phase.OPTIMIZER, 0),
         optimizer_seconds=sum(
             taken
-            for operation, taken in zip(whole.operations, seconds)
+            for operation, taken in zip(whole.operations, seconds[step.layout.rows])
             if operation.step == last and operation.phase is Phase.OPTIMIZER
         ),
         host_buffer_bytes=tuple(
@@ -163,8 +165,8 @@ def _in_blocks(size_bytes: int) -> int:
     return -(-size_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
 
 
-def _table(step: FollowedStep, trace: Trace, blocks: Sequence[Sequence[str]]) -> UnitTable:
-    return units_of(trace, blocks, step.target.seconds_of(trace), round_to_bytes=CUDA_BLOCK_BYTES)
+def _table(trace: Trace, blocks: Sequence[Sequence[str]], operation_seconds: Sequence[float]) -> UnitTable:
+    return units_of(trace, blocks, operation_seconds, round_to_bytes=CUDA_BLOCK_BYTES)
 
 
 def _folding_seconds(step: FollowedStep, gradient_bytes: int, launches: int) -> float:
