@@ -20,11 +20,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import copy
-import dataclasses
-import functools
-import gc
 import itertools
 import json
 import multiprocessing
@@ -33,14 +29,14 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import _results
-import _steps
 import torch
-import torch.nn.functional as F
+from _sweep_contenders import CONTENDERS, IN_PARTS, Backward, emptied, samegrad
+from _sweep_training import WORKLOADS, Training, loss_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,172 +47,7 @@ from samegrad.measure.devices import find_card
 
 BUDGETS = (100.0, 50.0, 25.0, 12.5)
 WARM, TIMED = 3, 9
-# A training run of some hours; compiling must pay for itself within it.
-EXPECTED_STEPS = 100_000
-NARROW = torch.bfloat16
 _FLOAT64_ROWS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """``couples_rows``: micro-batches compute another function."""
-
-    case: _steps.StepCase
-    couples_rows: bool = False
-
-
-WORKLOADS = {
-    "gpt2": Workload(_steps.StepCase("gpt2 32 bf16", "gpt2", 32, "bf16")),
-    "vit_b16": Workload(_steps.StepCase("vit_b16 128 bf16", "vit_b16", 128, "bf16")),
-    "resnet50_gn": Workload(_steps.StepCase("resnet50_gn 128 bf16", "resnet50_gn", 128, "bf16")),
-    "unet": Workload(_steps.StepCase("unet 64 bf16", "unet", 64, "bf16")),
-    "resnet50": Workload(_steps.StepCase("resnet50 128 bf16", "resnet50", 128, "bf16"), couples_rows=True),
-}
-
-
-def loss_of(outputs: Tensor, batch: tuple[Tensor, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """As most training loops have it: classes and tokens by cross-entropy in float32."""
-    if batch[1].is_floating_point():
-        return F.mse_loss(outputs.to(dtype), batch[1])
-    return F.cross_entropy(outputs.flatten(0, -2).to(dtype), batch[1].flatten())
-
-
-@dataclasses.dataclass
-class Training:
-    """A model, its batch and its optimizer on the device."""
-
-    workload: Workload
-    model: nn.Module
-    batch: tuple[Tensor, Tensor]
-    optimizer: torch.optim.Optimizer
-
-    @classmethod
-    def of(cls, workload: Workload) -> Training:
-        case = workload.case
-        model = _steps.make_model(case, "cuda")
-        torch.manual_seed(1)
-        inputs, targets = _steps.make_batch(case, "cuda")
-        if inputs.is_floating_point():
-            inputs = torch.randn_like(inputs)
-            targets = torch.randn_like(targets) if targets.is_floating_point() else torch.randint_like(targets, 1000)
-        return cls(workload, model, (inputs, targets), torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
-
-    @property
-    def rows(self) -> int:
-        return self.workload.case.rows
-
-    def loss(self, rows: tuple[Tensor, Tensor]) -> Tensor:
-        return loss_of(self.forward(self.model, rows), rows)
-
-    @staticmethod
-    def forward(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Tensor:
-        with torch.autocast("cuda", NARROW):
-            outputs: Tensor = model(rows[0])
-        return outputs
-
-
-Backward = Callable[[], None]
-Contender = Callable[[Training, "int | None"], contextlib.AbstractContextManager[Backward]]
-
-
-@contextlib.contextmanager
-def plain(training: Training, budget: int | None) -> Iterator[Backward]:
-    yield lambda: training.loss(training.batch).backward()
-
-
-@contextlib.contextmanager
-def plain_compiled(training: Training, budget: int | None) -> Iterator[Backward]:
-    compiled = torch.compile(training.loss, dynamic=False)
-    yield lambda: compiled(training.batch).backward()
-
-
-@contextlib.contextmanager
-def checkpointed(training: Training, budget: int | None) -> Iterator[Backward]:
-    with _recomputing(training.model), plain(training, budget) as backward:
-        yield backward
-
-
-@contextlib.contextmanager
-def checkpointed_compiled(training: Training, budget: int | None) -> Iterator[Backward]:
-    with _recomputing(training.model), plain_compiled(training, budget) as backward:
-        yield backward
-
-
-@contextlib.contextmanager
-def save_on_cpu(training: Training, budget: int | None) -> Iterator[Backward]:
-    def backward() -> None:
-        with torch.autograd.graph.save_on_cpu(pin_memory=True):
-            loss = training.loss(training.batch)
-        loss.backward()
-
-    yield backward
-
-
-@contextlib.contextmanager
-def halved(training: Training, budget: int | None, *, compiled: bool = False) -> Iterator[Backward]:
-    """Rows halved until a step fits, the loss weighted by rows: where Composer's auto and Accelerate's finder end."""
-    loss = torch.compile(training.loss, dynamic=False) if compiled else training.loss
-    rows = training.rows
-
-    def step() -> None:
-        for part in zip(*(leaf.split(rows) for leaf in training.batch)):
-            (loss(part) * (len(part[0]) / training.rows)).backward()
-
-    while True:
-        try:
-            for _ in range(2):
-                step()
-                training.optimizer.step()
-                training.optimizer.zero_grad(set_to_none=True)
-            break
-        except RuntimeError as error:
-            if rows == 1 or not is_out_of_memory(error):
-                raise
-        training.optimizer.zero_grad(set_to_none=True)
-        rows //= 2
-        _emptied()
-    yield step
-
-
-@contextlib.contextmanager
-def samegrad(training: Training, budget: int | None) -> Iterator[Backward]:
-    with sg.Step(
-        training.model, loss_of, forward=training.forward, optimizer=training.optimizer, budget=budget, enforce=True,
-        expected_steps=EXPECTED_STEPS,
-    ) as step:  # fmt: skip
-        step.prepare(training.batch)
-        backward: Any = functools.partial(step.backward, training.batch)
-        backward.plan = step.plan
-        yield backward
-
-
-CONTENDERS: dict[str, Contender] = {
-    "plain": plain,
-    "plain compiled": plain_compiled,
-    "checkpointing": checkpointed,
-    "checkpointing compiled": checkpointed_compiled,
-    "save_on_cpu": save_on_cpu,
-    "halved batch": halved,
-    "halved batch compiled": functools.partial(halved, compiled=True),
-    "samegrad": samegrad,
-}
-
-
-@contextlib.contextmanager
-def _recomputing(model: nn.Module) -> Iterator[None]:
-    blocks = list(_steps._blocks_of(model))
-    for block in blocks:
-        block.forward = _steps._recomputing(block.forward)  # type: ignore[method-assign]  # as users do it
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _emptied() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def reference(name: str, gradients_file: Path) -> dict[str, Any]:
@@ -233,7 +64,7 @@ def reference(name: str, gradients_file: Path) -> dict[str, Any]:
     training.optimizer.zero_grad(set_to_none=True)
     # The twin in float64 took workspaces and segments of its own.
     torch._C._cuda_clearCublasWorkspaces()
-    _emptied()
+    emptied()
     torch.cuda.reset_peak_memory_stats()
     cell = _timed(training, lambda: training.loss(training.batch).backward())
     weights = sum(p.nbytes for p in training.model.parameters())
@@ -387,7 +218,7 @@ def main() -> None:
                     if x < 100 and contender == "plain":
                         continue
                     cell = _apart(measure, name, contender, budget, gradients_file) | {"budget_bytes": budget}
-                    if WORKLOADS[name].couples_rows and contender.startswith("halved"):
+                    if WORKLOADS[name].couples_rows and contender in IN_PARTS:
                         cell["changed_the_function"] = True
                     at["cells"][f"{x:g} {contender}"] = cell
                     shown = {k: v for k, v in cell.items() if k not in ("plan", "budget_bytes")}
