@@ -101,6 +101,17 @@ def test_the_figures_of_speed_within_a_budget_are_those_of_the_results() -> None
     assert f"reserves {flow['bfloat16 32 plain']['peak_bytes'] / 2**30:.1f} GiB" in README
 
 
+def test_the_figures_of_small_budgets_not_compiled_are_those_of_the_results() -> None:
+    cells = result("plan_speed_gpu")["cells"]
+
+    def times(case: str, *shares: int) -> list[str]:
+        return [f"{1 + cells[f'{case} at {share}%']['more_time']:.2f}" for share in shares]
+
+    gpt = times("gpt2 32 bf16", 50, 25, 10)
+    photographs = [times(f"resnet50 192 {precision}", 65, 50) for precision in ("fp32", "bf16")]
+    assert f"| {', '.join(gpt)}; {', '.join(map(' and '.join, photographs))} |" in README
+
+
 def test_the_figures_of_planning_are_those_of_the_results() -> None:
     found = result("prediction")["independent"]
     names = ("peak_allocated_bytes", "peak_reserved_bytes", "steady_cap_bytes")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import samegrad as sg
 from samegrad.errors import CannotSplit, UsageError
-from samegrad.exact import held, over, rowwise
+from samegrad.exact import held, item_checks, rowwise
 
 X = torch.linspace(-1, 1, 21 * 3, dtype=torch.float64).view(21, 3)
 
@@ -132,7 +132,7 @@ def test_reading_a_held_tensor_is_fine() -> None:
 
 
 def test_without_the_check_state_would_silently_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (over, rowwise):
+    for module in (item_checks, rowwise):
         monkeypatch.setattr(module, "arrays_held_in", lambda *_, **__: held.Held())
     # What never enters the result is not seen when rows run twice.
     plain, in_rows, in_items = (statistics() for _ in range(3))

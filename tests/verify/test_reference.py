@@ -12,7 +12,7 @@ import samegrad as sg
 from samegrad.execute.row_counts import RowCounts
 from samegrad.measure import counters
 from samegrad.measure.laws import fit_laws
-from samegrad.measure.probe import probe_plain
+from samegrad.measure.probe import Timed, probe_plain
 from samegrad.records import Same, Verdict
 from samegrad.verify import gradients, reference
 
@@ -71,7 +71,7 @@ def test_else_the_cpu_on_the_whole_batch(monkeypatch: Patch, loss_fn: Any) -> No
 def test_else_as_many_rows_as_fit_on_the_device(monkeypatch: Patch, why: str) -> None:
     Elsewhere(monkeypatch, device_bytes=fitting(mlp(), 15), host_bytes=1000 if why == "memory" else 2**40)
     if why == "seconds":
-        monkeypatch.setattr(reference, "timed", lambda *_: 3600.0)
+        monkeypatch.setattr(reference, "timed", lambda *_: Timed(3600.0, 0.0))
     verdict = verified()
     assert verdict.same and (verdict.rows_checked, verdict.batch_rows) == (15, N)
     assert verdict.reference == f"{ON_DEVICE}, on as many rows as fit"
@@ -127,7 +127,7 @@ def test_the_cpu_that_cannot_be_the_reference_is_refused_by_reason() -> None:
 def test_more_rows_than_usual_only_where_they_take_seconds(monkeypatch: Patch) -> None:
     monkeypatch.setattr(reference, "_USUAL_ROWS", 20)
     assert verified().rows_checked == N
-    monkeypatch.setattr(reference, "timed", lambda *_: 3600.0)
+    monkeypatch.setattr(reference, "timed", lambda *_: Timed(3600.0, 0.0))
     verdict = verified()
     assert (verdict.rows_checked, verdict.reference) == (20, f"{ON_DEVICE}, on as many rows as take seconds")
 
@@ -169,7 +169,7 @@ def test_a_cpu_that_takes_too_long_is_seen_on_two_rows(
 ) -> None:
     seen: list[int] = []
     monkeypatch.setattr(reference, "plain_gradients", lambda declared, few: seen.append(len(few[0])))
-    monkeypatch.setattr(reference, "timed", lambda run, device: (run(), seconds)[1])
+    monkeypatch.setattr(reference, "timed", lambda run, device: (run(), Timed(seconds, 0.0))[1])
     declared, batch = sg.Step(mlp(), cross_entropy, rows=8).declared, labelled(N)
     assert reference.cpu_is_possible(declared, batch, declared.layout(batch), N) is possible
     assert seen == rows
