@@ -18,6 +18,8 @@ from samegrad.records import Footprint, Plan, Verdict
 from samegrad.store import RunFolder, load_checkpoint
 from tests.cli.conftest import Cli, metrics
 
+# A signal, and the exit code of a run that it stopped.
+TERMINATED, INTERRUPTED = (signal.SIGTERM, 75), (signal.SIGINT, 130)
 TINY = ("--patch_rows", "300", "--latent_dim", "4", "--hidden", "16")
 
 
@@ -175,7 +177,7 @@ def test_a_folder_in_use_is_refused_and_undisturbed(cli: Cli, folder: Path) -> N
     assert not (folder / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [TERMINATED, pytest.param(*INTERRUPTED, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(
     cli: Cli, folder: Path, start: Callable[..., Process], number: signal.Signals, code: int
 ) -> None:
@@ -207,7 +209,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(cli: Cli, folder: Path, s
     assert trace(folder / "whole") == trace(folder / "out")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [pytest.param(*TERMINATED, marks=pytest.mark.slow), INTERRUPTED])
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_loop(
     folder: Path, start: Callable[..., Process], number: signal.Signals, code: int
 ) -> None:

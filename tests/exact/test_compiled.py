@@ -69,7 +69,12 @@ def assert_same(found: tuple[Tensor, list[Tensor | None]], expected: tuple[Tenso
         torch.testing.assert_close(mine, plain, rtol=0, atol=1e-13 * largest)
 
 
-@pytest.mark.parametrize("loss_fn", [cross_entropy, weighted, ignoring, squares], ids=lambda loss: loss.__name__)
+# A mean over valid targets, weighted, is the others' general case; each is compiled anew.
+@pytest.mark.parametrize(
+    "loss_fn",
+    [pytest.param(loss, marks=[pytest.mark.slow] * (loss is not weighted), id=loss.__name__)
+     for loss in (cross_entropy, weighted, ignoring, squares)],
+)  # fmt: skip
 def test_a_compiled_chunk_has_pythons_gradients_under_its_draws(loss_fn: Callable[..., Tensor]) -> None:
     model, batch = MODELS["mlp"](dropout=0.4)
     python, traced, loss_for = steps(model, loss_fn, batch)

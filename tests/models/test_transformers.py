@@ -231,7 +231,7 @@ def test_the_gradients_are_the_plain_steps(name: str) -> None:
 OTHERS = [check for check in suite.CHECKS if check != GRADIENTS]
 
 
-@pytest.mark.parametrize(("name", "check"), crossed(CASES, OTHERS, every=3))
+@pytest.mark.parametrize(("name", "check"), crossed(CASES, OTHERS, every=4))
 def test_the_other_promises_hold(name: str, check: str) -> None:
     suite.CHECKS[check](CASES[name])
 
