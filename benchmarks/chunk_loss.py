@@ -68,7 +68,7 @@ def measured(case: str, args: argparse.Namespace) -> dict[str, Any]:
             run()
         peak = counter.peak_bytes
     figures |= {"peak_bytes": peak, "activation_bytes": peak - before}
-    figures["step_seconds"] = statistics.median(timed(run, cuda).seconds for _ in range(args.steps))
+    figures["step_seconds"] = statistics.median(timed(run, cuda) for _ in range(args.steps))
     with torch.autocast(device.type, torch.bfloat16) if cuda else contextlib.nullcontext():
         # One row more than a chunk, so that there are two.
         several = 2 if case == PLAIN else int(case) // shape.length + 1

@@ -16,7 +16,7 @@ import samegrad as sg
 from samegrad.errors import BadInput, CannotSplit, UsageError
 from samegrad.exact.chunked_head import ChunkedLikelihood, HeadLoss, losses_of_chunk
 from samegrad.levers.chunk_loss import ChunkLoss
-from samegrad.measure.probe import OptimizerTurn, measure_rung
+from samegrad.measure.rungs import OptimizerTurn, measure_rung
 from samegrad.records import Exactness, HeadLaws, Phase, Plan, Same
 
 from ..contract.plain import assert_close, left_alone, plain_step

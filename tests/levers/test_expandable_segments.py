@@ -14,7 +14,7 @@ from samegrad.declared import declare
 from samegrad.exact import growing_segments
 from samegrad.execute.apply import standing
 from samegrad.levers.expandable_segments import ExpandableSegments
-from samegrad.measure.probe import Rung
+from samegrad.measure.rungs import Rung
 from samegrad.records import Plan
 from samegrad.settle.making_room import GrowingWhereNeeded
 

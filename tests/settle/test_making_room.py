@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import samegrad as sg
-from samegrad.measure.probe import Rung
+from samegrad.measure.rungs import Rung
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Footprint, Plan
 from samegrad.settle.making_room import ChannelsLastWhereNeeded

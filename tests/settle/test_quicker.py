@@ -14,7 +14,7 @@ from samegrad.declared import declare
 from samegrad.errors import CannotSplit
 from samegrad.exact.captured_chunk import ASKED
 from samegrad.levers import find_levers
-from samegrad.measure.probe import Rung
+from samegrad.measure.rungs import Rung
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, Plan
 from samegrad.settle import aliases_for, candidates, measure

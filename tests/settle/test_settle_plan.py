@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import samegrad as sg
-from samegrad.measure.probe import Rung
+from samegrad.measure.rungs import Rung
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.explain import floor_bytes
 from samegrad.plan.margin import usable_bytes

@@ -22,7 +22,7 @@ from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.layout import Layout
 from samegrad.measure import counters
-from samegrad.measure.probe import Rung
+from samegrad.measure.rungs import Rung
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.records import Budget, Plan
 from samegrad.settle.again_ways import blocks_of

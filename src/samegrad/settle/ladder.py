@@ -26,7 +26,7 @@ from samegrad.levers._variants import variant_in
 from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
-from samegrad.measure.probe import OptimizerTurn, Rung, measure_rung, measure_whole
+from samegrad.measure.rungs import OptimizerTurn, Rung, measure_rung, measure_whole
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.module_walk import parameters_of
 from samegrad.plan.options import Options

@@ -12,7 +12,7 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotSplit
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.layout import Layout
-from samegrad.measure.probe import Rung
+from samegrad.measure.rungs import Rung
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Footprint, Plan
 from samegrad.settle.own_code import own_code_under

@@ -11,7 +11,7 @@ import math
 
 from samegrad.errors import BudgetTooSmall, CannotSplit, CannotTrace
 from samegrad.levers.expandable_segments import ExpandableSegments
-from samegrad.measure.probe import Rung
+from samegrad.measure.rungs import Rung
 from samegrad.measure.trace_reading import (
     CUDA_BLOCK_BYTES,
     by_module_at,

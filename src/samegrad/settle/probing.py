@@ -33,8 +33,9 @@ from samegrad.measure.census import Residents, count_residents
 from samegrad.measure.counted_targets import refuse_without_targets_at_sight
 from samegrad.measure.head_laws import measure_head
 from samegrad.measure.laws import fit_laws, fit_mapped_laws, peak_of
-from samegrad.measure.probe import TIMED_RUNS, OptimizerTurn, Probe, standing_batch_bytes
+from samegrad.measure.probe import TIMED_RUNS, Probe, standing_batch_bytes
 from samegrad.measure.probe_sets import MORE_ROOM, kept_row_bytes, mapped_probes, plain_probes, split_probes, times
+from samegrad.measure.rungs import OptimizerTurn
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.predict import predict_plan
 from samegrad.records import Counting, Footprint, Origin, Phase, PhaseLaw, Variant

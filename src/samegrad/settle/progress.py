@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 
-from samegrad.measure.probe import Rung
+from samegrad.measure.rungs import Rung
 from samegrad.records import Plan
 from samegrad.report.front import describe_levers
 from samegrad.units import format_bytes, format_seconds

@@ -26,7 +26,7 @@ from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.graphs import Graphs
 from samegrad.levers.layout import Layout
 from samegrad.levers.recompute import Recompute
-from samegrad.measure.probe import Rung, measure_whole
+from samegrad.measure.rungs import Rung, measure_whole
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Plan
 from samegrad.settle.candidates import Search, Tried
