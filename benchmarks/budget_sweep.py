@@ -9,9 +9,11 @@ function.
 
     python benchmarks/budget_sweep.py [--workload NAME ...] [--budget X ...] [--contender NAME ...]
 
-Each cell has a process of its own: what one leaves in the allocator or the compiler would be another's. Beside them
-stand two floors, below which no step of this arithmetic comes: its operations over the card's rate, and the bytes of
-weights, gradients and optimizer state over its bandwidth.
+Each cell has a process of its own: what one leaves in the allocator or the compiler would be another's. Those that
+choose by memory alone get ready side by side, as many as the card holds, and are then timed one after the other;
+samegrad, which times what it chooses from, has the card to itself throughout. Beside them stand two floors, below which
+no step of this arithmetic comes: its operations over the card's rate, and the bytes of weights, gradients and optimizer
+state over its bandwidth.
 
 Cells that were measured before stay in the file, so that parts of under ten minutes add up.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import copy
 import itertools
 import json
@@ -29,9 +32,9 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _results
 import torch
@@ -47,7 +50,13 @@ from samegrad.measure.devices import find_card
 
 BUDGETS = (100.0, 50.0, 25.0, 12.5)
 WARM, TIMED = 3, 9
+# Of a group: a broken process keeps the others waiting no longer.
+MOST_SECONDS_TO_GET_READY = 500.0
 _FLOAT64_ROWS = 4
+# Contexts, of half a gigabyte each, are beside what is capped.
+_MOST_OF_CARD = 0.85
+# Compilers start processes of their own.
+_CORES_A_CELL = 2
 
 
 def reference(name: str, gradients_file: Path) -> dict[str, Any]:
@@ -80,8 +89,43 @@ def reference(name: str, gradients_file: Path) -> dict[str, Any]:
     }
 
 
+class Turn:
+    """Of cells that get ready side by side: all are timed after the last one is ready, one after the other."""
+
+    ready: Any = None
+    timed: Any = None
+
+    @classmethod
+    def share(cls, ready: Any, timed: Any) -> None:
+        """What a group's processes start with: a barrier and a lock."""
+        cls.ready, cls.timed = ready, timed
+
+    def __init__(self) -> None:
+        self._waited = self.ready is None
+
+    def wait(self) -> None:
+        if not self._waited:
+            self._waited = True
+            self.ready.wait(MOST_SECONDS_TO_GET_READY)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        self.wait()
+        with self.timed or contextlib.nullcontext():
+            yield
+
+
 def measure(name: str, by: str, budget: int, gradients_file: Path) -> dict[str, Any]:
     """One cell."""
+    turn = Turn()
+    try:
+        return _measure(name, by, budget, gradients_file, turn)
+    finally:
+        # One that does not fit keeps nobody waiting.
+        turn.wait()
+
+
+def _measure(name: str, by: str, budget: int, gradients_file: Path, turn: Turn) -> dict[str, Any]:
     _settings()
     workload, contender = WORKLOADS[name], CONTENDERS[by]
     if contender is not samegrad:
@@ -100,7 +144,8 @@ def measure(name: str, by: str, budget: int, gradients_file: Path) -> dict[str, 
             training.optimizer.step()
             training.optimizer.zero_grad(set_to_none=True)
             before_seconds = time.perf_counter() - start
-            cell = _timed(training, backward)
+            with turn.alone():
+                cell = _timed(training, backward)
             plan = getattr(backward, "plan", None)
     except SamegradError as error:
         return {"fits": False, "found": error.found}
@@ -191,11 +236,53 @@ def _settings() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
-def _apart(function: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
-    """``function`` in a process of its own."""
+class Cell(NamedTuple):
+    workload: str
+    x: float
+    contender: str
+    budget: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.x:g} {self.contender}"
+
+
+def groups(cells: list[Cell], most_bytes: int, most_cells: int) -> Iterator[list[Cell]]:
+    """Cells that get ready side by side: no more bytes in all than the card has; samegrad's alone, after the rest."""
+    group: list[Cell] = []
+    for cell in (cell for cell in cells if cell.contender != "samegrad"):
+        if group and (len(group) == most_cells or sum(c.budget for c in [*group, cell]) > most_bytes):
+            yield group
+            group = []
+        group.append(cell)
+    if group:
+        yield group
+    yield from ([cell] for cell in cells if cell.contender == "samegrad")
+
+
+def measure_together(group: list[Cell], folder: Path) -> list[dict[str, Any]]:
+    """Each in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as process:
-        return process.submit(function, *given).result()
+    turns = (context.Barrier(len(group)), context.Lock()) if len(group) > 1 else (None, None)
+    with concurrent.futures.ProcessPoolExecutor(len(group), context, Turn.share, turns) as processes:
+        found = [
+            processes.submit(measure, cell.workload, cell.contender, cell.budget, folder / f"{cell.workload}.pt")
+            for cell in group
+        ]
+        return [future.result() for future in found]
+
+
+def reference_apart(name: str, folder: Path) -> dict[str, Any]:
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(reference, name, folder / f"{name}.pt").result()
+
+
+def cells_of(name: str, at: dict[str, Any], budgets: Sequence[float], contenders: Sequence[str]) -> Iterator[Cell]:
+    for x, contender in itertools.product(budgets, contenders):
+        # Without a cap that binds, one cell tells the plain step's speed.
+        if x == 100 or contender != "plain":
+            above_floor = at["plain_reserved_bytes"] - at["floor_bytes"]
+            yield Cell(name, x, contender, int(at["floor_bytes"] + x / 100 * above_floor))
 
 
 def main() -> None:
@@ -205,25 +292,22 @@ def main() -> None:
     parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     arguments = parser.parse_args()
     known = _known()
+    cells: list[Cell] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.workload:
-            gradients_file = Path(folder) / f"{name}.pt"
-            at = known.setdefault(name, {"cells": {}}) | _apart(reference, name, gradients_file)
-            known[name] = at
+            known[name] = at = known.setdefault(name, {"cells": {}}) | reference_apart(name, Path(folder))
             print(name, {key: value for key, value in at.items() if key != "cells"}, flush=True)
-            for x in arguments.budget:
-                budget = int(at["floor_bytes"] + x / 100 * (at["plain_reserved_bytes"] - at["floor_bytes"]))
-                for contender in arguments.contender:
-                    # Without a cap that binds, one cell tells the plain step's speed.
-                    if x < 100 and contender == "plain":
-                        continue
-                    cell = _apart(measure, name, contender, budget, gradients_file) | {"budget_bytes": budget}
-                    if WORKLOADS[name].couples_rows and contender in IN_PARTS:
-                        cell["changed_the_function"] = True
-                    at["cells"][f"{x:g} {contender}"] = cell
-                    shown = {k: v for k, v in cell.items() if k not in ("plan", "budget_bytes")}
-                    print(name, x, contender, shown, str(cell.get("plan", ""))[:160], flush=True)
-                    _results.write(_file_name(), {"workloads": known}, quiet=True)
+            cells += cells_of(name, at, arguments.budget, arguments.contender)
+        most_bytes = int(_MOST_OF_CARD * torch.cuda.mem_get_info()[1])
+        for group in groups(cells, most_bytes, max(1, (os.cpu_count() or 1) // _CORES_A_CELL)):
+            for cell, figures in zip(group, measure_together(group, Path(folder)), strict=True):
+                figures["budget_bytes"] = cell.budget
+                if WORKLOADS[cell.workload].couples_rows and cell.contender in IN_PARTS:
+                    figures["changed_the_function"] = True
+                known[cell.workload]["cells"][cell.key] = figures
+                shown = {k: v for k, v in figures.items() if k not in ("plan", "budget_bytes")}
+                print(cell.workload, cell.key, shown, str(figures.get("plan", ""))[:160], flush=True)
+            _results.write(_file_name(), {"workloads": known}, quiet=True)
 
 
 if __name__ == "__main__":
