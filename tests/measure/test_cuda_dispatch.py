@@ -291,6 +291,17 @@ def test_recurrent_weights_that_a_chunk_sees_stand_a_second_time() -> None:
     assert taken.count(weights_bytes) == 1
 
 
+def test_recurrent_weights_come_in_pieces_and_are_laid_out_as_one() -> None:
+    model, batch = Recurrent(nn.LSTM), (torch.zeros(9, 4, 6), torch.zeros(9, dtype=torch.int64))
+    declared = declare(model, cross_entropy)
+    trace = trace_step(declared, batch)
+    [(flat, pieces)] = trace.pieces.items()
+    weights = list(model.layers.parameters())
+    assert pieces == tuple(weight.nbytes for weight in weights)
+    assert [e.change_bytes for e in trace.events if e.storage == flat] == [sum(pieces)]
+    assert trace_step(declared, batch, device="cpu").pieces == {}
+
+
 def test_autocast_casts_from_the_last_argument_to_the_first() -> None:
     layer = nn.Linear(6, 5)
     batch = torch.zeros(9, 6), torch.zeros(9, dtype=torch.int64)

@@ -137,6 +137,34 @@ def test_a_trace_without_a_second_step_is_as_it_is() -> None:
     assert replay(repeat_steps(short), AllocatorRules(expandable_segments=True)).runs
 
 
+def _after_pieces(pieces: tuple[int, ...], activation: int) -> tuple[Request, ...]:
+    """Steps with weights of 52 MiB, laid out as one from ``pieces``, and a head of 4 MiB that is moved after them."""
+    writer = TraceWriter()
+    flat, _ = writer.take(52 * MIB, Category.PARAMETERS), writer.take(4 * MIB, Category.PARAMETERS)
+    for step in range(2):
+        writer.operation(step, Phase.FORWARD)
+        writer.give_back(writer.take(activation))
+    return repeat_steps(dataclasses.replace(writer.trace(), pieces={flat: pieces} if pieces else {}))
+
+
+def test_weights_that_came_in_pieces_leave_gaps_where_the_next_ones_stand() -> None:
+    pieces = (16 * MIB, 16 * MIB, 16 * MIB, 4 * MIB)
+    whole, laid_out = (replay(_after_pieces(came, activation=12 * MIB)) for came in ((), pieces))
+    # The head has a segment of its own, or one that a piece had; beside it there is room in both.
+    assert whole.peak_reserved_bytes == (52 + 20) * MIB
+    assert laid_out.peak_reserved_bytes == (52 + 16) * MIB
+    assert whole.peak_allocated_bytes == laid_out.peak_allocated_bytes
+
+
+def test_what_stood_before_the_steps_only_is_under_no_cap() -> None:
+    # 104 MiB stand while the pieces do.
+    requests = _after_pieces((26 * MIB, 26 * MIB), activation=24 * MIB)
+    found = replay(requests, cap_bytes=102 * MIB)
+    assert found.steady
+    assert found.peak_reserved_bytes == 102 * MIB
+    assert not replay(requests, cap_bytes=100 * MIB).runs
+
+
 def test_streams_and_pools_of_events_have_memory_of_their_own() -> None:
     trace = chain(WEIGHTS, ACTIVATIONS)
     apart = tuple(

@@ -109,6 +109,15 @@ class CachingAllocator:
                     if block.expandable:
                         self._return_pages(block)
 
+    def begin(self, cap_bytes: int | None) -> None:
+        """Under ``cap_bytes`` from here on, and counted from here on: what came before was no part of it."""
+        self.cap_bytes = cap_bytes
+        self._collects = cap_bytes is not None and self.rules.garbage_collection_threshold > 0
+        self.peak_requested_bytes, self.peak_allocated_bytes = self.requested_bytes, self.allocated_bytes
+        self.peak_reserved_bytes = self.lowest_equal_cap_bytes = self.reserved_bytes
+        self.highest_equal_cap_bytes = None
+        self.retries = self.segments_taken = self.segments_returned = 0
+
     def address_of(self, storage: int) -> int:
         """Where ``storage``, which has memory, lies."""
         return self._taken[storage].address

@@ -98,7 +98,8 @@ class Trace:
     """Two steps of a training step on ``batch_rows`` rows in chunks of ``sizes``, followed without running them.
 
     ``events`` begin with what lives between steps and the batch. ``device`` is the kind whose dispatch was followed,
-    "cuda" or "cpu". ``notes``: what could not be followed, by module or operation, in words.
+    "cuda" or "cpu". ``notes``: what could not be followed, by module or operation, in words. ``pieces``: of storages
+    that live between steps, those that came to the device in pieces and were then laid out as one: bytes of each.
     """
 
     operations: tuple[Operation, ...]
@@ -107,3 +108,4 @@ class Trace:
     batch_rows: int
     sizes: tuple[int, ...]
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    pieces: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)

@@ -120,6 +120,11 @@ class Recorder(LookingOn):
             if tensor.device.type == self._device_type:
                 self._see(tensor.untyped_storage(), category, relabel=True)
 
+    def number_of(self, tensor: Tensor) -> int | None:
+        """The number of the storage of ``tensor``; None where it is not on the device, or has none."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known[1]
+
     def claim_gradients(self) -> None:
         for part in self._gradients_of:
             self.claim([p.grad for p in part.parameters() if p.grad is not None], Category.GRADIENTS)

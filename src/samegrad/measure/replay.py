@@ -4,25 +4,27 @@ A trace holds two steps. The second is the one that repeats: what it takes and l
 gave back (this step's gradients for the last one's), and all else that it leaves lives on.
 
 Where the first turn of the optimizer makes its state, what is cached is given back before it, as ``room_for_new_state``
-of a step that runs does.
+of a step that runs does. Weights that came to the device in pieces leave gaps between what came after them; the rest of
+that is given back before the first step.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from samegrad.errors import UsageError
 from samegrad.measure.allocator import CachingAllocator
 from samegrad.measure.allocator_rules import DEFAULT_RULES, AllocatorRules
-from samegrad.measure.events import MemoryEvent, Trace
+from samegrad.measure.events import BEFORE_THE_STEPS, MemoryEvent, Trace
 from samegrad.records import Category, Phase
 
 # Two of the trace, and two more: what the second leaves behind shows in the third, what that leaves in the fourth.
 REPLAYED_STEPS = 4
-# In place of a size: all that is cached is given back.
+# In place of a size: all that is cached is given back; before the steps, what was reserved until then is forgotten.
 EMPTIES_CACHE = -1
 
 
@@ -91,6 +93,9 @@ def repeat_steps(trace: Trace, steps: int = REPLAYED_STEPS) -> tuple[Request, ..
     turn = _first_turn(trace)
     if turn is not None:
         requests.insert(turn, Request(-1, EMPTIES_CACHE, trace.events[turn].operation, 0))
+    if trace.pieces:
+        standing = sum(event.operation == BEFORE_THE_STEPS for event in trace.events)
+        requests[:standing] = _laid_out(requests[:standing], trace)
     if not repeated or steps == 2:
         return tuple(requests)
     successors = _successors(trace.events, repeated)
@@ -127,13 +132,17 @@ def replay(
     ``stop_at_unsteady``: also stop at the first retry after the second step, which decides whether a cap holds.
     """
     allocator = CachingAllocator(rules, cap_bytes=cap_bytes)
+    if _begins_later(requests):
+        allocator.begin(None)
     take, give_back = allocator.take, allocator.give_back
     retries = [0] * (1 + max((request.step for request in requests), default=0))
     failed = None
     for request in requests:
-        storage, size_bytes, _, step, stream, pool = request
+        storage, size_bytes, operation, step, stream, pool = request
         if size_bytes == EMPTIES_CACHE:
             allocator.empty_cache()
+            if operation == BEFORE_THE_STEPS:
+                allocator.begin(cap_bytes)
             continue
         if not size_bytes:
             give_back(storage)
@@ -162,6 +171,30 @@ def replay(
 
 def _request(event: MemoryEvent, storage: int, step: int) -> Request:
     return Request(storage, max(event.change_bytes, 0), event.operation, step, event.stream, event.pool)
+
+
+def _laid_out(standing: Sequence[Request], trace: Trace) -> list[Request]:
+    """What stands before the steps as it came there: some in pieces, which are given back once they are one."""
+    laid_out: list[Request] = []
+    # Below that of a request for no storage.
+    number = -2
+    for request in standing:
+        pieces = [
+            request._replace(storage=number - n, size_bytes=size)
+            for n, size in enumerate(trace.pieces.get(request.storage, ()))
+        ]
+        number -= len(pieces)
+        laid_out += [*pieces, request, *(piece._replace(size_bytes=0) for piece in pieces)]
+    # Libraries take their workspaces after that.
+    workspaces = sum(event.category is Category.TEMPORARY for event in trace.events[: len(standing)])
+    laid_out.insert(len(laid_out) - workspaces, Request(-1, EMPTIES_CACHE, BEFORE_THE_STEPS, 0))
+    return laid_out
+
+
+def _begins_later(requests: Sequence[Request]) -> bool:
+    """Whether what comes first stands there before anything is counted."""
+    standing = itertools.takewhile(lambda request: request.operation == BEFORE_THE_STEPS, requests)
+    return any(request.size_bytes == EMPTIES_CACHE for request in standing)
 
 
 def _first_turn(trace: Trace) -> int | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samegrad.declared import Around, DeclaredStep
@@ -119,7 +119,7 @@ def trace_step(
     layout = declared.layout(batch)
     notes |= _notes_on(declared, named_modules(declared))
     run = plainly() if run is None else run
-    operations, events = _followed(declared, batch, dispatch, run, stands or _nothing_stands, notes)
+    operations, events, pieces = _followed(declared, batch, dispatch, run, stands or _nothing_stands, notes)
     unsure = sorted({operation.name for operation in operations} & _UNSURE.keys())
     return Trace(
         operations=operations,
@@ -128,6 +128,7 @@ def trace_step(
         batch_rows=layout.rows,
         sizes=(layout.rows,) if sizes is None else tuple(sizes),
         notes=notes | {name: _UNSURE[name] for name in unsure},
+        pieces=pieces,
     )
 
 
@@ -167,11 +168,12 @@ def _followed(
     run: Run,
     stands: Stands,
     notes: dict[str, str],
-) -> tuple[tuple[Operation, ...], tuple[MemoryEvent, ...]]:
+) -> tuple[tuple[Operation, ...], tuple[MemoryEvent, ...], dict[int, tuple[int, ...]]]:
     with _in_place(declared, batch, dispatch) as (recorder, standing, rows), stands(standing) as around:
         # What was put in another's place is for what that was for.
         recorder.twins.forget_replaced()
         _claim_residents(recorder, standing, rows)
+        pieces = _pieces(recorder, standing)
         for index in range(STEPS):
             recorder.step = index
             _one_step(standing, rows, recorder, run, around, notes)
@@ -179,7 +181,7 @@ def _followed(
             where = ", ".join(sorted(recorder.values_read)[:3])
             notes["values"] = f"the code reads values of the batch (in {where}); another batch may go another way"
         # Before the twins go: they live between steps.
-        return tuple(recorder.operations), recorder.events()
+        return tuple(recorder.operations), recorder.events(), pieces
 
 
 @contextlib.contextmanager
@@ -242,6 +244,17 @@ def _claim_residents(recorder: Recorder, declared: DeclaredStep, batch: Any) -> 
     recorder.claim_gradients()
     recorder.claim(census.state_tensors(declared.optimizer), Category.OPTIMIZER_STATE)
     recorder.arrived(batch)
+
+
+def _pieces(recorder: Recorder, declared: DeclaredStep) -> dict[int, tuple[int, ...]]:
+    """The storages of weights that were moved to the device one by one before their layer laid them out as one."""
+    found = {}
+    for layer in (layer for part in declared.modules for layer in part.modules() if isinstance(layer, nn.RNNBase)):
+        weights = [weight for weight in layer._flat_weights if isinstance(weight, Tensor)]
+        numbers = {recorder.number_of(weight) for weight in weights}
+        if len(numbers) == 1 and len(weights) > 1 and (number := numbers.pop()) is not None:
+            found[number] = tuple(weight.nbytes for weight in weights)
+    return found
 
 
 def _one_step(
