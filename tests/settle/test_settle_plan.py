@@ -291,8 +291,9 @@ def split(rows: int, seconds: float, budget: Budget, **more: Any) -> Plan:
 
 
 def settled_of(
-    plans: list[tuple[int, float, float, dict[str, Any]]], counting: Counting, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Plan, list[int]]:
+    plans: list[tuple[int, float, float, dict[str, Any]]], counting: Counting, monkeypatch: pytest.MonkeyPatch,
+    launching_share: float | None = None,
+) -> tuple[Plan, list[int]]:  # fmt: skip
     """What is settled of ``plans``: rows, predicted and played seconds, levers beside the split; the rows measured."""
     declared = stepped(one_pass).declared
     batch, aliases = labelled(ROWS), aliases_for(declared)
@@ -304,7 +305,7 @@ def settled_of(
     def measured(plan: Plan) -> Rung:
         rows = plan.levers["split_rows"]["rows"]
         seen.append(rows)
-        return Rung(rows, played[rows])
+        return Rung(rows, played[rows], launching_share)
 
     monkeypatch.setattr(ladder, "measured", lambda *given: measured(given[4]))
     monkeypatch.setattr(ladder, "measured_whole", lambda *given, most: measured(given[3]))
@@ -339,6 +340,20 @@ def test_the_first_that_fits_stays_where_nothing_is_faster(
 ) -> None:
     plan, seen = settled_of(plans, Counting.CUDA_ALLOCATOR, monkeypatch)
     assert seen == measured and plan.levers["split_rows"]["rows"] == 40
+
+
+@pytest.mark.parametrize(
+    ("share", "predicted", "measured"),
+    [(0.99, 1.05, [200, 300]), (0.5, 1.05, [200]), (None, 1.05, [200]), (0.99, 1.5, [200])],
+    ids=["launches bind", "the device binds", "nothing is launched", "far slower by prediction"],
+)
+def test_where_launches_bind_fewer_chunks_are_measured_beside(
+    share: float | None, predicted: float, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 600 rows in three chunks, in two that hold less, and in four.
+    plans = [(200, 1.0, 1.2, {}), (300, predicted, 0.8, AGAIN), (150, 1.06, 0.1, AGAIN)]
+    plan, seen = settled_of(plans, Counting.CUDA_ALLOCATOR, monkeypatch, share)
+    assert seen == measured and plan.levers["split_rows"]["rows"] == measured[-1]
 
 
 def test_on_a_cpu_whose_times_come_and_go_the_first_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 cuBLAS's sizes are torch's own: aten/src/ATen/cuda/CublasHandlePool.cpp, for 2.11 and 2.14 read from their binaries; of
 2.12 nothing was at hand, it counts as 2.13. cuDNN's are fitted to recorded histories: one H200, torch 2.11, cuDNN 9.19,
 ``cudnn.benchmark`` off; on other cards they are the same rules with that card's number of multiprocessors, and
-uncalibrated.
+uncalibrated. Of one H100 there are layers that were measured one by one as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 
 from samegrad.errors import UsageError
+from samegrad.measure.measured_convolutions import MeasuredConvolutions, measured_convolutions
 
 _MIB = 2**20
 _KIB = 2**10
@@ -43,7 +44,8 @@ class LibraryCalibration:
     outputs of one tile of a convolution's weight gradient. ``padded_bytes``: to which multiple the channels of one
     place are padded in copies. ``alignment_bytes``: what aligning the copies takes. ``context_bytes``: what a process
     takes of the device outside the allocator, by driver, context and the code of kernels, with cuBLAS and cuDNN in
-    use; None where it was not measured. ``source`` names the measurement.
+    use; None where it was not measured. ``convolutions``: layers measured one by one, None where none were. ``source``
+    names the measurement.
     """
 
     blas: BlasWorkspaces
@@ -53,6 +55,7 @@ class LibraryCalibration:
     padded_bytes: int = 16
     alignment_bytes: int = 256
     context_bytes: int | None = None
+    convolutions: MeasuredConvolutions | None = None
     source: str = "uncalibrated"
 
 
@@ -79,6 +82,7 @@ def calibrate_libraries(
         multiprocessors=multiprocessors or _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS_ELSEWHERE),
         threads_per_multiprocessor=_THREADS_PER_MULTIPROCESSOR.get(capability, 2048),
         context_bytes=_CONTEXT_BYTES.get(capability),
+        convolutions=measured_convolutions(capability),
         source=_CALIBRATED.get(capability, "uncalibrated"),
     )
 

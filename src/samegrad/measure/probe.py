@@ -110,6 +110,21 @@ def time_plain(
         return _shortest(run, declared.device, TIMED_RUNS)
 
 
+def time_forward(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, *, batch_rows: int, draws: StepDraws | None = None
+) -> float:
+    """The same of the forward alone, which keeps nothing for a backward."""
+    declared = under_draws(declared, draws)
+    with _few_rows(batch, layout, batch_rows) as few, step_undisturbed(declared), torch.no_grad():
+
+        def run() -> object:
+            [chunk] = arriving_chunks(sliced_chunks(few, layout, [batch_rows], declared.device))
+            return declared.forward(declared.network, chunk)
+
+        run()
+        return _shortest(run, declared.device, TIMED_RUNS)
+
+
 def time_split(split: ChunkedStep, batch: Any, layout: RowLayout, sizes: Sequence[int]) -> float:
     """The same of the split step in chunks of ``sizes``, up to but without the hand-over."""
     few, few_layout = first_rows(batch, layout, sum(sizes))
@@ -124,23 +139,30 @@ def plain_run(
 ) -> Iterator[Callable[[], Sequence[Tensor]]]:
     """The plain step up to its gradients; what its forward writes on the rows is undone at the end of the block."""
     declared = under_draws(declared, draws)
-    few, _ = first_rows(cut_loose(batch), layout, batch_rows)
-    before = trees.map_tensors(few, Tensor.clone)
+    with _few_rows(batch, layout, batch_rows) as few:
 
-    def run() -> Sequence[Tensor]:
-        [chunk] = arriving_chunks(sliced_chunks(few, layout, [batch_rows], declared.device))
-        announce(Phase.FORWARD)
-        outputs = declared.forward(declared.network, chunk)
-        announce(Phase.LOSS)
-        loss = checked_loss(declared.loss_fn(outputs, chunk))
-        del outputs
-        announce(Phase.BACKWARD)
-        leaves = losses.leaves_under(loss)
-        with hooks_silenced(leaves), torch.autocast(declared.device.type, enabled=False):
-            return losses.gradients_apart_from(loss, leaves)
+        def run() -> Sequence[Tensor]:
+            [chunk] = arriving_chunks(sliced_chunks(few, layout, [batch_rows], declared.device))
+            announce(Phase.FORWARD)
+            outputs = declared.forward(declared.network, chunk)
+            announce(Phase.LOSS)
+            loss = checked_loss(declared.loss_fn(outputs, chunk))
+            del outputs
+            announce(Phase.BACKWARD)
+            leaves = losses.leaves_under(loss)
+            with hooks_silenced(leaves), torch.autocast(declared.device.type, enabled=False):
+                return losses.gradients_apart_from(loss, leaves)
 
-    try:
         yield run
+
+
+@contextlib.contextmanager
+def _few_rows(batch: Any, layout: RowLayout, rows: int) -> Iterator[Any]:
+    """The first ``rows`` rows of ``batch``, cut loose from any graph; what is written on them is undone at the end."""
+    few, _ = first_rows(cut_loose(batch), layout, rows)
+    before = trees.map_tensors(few, Tensor.clone)
+    try:
+        yield few
     finally:
         for leaf, kept in zip(trees.leaves_of(few), trees.leaves_of(before)):
             if isinstance(leaf, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,18 @@ from samegrad.declared import DeclaredStep
 from samegrad.exact.mapped import MappedStep
 from samegrad.exact.split import SplitStep
 from samegrad.exact.step_draws import StepDraws
-from samegrad.measure.probe import TIMED_RUNS, Probe, probe_plain, probe_split
+from samegrad.measure.probe import TIMED_RUNS, Probe, probe_plain, probe_split, time_forward
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.trees import RowLayout
 
 # Rows of a probe's chunk; few enough for any card, enough for the law to show.
 _PROBE_CHUNK_ROWS = 8
+# Rows of a forward without a graph: so many times those of a probe with one.
+_MANY_ROWS = 8 * 4 * _PROBE_CHUNK_ROWS
+# Of what a forward of many rows says that a row takes, from which on another figure is not about rows.
+_FAR_MORE = 2.0
+# What a backward takes, in forwards.
+BACKWARD_FORWARDS = 2.0
 # What to do where too little fits to measure anything.
 MORE_ROOM = "free memory on the device (other processes, tensors kept between steps), or raise its allocator's cap"
 
@@ -147,12 +154,36 @@ def kept_row_bytes(probes: Sequence[Probe]) -> float | None:
     return None
 
 
-def times(probes: Sequence[Probe]) -> tuple[float | None, float | None]:
-    """Seconds a row and a chunk take, through the first and last probe of two chunks or more."""
+def times(probes: Sequence[Probe], row_seconds: float | None = None) -> tuple[float | None, float | None]:
+    """Seconds a row and a chunk take, through the first and last probe.
+
+    ``row_seconds``: what a row takes of a device that has many of them, if that is known. Where two probes say several
+    times that, they tell apart launches that took longer once than another time, and nothing of rows.
+    """
     if len(probes) < 2:
         return None, None
     small, large = probes[0], probes[-1]
-    per_row = (large.seconds - small.seconds) / max(1, large.batch_rows - small.batch_rows)
-    per_row = max(per_row, 0.0)
-    chunks = -(-large.batch_rows // large.rows)
-    return per_row, max(0.0, (large.seconds - per_row * large.batch_rows) / chunks)
+    # Of as many chunks as the larger one has.
+    as_many = small.seconds * large.chunks / small.chunks
+    more_rows = large.batch_rows - small.batch_rows * large.chunks / small.chunks
+    per_row = max(0.0, large.seconds - as_many) / max(1.0, more_rows)
+    if row_seconds is not None and per_row > _FAR_MORE * row_seconds:
+        per_row = row_seconds
+    return per_row, max(0.0, (large.seconds - per_row * large.batch_rows) / large.chunks)
+
+
+def row_seconds(
+    declared: DeclaredStep, batch: Any, layout: RowLayout, draws: StepDraws, *, forwards: int
+) -> float | None:
+    """What a row takes a device that has many: from a forward without a graph, which holds about what probes hold.
+
+    ``forwards``: how often a row is run forward. None where there is nothing to launch, or no memory for that.
+    """
+    rows = min(layout.rows, _MANY_ROWS)
+    if declared.device.type != "cuda":
+        return None
+    # One that differentiates within itself needs a graph.
+    with contextlib.suppress(RuntimeError), WithinMemory(declared):
+        forward = time_forward(declared, batch, layout, batch_rows=rows, draws=draws) / rows
+        return (forwards + BACKWARD_FORWARDS) * forward
+    return None

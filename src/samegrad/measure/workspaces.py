@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from samegrad.measure.convolution_workspaces import forward_bytes, input_gradient_bytes, weight_gradient_bytes
 from samegrad.measure.events import BEFORE_THE_STEPS, Convolution, MemoryEvent, Operation, Recurrence, Trace
 from samegrad.measure.library_calibration import BlasWorkspaces, LibraryCalibration
+from samegrad.measure.measured_convolutions import Pass
 from samegrad.measure.recurrent_workspaces import Passing, backward_passing, forward_passing
 from samegrad.measure.reduction_workspaces import rows_sum_bytes
 from samegrad.records import Category, Phase
@@ -26,6 +27,10 @@ _CONVOLUTIONS = frozenset({"aten.convolution", "aten._convolution", "aten.cudnn_
 _RECURRENCE = "aten._cudnn_rnn"
 _SUM = "aten.sum"
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Where no layer like it was measured.
+_CONVOLUTION_RULES = {
+    Pass.FORWARD: forward_bytes, Pass.INPUT_GRADIENT: input_gradient_bytes, Pass.WEIGHT_GRADIENT: weight_gradient_bytes,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,18 +208,26 @@ def _asked_by_convolution(
     operation: Operation, shape: Convolution, taken: Sequence[int], element_bytes: int, calibration: LibraryCalibration
 ) -> list[tuple[str, Passing]]:
     if _packet(operation) in _CONVOLUTIONS:
-        return [("cuDNN", Passing(len(taken), len(taken), forward_bytes(shape, element_bytes, calibration)))]
+        found = convolution_bytes(Pass.FORWARD, shape, element_bytes, calibration)
+        return [("cuDNN", Passing(len(taken), len(taken), found))]
     weight_bytes = shape.inputs * shape.outputs * shape.kernel_pixels // shape.groups * element_bytes
     asked = []
     for after, size_bytes in enumerate(taken, 1):
         if size_bytes == weight_bytes:
-            found = weight_gradient_bytes(shape, element_bytes, calibration)
+            which = Pass.WEIGHT_GRADIENT
         elif size_bytes == shape.rows * shape.inputs * shape.input_pixels * element_bytes:
-            found = input_gradient_bytes(shape, element_bytes, calibration)
+            which = Pass.INPUT_GRADIENT
         else:
             continue
-        asked.append(("cuDNN", Passing(after, after, found)))
+        asked.append(("cuDNN", Passing(after, after, convolution_bytes(which, shape, element_bytes, calibration))))
     return asked
+
+
+def convolution_bytes(which: Pass, shape: Convolution, element_bytes: int, calibration: LibraryCalibration) -> int:
+    """What cuDNN takes for one pass of a convolution: as it was measured, or by rule."""
+    measured = calibration.convolutions
+    found = None if measured is None else measured.bytes_of(which, shape, element_bytes)
+    return _CONVOLUTION_RULES[which](shape, element_bytes, calibration) if found is None else found
 
 
 def _packet(operation: Operation) -> str:

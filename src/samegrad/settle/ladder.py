@@ -1,14 +1,15 @@
 """Down the ladder: the first plan whose measured peak is within the budget.
 
 On a card one that took far longer than was predicted is not believed to be the fastest: the next ones that could be
-faster are measured beside it. Predictions from a few rows miss what launches cost.
+faster are measured beside it, and where Python is what it waited for, those of fewer chunks. Predictions from a few
+rows miss what launches cost.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from samegrad.exact.pass_programs import Programs
 from samegrad.exact.step_draws import StepDraws
 from samegrad.execute.apply import applied, chunked_step, in_force, programs_of
 from samegrad.levers import Execution
-from samegrad.levers._variants import variant_in
+from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.optimizer_state import OptimizerState
+from samegrad.levers.split_rows import SplitRows
 from samegrad.measure import counters
 from samegrad.measure.laws import peak_of
 from samegrad.measure.rungs import OptimizerTurn, Rung, measure_rung, measure_whole
@@ -46,6 +48,10 @@ _HELD_FRACTION = 0.05
 # Of a rung's seconds: what others are predicted to take at most, for which they are measured beside it; and how many.
 _RIVAL_FRACTION = 0.8
 _MOST_RIVALS = 2
+# Of a rung's seconds, how many pass until all is launched where launching is what takes them; and what one of fewer
+# chunks may be predicted to take, as a multiple of the prediction for the rung.
+LAUNCHING_SHARE = 0.85
+_FEWER_CHUNKS_FRACTION = 1.1
 # Chunks in the measurement of a rung; an allocator needs a few until its segments lie as they will.
 _MEASURED_CHUNKS = {Counting.CUDA_ALLOCATOR: 4, Counting.TENSOR_BYTES: 2}
 
@@ -93,8 +99,8 @@ def settle(
         one, rung = room.measured(plan, run)
         outcome.found(rung, most)
         if rung is not None and rung.peak_bytes <= most:
-            if best is None or rung.seconds < best.seconds:
-                best = _Fitting(one, plan.levers.keys(), rung.seconds, None if whole else rung.peak_bytes)
+            if best is None or rung.seconds < best.rung.seconds:
+                best = _Fitting(plan, one, rung, None if whole else rung.peak_bytes)
             continue
         rows = "all" if whole else max(sizes or ())
         found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
@@ -102,7 +108,7 @@ def settle(
         if options.rows is not None:
             break
     if best is not None:
-        return dataclasses.replace(best.plan, predicted_seconds=best.seconds), footprint, best.peak_bytes
+        return dataclasses.replace(best.plan, predicted_seconds=best.rung.seconds), footprint, best.peak_bytes
     if refusal is not None:
         raise BudgetTooSmall(
             asked=refusal.asked, found=f"{refusal.found}; tried on the device all the same: {'; '.join(tried)}",
@@ -126,21 +132,33 @@ def settle(
 
 @dataclasses.dataclass(frozen=True)
 class _Fitting:
-    """A plan that was measured to fit, with its seconds.
+    """A plan that was measured to fit, as the ladder had it and as it was measured.
 
-    ``chosen``: the levers that it was chosen with. ``peak_bytes``: of one that does not run whole.
+    ``peak_bytes``: of one that does not run whole.
     """
 
+    chosen: Plan
     plan: Plan
-    chosen: Set[str]
-    seconds: float
+    rung: Rung
     peak_bytes: int | None
 
     def has_rival(self, plan: Plan) -> bool:
-        """Whether ``plan``, by other levers, is predicted to be much faster than this one was."""
-        predicted_seconds = plan.predicted_seconds
-        is_faster = predicted_seconds is not None and predicted_seconds <= _RIVAL_FRACTION * self.seconds
-        return is_faster and plan.levers.keys() != self.chosen
+        """Whether ``plan``, by other levers, is predicted to be much faster than this one was, or has fewer chunks to
+        launch where launching took this one's time."""
+        seconds, expected = plan.predicted_seconds, self.chosen.predicted_seconds
+        if seconds is None or expected is None:
+            return False
+        if seconds <= _RIVAL_FRACTION * self.rung.seconds and plan.levers.keys() != self.chosen.levers.keys():
+            return True
+        waited_for_python = (self.rung.launching_share or 0.0) >= LAUNCHING_SHARE
+        has_fewer = _chunks_of(plan) < _chunks_of(self.chosen)
+        return waited_for_python and has_fewer and seconds <= _FEWER_CHUNKS_FRACTION * expected
+
+
+def _chunks_of(plan: Plan) -> int:
+    if SplitRows.name not in plan.levers:
+        return 1
+    return len(chunk_sizes(plan.levers[SplitRows.name]["rows"], plan.batch_rows))
 
 
 def _held_for_nothing(device: torch.device) -> int:

@@ -34,7 +34,16 @@ from samegrad.measure.counted_targets import refuse_without_targets_at_sight
 from samegrad.measure.head_laws import measure_head
 from samegrad.measure.laws import fit_laws, fit_mapped_laws, peak_of
 from samegrad.measure.probe import TIMED_RUNS, Probe, standing_batch_bytes
-from samegrad.measure.probe_sets import MORE_ROOM, kept_row_bytes, mapped_probes, plain_probes, split_probes, times
+from samegrad.measure.probe_sets import (
+    BACKWARD_FORWARDS,
+    MORE_ROOM,
+    kept_row_bytes,
+    mapped_probes,
+    plain_probes,
+    row_seconds,
+    split_probes,
+    times,
+)
 from samegrad.measure.rungs import OptimizerTurn
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.predict import predict_plan
@@ -47,8 +56,6 @@ from samegrad.units import format_bytes
 _WORTH_FRACTION = 0.05
 # Runs by which the parts of a model in chunks are timed: rungs of the ladder are timed again.
 _TIMED_RUNS = 2
-# What a backward takes, in forwards.
-BACKWARD_FORWARDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +125,9 @@ def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> 
     if ways.by_rows is not None:
         parts = split_probes(_by_rows(declared, aliases, ways.by_rows), batch, layout)
     # Where nothing is split by rows, the plain step is what there is to time.
-    seconds_per_row, seconds_per_chunk = times(parts or plain)
+    passes = 1 if ways.by_rows is None else ways.by_rows.passes
+    many_rows = None if whole_only else row_seconds(declared, batch, layout, StepDraws(ways.sites), forwards=passes)
+    seconds_per_row, seconds_per_chunk = times(parts or plain, many_rows)
     probed, variants = [*plain, *parts], []
     for lever in ways.mapped:
         try:
@@ -154,7 +163,7 @@ def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> 
         peak_allocated_bytes=shown.peak_bytes,
         peak_reserved_bytes=shown.reserved_bytes,
         seconds=shown.seconds,
-        forwards_per_step=ways.by_rows.passes if ways.by_rows is not None else 1,
+        forwards_per_step=passes,
         seconds_per_row=seconds_per_row,
         seconds_per_chunk=seconds_per_chunk,
         by_category=shown.by_category,

@@ -33,13 +33,12 @@ from samegrad.settle.candidates import Search, Tried
 from samegrad.settle.captured_ways import captured_with_blocks_again
 from samegrad.settle.chunk_ways import captured_candidates, compiled_candidates
 from samegrad.settle.edits import Levers, even_rows, rows_of, with_levers
+from samegrad.settle.ladder import LAUNCHING_SHARE
 from samegrad.settle.probing import Measurement
 from samegrad.units import format_bytes, format_seconds
 
 # A plan that is no faster than this fraction of the settled one is not worth its warm-up.
 _WORTH_FRACTION = 0.97
-# Where Python needs so much of a step to launch it, whatever else the host does makes the step slower.
-_LAUNCHING_SHARE = 0.85
 _NO_FASTER = "not needed: measured, and no faster within the budget"
 _MANY_SHAPES = "not tried: batches of several shapes come in turns, and each would be compiled or captured anew"
 _NONE_FITS = "refused: measured, and the budget holds none of it"
@@ -199,7 +198,8 @@ def _is_steadier(candidate: Tried, best: Tried, search: Search) -> bool:
         # Of a plan that was settled only its seconds are known.
         again = search.measured(best.plan)
         share = None if again is None else again.rung.launching_share
-    return share is not None and share >= _LAUNCHING_SHARE
+    # Whatever else the host does makes such a step slower.
+    return share is not None and share >= LAUNCHING_SHARE
 
 
 def _compiling_seconds(tried: Tried) -> float:

@@ -18,12 +18,13 @@ from samegrad.exact.out_of_memory import OutOfMemory
 from samegrad.execute.trial import MappingLever, examine_mapped
 from samegrad.levers._variants import chunk_sizes
 from samegrad.measure.laws import fit_mapped_laws
+from samegrad.measure.probe_sets import BACKWARD_FORWARDS
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Footprint, Phase, Variant
-from samegrad.settle.probing import BACKWARD_FORWARDS, Measurement, knobs_but_rows, lever_probes
+from samegrad.settle.probing import Measurement, knobs_but_rows, lever_probes
 
 # Of a budget, what plans go down to without them: measured peaks may be above predicted ones, an allocator's by more.
 _ROOM_FRACTION = {Counting.CUDA_ALLOCATOR: 0.8, Counting.TENSOR_BYTES: 0.95}
