@@ -4,10 +4,10 @@ Each case of ``_steps`` is traced on a model without data, library workspaces ar
 replays the trace. ``results/peaks_gpu.json`` holds what the card said (``peaks_gpu.py``).
 
 What was fitted to what: constants come from the cases that calibrate and from operations measured alone. Two things are
-not as independent as that sounds. The workspace of recurrent layers was read off histories of the judged LSTM steps
-themselves, so these are left out of "independent". Some of the operations measured alone have the shapes of ResNet-34's
-layers at 105 rows, though no step of it was used. Recorded requests of judged steps were also read to find what a trace
-missed.
+not as independent as that sounds. The workspace of recurrent layers, and the pieces that their weights come in, were
+read off histories of the judged LSTM steps themselves, so these are left out of "independent". Some of the operations
+measured alone have the shapes of layers of judged steps (``convolutions_gpu.py``: where those have 16, 32, 64 or 128
+rows), though no step of them was used. Recorded requests of judged steps were also read to find what a trace missed.
 """
 
 from __future__ import annotations

@@ -120,6 +120,9 @@ def test_the_figures_of_planning_are_those_of_the_results() -> None:
     worst = f"{abs(allocated['worst']) * 100:.1f}, {abs(reserved['worst']) * 100:.1f}, {abs(cap['worst']) * 100:.0f} %"
     assert f"peaks of {allocated['cases']} steps" in README
     assert f"median off {medians}; worst {worst} |" in README
+    judged = [case["errors"] for case in result("prediction")["cases"] if not case["calibrates"]]
+    assert len(judged) == 36 and min(errors["peak_reserved_bytes"] for errors in judged) > -0.016
+    assert sum(errors["steady_cap_bytes"] > 0.15 for errors in judged) == 4
     allocator, chains = result("allocator_gpu")["summary"], result("plan_quality")
     assert f"{allocator['exact']} of {allocator['runs']} ({allocator['exact_with_own_addresses']} where" in README
     assert f"at most {chains['largest_time_of_best']:.5f} times its time" in README

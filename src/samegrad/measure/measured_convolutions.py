@@ -16,7 +16,7 @@ import enum
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +25,6 @@ from samegrad.measure.events import Convolution
 FOLDER = Path(__file__).parent / "calibration"
 _FILES = {(9, 0): "convolutions_h100.csv"}
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-# Passes that are read across to other rows, by the bytes of an element.
-_READ_ACROSS = {(4, 0), (4, 1)}
 # Channels that do not fill so many bytes are padded in copies, which are then no multiple of what is copied.
 _FILLED_BYTES = 16
 # Whether there is a copy of what is read, of what is written, of the weight.
@@ -39,6 +37,10 @@ class Pass(enum.IntEnum):
     FORWARD = 0
     INPUT_GRADIENT = 1
     WEIGHT_GRADIENT = 2
+
+
+# By the bytes of an element, those that are read across to other rows.
+_READ_ACROSS = frozenset(((4, Pass.FORWARD), (4, Pass.INPUT_GRADIENT)))
 
 
 class Layer(NamedTuple):
@@ -76,9 +78,15 @@ class Layer(NamedTuple):
 
 
 class MeasuredConvolutions:
-    """``layers``, by what is looked up: element bytes, channels, kernel, stride."""
+    """``layers``, looked up by element bytes, channels, kernel and stride.
 
-    def __init__(self, layers: Iterable[Layer]) -> None:
+    ``read_across``: element bytes and passes for which layers tell of others with another number of rows.
+    """
+
+    def __init__(
+        self, layers: Iterable[Layer], *, read_across: Container[tuple[int, Pass]] = _READ_ACROSS
+    ) -> None:
+        self._read_across = read_across
         self._alike: dict[tuple[int, ...], list[Layer]] = {}
         for layer in layers:
             self._alike.setdefault(_kind_of(layer.shape, layer.element_bytes), []).append(layer)
@@ -95,7 +103,7 @@ class MeasuredConvolutions:
         if nearest.shape == shape:
             return taken
         padded = any(channels * element_bytes % _FILLED_BYTES for channels in (shape.inputs, shape.outputs))
-        if padded or (element_bytes, which) not in _READ_ACROSS:
+        if padded or (element_bytes, which) not in self._read_across:
             return None
         copies, rest = _copies_in(taken, _tensors_bytes(nearest.shape, element_bytes))
         return rest + _sum_of(copies, _tensors_bytes(shape, element_bytes))
