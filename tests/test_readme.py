@@ -99,6 +99,14 @@ def test_the_figures_of_speed_within_a_budget_are_those_of_the_results() -> None
     assert "| {:.2f}, {:.2f}, {:.2f} |".format(*(cell["speed_of_plain"] for cell in budgeted)) in README
     assert f"by hand has {flow['bfloat16 32 checkpointed']['speed_of_plain']:.2f} |" in README
     assert f"reserves {flow['bfloat16 32 plain']['peak_bytes'] / 2**30:.1f} GiB" in README
+    large = [flow[f"bfloat16 240 samegrad {budget}"] for budget in ("8GiB", "4GiB")]
+    assert all(cell["within_budget"] and cell["verdict"] == "same" for cell in large)
+    by_hand, plain = flow["bfloat16 240 checkpointed"], flow["bfloat16 240 plain"]
+    assert f"by hand has {by_hand['speed_of_plain']:.2f} in {by_hand['peak_bytes'] / 2**30:.1f} GiB" in README
+    assert f"plain step reserves {plain['peak_bytes'] / 2**30:.0f} GiB" in README
+    assert "| {:.2f}, {:.2f} | `python benchmarks/flow_style_gpu.py --rows 240".format(
+        *(cell["speed_of_plain"] for cell in large)
+    ) in README  # fmt: skip
 
 
 def test_the_figures_of_small_budgets_not_compiled_are_those_of_the_results() -> None:
