@@ -20,7 +20,7 @@ from samegrad.plan.choose import choose_plan
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.plan.traced import Candidate, predict_traced, traced_candidates
-from samegrad.records import Budget, Counting, Exactness, Footprint, Plan
+from samegrad.records import Budget, Counting, Exactness, Footprint, Phase, PhaseLaw, Plan, ProbedWay
 from samegrad.settle import aliases_for, plan_ahead
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.following import follow
@@ -177,6 +177,26 @@ def test_rounding_is_followed_and_taken_only_where_it_is_allowed() -> None:
         assert any("autocast" in levers_of(candidate) for candidate in candidates) is taken
     limit = budget(traced_candidates(exactly, Options())[0].peak_bytes * 4 // 5)
     assert choose_plan(exactly, Options(), limit)[0].reasons["autocast"].startswith("not allowed: ")
+
+
+@pytest.mark.parametrize(
+    ("slower", "holds", "is_followed"),
+    [(1.0, 1.0, False), (1.2, 1.1, False), (0.9, 1.0, True), (1.0, 0.9, True)],
+    ids=["no faster", "slower", "faster", "holds less"],
+)
+def test_what_was_probed_to_bring_nothing_is_not_followed(slower: float, holds: float, is_followed: bool) -> None:
+    step, footprint = plainly_followed("pictures")
+    law = PhaseLaw(phase=Phase.BACKWARD, fixed_bytes=1e6, per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0)
+    probed = ProbedWay(
+        levers={"layout": {}}, plain_laws=(dataclasses.replace(law, fixed_bytes=holds * 1e6),),
+        seconds_per_row=0.0, seconds_per_chunk=slower,
+    )  # fmt: skip
+    measured = dataclasses.replace(
+        footprint, plain_laws=(law,), seconds_per_row=0.0, seconds_per_chunk=1.0, probed=(probed,)
+    )
+    looked = with_lever_ways(step, measured, Options(), budget(MIB))
+    assert ({"layout": {}} in ways_of(looked)) is is_followed
+    assert ("layout" in looked.refusals) is ("layout" in measured.refusals)
 
 
 def test_state_that_hardly_counts_is_not_followed_and_the_reason_says_what_it_is() -> None:

@@ -3,6 +3,8 @@
 Each is followed on the whole batch, and, where rows may be split beside it, on part of it; at other rows its storages
 lie on lines, as those of the plain step do. Optimizer state on the host changes what is resident and nothing else, so
 one trace of it serves every other way as well. What can be chosen only together with another lever is followed with it.
+What was probed on the device to be no faster and to hold no less is not followed: that takes seconds, and a plan would
+take it or leave it by chance.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from samegrad.levers import Slot, find_levers, find_whole_levers
 from samegrad.levers.autocast import Autocast
 from samegrad.levers.optimizer_state import OptimizerState
 from samegrad.plan.options import Options
+from samegrad.plan.whole_ways import footprint_under
 from samegrad.records import Budget, Category, Footprint
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.traced_ways import traces_under, way_of
@@ -26,6 +29,8 @@ Levers = dict[str, dict[str, Any]]
 
 # Of the budget, from which on optimizer state is worth sending to the host.
 _WORTH_FRACTION = 0.05
+# Of the plain step's peak, below which a lever's saves something.
+_LESS_FRACTION = 0.98
 
 
 def with_lever_ways(step: FollowedStep, footprint: Footprint, options: Options, budget: Budget) -> Footprint:
@@ -38,6 +43,8 @@ def with_lever_ways(step: FollowedStep, footprint: Footprint, options: Options, 
     offered = offered_levers(dataclasses.replace(footprint, refusals=refusals), options)
     ways = list(footprint.traced)
     for levers in lever_sets(offered, [way.levers for way in ways if way.levers]):
+        if _brings_nothing(footprint, levers):
+            continue
         try:
             ways.append(_followed(step, levers))
         except (CannotTrace, UsageError) as error:
@@ -50,6 +57,17 @@ def with_lever_ways(step: FollowedStep, footprint: Footprint, options: Options, 
         except (CannotTrace, UsageError) as error:
             refusals[OptimizerState.name] = f"it cannot be followed: {error.found}"
     return dataclasses.replace(footprint, traced=tuple(ways), refusals=refusals)
+
+
+def _brings_nothing(footprint: Footprint, levers: Levers) -> bool:
+    """Whether the step was probed under ``levers``, took no less time and held no less."""
+    if all(way.levers != levers for way in footprint.probed):
+        return False
+    under, rows = footprint_under(footprint, levers), footprint.batch_rows
+    seconds, plain_seconds = under.predicted_seconds(rows=rows), footprint.predicted_seconds(rows=rows)
+    if seconds is None or plain_seconds is None or seconds < plain_seconds:
+        return False
+    return under.predicted_peak_bytes(rows=rows) >= _LESS_FRACTION * footprint.predicted_peak_bytes(rows=rows)
 
 
 def offered_levers(footprint: Footprint, options: Options) -> Levers:
