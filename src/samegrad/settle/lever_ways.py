@@ -17,9 +17,10 @@ from samegrad.errors import CannotTrace, UsageError
 from samegrad.levers import Slot, find_levers, find_whole_levers
 from samegrad.levers.autocast import Autocast
 from samegrad.levers.optimizer_state import OptimizerState
+from samegrad.measure.laws import peak_of
 from samegrad.plan.options import Options
 from samegrad.plan.whole_ways import footprint_under
-from samegrad.records import Budget, Category, Footprint
+from samegrad.records import Budget, Category, Footprint, ProbedWay
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.traced_ways import traces_under, way_of
 from samegrad.unit_tables import TracedWay, UnitTable
@@ -61,13 +62,22 @@ def with_lever_ways(step: FollowedStep, footprint: Footprint, options: Options, 
 
 def _brings_nothing(footprint: Footprint, levers: Levers) -> bool:
     """Whether the step was probed under ``levers``, took no less time and held no less."""
-    if all(way.levers != levers for way in footprint.probed):
+    way = next((way for way in footprint.probed if way.levers == levers), None)
+    if way is None:
         return False
-    under, rows = footprint_under(footprint, levers), footprint.batch_rows
-    seconds, plain_seconds = under.predicted_seconds(rows=rows), footprint.predicted_seconds(rows=rows)
+    rows = footprint.batch_rows
+    seconds = footprint_under(footprint, levers).predicted_seconds(rows=rows)
+    plain_seconds = footprint.predicted_seconds(rows=rows)
     if seconds is None or plain_seconds is None or seconds < plain_seconds:
         return False
-    return under.predicted_peak_bytes(rows=rows) >= _LESS_FRACTION * footprint.predicted_peak_bytes(rows=rows)
+    return not holds_less(way, footprint)
+
+
+def holds_less(way: ProbedWay, footprint: Footprint) -> bool:
+    """Whether the whole step holds clearly less under ``way`` than plain."""
+    rows = footprint.batch_rows
+    under, plain = (peak_of(laws, rows, rows) for laws in (way.plain_laws, footprint.plain_laws))
+    return under < _LESS_FRACTION * plain
 
 
 def offered_levers(footprint: Footprint, options: Options) -> Levers:

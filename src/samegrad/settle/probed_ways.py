@@ -22,13 +22,13 @@ from samegrad.execute.apply import in_force
 from samegrad.levers import Slot, find_levers
 from samegrad.levers._variants import most_rows
 from samegrad.measure.laws import fit_laws
-from samegrad.measure.probe import Probe, time_plain
+from samegrad.measure.probe import time_plain
 from samegrad.measure.probe_sets import MORE_ROOM, kept_row_bytes, plain_probes, split_probes
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Exactness, Phase, Plan, ProbedWay
-from samegrad.settle.lever_ways import Levers, lever_sets, offered_levers
+from samegrad.settle.lever_ways import Levers, holds_less, lever_sets, offered_levers
 from samegrad.settle.own_code import own_code_under
 from samegrad.settle.probing import Measurement
 
@@ -70,15 +70,12 @@ def _probed(
 ) -> ProbedWay:  # fmt: skip
     footprint, ways, layout = measurement.footprint, measurement.ways, declared.layout(batch)
     plan = Plan(levers=levers, exactness=Exactness.ROUNDED, batch_rows=layout.rows)
-    draws, parts = StepDraws(ways.sites), list[Probe]()
+    draws = StepDraws(ways.sites)
+    # For their bytes alone: a lever's seconds are told by runs in turn with the plain step.
     with in_force(plan, declared, layout.rows) as execution:
-        changed = execution.declared
-        # For their bytes alone: a lever's seconds are told by runs in turn with the plain step.
         whole = plain_probes(
-            changed, batch, layout, draws, whole_only=isinstance(ways.refusal, FailsOnFewRows), timed_runs=0
+            execution.declared, batch, layout, draws, whole_only=isinstance(ways.refusal, FailsOnFewRows), timed_runs=0
         )
-        if ways.by_rows is not None:
-            parts = split_probes(SplitStep(changed, aliases, ways.by_rows, stream_chunks), batch, layout, timed_runs=0)
     few = most = whole[-1].batch_rows
     if declared.device.type == "cuda":
         # At a few rows launches hide what its kernels gain.
@@ -86,14 +83,22 @@ def _probed(
     slower = _slower_on_rows_that_fit(declared, batch, plan, (few, most), draws)
     missing = measurement.turn.missing_state_bytes
     turn = tuple(law for law in footprint.plain_laws if law.phase is Phase.OPTIMIZER)
-    return ProbedWay(
+    way = ProbedWay(
         levers=levers,
         plain_laws=(*fit_laws(whole, missing_bytes=missing), *turn),
-        laws=(*fit_laws(parts, missing_bytes=missing), *turn) if parts else (),
-        kept_row_bytes=kept_row_bytes(parts) if footprint.kept_row_bytes is not None else None,
+        laws=footprint.laws,
+        kept_row_bytes=footprint.kept_row_bytes,
         seconds_per_row=None if footprint.seconds_per_row is None else footprint.seconds_per_row * slower,
         seconds_per_chunk=None if footprint.seconds_per_chunk is None else footprint.seconds_per_chunk * slower,
     )
+    # Chunks of what holds no less at once, and is no faster, hold no less either.
+    if ways.by_rows is None or (slower >= 1.0 and not holds_less(way, footprint)):
+        return way
+    with in_force(plan, declared, layout.rows) as execution:
+        split = SplitStep(execution.declared, aliases, ways.by_rows, stream_chunks)
+        parts = split_probes(split, batch, layout, timed_runs=0)
+    kept = kept_row_bytes(parts) if footprint.kept_row_bytes is not None else None
+    return dataclasses.replace(way, laws=(*fit_laws(parts, missing_bytes=missing), *turn), kept_row_bytes=kept)
 
 
 def _slower_on_rows_that_fit(
