@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from samegrad.cli import programs, run_loop
+from samegrad.cli.training import Tick, Training
 from samegrad.records import Footprint, Plan, Verdict
 from samegrad.store import RunFolder, load_checkpoint
 from tests.cli.conftest import Cli, metrics
@@ -194,6 +196,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     ran = cli("run", "steps.py:slow", "--output", "out", "--resume")
     assert ran.code == 0
     assert f"resuming after step {stopped_at}" in ran.err
+    same_state(folder / "whole", folder / "out")
+    assert trace(folder / "whole") == trace(folder / "out")
+
+
+def test_a_recipe_stops_between_two_steps_of_an_epoch_and_goes_on_there(
+    cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moons = ("run", "score_kernel", "--data", "moons", "--niters", "100", "--train_kernel_size", "10", "--output")
+    with monkeypatch.context() as stopping:
+        # A pause after every step; the signal comes in the second epoch of fifty.
+        stopping.setattr(programs, "_PAUSE_SECONDS", 0.0)
+        record = run_loop._record
+
+        def told(tick: Tick, training: Training, run: RunFolder) -> str:
+            if training.steps_done == 57:
+                signal.raise_signal(signal.SIGTERM)
+            return record(tick, training, run)
+
+        stopping.setattr(run_loop, "_record", told)
+        assert cli(*moons, "out").code == 75
+    assert load_checkpoint(folder / "out" / "checkpoints").step == len(metrics(folder / "out")) == 57
+    assert cli(*moons, "out", "--resume").code == 0
+    assert cli(*moons, "whole").code == 0
     same_state(folder / "whole", folder / "out")
     assert trace(folder / "whole") == trace(folder / "out")
 

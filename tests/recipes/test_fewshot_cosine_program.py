@@ -29,6 +29,8 @@ from samegrad.recipes.fewshot_cosine.options import FewShotOptions
 from samegrad.recipes.fewshot_cosine.recipe import FewShotProgram, build, table
 from samegrad.recipes.fewshot_cosine.stepping import amp_dtype, chunk_sizes
 
+from .resuming import assert_goes_on_within_an_epoch
+
 SMALL = FewShotOptions(
     dataset="digits", n_way=3, k_shot=2, n_query=3, n_episode=3, num_epoch=2, test_iter=4, image_size=16, device="cpu",
     dtype="float64", lambda_V=0.5, lambda_C=0.1, dynamic_accumulation=False,
@@ -164,6 +166,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one() -> None:
     assert second.validations == straight.validations and len(second.validations) == 2
     for one, other in zip(second.model.state_dict().values(), straight.model.state_dict().values()):
         assert torch.equal(one, other)
+
+
+def test_a_run_that_stops_within_an_epoch_goes_on_there() -> None:
+    assert_goes_on_within_an_epoch(lambda: build(SMALL))
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ from samegrad.recipes.flow_style.options import SIZES, FlowStyleOptions
 from samegrad.recipes.flow_style.pictures import draw_curves
 from samegrad.recipes.flow_style.recipe import RECIPE, FlowStyleProgram, build, table
 
+from .resuming import assert_goes_on_within_an_epoch
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -184,6 +186,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(options: Fl
     assert [result.loss for result in run_epochs(second)] == losses[1:]
     found, expected = second.model.state_dict(), straight.model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_run_that_stops_within_an_epoch_goes_on_there(options: FlowStyleOptions) -> None:
+    assert_goes_on_within_an_epoch(lambda: build(options))
 
 
 def test_what_is_written_is_read_back(options: FlowStyleOptions, tmp_path: Path) -> None:

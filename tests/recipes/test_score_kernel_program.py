@@ -29,6 +29,8 @@ from samegrad.recipes.score_kernel.recipe import RECIPE, ScoreKernelProgram, bui
 from samegrad.recipes.score_kernel.schedule import learning_rates
 from samegrad.recipes.score_kernel.strategies import documents_choice, memory_estimate
 
+from .resuming import assert_goes_on_within_an_epoch
+
 CENTERS = 23
 
 
@@ -245,6 +247,11 @@ def test_a_resumed_program_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) 
     late = [step.loss for epoch in run_epochs(second) for step in epoch.steps]
     assert [*(step.loss for step in early.steps), *late] == losses
     assert second.history == whole.history
+
+
+def test_a_run_that_stops_within_an_epoch_goes_on_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_program, "EPOCH_ITERATIONS", 3)
+    assert_goes_on_within_an_epoch(lambda: build(options(niters=6)))
 
 
 def test_training_samples_get_new_noise_and_batches_are_the_epochs_own() -> None:

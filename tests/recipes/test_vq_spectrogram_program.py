@@ -26,6 +26,8 @@ from samegrad.recipes.vq_spectrogram.recipe import VQSpectrogramProgram, build, 
 from samegrad.recipes.vq_spectrogram.schedule import stage_of
 from samegrad.recipes.vq_spectrogram.sources import open_splits
 
+from .resuming import assert_goes_on_within_an_epoch
+
 TRAINED, PER_LABEL = 6, 3  # clips of each of two machine ids
 
 
@@ -151,6 +153,10 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(options: VQSpe
     assert [result.epoch for result in rest] == [2, 3, 4]
     assert [result.loss for result in rest] == losses[2:]
     assert same_state(second, straight)
+
+
+def test_a_run_that_stops_within_an_epoch_goes_on_there(options: VQSpectrogramOptions) -> None:
+    assert_goes_on_within_an_epoch(lambda: build(options))
 
 
 def test_validation_is_the_mean_over_clips_in_eval_mode_and_changes_nothing(options: VQSpectrogramOptions) -> None:

@@ -37,6 +37,9 @@ from samegrad.store import (
 )
 from samegrad.units import format_bytes, format_seconds, parse_bytes, parse_share
 
+# After so long within an epoch what was done is written down, and a run that is asked to stop does.
+_PAUSE_SECONDS = 2.0
+
 
 @contextlib.contextmanager
 def advised(target: Target) -> Iterator[None]:
@@ -122,7 +125,7 @@ def _seed(seed: int) -> None:
 
 
 class RecipeTraining:
-    """A recipe's program, one epoch a tick, counted in the program's own unit."""
+    """A recipe's program, one epoch a tick or a few seconds of it, counted in the program's own unit."""
 
     declared_here = False
 
@@ -166,10 +169,10 @@ class RecipeTraining:
 
     def ticks(self) -> Iterator[Tick]:
         counter = sg.count_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
-        for epoch in run_epochs(self.program, counter=counter):
+        for epoch in run_epochs(self.program, counter=counter, pause_seconds=_PAUSE_SECONDS):
             self._emptied.seconds += epoch.empty_cache_seconds
             self._emptied.given_back_bytes += epoch.given_back_bytes
-            last = epoch.stopped or self.program.next_epoch >= self.program.epochs
+            last = epoch.is_over and (epoch.stopped or self.program.next_epoch >= self.program.epochs)
             yield Tick(
                 results=epoch.steps,
                 validation_loss=epoch.validation,

@@ -32,6 +32,7 @@ def train_in(
         done = f"{training.unit} {training.done} is done, and the last one was to be {training.total}"
         console.note(f"nothing is left to train: {done}")
     thrashing, ended, before = False, _Ended(), training.done
+    is_logged = before > 0
     with stop.hold(), console.progress(training.title, training.total) as bar:
         for tick in _until_workers_end(training, ended):
             told = _record(tick, training, folder)
@@ -39,8 +40,9 @@ def train_in(
                 thrashing = True
                 bar.say(line)
             bar.advance(told, done=training.done)
-            if before == 0 or tick.last or _is_due(options.log_every, before, training.done):
+            if not is_logged or tick.last or _is_due(options.log_every, before, training.done):
                 _log_memory(tick, told, training, folder, plan.budget, bar)
+                is_logged = True
             if stop or tick.last or _is_due(options.save_every, before, training.done):
                 _save(training, folder, stop)
                 saved_at = training.done

@@ -180,7 +180,8 @@ def _resume(training: Training, folder: RunFolder, options: RunOptions, console:
         console.note(f"warning: {sentence}")
     dropped = folder.rewind_metrics(step=training.steps_done - 1)
     redo = f"; {dropped} later lines of metrics.jsonl will be written again" if dropped else ""
-    console.note(f"resuming after {training.unit} {training.done}, from {checkpoint.path}{redo}")
+    step = "" if training.unit == "step" else f" (step {training.steps_done})"
+    console.note(f"resuming after {training.unit} {training.done}{step}, from {checkpoint.path}{redo}")
 
 
 def _plan(training: Training, folder: RunFolder, given: Plan | None, console: Console, *, resumed: bool) -> Planned:

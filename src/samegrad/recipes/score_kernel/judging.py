@@ -41,7 +41,7 @@ def gaussian_matching(train: Tensor, points: Tensor) -> float:
     """
     train, points = train.double(), points.double()
     mean = train.mean(0)
-    covariance = torch.cov(train.T) + 1e-6 * torch.eye(train.shape[1], dtype=torch.float64)
+    covariance = torch.cov(train.T) + 1e-6 * torch.eye(train.shape[1], dtype=train.dtype, device=train.device)
     precision = torch.linalg.inv(covariance)
     score = (points - mean) @ precision
     return float(score.square().sum(1).mean() - 2 * precision.trace())

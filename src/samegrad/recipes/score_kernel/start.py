@@ -23,9 +23,10 @@ def begin_at_covariance(model: KernelModel, train: Tensor, centers: Tensor, *, b
     """
     factornet = model.factornet
     assert isinstance(factornet, FactorNet)
-    covariance = torch.cov(train.double().T) if len(train) > 1 else torch.eye(train.shape[1], dtype=torch.float64)
+    unit = torch.eye(train.shape[1], dtype=torch.float64, device=train.device)
+    covariance = torch.cov(train.double().T) if len(train) > 1 else unit
     ridge = _RIDGE_FRACTION * covariance.diagonal().mean().clamp_min(1e-12)
-    precision = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance), device=covariance.device))
+    precision = torch.linalg.inv(covariance + ridge * unit)
     losses = []
     for scale in SCALES:
         factornet.begin_at(precision / scale, model.stability)
