@@ -13,7 +13,7 @@ import torch
 
 from samegrad.measure.cards import CARDS
 from samegrad.measure.target import Target
-from samegrad.records import Footprint, Front, Plan
+from samegrad.records import Footprint, Front, KnobOrigin, Plan
 from samegrad.units import format_bytes, parse_bytes
 from tests.cli.conftest import Cli
 
@@ -239,6 +239,18 @@ def test_a_recipe_is_planned_for_a_card(cli: Cli) -> None:
 def test_a_recipes_budget_is_the_cards(recipe: tuple[str, ...], cli: Cli) -> None:
     document = planned(cli, *recipe, *CARD, "--budget", "250MiB")
     assert document["plan"]["budget"]["total_bytes"] == 250 * 2**20
+
+
+@pytest.mark.parametrize(("strategy", "rows"), [(("--chunk_size", "10"), 10), (("--accumulation_steps", "1"), None)])
+def test_what_a_recipes_options_pin_is_pinned_on_the_card_too(
+    cli: Cli, strategy: tuple[str, ...], rows: int | None
+) -> None:
+    name = "chunked" if rows else "gradient_accumulation"
+    kernel = ("plan", "score_kernel", *CARD, "--data", "moons", "--strategy", name, *strategy)
+    plan = Plan.from_dict(cli(*kernel, "--budget", "4GiB", "--json").document["plan"])
+    assert plan.levers.get("split_rows", {}).get("rows") == rows
+    if rows:
+        assert plan.knob_origins["split_rows.rows"] is KnobOrigin.PINNED
 
 
 def test_measure_on_a_card_is_predicted_only(cli: Cli, folder: Path) -> None:

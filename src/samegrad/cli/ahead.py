@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import samegrad as sg
 from samegrad.cli.planned import declare_again, facts_for
 from samegrad.cli.training import Training
 from samegrad.measure.cards import Card
 from samegrad.measure.target import Target
-from samegrad.records import Budget, Counting, Footprint, Origin, Plan
+from samegrad.records import Budget, Counting, Footprint, KnobOrigin, Origin, Plan
 from samegrad.settle import Ahead, plan_ahead, plan_followed
 
 
@@ -62,8 +63,18 @@ def plan_for_card(training: Training, card: Card, given: Plan | None = None) -> 
         return _planned(training, target, plan, ahead)
     step = training.step
     budget = training.budget if training.budget is not None else step.asked_budget
-    ahead = plan_ahead(step, training.batch, card.name, budget=budget, rows=step.rows, allow=step.allow)
+    ahead = plan_ahead(step, training.batch, card.name, budget=budget, rows=_pinned_rows(step), allow=step.allow)
     return _planned(training, target, ahead.plan, ahead)
+
+
+def _pinned_rows(step: sg.Step) -> int | Sequence[int] | None:
+    """Rows at a time that the step's declaration pins, by themselves or by a plan; None where it leaves them open."""
+    if step.rows is not None or step.plan is None:
+        return step.rows
+    if step.plan.knob_origins.get("split_rows.rows") is not KnobOrigin.PINNED:
+        return None
+    rows: int | Sequence[int] = step.plan.levers.get("split_rows", {}).get("rows", step.plan.batch_rows)
+    return rows
 
 
 def _planned(training: Training, target: Target, plan: Plan, ahead: Ahead) -> PlannedAhead:
