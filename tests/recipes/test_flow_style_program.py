@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import samegrad as sg
+from samegrad.cli.options import parse_call
 from samegrad.cli.planned import plan_step
 from samegrad.cli.programs import RecipeTraining
 from samegrad.errors import IN_THE_DECLARATION
@@ -108,6 +109,16 @@ def test_pinned_checkpointing_is_the_models_own_option(options: FlowStyleOptions
     with pytest.raises(sg.UsageError, match="turned off") as refused:
         changed(options, checkpoint_every=2, use_gradient_checkpointing=False)
     assert refused.value.option == "checkpoint_every"
+
+
+@pytest.mark.parametrize(
+    ("flag", "pinned"), [("--use_gradient_checkpointing", 1), ("--no_use_gradient_checkpointing", 0)]
+)
+def test_the_flags_that_the_texts_name_pin_checkpointing(flag: str, pinned: int) -> None:
+    asked = parse_call("samegrad run flow_style", (FlowStyleOptions,), [flag, "--dtype", "float64"])
+    assert asked.part(FlowStyleOptions).pinned_checkpoint == pinned
+    readme = Path(plans.__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert f"`{flag}`" in readme
 
 
 def counted_peak(program: FlowStyleProgram, batch: Any) -> int:

@@ -37,7 +37,7 @@ class FlowStyleOptions(CommonOptions):
     ode_integration_steps: int = 10
     """Euler steps from a row's time to 1."""
     use_gradient_checkpointing: bool | None = None
-    """Run ODE steps again in backward; pins the plan. Unset: the budget decides, without budget off."""
+    """Run ODE steps again in backward, or with --no_use_gradient_checkpointing never. Unset: the budget decides."""
     checkpoint_every: int | None = None
     """With checkpointing, what enters every so manyth ODE step is kept. Unset: every step."""
     use_compile: bool = False
