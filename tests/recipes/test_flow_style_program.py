@@ -261,8 +261,11 @@ def test_a_compiled_step_is_the_same_and_is_counted(options: FlowStyleOptions) -
     assert 1 <= counts["compiled_graphs"] <= options.cache_size_limit and counts["graph_breaks"] == 0
 
 
-def test_cudnn_flags_are_put_back_however_an_epoch_ends(options: FlowStyleOptions) -> None:
+def test_cudnn_flags_are_put_back_however_an_epoch_ends_and_of_no_effect_elsewhere(options: FlowStyleOptions) -> None:
     program = build(changed(options, use_cudnn_benchmark=True))
+    # On the CPU there is nothing to try, which is said where the run says what it does.
+    told = "--use_cudnn_benchmark has no effect"
+    assert told in "\n".join(program.describe()) and told not in "\n".join(build(options).describe())
     batches = program.batches(0)
     next(batches)
     assert torch.backends.cudnn.benchmark
@@ -281,6 +284,18 @@ def test_a_wrong_value_is_refused_by_its_options_name(name: str, value: Any) -> 
     with pytest.raises(sg.UsageError) as refused:
         FlowStyleOptions(**{name: value})
     assert refused.value.option == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("compile_mode", "reduce-overhead"), ("fullgraph", True), ("cache_size_limit", 8)]
+)
+def test_what_only_compiling_heeds_is_refused_without_it(name: str, value: Any) -> None:
+    with pytest.raises(sg.UsageError, match="add --use_compile") as refused:
+        FlowStyleOptions(**{name: value})
+    assert refused.value.option == name
+    assert getattr(FlowStyleOptions(use_compile=True, **{name: value}), name) == value
+    # A file may name the defaults.
+    assert not FlowStyleOptions(use_compile=False, **{name: getattr(FlowStyleOptions(), name)}).use_compile
 
 
 def test_wrong_data_is_refused_with_the_layout(options: FlowStyleOptions, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class FlowStyleOptions(CommonOptions):
     cache_size_limit: int = 16
     """Compiled variants before torch.compile gives up on a function (its recompile limit)."""
     use_cudnn_benchmark: bool = False
-    """Let cuDNN try its convolution algorithms while training; shapes must not change."""
+    """Let cuDNN try its convolution algorithms while training, on CUDA; shapes must not change."""
     num_epochs: int | None = None
     """Epochs. Unset: 100, or 20 for the bundled pictures."""
     steps_per_epoch: int | None = None
@@ -123,6 +123,9 @@ class FlowStyleOptions(CommonOptions):
             self._refuse("swd_scale_weights", f"{len(self.swd_scales)} swd_scales", "give one weight for each")
         if self.checkpoint_every is not None and self.use_gradient_checkpointing is False:
             self._refuse("checkpoint_every", "checkpointing is turned off", "leave one of the two out")
+        for name in ("compile_mode", "fullgraph", "cache_size_limit"):
+            if not self.use_compile and getattr(self, name) != getattr(FlowStyleOptions, name):
+                self._refuse(name, "nothing is compiled", "add --use_compile, or leave it out")
 
     def _check_numbers(self) -> None:
         self._at_least(

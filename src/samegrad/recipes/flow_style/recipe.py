@@ -116,6 +116,7 @@ class FlowStyleProgram(Program):
         patches = data.patches_in(rows, splits.training.latents)
         compared = min(options.max_samples or patches, patches)
         parameters = sum(p.numel() for p in self.model.parameters())
+        without_cudnn = options.use_cudnn_benchmark and self.step.declared.device.type != "cuda"
         return [
             f"latents: {splits.described}; styles {', '.join(splits.training.names)}; "
             f"{len(splits.training)} to train on, {len(splits.held_out)} held out",
@@ -127,6 +128,7 @@ class FlowStyleProgram(Program):
             f"{'within their style' if self.energy.by_style else 'all in one pool'}",
             f"optimizer: AdamW, learning rate {options.size('learning_rate'):g} to {options.last_learning_rate:g}, "
             f"gradient norm clipped to {options.max_grad_norm:g} once a logical step",
+            *(["--use_cudnn_benchmark has no effect: cuDNN runs on CUDA devices only"] if without_cudnn else []),
         ]
 
     @functools.cached_property
