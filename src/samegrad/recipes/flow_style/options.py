@@ -30,6 +30,8 @@ class FlowStyleOptions(CommonOptions):
     # Without a type, so that it is no option itself.
     config_sections = CONFIG_SECTIONS
 
+    dtype: str = "float32"
+    """Number format: float32, float64, or bfloat16, which means autocast over float32 weights."""
     batch_size: int | None = None
     """With accumulation_steps, the logical batch. Unset: the document's 32, or 8 for the bundled pictures."""
     accumulation_steps: int = 2
