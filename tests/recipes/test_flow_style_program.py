@@ -261,16 +261,26 @@ def test_a_compiled_step_is_the_same_and_is_counted(options: FlowStyleOptions) -
     assert 1 <= counts["compiled_graphs"] <= options.cache_size_limit and counts["graph_breaks"] == 0
 
 
-def test_cudnn_flags_are_put_back_however_an_epoch_ends_and_of_no_effect_elsewhere(options: FlowStyleOptions) -> None:
+def test_cudnn_flags_are_put_back_however_an_epoch_ends(options: FlowStyleOptions) -> None:
     program = build(changed(options, use_cudnn_benchmark=True))
-    # On the CPU there is nothing to try, which is said where the run says what it does.
-    told = "--use_cudnn_benchmark has no effect"
-    assert told in "\n".join(program.describe()) and told not in "\n".join(build(options).describe())
     batches = program.batches(0)
     next(batches)
     assert torch.backends.cudnn.benchmark
     batches.close()
     assert not torch.backends.cudnn.benchmark
+
+
+def test_cudnn_trials_without_cuda_are_said_to_have_no_effect(
+    options: FlowStyleOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = changed(options, use_cudnn_benchmark=True)
+    build(wanted)
+    assert caplog.text.count("--use_cudnn_benchmark has no effect here (cpu)") == 1
+    caplog.clear()
+    build(options)
+    # For a card that is elsewhere the host only stands in.
+    build(wanted.for_card_elsewhere())
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

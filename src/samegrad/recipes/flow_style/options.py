@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from samegrad.recipes._recipe import CommonOptions
 
@@ -159,6 +159,10 @@ class FlowStyleOptions(CommonOptions):
         """The option ``name``, or where it is unset the document's value or that of the bundled pictures."""
         value = getattr(self, name)
         return value if value is not None else SIZES[name][self.data_root is None]
+
+    def for_card_elsewhere(self) -> Self:
+        # No plan hangs on cuDNN's trials, and the host has none.
+        return dataclasses.replace(super().for_card_elsewhere(), use_cudnn_benchmark=False)
 
     @property
     def logical_rows(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from .results import write_results
 from .sampling import Sampler
 from .splits import Splits, open_splits
 from .table import rows_of_table
+
+_log = logging.getLogger("samegrad")
 
 # Beside the options' seed and the epoch, so that no two uses share draws.
 _TRAINING, _VALIDATION, _STYLING = 0, 1, 2
@@ -116,7 +119,6 @@ class FlowStyleProgram(Program):
         patches = data.patches_in(rows, splits.training.latents)
         compared = min(options.max_samples or patches, patches)
         parameters = sum(p.numel() for p in self.model.parameters())
-        without_cudnn = options.use_cudnn_benchmark and self.step.declared.device.type != "cuda"
         return [
             f"latents: {splits.described}; styles {', '.join(splits.training.names)}; "
             f"{len(splits.training)} to train on, {len(splits.held_out)} held out",
@@ -128,7 +130,6 @@ class FlowStyleProgram(Program):
             f"{'within their style' if self.energy.by_style else 'all in one pool'}",
             f"optimizer: AdamW, learning rate {options.size('learning_rate'):g} to {options.last_learning_rate:g}, "
             f"gradient norm clipped to {options.max_grad_norm:g} once a logical step",
-            *(["--use_cudnn_benchmark has no effect: cuDNN runs on CUDA devices only"] if without_cudnn else []),
         ]
 
     @functools.cached_property
@@ -160,14 +161,16 @@ def _in_chunks(batch: data.StyleBatch, rows: int) -> Iterator[data.StyleBatch]:
 
 def build(options: FlowStyleOptions) -> FlowStyleProgram:
     """The program that ``options`` describe; latents are read, nothing is trained. Raises what is wrong with them."""
-    splits = open_splits(options)
+    splits, device = open_splits(options), sg.find_device(options.device)
+    if options.use_cudnn_benchmark and device.type != "cuda":
+        _log.warning("samegrad: --use_cudnn_benchmark has no effect here (%s): cuDNN runs on CUDA devices", device)
     model = make_flow(
         len(splits.training.names),
         base_channels=options.size("base_channels"),
         ode_steps=options.ode_integration_steps,
         seed=options.random_seed,
         dtype=weight_dtype(options.dtype),
-    ).to(sg.find_device(options.device))
+    ).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.size("learning_rate"), weight_decay=options.weight_decay,
         # Which takes no temporaries; the others take a parameter size.
