@@ -26,6 +26,7 @@ class ToyOptions:
     budget: str | None = None
     tied: bool = False
     use_amp: bool = True
+    again: bool | None = None
     penalty: float = 0.0
     sizes: tuple[int, ...] = ()
     force: Switch = False
@@ -100,6 +101,26 @@ def test_dashes_and_underscores_are_one_option(name: str) -> None:
 )
 def test_a_truth_can_be_given_both_ways(line: list[str], value: bool) -> None:
     assert read(*line).use_amp is value
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("--again", True), ("--no_again", False), ("--no-again -q", False), ("--again --num_epochs 4", True),
+        ("--again True", True), ("--again False", False), ("--again=False", False), ("--again None", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_truth_that_may_be_unset_is_given_like_the_others(line: str, value: bool | None, files: Path) -> None:
+    assert read(*line.split()).again is value
+    # Over a file that says the other.
+    Path("again.json").write_text(f'{{"again": {"false" if value else "true"}}}')
+    call = parse_call("toy", [ToyOptions], [*line.split(), "--config", "again.json"], target="toy")
+    assert call.part(ToyOptions).again is (value if line else True)
+    assert call.origins["again"] == ("--again" if line else "again.json:1")
+
+
+def test_a_truth_that_may_be_unset_takes_no_other_word() -> None:
+    assert "--again: 'maybe' is not true or false" in wrong("--again", "maybe").found
 
 
 def test_all_mistakes_of_all_sources_are_told_at_once(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,47 @@ def test_a_wrong_source_is_refused_by_its_path(
     assert str(source) in capsys.readouterr().err and not (tmp_path / "styled.pt").exists()
 
 
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("styled", "a name without a suffix"), ("styled.xyz", "no pictures are written as .xyz"),
+        # Pillow reads the first, and writes the second without colours.
+        ("styled.psd", "no pictures are written as .psd"), ("styled.xbm", "no pictures are written as .xbm"),
+        ("", "a folder"),
+    ],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(
+    output: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out" / output
+    (tmp_path / "out").mkdir()
+    assert inference.main([str(tmp_path / "none.pt"), str(tmp_path / "source.png"), str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and told in error and ".png" in error
+    # With a good one the missing checkpoint is told.
+    for name in ("styled.png", "styled.JPG", "styled.pt", "new/styled.webp"):
+        good = str(tmp_path / "out" / name)
+        assert inference.main([str(tmp_path / "none.pt"), str(tmp_path / "source.png"), good]) == 3
+        assert "none.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("target_size", "250", "not a multiple of 32"), ("target_size", "260", "not a multiple of 32"),
+        ("target_size", "0", "it must be positive"), ("target_size", "-32", "it must be positive"),
+        ("steps", "0", "it must be at least 1\n"), ("start_time", "2", "it must be from 0 to 1\n"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_the_flow_cannot_take_is_refused_before_the_checkpoint_is_read(
+    option: str, value: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / name) for name in ("none.pt", "source.png", "styled.png")]
+    assert inference.main([*files, f"--{option}={value}"]) == 2
+    error = capsys.readouterr().err
+    assert f"--{option} {value}" in error and told in error
+
+
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", None], ids=["zero bytes", "cut off", "folder"])
 def test_a_wrong_picture_is_refused_by_its_path_before_anything_is_written(
     content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import samegrad as sg
+from samegrad.cli.options import parse_call
 from samegrad.cli.planned import plan_step
 from samegrad.cli.programs import RecipeTraining
 from samegrad.errors import IN_THE_DECLARATION
@@ -110,6 +111,16 @@ def test_pinned_checkpointing_is_the_models_own_option(options: FlowStyleOptions
     with pytest.raises(sg.UsageError, match="turned off") as refused:
         changed(options, checkpoint_every=2, use_gradient_checkpointing=False)
     assert refused.value.option == "checkpoint_every"
+
+
+@pytest.mark.parametrize(
+    ("flag", "pinned"), [("--use_gradient_checkpointing", 1), ("--no_use_gradient_checkpointing", 0)]
+)
+def test_the_flags_that_the_texts_name_pin_checkpointing(flag: str, pinned: int) -> None:
+    asked = parse_call("samegrad run flow_style", (FlowStyleOptions,), [flag, "--dtype", "float64"])
+    assert asked.part(FlowStyleOptions).pinned_checkpoint == pinned
+    readme = Path(plans.__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert f"`{flag}`" in readme
 
 
 def counted_peak(program: FlowStyleProgram, batch: Any) -> int:
@@ -265,6 +276,19 @@ def test_cudnn_flags_are_put_back_however_an_epoch_ends(options: FlowStyleOption
     assert not torch.backends.cudnn.benchmark
 
 
+def test_cudnn_trials_without_cuda_are_said_to_have_no_effect(
+    options: FlowStyleOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = changed(options, use_cudnn_benchmark=True)
+    build(wanted)
+    assert caplog.text.count("--use_cudnn_benchmark has no effect here (cpu)") == 1
+    caplog.clear()
+    build(options)
+    # For a card that is elsewhere the host only stands in.
+    build(wanted.for_card_elsewhere())
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -276,6 +300,18 @@ def test_a_wrong_value_is_refused_by_its_options_name(name: str, value: Any) -> 
     with pytest.raises(sg.UsageError) as refused:
         FlowStyleOptions(**{name: value})
     assert refused.value.option == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("compile_mode", "reduce-overhead"), ("fullgraph", True), ("cache_size_limit", 8)]
+)
+def test_what_only_compiling_heeds_is_refused_without_it(name: str, value: Any) -> None:
+    with pytest.raises(sg.UsageError, match="add --use_compile") as refused:
+        FlowStyleOptions(**{name: value})
+    assert refused.value.option == name
+    assert getattr(FlowStyleOptions(use_compile=True, **{name: value}), name) == value
+    # A file may name the defaults.
+    assert not FlowStyleOptions(use_compile=False, **{name: getattr(FlowStyleOptions(), name)}).use_compile
 
 
 def test_wrong_data_is_refused_with_the_layout(options: FlowStyleOptions, tmp_path: Path) -> None:

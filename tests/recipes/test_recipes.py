@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 import samegrad as sg
+from samegrad.cli.options import parse_call
 from samegrad.recipes import find_options, find_recipe, recipe_names
 
 
@@ -32,6 +34,24 @@ def test_listing_and_options_import_no_torch() -> None:
         "[find_options(name)() for name in recipe_names()]; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_help_names_the_number_formats_that_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_call("toy", (find_options(name),), ["--help"])
+    help_text = " ".join(line.strip(" │|") for line in capsys.readouterr().out.splitlines())
+    told = help_text.partition("--dtype ")[2].partition("(default:")[0]
+    formats = ("float32", "float64", "bfloat16", "float16")
+    assert set(re.findall(r"\bb?float\d+", told)) == {form for form in formats if takes(name, form)}
+
+
+def takes(name: str, dtype: str) -> bool:
+    try:
+        find_options(name)(dtype=dtype)
+    except sg.UsageError:
+        return False
+    return True
 
 
 def test_the_listed_summary_is_the_recipe_files_first_line() -> None:

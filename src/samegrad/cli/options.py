@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import os
 import re
 import typing
@@ -93,6 +94,7 @@ def parse_call(
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
     if "-h" in argv or "--help" in argv:
         _read_line(prog, {kind: kind() for kind in kinds}, ["--help"])
+    argv = _spelt_out(argv, hints)
     words, problems = _words_on_line(argv, hints)
     problems += _misspelt_variables(hints)
     values: dict[str, Any] = {}
@@ -128,6 +130,20 @@ def _first_origin(kind: type, name: str) -> str:
     """"recipe" for what a recipe's own options class declares, "default" for what it inherits and for ours."""
     of_recipe = kind.__module__.startswith("samegrad.recipes.") and name in kind.__annotations__
     return "recipe" if of_recipe else "default"
+
+
+def _spelt_out(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """``argv`` with a value after every truth that may be unset: tyro knows no bare and no ``no_`` form of those."""
+    told = []
+    for token, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        name = token[2:].replace("-", "_") if token.startswith("--") else ""
+        if hints.get(name) == bool | None:
+            told += [token] if not following.startswith("-") else [token, "True"]
+        elif name.startswith("no_") and name not in hints and hints.get(name[3:]) == bool | None:
+            told += [f"--{name[3:]}", "False"]
+        else:
+            told.append(token)
+    return told
 
 
 def _words_on_line(argv: Sequence[str], hints: Mapping[str, Any]) -> tuple[dict[str, list[Written]], list[Mistake]]:

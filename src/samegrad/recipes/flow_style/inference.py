@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import samegrad as sg
 
 from .checkpoint import SavedFlow, load_flow
 from .latent_files import read_latent
-from .preprocess import middle_square
+from .preprocess import check_side, middle_square
 
 # Settings of the sampler that may be changed: the least and the most.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -48,6 +49,10 @@ def style_file(
 
     ``changed``: settings of the sampler to use instead of the checkpoint's.
     """
+    # What can be known without the checkpoint is told before it is read.
+    _check_sampler(changed or {})
+    check_side(target_size)
+    _check_output(output)
     flow = load_flow(checkpoint)
     for name, number in (("target_style_id", target_style_id), ("source_style_id", source_style_id)):
         if number is not None and not 0 <= number < len(flow.names):
@@ -56,7 +61,6 @@ def style_file(
                 asked=f"--{name} {number}", found=f"the checkpoint's styles are {known}", do="give one of the numbers",
                 option=name,
             )  # fmt: skip
-    _check_sampler(changed or {})
     latent = _read(flow, source, target_size)[None]
     if output.suffix != ".pt" and flow.codec is None:
         raise _no_codec(output)
@@ -75,10 +79,35 @@ def _check_sampler(changed: dict[str, float]) -> None:
     for name, value in changed.items():
         least, most = _RANGES[name]
         if not least <= value <= most:
+            wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise sg.UsageError(
-                asked=f"--{name} {value}", found=f"it must be from {least} to {most:g}", do="give one within",
-                option=name,
-            )  # fmt: skip
+                asked=f"--{name} {value}", found=f"it must be {wanted}", do="give one within", option=name
+            )
+
+
+def _check_output(output: Path) -> None:
+    """Raises UsageError for a path that no latent and no picture can be written to."""
+    if output.is_dir():
+        found, do = "a folder", f"name a file in it, such as {output / 'styled.png'}"
+    elif output.suffix != ".pt" and not _is_written(output.suffix.lower()):
+        found = f"no pictures are written as {output.suffix}" if output.suffix else "a name without a suffix"
+        do = "end it in .png or .jpg for a picture, in .pt for a latent"
+    else:
+        return
+    raise sg.UsageError(asked=f"output to {output}", found=found, do=do, file=str(output))
+
+
+def _is_written(suffix: str) -> bool:
+    """Whether Pillow writes colours into files that end so: it knows suffixes that it only reads, or writes in grey."""
+    from PIL import Image
+
+    if suffix not in Image.registered_extensions():
+        return False
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[suffix])
+    except (KeyError, OSError, ValueError):
+        return False
+    return True
 
 
 def _read(flow: SavedFlow, source: Path, side: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from samegrad.recipes._recipe import CommonOptions
 
@@ -30,6 +30,8 @@ class FlowStyleOptions(CommonOptions):
     # Without a type, so that it is no option itself.
     config_sections = CONFIG_SECTIONS
 
+    dtype: str = "float32"
+    """Number format: float32, float64, or bfloat16, which means autocast over float32 weights."""
     batch_size: int | None = None
     """With accumulation_steps, the logical batch. Unset: the document's 32, or 8 for the bundled pictures."""
     accumulation_steps: int = 2
@@ -37,7 +39,7 @@ class FlowStyleOptions(CommonOptions):
     ode_integration_steps: int = 10
     """Euler steps from a row's time to 1."""
     use_gradient_checkpointing: bool | None = None
-    """Run ODE steps again in backward; pins the plan. Unset: the budget decides, without budget off."""
+    """Run ODE steps again in backward, or with --no_use_gradient_checkpointing never. Unset: the budget decides."""
     checkpoint_every: int | None = None
     """With checkpointing, what enters every so manyth ODE step is kept. Unset: every step."""
     use_compile: bool = False
@@ -49,7 +51,7 @@ class FlowStyleOptions(CommonOptions):
     cache_size_limit: int = 16
     """Compiled variants before torch.compile gives up on a function (its recompile limit)."""
     use_cudnn_benchmark: bool = False
-    """Let cuDNN try its convolution algorithms while training; shapes must not change."""
+    """Let cuDNN try its convolution algorithms while training, on CUDA; shapes must not change."""
     num_epochs: int | None = None
     """Epochs. Unset: 100, or 20 for the bundled pictures."""
     steps_per_epoch: int | None = None
@@ -123,6 +125,9 @@ class FlowStyleOptions(CommonOptions):
             self._refuse("swd_scale_weights", f"{len(self.swd_scales)} swd_scales", "give one weight for each")
         if self.checkpoint_every is not None and self.use_gradient_checkpointing is False:
             self._refuse("checkpoint_every", "checkpointing is turned off", "leave one of the two out")
+        for name in ("compile_mode", "fullgraph", "cache_size_limit"):
+            if not self.use_compile and getattr(self, name) != getattr(FlowStyleOptions, name):
+                self._refuse(name, "nothing is compiled", "add --use_compile, or leave it out")
 
     def _check_numbers(self) -> None:
         self._at_least(
@@ -154,6 +159,10 @@ class FlowStyleOptions(CommonOptions):
         """The option ``name``, or where it is unset the document's value or that of the bundled pictures."""
         value = getattr(self, name)
         return value if value is not None else SIZES[name][self.data_root is None]
+
+    def for_card_elsewhere(self) -> Self:
+        # No plan hangs on cuDNN's trials, and the host has none.
+        return dataclasses.replace(super().for_card_elsewhere(), use_cudnn_benchmark=False)
 
     @property
     def logical_rows(self) -> int:

@@ -126,7 +126,7 @@ def _unsplit_steps(options: FlowStyleOptions, declare: Declare, batch: StyleBatc
             plan, footprint = sg.settle_plan(step, batch, budget=options.budget, rows=fitting[-1])
     if "recompute" in plan.levers:
         raise sg.BudgetTooSmall(
-            asked=f"--no-use_gradient_checkpointing within {options.budget}",
+            asked=f"--no_use_gradient_checkpointing within {options.budget}",
             found="even one row at a time keeps more than that",
             do="leave it out and let the budget decide, or raise the budget",
             option="use_gradient_checkpointing",

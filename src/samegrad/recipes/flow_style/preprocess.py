@@ -36,15 +36,20 @@ def middle_square(path: Path, side: int) -> Tensor:
     return torch.from_numpy(np.asarray(fitted).transpose(2, 0, 1).astype(np.float32) / 255)
 
 
-def preprocess(raw_data_root: Path, output_root: Path, target_size: int = 256) -> list[Path]:
-    """Writes the latents of all pictures, and the codec; their paths. Raises BadInput or UsageError."""
-    if target_size < _SIDE_MULTIPLE or target_size % _SIDE_MULTIPLE:
+def check_side(side: int) -> None:
+    """Raises UsageError for a picture's side that the network has no latents for."""
+    if side < _SIDE_MULTIPLE or side % _SIDE_MULTIPLE:
         raise sg.UsageError(
-            asked=f"--target_size {target_size}",
-            found=f"not a multiple of {_SIDE_MULTIPLE}",
+            asked=f"--target_size {side}",
+            found=f"not a multiple of {_SIDE_MULTIPLE}" if side > 0 else "it must be positive",
             do="give for example 256",
             option="target_size",
         )
+
+
+def preprocess(raw_data_root: Path, output_root: Path, target_size: int = 256) -> list[Path]:
+    """Writes the latents of all pictures, and the codec; their paths. Raises BadInput or UsageError."""
+    check_side(target_size)
     if output_root.exists() and any(output_root.iterdir()):
         raise sg.UsageError(
             asked=f"--output_root {output_root}", found="it holds files already", do="name a new folder",

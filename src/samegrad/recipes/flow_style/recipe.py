@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from .results import write_results
 from .sampling import Sampler
 from .splits import Splits, open_splits
 from .table import rows_of_table
+
+_log = logging.getLogger("samegrad")
 
 # Beside the options' seed and the epoch, so that no two uses share draws.
 _TRAINING, _VALIDATION, _STYLING = 0, 1, 2
@@ -158,14 +161,16 @@ def _in_chunks(batch: data.StyleBatch, rows: int) -> Iterator[data.StyleBatch]:
 
 def build(options: FlowStyleOptions) -> FlowStyleProgram:
     """The program that ``options`` describe; latents are read, nothing is trained. Raises what is wrong with them."""
-    splits = open_splits(options)
+    splits, device = open_splits(options), sg.find_device(options.device)
+    if options.use_cudnn_benchmark and device.type != "cuda":
+        _log.warning("samegrad: --use_cudnn_benchmark has no effect here (%s): cuDNN runs on CUDA devices", device)
     model = make_flow(
         len(splits.training.names),
         base_channels=options.size("base_channels"),
         ode_steps=options.ode_integration_steps,
         seed=options.random_seed,
         dtype=weight_dtype(options.dtype),
-    ).to(sg.find_device(options.device))
+    ).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.size("learning_rate"), weight_decay=options.weight_decay,
         # Which takes no temporaries; the others take a parameter size.

@@ -25,6 +25,8 @@ VALIDATION_BATCHES = 5
 class ScoreKernelOptions(CommonOptions):
     """The options the document names, and those of the data and the devices."""
 
+    dtype: str = "float32"
+    """Number format: float32 or float64."""
     data: DataName = "digits"
     """Points whose score is matched: a toy distribution, scikit-learn's digits, or cifar10 from --data_root."""
     data_root: Path | None = None
