@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,9 @@ VALIDATION_BATCHES = 5
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreKernelOptions(CommonOptions):
     """The options the document names, and those of the data and the devices."""
+
+    # Where a copy goes makes no other training of it.
+    changes_on_resume = CommonOptions.changes_on_resume | {"save"}
 
     data: DataName = "digits"
     """Points whose score is matched: a toy distribution, scikit-learn's digits, or cifar10 from --data_root."""
@@ -76,7 +80,7 @@ class ScoreKernelOptions(CommonOptions):
     load_centers_path: Path | None = None
     """Centers of an earlier run: centers.pt or centers.safetensors."""
     save: Path | None = None
-    """Folder to write weights and centers to as well, beside the run's own."""
+    """Folder to write weights and centers to as well, after the run's own. A resumed run may be given another."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +101,7 @@ class ScoreKernelOptions(CommonOptions):
                 "dtype", "log-weights of hundreds go through a softmax, where half precision has no digits left",
                 f"use one of {', '.join(DTYPES)}",
             )  # fmt: skip
+        self._check_save()
         if self.data == "cifar10" and self.data_root is None:
             self._refuse(
                 "data", "no --data_root, and CIFAR-10 is not shipped",
@@ -104,6 +109,18 @@ class ScoreKernelOptions(CommonOptions):
                 "cifar-10-batches-bin/data_batch_1.bin ... test_batch.bin; offline there is --data digits",
             )  # fmt: skip
         self._check_strategy()
+
+    def _check_save(self) -> None:
+        """Refuses what can be no folder now, and not when all is trained."""
+        if self.save is None:
+            return
+        # What is not there will be made below the nearest that is.
+        nearest = next((place for place in (self.save, *self.save.parents) if os.path.lexists(place)), None)
+        do = "give a folder, which need not exist yet"
+        if nearest is not None and not os.path.isdir(nearest):
+            self._out_of_range("save", f"{nearest} stands there and is no folder", do)
+        if nearest is not None and not os.access(nearest, os.W_OK | os.X_OK):
+            self._out_of_range("save", f"{nearest}: this user may not write there", do)
 
     def _check_strategy(self) -> None:
         if self.chunk_size and self.accumulation_steps is not None:
