@@ -232,6 +232,34 @@ def test_written_weights_and_centers_start_another_run(tmp_path: Path) -> None:
         build(options(depth=3, load_model_path=tmp_path / "factornet.pt"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ({"strategy": "single_gpu"}, (150,)), ({"accumulation_steps": 4}, (38, 38, 38, 36)),
+        ({"accumulation_steps": 150}, (1,) * 150), ({"train_kernel_size": 150, "chunk_size": 120}, (120, 30)),
+    ],
+)  # fmt: skip
+def test_chunks_are_those_of_the_centers_in_the_file(asked: dict[str, Any], sizes: Any, tmp_path: Path) -> None:
+    path = tmp_path / "centers.pt"
+    torch.save(torch.randn(150, 2, dtype=torch.float64), path)
+    program = build(options(**{"train_kernel_size": 100, "load_centers_path": path} | asked))
+    assert program.step.sizes_for(next(program.batches(0))) == sizes
+
+
+@pytest.mark.parametrize(
+    ("asked", "option"),
+    [({"train_kernel_size": 149}, "train_kernel_size"), ({"accumulation_steps": 151}, "accumulation_steps")],
+)
+def test_what_does_not_go_with_the_centers_in_the_file_is_refused(
+    asked: dict[str, Any], option: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "centers.pt"
+    torch.save(torch.randn(150, 2, dtype=torch.float64), path)
+    with pytest.raises(sg.UsageError, match="there are 150 centers") as refused:
+        build(options(**{"train_kernel_size": 100, "load_centers_path": path} | asked))
+    assert refused.value.option == option
+
+
 def test_a_resumed_program_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_program, "EPOCH_ITERATIONS", 2)
     whole = build(options(niters=6))

@@ -56,7 +56,7 @@ class ScoreKernelOptions(CommonOptions):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, once a step; 0 leaves them."""
     train_kernel_size: int = 100
-    """Centers of the mixture."""
+    """Centers of the mixture; with --load_centers_path those of the file."""
     train_samples_size: int | None = None
     """Training samples to draw batches from; centers are none of them. Unset: 800 of the digits, else 10000."""
     test_samples_size: int = 50
@@ -128,15 +128,26 @@ class ScoreKernelOptions(CommonOptions):
                 "accumulation_steps", f"--chunk_size {self.chunk_size} says it too: both cut the centers of one step",
                 "give one of the two",
             )  # fmt: skip
-        if self.accumulation_steps is not None and self.accumulation_steps > self.train_kernel_size:
-            self._refuse(
-                "accumulation_steps", f"there are {self.train_kernel_size} centers, and a chunk has at least one",
-                f"give at most {self.train_kernel_size}",
-            )  # fmt: skip
+        if self.load_centers_path is None:
+            self.check_centers(self.train_kernel_size)
         if self.strategy == "single_gpu" and (self.chunk_size or self.accumulation_steps not in (None, 1)):
             self._refuse("strategy", "it takes all centers at once, not in chunks", "give --strategy chunked")
         if self.devices and self.strategy not in ("auto", "model_parallel"):
             self._refuse("devices", f"--strategy {self.strategy} runs on one", "give --strategy model_parallel")
+
+    def check_centers(self, count: int) -> None:
+        """Refuses what does not go with ``count`` centers; known here without a file, else when that is read."""
+        # The default asks for nothing, and the file decides.
+        if self.train_kernel_size not in (count, type(self).train_kernel_size):
+            self._refuse(
+                "train_kernel_size", f"there are {count} centers in {self.load_centers_path}",
+                f"leave it out or give {count}",
+            )  # fmt: skip
+        if self.accumulation_steps is not None and self.accumulation_steps > count:
+            self._refuse(
+                "accumulation_steps", f"there are {count} centers, and a chunk has at least one",
+                f"give at most {count}",
+            )  # fmt: skip
 
     @property
     def training_samples(self) -> int:
@@ -148,14 +159,13 @@ class ScoreKernelOptions(CommonOptions):
         """Of the noise on points, asked for or not."""
         return DEFAULT_NOISE.get(self.data, 0.0) if self.noise is None else self.noise
 
-    @property
-    def pinned_rows(self) -> int | None:
-        """Centers at a time that somebody asked for, under either name."""
+    def pinned_rows(self, centers: int) -> int | None:
+        """Of ``centers``, those at a time that somebody asked for, under either name."""
         if self.strategy == "single_gpu":
-            return self.train_kernel_size
+            return centers
         if self.accumulation_steps is not None:
-            return -(-self.train_kernel_size // self.accumulation_steps)
-        return self.chunk_size or None
+            return -(-centers // self.accumulation_steps)
+        return min(self.chunk_size, centers) if self.chunk_size else None
 
 
 Options = ScoreKernelOptions

@@ -39,10 +39,9 @@ def plan_on_one(
         sg.Step, model, matching_loss, forward=kernel_outputs, batch_axes=BATCH_AXES, reduce="softmax_mean",
         optimizer=optimizer,
     )  # fmt: skip
-    rows = options.pinned_rows
+    rows = options.pinned_rows(len(centers))
     if rows is None:
         return PlannedStep(step=declare(budget=options.budget), centers=centers)
-    rows = min(rows, len(centers))
     if options.budget is None:
         return PlannedStep(step=declare(plan=_pinned_plan(rows, len(centers))), centers=centers)
     step = pinned_step(
@@ -109,7 +108,7 @@ def _for_shard(options: ScoreKernelOptions, centers: int) -> ScoreKernelOptions:
     """What is asked of one place: its share of the centers, and as many steps or as large chunks."""
     steps = options.accumulation_steps
     return dataclasses.replace(
-        options, strategy="chunked", devices=(), train_kernel_size=centers,
+        options, strategy="chunked", devices=(), train_kernel_size=centers, load_centers_path=None,
         accumulation_steps=None if steps is None else min(steps, centers),
     )  # fmt: skip
 
