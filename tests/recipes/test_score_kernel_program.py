@@ -63,6 +63,7 @@ def plain_losses(program: ScoreKernelProgram) -> list[float]:
         ({"strategy": "single_gpu"}, (23,)),
         ({"strategy": "chunked", "chunk_size": 5}, (5, 5, 5, 5, 3)),
         ({"strategy": "gradient_accumulation", "accumulation_steps": 4}, (6, 6, 6, 5)),
+        ({"accumulation_steps": 9}, (3, 3, 3, 3, 3, 2, 2, 2, 2)), ({"accumulation_steps": 1}, (CENTERS,)),
         ({"strategy": "model_parallel", "devices": ("cpu", "cpu"), "chunk_size": 5}, None),
         ({"strategy": "chunked", "chunk_size": 4, "centers": "leave_one_out"}, (4, 4, 4, 4, 4, 3)),
     ],
@@ -179,6 +180,14 @@ def test_the_documents_rule_is_its_own() -> None:
     assert names == ["single_gpu", "model_parallel", "chunked", "gradient_accumulation"]
 
 
+@pytest.mark.parametrize("budget", [None, "1GiB"])
+def test_as_many_chunks_run_as_accumulation_steps_say(budget: str | None) -> None:
+    program, plan, _, told = planned(strategy="gradient_accumulation", accumulation_steps=9, budget=budget)
+    assert program.step.sizes_for(next(program.batches(0))) == (3,) * 5 + (2,) * 4
+    assert told[0].startswith("Strategy: gradient_accumulation, 3 centers at a time in 9 chunks")
+    assert plan.knob_origins["split_rows.rows"] is sg.KnobOrigin.PINNED
+
+
 def test_a_pin_that_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(sg.BudgetTooSmall, match="23 of 23 centers at a time within 200KiB"):
         build(options(**WIDE, strategy="single_gpu", budget="200KiB"))
@@ -235,7 +244,7 @@ def test_written_weights_and_centers_start_another_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "sizes"),
     [
-        ({"strategy": "single_gpu"}, (150,)), ({"accumulation_steps": 4}, (38, 38, 38, 36)),
+        ({"strategy": "single_gpu"}, (150,)), ({"accumulation_steps": 4}, (38, 38, 37, 37)),
         ({"accumulation_steps": 150}, (1,) * 150), ({"train_kernel_size": 150, "chunk_size": 120}, (120, 30)),
     ],
 )  # fmt: skip

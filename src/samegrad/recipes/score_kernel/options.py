@@ -159,13 +159,19 @@ class ScoreKernelOptions(CommonOptions):
         """Of the noise on points, asked for or not."""
         return DEFAULT_NOISE.get(self.data, 0.0) if self.noise is None else self.noise
 
-    def pinned_rows(self, centers: int) -> int | None:
-        """Of ``centers``, those at a time that somebody asked for, under either name."""
+    def pinned_rows(self, centers: int) -> int | list[int] | None:
+        """Of ``centers``, those at a time that somebody asked for, or those of every chunk; None: nobody did."""
         if self.strategy == "single_gpu":
             return centers
         if self.accumulation_steps is not None:
-            return -(-centers // self.accumulation_steps)
+            return even_sizes(centers, self.accumulation_steps)
         return min(self.chunk_size, centers) if self.chunk_size else None
+
+
+def even_sizes(centers: int, chunks: int) -> list[int]:
+    """``centers`` in exactly ``chunks`` chunks, the larger ones first and larger by one."""
+    size, larger = divmod(centers, chunks)
+    return [size + 1] * larger + [size] * (chunks - larger)
 
 
 Options = ScoreKernelOptions

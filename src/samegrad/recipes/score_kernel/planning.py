@@ -42,6 +42,7 @@ def plan_on_one(
     rows = options.pinned_rows(len(centers))
     if rows is None:
         return PlannedStep(step=declare(budget=options.budget), centers=centers)
+    largest = rows if isinstance(rows, int) else max(rows)
     if options.budget is None:
         return PlannedStep(step=declare(plan=_pinned_plan(rows, len(centers))), centers=centers)
     step = pinned_step(
@@ -49,15 +50,15 @@ def plan_on_one(
         {"centers": centers, "samples": samples},
         budget=options.budget,
         rows=rows,
-        asked=f"{rows} of {len(centers)} centers at a time within {options.budget}",
+        asked=f"{largest} of {len(centers)} centers at a time within {options.budget}",
         do="ask for fewer centers at a time, leave the pin out, or raise the budget",
         option="budget",
     )
     return PlannedStep(step=step, centers=centers)
 
 
-def _pinned_plan(rows: int, centers: int) -> sg.Plan:
-    split = rows < centers
+def _pinned_plan(rows: int | list[int], centers: int) -> sg.Plan:
+    split = rows not in (centers, [centers])
     return sg.Plan(
         levers={"split_rows": {"rows": rows}} if split else {},
         exactness=sg.Exactness.SAME_SUM if split else sg.Exactness.SAME_BITS,
