@@ -188,6 +188,35 @@ def test_as_many_chunks_run_as_accumulation_steps_say(budget: str | None) -> Non
     assert plan.knob_origins["split_rows.rows"] is sg.KnobOrigin.PINNED
 
 
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ({"strategy": "chunked"}, (50, 50, 20)), ({"strategy": "gradient_accumulation"}, (30,) * 4),
+        ({"strategy": "gradient_accumulation", "train_kernel_size": 3}, (1,) * 3),
+    ],
+)  # fmt: skip
+def test_a_strategy_without_a_number_or_a_budget_goes_by_the_documents(asked: dict[str, Any], sizes: Any) -> None:
+    program = build(options(**{"train_kernel_size": 120} | asked))
+    batch = next(program.batches(0))
+    assert program.step.sizes_for(batch) == sizes
+    plan = program.step.prepare(batch)
+    assert plan.knob_origins == {"split_rows.rows": sg.KnobOrigin.DEFAULT}
+    assert program.strategy(plan).reason == f"--strategy {asked['strategy']}, by the document's default"
+
+
+@pytest.mark.parametrize("asked", [{"budget": "1GiB"}, {"chunk_size": 0}])
+def test_a_strategy_with_a_budget_or_a_chunk_size_of_0_goes_by_what_fits(asked: dict[str, Any]) -> None:
+    program = build(options(strategy="chunked", train_kernel_size=60, **asked))
+    assert program.step.sizes_for(next(program.batches(0))) == (60,)
+
+
+@pytest.mark.parametrize(("rows", "name"), [(None, "single_gpu"), (9, "chunked")])
+def test_model_parallel_on_one_device_is_named_as_what_runs(rows: int | None, name: str) -> None:
+    *_, told = planned(strategy="model_parallel", devices=("cpu",), chunk_size=rows)
+    assert told[0].startswith(f"Strategy: {name}, {rows or CENTERS} centers at a time")
+    assert told[0].endswith("--strategy model_parallel has one device here.")
+
+
 def test_a_pin_that_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(sg.BudgetTooSmall, match="23 of 23 centers at a time within 200KiB"):
         build(options(**WIDE, strategy="single_gpu", budget="200KiB"))

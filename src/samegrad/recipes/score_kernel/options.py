@@ -20,6 +20,8 @@ TEST_BATCHES = 10
 # Without it pixels have no density: they take few values.
 DEFAULT_NOISE = {"digits": 0.3, "cifar10": 0.05}
 VALIDATION_BATCHES = 5
+# The document's, for the strategies that go by them, where there is neither a number nor a budget.
+DOCUMENT_CHUNK_SIZE, DOCUMENT_STEPS = 50, 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,11 @@ class ScoreKernelOptions(CommonOptions):
     strategy: StrategyName = "auto"
     """How the centers are gone through. All give the same gradient and differ in bytes and time."""
     chunk_size: int | None = None
-    """Centers at a time, for --strategy chunked; pins the plan. 0 or unset: the budget decides."""
+    """Centers at a time, for --strategy chunked; pins the plan. 0 or unset: the budget decides; unset without a budget
+    under --strategy chunked: 50."""
     accumulation_steps: int | None = None
-    """Chunks of one step, for --strategy gradient_accumulation; pins the plan. Unset: the budget decides."""
+    """Chunks of one step, for --strategy gradient_accumulation; pins the plan. Unset: the budget decides; without a
+    budget under that strategy: 4."""
     devices: tuple[str, ...] = ()
     """Devices of --strategy model_parallel in one process: cuda:0 cuda:1. Unset: all that are visible."""
     process_timeout: int = 300
@@ -166,6 +170,15 @@ class ScoreKernelOptions(CommonOptions):
         if self.accumulation_steps is not None:
             return even_sizes(centers, self.accumulation_steps)
         return min(self.chunk_size, centers) if self.chunk_size else None
+
+    def default_rows(self, centers: int) -> int | list[int] | None:
+        """The document's own, for a strategy that goes by chunks; None where the budget is to decide."""
+        # 0 asks for what fits, also of what is free.
+        if self.budget is not None or self.chunk_size is not None or self.accumulation_steps is not None:
+            return None
+        if self.strategy == "chunked":
+            return min(DOCUMENT_CHUNK_SIZE, centers)
+        return even_sizes(centers, min(DOCUMENT_STEPS, centers)) if self.strategy == "gradient_accumulation" else None
 
 
 def even_sizes(centers: int, chunks: int) -> list[int]:

@@ -163,7 +163,7 @@ class ScoreKernelProgram(Program):
         """Centers of every chunk of a training step, at the place that has the most."""
         if self.across is not None:
             most = self.points.centers.tensor_split(self.across.places)[0]
-            return [len(part) for part in most.split(self.across.rows)]
+            return [len(part) for part in torch.split(most, self.across.rows)]
         # As many samples as in training, for which the plan was made.
         samples = self.points.train[torch.arange(self.options.batch_size) % len(self.points.train)]
         return self.step.sizes_for({"centers": self.centers, "samples": samples})
