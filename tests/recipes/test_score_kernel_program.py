@@ -346,10 +346,13 @@ def test_a_run_counts_in_the_iterations_that_its_options_speak_of(
         "run score_kernel --data 8gaussians --train_kernel_size 9 --train_samples_size 60 --test_samples_size 6 "
         f"--hiddenunits 8 --depth 2 --batch_size 5 --device cpu --niters 120 --output {tmp_path / 'run'}"
     ).split()
-    assert main([*line, "--steps", "100", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["iterations"] == 100
+    assert main([*line, "--steps", "70", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["iterations"] == 100
+    assert "--steps 70 becomes 100: training can stop after iteration 100 first" in told.err
     assert main([*line[:2], "--output", line[-1], "--resume", "--steps", "120"]) == 0
     told = capsys.readouterr()
+    assert "becomes" not in told.err
     assert "resuming after iteration 100" in told.err and "iteration 120: loss" in told.err
     assert "after 120 iterations" in told.out
     for text in (told.out, told.err, (tmp_path / "run" / "report.md").read_text()):
@@ -362,6 +365,12 @@ def test_training_stops_after_the_fifty_iterations_that_hold_the_last_one_asked_
     for asked, stops in ((400, 170), (101, 150), (100, 100), (1, 50)):
         training.limit(asked)
         assert training.total == stops
+
+
+@pytest.mark.parametrize(("count", "marked"), [(1, True), (5, True), (200, False)])
+def test_a_curve_of_few_points_marks_them(count: int, marked: bool) -> None:
+    figure = pictures.draw_losses([50 * (n + 1) for n in range(count)], [(-1.0, -2.0)] * count)
+    assert [line.get_marker() == "o" for line in figure.axes[0].lines[:2]] == [marked, marked]
 
 
 def test_no_chart_hides_data_under_its_legend_or_leaves_an_axis_without_a_name() -> None:

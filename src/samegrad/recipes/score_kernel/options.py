@@ -46,7 +46,8 @@ class ScoreKernelOptions(CommonOptions):
     """Precisions to start from: the training samples' own covariance at the scale that matches best, or softplus(0.1)
     on the diagonal (the document)."""
     niters: int = 600
-    """Optimizer steps."""
+    """Optimizer steps. It validates, and can log, save and stop (--log_every, --save_every, --steps), after every
+    fiftieth and the last: these are rounded up to fifties."""
     batch_size: int = 64
     """Training samples of one step."""
     lr: float = 5e-4
@@ -112,6 +113,10 @@ class ScoreKernelOptions(CommonOptions):
                 "give --data_root FOLDER with cifar-10-batches-py/data_batch_1 ... test_batch, or "
                 "cifar-10-batches-bin/data_batch_1.bin ... test_batch.bin; offline there is --data digits",
             )  # fmt: skip
+        if self.data != "cifar10" and self.data_root is not None:
+            told = "shipped" if self.data == "digits" else "drawn"
+            self._refuse("data_root", f"--data {self.data} is {told}, and nothing is read from a folder",
+                         "give --data cifar10, or leave it out")  # fmt: skip
         self._check_strategy()
 
     def _check_save(self) -> None:
