@@ -158,7 +158,7 @@ def test_the_documents_ten_lines_train_as_the_plain_loop_does() -> None:
         torch.testing.assert_close(mine.detach(), theirs, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 4, CENTERS])
+@pytest.mark.parametrize("accumulation_steps", [1, 4, 9, CENTERS])
 def test_training_steps_train_as_the_plain_loop_does(accumulation_steps: int) -> None:
     factornet = network()
     trainer = setup_gradient_accumulation_training(factornet, points(CENTERS, 2), accumulation_steps)
@@ -168,6 +168,19 @@ def test_training_steps_train_as_the_plain_loop_does(accumulation_steps: int) ->
         assert not loss.requires_grad
     for mine, theirs in zip(factornet.parameters(), plain_weights(3), strict=True):
         torch.testing.assert_close(mine.detach(), theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_centers_are_cut_into_as_many_chunks_as_steps_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    factornet, over, sizes = network(), sg.over, list[int]()
+
+    def counted(fn: Any, items: Tensor, *, rows: int, **rest: Any) -> Any:
+        sizes.extend(len(part) for part in items.split(rows))
+        return over(fn, items, rows=rows, **rest)
+
+    monkeypatch.setattr(sg, "over", counted)
+    trainer = setup_gradient_accumulation_training(factornet, points(11, 2), 8)
+    trainer.training_step(points(5, 1), torch.optim.SGD(factornet.parameters(), lr=0.0), stab=STAB)
+    assert sizes == [2, 2, 2, 1, 1, 1, 1, 1]
 
 
 def test_model_parallel_trains_one_set_of_weights() -> None:

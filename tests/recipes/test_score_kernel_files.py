@@ -16,6 +16,7 @@ import torch
 
 import samegrad as sg
 from samegrad.cli.main import main
+from samegrad.cli.run import CONFIG, config_text, parse_run
 from samegrad.recipes.score_kernel import data
 from samegrad.recipes.score_kernel.options import ScoreKernelOptions
 from samegrad.recipes.score_kernel.recipe import build
@@ -216,7 +217,8 @@ def test_tensor_files_with_changed_bytes_are_read_or_refused_by_path(kind: str, 
     else:
         torch.save(centers, path, _use_new_zipfile_serialization=kind == "pt")
     sound, random, refused = path.read_bytes(), np.random.default_rng(0), 0
-    asked = options(data="8gaussians", load_centers_path=path)
+    # The default number of centers: a changed file may have any.
+    asked = options(data="8gaussians", load_centers_path=path, train_kernel_size=100)
     for _ in range(400):
         content = bytearray(sound[: random.integers(1, len(sound) + 1)] if random.integers(3) == 0 else sound)
         for at in random.integers(0, min(len(content), 500), size=random.integers(1, 5)):
@@ -228,3 +230,35 @@ def test_tensor_files_with_changed_bytes_are_read_or_refused_by_path(kind: str, 
             assert error.file == str(path)
             refused += 1
     assert refused > 100
+
+
+def test_a_save_that_can_be_no_folder_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "factornet.pt"
+    taken.write_bytes(b"weights")
+    for save in (taken, taken / "deeper"):
+        with pytest.raises(sg.UsageError, match=r"factornet\.pt stands there and is no folder") as refused:
+            options(save=save)
+        assert refused.value.option == "save"
+    line = f"run score_kernel --data moons --niters 2 --device cpu --save {taken} --output {tmp_path / 'run'}"
+    assert main(line.split()) == 2
+    assert "--save" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    options(save=tmp_path / "new" / "folder")
+
+
+def test_a_save_that_fails_at_the_end_leaves_the_runs_files_and_another_may_be_given_on_resume(
+    tmp_path: Path,
+) -> None:
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    run.mkdir()
+    program = build(options(data="moons", save=kept))
+    kept.write_bytes(b"came meanwhile")
+    with pytest.raises(sg.EnvironmentProblem, match="--resume with another --save"):
+        program.write(run)
+    assert {path.name for path in run.iterdir()} >= {"samples.png", "density.png", "factornet.pt", "centers.pt"}
+    kept.unlink()
+    line = ["score_kernel", "--output", str(run)]
+    (run / CONFIG).write_text(config_text(*parse_run([*line, "--save", str(kept)])))
+    _, call = parse_run([*line, "--resume", "--save", str(tmp_path / "other")])
+    assert call.part(ScoreKernelOptions).save == tmp_path / "other"

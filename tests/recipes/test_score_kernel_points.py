@@ -138,10 +138,21 @@ def test_cifar_without_a_folder_is_answered_with_the_layout_and_the_offline_defa
         {"niters": 0}, {"lr": 0.0}, {"stability": 0.0}, {"noise": -1.0}, {"dtype": "float16"}, {"chunk_size": -1},
         {"chunk_size": 3, "accumulation_steps": 2}, {"accumulation_steps": 7}, {"weight_decay": -1.0},
         {"strategy": "single_gpu", "chunk_size": 3}, {"strategy": "chunked", "devices": ("cpu",)},
-        {"train_samples_size": 0},
+        {"train_samples_size": 0}, {"data": "moons", "data_root": Path("somewhere")}, {"data_root": Path("somewhere")},
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing_are_refused_by_name(values: dict[str, Any]) -> None:
     with pytest.raises(sg.UsageError) as refused:
         options(**values)
     assert refused.value.option in values
+
+
+def test_data_that_is_drawn_or_shipped_is_read_from_no_folder() -> None:
+    with pytest.raises(sg.UsageError, match="moons is drawn") as refused:
+        options(data="moons", data_root=Path("somewhere"))
+    assert refused.value.option == "data_root"
+
+
+def test_devices_are_told_as_they_are_given() -> None:
+    with pytest.raises(sg.UsageError, match="--devices cuda:0 cuda:1\n"):
+        options(strategy="chunked", devices=("cuda:0", "cuda:1"))

@@ -65,6 +65,7 @@ def plain_losses(program: ScoreKernelProgram) -> list[float]:
         ({"strategy": "single_gpu"}, (23,)),
         ({"strategy": "chunked", "chunk_size": 5}, (5, 5, 5, 5, 3)),
         ({"strategy": "gradient_accumulation", "accumulation_steps": 4}, (6, 6, 6, 5)),
+        ({"accumulation_steps": 9}, (3, 3, 3, 3, 3, 2, 2, 2, 2)), ({"accumulation_steps": 1}, (CENTERS,)),
         ({"strategy": "model_parallel", "devices": ("cpu", "cpu"), "chunk_size": 5}, None),
         ({"strategy": "chunked", "chunk_size": 4, "centers": "leave_one_out"}, (4, 4, 4, 4, 4, 3)),
     ],
@@ -181,6 +182,43 @@ def test_the_documents_rule_is_its_own() -> None:
     assert names == ["single_gpu", "model_parallel", "chunked", "gradient_accumulation"]
 
 
+@pytest.mark.parametrize("budget", [None, "1GiB"])
+def test_as_many_chunks_run_as_accumulation_steps_say(budget: str | None) -> None:
+    program, plan, _, told = planned(strategy="gradient_accumulation", accumulation_steps=9, budget=budget)
+    assert program.step.sizes_for(next(program.batches(0))) == (3,) * 5 + (2,) * 4
+    assert told[0].startswith("Strategy: gradient_accumulation, 3 centers at a time in 9 chunks")
+    assert plan.knob_origins["split_rows.rows"] is sg.KnobOrigin.PINNED
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ({"strategy": "chunked"}, (50, 50, 20)), ({"strategy": "gradient_accumulation"}, (30,) * 4),
+        ({"strategy": "gradient_accumulation", "train_kernel_size": 3}, (1,) * 3),
+    ],
+)  # fmt: skip
+def test_a_strategy_without_a_number_or_a_budget_goes_by_the_documents(asked: dict[str, Any], sizes: Any) -> None:
+    program = build(options(**{"train_kernel_size": 120} | asked))
+    batch = next(program.batches(0))
+    assert program.step.sizes_for(batch) == sizes
+    plan = program.step.prepare(batch)
+    assert plan.knob_origins == {"split_rows.rows": sg.KnobOrigin.DEFAULT}
+    assert program.strategy(plan).reason == f"--strategy {asked['strategy']}, by the document's default"
+
+
+@pytest.mark.parametrize("asked", [{"budget": "1GiB"}, {"chunk_size": 0}])
+def test_a_strategy_with_a_budget_or_a_chunk_size_of_0_goes_by_what_fits(asked: dict[str, Any]) -> None:
+    program = build(options(strategy="chunked", train_kernel_size=60, **asked))
+    assert program.step.sizes_for(next(program.batches(0))) == (60,)
+
+
+@pytest.mark.parametrize(("rows", "name"), [(None, "single_gpu"), (9, "chunked")])
+def test_model_parallel_on_one_device_is_named_as_what_runs(rows: int | None, name: str) -> None:
+    *_, told = planned(strategy="model_parallel", devices=("cpu",), chunk_size=rows)
+    assert told[0].startswith(f"Strategy: {name}, {rows or CENTERS} centers at a time")
+    assert told[0].endswith("--strategy model_parallel has one device here.")
+
+
 def test_a_pin_that_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(sg.BudgetTooSmall, match="23 of 23 centers at a time within 200KiB"):
         build(options(**WIDE, strategy="single_gpu", budget="200KiB"))
@@ -232,6 +270,34 @@ def test_written_weights_and_centers_start_another_run(tmp_path: Path) -> None:
         assert torch.equal(mine, theirs)
     with pytest.raises(sg.BadInput, match="another network"):
         build(options(depth=3, load_model_path=tmp_path / "factornet.pt"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ({"strategy": "single_gpu"}, (150,)), ({"accumulation_steps": 4}, (38, 38, 37, 37)),
+        ({"accumulation_steps": 150}, (1,) * 150), ({"train_kernel_size": 150, "chunk_size": 120}, (120, 30)),
+    ],
+)  # fmt: skip
+def test_chunks_are_those_of_the_centers_in_the_file(asked: dict[str, Any], sizes: Any, tmp_path: Path) -> None:
+    path = tmp_path / "centers.pt"
+    torch.save(torch.randn(150, 2, dtype=torch.float64), path)
+    program = build(options(**{"train_kernel_size": 100, "load_centers_path": path} | asked))
+    assert program.step.sizes_for(next(program.batches(0))) == sizes
+
+
+@pytest.mark.parametrize(
+    ("asked", "option"),
+    [({"train_kernel_size": 149}, "train_kernel_size"), ({"accumulation_steps": 151}, "accumulation_steps")],
+)
+def test_what_does_not_go_with_the_centers_in_the_file_is_refused(
+    asked: dict[str, Any], option: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "centers.pt"
+    torch.save(torch.randn(150, 2, dtype=torch.float64), path)
+    with pytest.raises(sg.UsageError, match="there are 150 centers") as refused:
+        build(options(**{"train_kernel_size": 100, "load_centers_path": path} | asked))
+    assert refused.value.option == option
 
 
 def test_a_resumed_program_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,10 +353,13 @@ def test_a_run_counts_in_the_iterations_that_its_options_speak_of(
         "run score_kernel --data 8gaussians --train_kernel_size 9 --train_samples_size 60 --test_samples_size 6 "
         f"--hiddenunits 8 --depth 2 --batch_size 5 --device cpu --niters 120 --output {tmp_path / 'run'}"
     ).split()
-    assert main([*line, "--steps", "100", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["iterations"] == 100
+    assert main([*line, "--steps", "70", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["iterations"] == 100
+    assert "--steps 70 becomes 100: training can stop after iteration 100 first" in told.err
     assert main([*line[:2], "--output", line[-1], "--resume", "--steps", "120"]) == 0
     told = capsys.readouterr()
+    assert "becomes" not in told.err
     assert "resuming after iteration 100" in told.err and "iteration 120: loss" in told.err
     assert "after 120 iterations" in told.out
     for text in (told.out, told.err, (tmp_path / "run" / "report.md").read_text()):
@@ -303,6 +372,12 @@ def test_training_stops_after_the_fifty_iterations_that_hold_the_last_one_asked_
     for asked, stops in ((400, 170), (101, 150), (100, 100), (1, 50)):
         training.limit(asked)
         assert training.total == stops
+
+
+@pytest.mark.parametrize(("count", "marked"), [(1, True), (5, True), (200, False)])
+def test_a_curve_of_few_points_marks_them(count: int, marked: bool) -> None:
+    figure = pictures.draw_losses([50 * (n + 1) for n in range(count)], [(-1.0, -2.0)] * count)
+    assert [line.get_marker() == "o" for line in figure.axes[0].lines[:2]] == [marked, marked]
 
 
 def test_no_chart_hides_data_under_its_legend_or_leaves_an_axis_without_a_name() -> None:

@@ -46,11 +46,12 @@ class RunOptions:
     plan: Path | None = None
     """A plan.json to run, instead of making a plan."""
     steps: int | None = None
-    """Stop after so many epochs or iterations (whichever a recipe counts), or steps (of file.py:function), in all."""
+    """Stop after so many epochs or iterations (whichever a recipe counts), or steps (of file.py:function), in all.
+    Rounded up to where a recipe can stop: score_kernel after every fifty iterations."""
     save_every: int = 10
     """Save a checkpoint every so many epochs, iterations or steps; one is saved at the end and on a stop as well."""
     log_every: int = 10
-    """Log loss and memory every so many epochs, iterations or steps."""
+    """Log loss and memory every so many epochs, iterations or steps; rounded up as --steps is."""
     verify_rows: int | None = None
     """Rows on which the gradients are verified before training; default: as many as fit."""
 

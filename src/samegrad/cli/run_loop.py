@@ -27,6 +27,9 @@ def train_in(
     """Trains to the end, or until ``stop`` says so or data workers end; then what was done last is saved."""
     if options.steps is not None:
         training.limit(options.steps)
+        if training.total is not None and training.total > options.steps:
+            unit, total = training.unit, training.total
+            console.note(f"--steps {options.steps} becomes {total}: training can stop after {unit} {total} first")
     saved_at = training.done if options.resume else None
     if training.total is not None and training.done >= training.total:
         done = f"{training.unit} {training.done} is done, and the last one was to be {training.total}"

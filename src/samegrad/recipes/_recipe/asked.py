@@ -52,13 +52,16 @@ class CommonOptions:
 
     def _refuse(self, name: str, found: str, do: str) -> NoReturn:
         """Refuses what does not go with other options."""
-        value: Any = getattr(self, name)
-        raise sg.UsageError(asked=f"--{name} {value}", found=found, do=do, option=name)
+        raise sg.UsageError(asked=self._as_given(name), found=found, do=do, option=name)
 
     def _out_of_range(self, name: str, found: str, do: str) -> NoReturn:
         """Refuses what is wrong by itself. These checks come before those of options against each other."""
+        raise OutOfRange(asked=self._as_given(name), found=found, do=do, option=name)
+
+    def _as_given(self, name: str) -> str:
+        """The option with its value, as it stands in a command line."""
         value: Any = getattr(self, name)
-        raise OutOfRange(asked=f"--{name} {value}", found=found, do=do, option=name)
+        return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
     def _at_least(self, least: int, *names: str, do: str = "give a positive whole number") -> None:
         """Refuses a number below ``least``; None is a number that is left open."""

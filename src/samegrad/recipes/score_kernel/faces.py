@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import samegrad as sg
 
 from .model import DEFAULT_STABILITY, KernelModel
-from .objective import BATCH_AXES, kernel_outputs, matching_loss, streamed_loss
-from .parallel import Across, AcrossDevices, AcrossRanks, shard_of
+from .objective import BATCH_AXES, kernel_outputs, matching_loss, streamed_loss, streamed_means
+from .options import even_sizes
+from .parallel import Across, AcrossDevices, AcrossRanks, joined, shard_of
 
 DEFAULT_LEARNING_RATE, DEFAULT_WEIGHT_DECAY = 1e-4, 1e-4
 
@@ -64,21 +65,27 @@ class GradientAccumulationTraining:
                 option="accumulation_steps",
             )
         self.accumulation_steps = accumulation_steps
-        self._chunked = ChunkedTraining(factornet, centers, -(-len(centers) // accumulation_steps))
-
-    @property
-    def factornet(self) -> nn.Module:
-        return self._chunked.factornet
+        self.factornet = _refused_data_parallel(factornet)
+        self.centers = centers
 
     def training_step(
         self, samples: Tensor, optimizer: torch.optim.Optimizer, stab: float = DEFAULT_STABILITY
     ) -> Tensor:
         """Clears gradients, takes them over all centers, steps once; returns the loss (), detached."""
         optimizer.zero_grad()
-        loss = self._chunked.compute_loss(samples, stab)
+        loss = self._loss(samples, stab)
         torch.autograd.backward(loss)
         optimizer.step()
         return loss.detach()
+
+    def _loss(self, samples: Tensor, stab: float) -> Tensor:
+        model, centers = KernelModel(self.factornet, stability=stab), self.centers.to(samples)
+        # All larger chunks, then all smaller ones: each kind has one size, and one softmax joins the two.
+        sizes = even_sizes(len(centers), self.accumulation_steps)
+        in_larger = sizes[0] * sizes.count(sizes[0])
+        kinds = ((centers[:in_larger], sizes[0]), (centers[in_larger:], sizes[-1]))
+        found = [streamed_means(model, samples, some, rows=rows) for some, rows in kinds if len(some)]
+        return matching_loss(joined(found, samples.device), {"centers": centers, "samples": samples})
 
 
 class ModelParallelTraining(nn.Module):

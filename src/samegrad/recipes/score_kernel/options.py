@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,16 @@ TEST_BATCHES = 10
 # Without it pixels have no density: they take few values.
 DEFAULT_NOISE = {"digits": 0.3, "cifar10": 0.05}
 VALIDATION_BATCHES = 5
+# The document's, for the strategies that go by them, where there is neither a number nor a budget.
+DOCUMENT_CHUNK_SIZE, DOCUMENT_STEPS = 50, 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreKernelOptions(CommonOptions):
     """The options the document names, and those of the data and the devices."""
+
+    # Where a copy goes makes no other training of it.
+    changes_on_resume = CommonOptions.changes_on_resume | {"save"}
 
     dtype: str = "float32"
     """Number format: float32 or float64."""
@@ -42,7 +48,8 @@ class ScoreKernelOptions(CommonOptions):
     """Precisions to start from: the training samples' own covariance at the scale that matches best, or softplus(0.1)
     on the diagonal (the document)."""
     niters: int = 600
-    """Optimizer steps."""
+    """Optimizer steps. It validates, and can log, save and stop (--log_every, --save_every, --steps), after every
+    fiftieth and the last: these are rounded up to fifties."""
     batch_size: int = 64
     """Training samples of one step."""
     lr: float = 5e-4
@@ -54,7 +61,7 @@ class ScoreKernelOptions(CommonOptions):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, once a step; 0 leaves them."""
     train_kernel_size: int = 100
-    """Centers of the mixture."""
+    """Centers of the mixture; with --load_centers_path those of the file."""
     train_samples_size: int | None = None
     """Training samples to draw batches from; centers are none of them. Unset: 800 of the digits, else 10000."""
     test_samples_size: int = 50
@@ -66,9 +73,11 @@ class ScoreKernelOptions(CommonOptions):
     strategy: StrategyName = "auto"
     """How the centers are gone through. All give the same gradient and differ in bytes and time."""
     chunk_size: int | None = None
-    """Centers at a time, for --strategy chunked; pins the plan. 0 or unset: the budget decides."""
+    """Centers at a time, for --strategy chunked; pins the plan. 0 or unset: the budget decides; unset without a budget
+    under --strategy chunked: 50."""
     accumulation_steps: int | None = None
-    """Chunks of one step, for --strategy gradient_accumulation; pins the plan. Unset: the budget decides."""
+    """Chunks of one step, for --strategy gradient_accumulation; pins the plan. Unset: the budget decides; without a
+    budget under that strategy: 4."""
     devices: tuple[str, ...] = ()
     """Devices of --strategy model_parallel in one process: cuda:0 cuda:1. Unset: all that are visible."""
     process_timeout: int = 300
@@ -78,7 +87,7 @@ class ScoreKernelOptions(CommonOptions):
     load_centers_path: Path | None = None
     """Centers of an earlier run: centers.pt or centers.safetensors."""
     save: Path | None = None
-    """Folder to write weights and centers to as well, beside the run's own."""
+    """Folder to write weights and centers to as well, after the run's own. A resumed run may be given another."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,13 +108,30 @@ class ScoreKernelOptions(CommonOptions):
                 "dtype", "log-weights of hundreds go through a softmax, where half precision has no digits left",
                 f"use one of {', '.join(DTYPES)}",
             )  # fmt: skip
+        self._check_save()
         if self.data == "cifar10" and self.data_root is None:
             self._refuse(
                 "data", "no --data_root, and CIFAR-10 is not shipped",
                 "give --data_root FOLDER with cifar-10-batches-py/data_batch_1 ... test_batch, or "
                 "cifar-10-batches-bin/data_batch_1.bin ... test_batch.bin; offline there is --data digits",
             )  # fmt: skip
+        if self.data != "cifar10" and self.data_root is not None:
+            told = "shipped" if self.data == "digits" else "drawn"
+            self._refuse("data_root", f"--data {self.data} is {told}, and nothing is read from a folder",
+                         "give --data cifar10, or leave it out")  # fmt: skip
         self._check_strategy()
+
+    def _check_save(self) -> None:
+        """Refuses what can be no folder now, and not when all is trained."""
+        if self.save is None:
+            return
+        # What is not there will be made below the nearest that is.
+        nearest = next((place for place in (self.save, *self.save.parents) if os.path.lexists(place)), None)
+        do = "give a folder, which need not exist yet"
+        if nearest is not None and not os.path.isdir(nearest):
+            self._out_of_range("save", f"{nearest} stands there and is no folder", do)
+        if nearest is not None and not os.access(nearest, os.W_OK | os.X_OK):
+            self._out_of_range("save", f"{nearest}: this user may not write there", do)
 
     def _check_strategy(self) -> None:
         if self.chunk_size and self.accumulation_steps is not None:
@@ -113,15 +139,26 @@ class ScoreKernelOptions(CommonOptions):
                 "accumulation_steps", f"--chunk_size {self.chunk_size} says it too: both cut the centers of one step",
                 "give one of the two",
             )  # fmt: skip
-        if self.accumulation_steps is not None and self.accumulation_steps > self.train_kernel_size:
-            self._refuse(
-                "accumulation_steps", f"there are {self.train_kernel_size} centers, and a chunk has at least one",
-                f"give at most {self.train_kernel_size}",
-            )  # fmt: skip
+        if self.load_centers_path is None:
+            self.check_centers(self.train_kernel_size)
         if self.strategy == "single_gpu" and (self.chunk_size or self.accumulation_steps not in (None, 1)):
             self._refuse("strategy", "it takes all centers at once, not in chunks", "give --strategy chunked")
         if self.devices and self.strategy not in ("auto", "model_parallel"):
             self._refuse("devices", f"--strategy {self.strategy} runs on one", "give --strategy model_parallel")
+
+    def check_centers(self, count: int) -> None:
+        """Refuses what does not go with ``count`` centers; known here without a file, else when that is read."""
+        # The default asks for nothing, and the file decides.
+        if self.train_kernel_size not in (count, type(self).train_kernel_size):
+            self._refuse(
+                "train_kernel_size", f"there are {count} centers in {self.load_centers_path}",
+                f"leave it out or give {count}",
+            )  # fmt: skip
+        if self.accumulation_steps is not None and self.accumulation_steps > count:
+            self._refuse(
+                "accumulation_steps", f"there are {count} centers, and a chunk has at least one",
+                f"give at most {count}",
+            )  # fmt: skip
 
     @property
     def training_samples(self) -> int:
@@ -133,14 +170,28 @@ class ScoreKernelOptions(CommonOptions):
         """Of the noise on points, asked for or not."""
         return DEFAULT_NOISE.get(self.data, 0.0) if self.noise is None else self.noise
 
-    @property
-    def pinned_rows(self) -> int | None:
-        """Centers at a time that somebody asked for, under either name."""
+    def pinned_rows(self, centers: int) -> int | list[int] | None:
+        """Of ``centers``, those at a time that somebody asked for, or those of every chunk; None: nobody did."""
         if self.strategy == "single_gpu":
-            return self.train_kernel_size
+            return centers
         if self.accumulation_steps is not None:
-            return -(-self.train_kernel_size // self.accumulation_steps)
-        return self.chunk_size or None
+            return even_sizes(centers, self.accumulation_steps)
+        return min(self.chunk_size, centers) if self.chunk_size else None
+
+    def default_rows(self, centers: int) -> int | list[int] | None:
+        """The document's own, for a strategy that goes by chunks; None where the budget is to decide."""
+        # 0 asks for what fits, also of what is free.
+        if self.budget is not None or self.chunk_size is not None or self.accumulation_steps is not None:
+            return None
+        if self.strategy == "chunked":
+            return min(DOCUMENT_CHUNK_SIZE, centers)
+        return even_sizes(centers, min(DOCUMENT_STEPS, centers)) if self.strategy == "gradient_accumulation" else None
+
+
+def even_sizes(centers: int, chunks: int) -> list[int]:
+    """``centers`` in exactly ``chunks`` chunks, the larger ones first and larger by one."""
+    size, larger = divmod(centers, chunks)
+    return [size + 1] * larger + [size] * (chunks - larger)
 
 
 Options = ScoreKernelOptions

@@ -15,6 +15,8 @@ from samegrad.recipes._recipe.pictures import ACCENT, BLUE, INK, new_figure, no_
 Values = npt.NDArray[np.float64]
 # Below the highest density by so many e-folds nothing is drawn.
 _SHOWN_DECAY = 9.0
+# Up to so many points of a line are marked.
+_MARKED_POINTS = 12
 
 
 def draw_losses(
@@ -28,11 +30,13 @@ def draw_losses(
     axes = figure.subplots()
     training, validation = zip(*history)
     best = int(np.argmin(validation))
+    # A line of one point is none, and one of few hides where they are.
+    marker = "o" if len(history) <= _MARKED_POINTS else ""
     for values, colour, label in (
         (training, BLUE, f"training samples, last {_number(training[-1])}"),
         (validation, ACCENT, f"validation, best {_number(validation[best])}"),
     ):
-        axes.plot(iterations, values, color=colour, linewidth=1.6, label=label)
+        axes.plot(iterations, values, color=colour, linewidth=1.6, label=label, marker=marker, markersize=3)
     if optimum is not None:
         label = f"true score in validation, {_number(optimum)}"
         axes.axhline(optimum, color=INK, linewidth=1.0, linestyle="--", label=label)

@@ -34,36 +34,38 @@ class PlannedStep:
 def plan_on_one(
     options: ScoreKernelOptions, model: KernelModel, optimizer: torch.optim.Optimizer, centers: Tensor, samples: Tensor
 ) -> PlannedStep:
-    """All centers on one device: pinned by the options, or chosen from the budget at the first batch."""
+    """All centers on one device: as pinned, by the document's default, or chosen from the budget at the first batch."""
     declare = functools.partial(
         sg.Step, model, matching_loss, forward=kernel_outputs, batch_axes=BATCH_AXES, reduce="softmax_mean",
         optimizer=optimizer,
     )  # fmt: skip
-    rows = options.pinned_rows
+    rows, origin = options.pinned_rows(len(centers)), sg.KnobOrigin.PINNED
+    if rows is None:
+        rows, origin = options.default_rows(len(centers)), sg.KnobOrigin.DEFAULT
     if rows is None:
         return PlannedStep(step=declare(budget=options.budget), centers=centers)
-    rows = min(rows, len(centers))
     if options.budget is None:
-        return PlannedStep(step=declare(plan=_pinned_plan(rows, len(centers))), centers=centers)
+        return PlannedStep(step=declare(plan=_plan_of(rows, len(centers), origin)), centers=centers)
+    largest = rows if isinstance(rows, int) else max(rows)
     step = pinned_step(
         declare,
         {"centers": centers, "samples": samples},
         budget=options.budget,
         rows=rows,
-        asked=f"{rows} of {len(centers)} centers at a time within {options.budget}",
+        asked=f"{largest} of {len(centers)} centers at a time within {options.budget}",
         do="ask for fewer centers at a time, leave the pin out, or raise the budget",
         option="budget",
     )
     return PlannedStep(step=step, centers=centers)
 
 
-def _pinned_plan(rows: int, centers: int) -> sg.Plan:
-    split = rows < centers
+def _plan_of(rows: int | list[int], centers: int, origin: sg.KnobOrigin) -> sg.Plan:
+    split = rows not in (centers, [centers])
     return sg.Plan(
         levers={"split_rows": {"rows": rows}} if split else {},
         exactness=sg.Exactness.SAME_SUM if split else sg.Exactness.SAME_BITS,
         batch_rows=centers,
-        knob_origins={"split_rows.rows": sg.KnobOrigin.PINNED},
+        knob_origins={"split_rows.rows": origin},
     )
 
 
@@ -109,7 +111,8 @@ def _for_shard(options: ScoreKernelOptions, centers: int) -> ScoreKernelOptions:
     """What is asked of one place: its share of the centers, and as many steps or as large chunks."""
     steps = options.accumulation_steps
     return dataclasses.replace(
-        options, strategy="chunked", devices=(), train_kernel_size=centers,
+        # Under no name, whose default would be for all centers.
+        options, strategy="auto", devices=(), train_kernel_size=centers, load_centers_path=None,
         accumulation_steps=None if steps is None else min(steps, centers),
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +143,8 @@ class ScoreKernelProgram(Program):
 
     def strategy(self, plan: sg.Plan) -> Strategy:
         """The document's name for how ``plan`` runs."""
-        places = 1 if self.across is None else self.across.places
-        here = -(-len(self.points.centers) // places)
-        chunks = -(-here // self.center_rows)
-        return strategy_of(
-            self.options, chunk_size=min(self.center_rows, here), steps=chunks, places=places, plan=plan
-        )
+        places, sizes = 1 if self.across is None else self.across.places, self.center_sizes
+        return strategy_of(self.options, chunk_size=max(sizes), steps=len(sizes), places=places, plan=plan)
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "history": self.history}
@@ -163,13 +159,19 @@ class ScoreKernelProgram(Program):
         return [self.units_in(n + 1) for n in range(len(self.history))]
 
     @property
-    def center_rows(self) -> int:
-        """Centers at a time in a training step; what fits with gradients fits without."""
+    def center_sizes(self) -> Sequence[int]:
+        """Centers of every chunk of a training step, at the place that has the most."""
         if self.across is not None:
-            return self.across.rows
+            most = self.points.centers.tensor_split(self.across.places)[0]
+            return [len(part) for part in torch.split(most, self.across.rows)]
         # As many samples as in training, for which the plan was made.
         samples = self.points.train[torch.arange(self.options.batch_size) % len(self.points.train)]
-        return max(self.step.sizes_for({"centers": self.centers, "samples": samples}))
+        return self.step.sizes_for({"centers": self.centers, "samples": samples})
+
+    @property
+    def center_rows(self) -> int:
+        """Centers at a time in a training step; what fits with gradients fits without."""
+        return max(self.center_sizes)
 
     @functools.cached_property
     def drawn(self) -> Tensor:

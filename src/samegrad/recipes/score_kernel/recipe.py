@@ -47,11 +47,11 @@ _log = logging.getLogger("samegrad")
 def build(options: ScoreKernelOptions) -> ScoreKernelProgram:
     """The program of ``options``. Raises BadInput, UsageError, EnvironmentProblem and what planning raises."""
     device, ranks = sg.find_device(options.device), ranks_asked()
-    group = None
+    group, opened = None, open_points(options)
     if ranks > 1:
-        _check_ranks(options, ranks)
+        _check_ranks(options, ranks, centers=len(opened.centers))
         group, device = joined_ranks(device, options.process_timeout)
-    points = _on(device, open_points(options))
+    points = _on(device, opened)
     model = _make_model(options, points.dim).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=device.type == "cuda"
@@ -86,7 +86,7 @@ def build(options: ScoreKernelOptions) -> ScoreKernelProgram:
     )
 
 
-def _check_ranks(options: ScoreKernelOptions, ranks: int) -> None:
+def _check_ranks(options: ScoreKernelOptions, ranks: int, *, centers: int) -> None:
     if options.strategy not in ("auto", "model_parallel"):
         raise sg.UsageError(
             asked=f"--strategy {options.strategy} under torchrun with {ranks} processes",
@@ -94,9 +94,9 @@ def _check_ranks(options: ScoreKernelOptions, ranks: int) -> None:
             do="give --strategy model_parallel, or start one process",
             option="strategy",
         )
-    if options.train_kernel_size < ranks:
+    if centers < ranks:
         raise sg.UsageError(
-            asked=f"{options.train_kernel_size} centers over {ranks} processes",
+            asked=f"{centers} centers over {ranks} processes",
             found="a process would have none",
             do="raise --train_kernel_size, or start fewer processes",
             option="train_kernel_size",

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import samegrad as sg
 from samegrad.recipes._recipe.written import save_picture, save_weights
 
 from .model import KernelModel, log_density
@@ -39,16 +40,13 @@ class Finished(Protocol):
 
 
 def write_results(program: Finished, folder: Path) -> list[Path]:
-    """Writes weights, centers and pictures into ``folder``, weights and centers into ``--save`` too; their paths.
+    """Writes weights, centers and pictures into ``folder``, then weights and centers into ``--save`` too; their paths.
 
-    Raises ModuleNotFoundError without matplotlib.
+    Raises ModuleNotFoundError without matplotlib, EnvironmentProblem where ``--save`` cannot be written.
     """
     from . import pictures
 
     written = write_weights(program.model, program.points.centers, folder)
-    if program.options.save is not None:
-        program.options.save.mkdir(parents=True, exist_ok=True)
-        written += write_weights(program.model, program.points.centers, program.options.save)
     if program.history:
         curve = pictures.draw_losses(program.iterations_done, program.history, _optimum(program))
         written.append(save_picture(curve, folder / "matching_loss.png"))
@@ -64,7 +62,24 @@ def write_results(program: Finished, folder: Path) -> list[Path]:
         density, centers = _log_density_on_grid(program, extent), points.centers.double().cpu().numpy()
         contours = pictures.draw_density(density, extent, test, centers)
         written.append(save_picture(contours, folder / "density.png"))
+    if program.options.save is not None:
+        # Last, so that the run has its own files whatever stands in the way there.
+        written += _write_copy(program, program.options.save)
     return written
+
+
+def _write_copy(program: Finished, folder: Path) -> list[Path]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_weights(program.model, program.points.centers, folder)
+    except OSError as error:
+        raise sg.EnvironmentProblem(
+            asked=f"--save {folder}",
+            found=error.strerror or str(error),
+            do="give the same run --resume with another --save; the weights are in its own folder already",
+            file=str(folder),
+            option="save",
+        ) from error
 
 
 def write_weights(model: KernelModel, centers: Tensor, folder: Path) -> list[Path]:

@@ -73,8 +73,10 @@ def open_points(options: ScoreKernelOptions) -> PointSets:
     _, _, of_validation, of_test = torch.split(noise, counts)
     if centers is None:
         centers = fresh if own_centers else _first(train, options)
+    centers = _checked(centers.to(dtype), train, options)
+    options.check_centers(len(centers))
     return PointSets(
-        centers=_checked(centers.to(dtype), train, options), train=train, validation=validation + of_validation,
+        centers=centers, train=train, validation=validation + of_validation,
         test=test + of_test,
         described=described, image_shape=image_shape,
     )  # fmt: skip

@@ -31,8 +31,13 @@ def strategy_of(
     options: ScoreKernelOptions, *, chunk_size: int, steps: int, places: int, plan: sg.Plan
 ) -> Strategy:
     """The name of what runs ``chunk_size`` centers at a time, in ``steps`` chunks on each of ``places``."""
-    if options.strategy != "auto":
+    if options.strategy == "model_parallel" and places == 1:
+        name = "single_gpu" if steps == 1 else "chunked"
+        reason = "--strategy model_parallel has one device here"
+    elif options.strategy != "auto":
         name, reason = options.strategy, f"--strategy {options.strategy}"
+        if plan.knob_origins.get("split_rows.rows") is sg.KnobOrigin.DEFAULT:
+            reason += ", by the document's default"
     elif places > 1:
         name, reason = "model_parallel", f"there are {places} devices to share the centers out over"
     elif steps == 1:

@@ -16,9 +16,10 @@ from samegrad.recipes._recipe import Cell
 
 from .model import KernelModel, implicit_matching, softmax_means
 from .objective import Batch
+from .options import DOCUMENT_CHUNK_SIZE, DOCUMENT_STEPS
 from .strategies import documents_estimate
 
-DOCUMENT_CHUNK_SIZE, DOCUMENT_STEPS, SHOWN_DEVICES = 50, 4, 2
+SHOWN_DEVICES = 2
 # For which both gradients are taken at once.
 _COMPARED_CENTERS = 128
 
