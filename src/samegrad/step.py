@@ -119,7 +119,7 @@ class Step:
         self.verdict: Verdict | None = None
         self.expected_steps = expected_steps
         self.allow = allow
-        self.asked_budget, self._host_budget = budget, host_budget
+        self.asked_budget, self.asked_host_budget = budget, host_budget
         self._rows = checked_rows(rows)
         self._enforce, self._capped = enforce, False
         self._prefetcher = Prefetcher(self.declared.device)
@@ -351,7 +351,7 @@ class Step:
 
     def _planned(self, batch: Any, layout: RowLayout) -> tuple[Plan, Footprint]:
         device = self.declared.device
-        self.budget = counters.read_budget(self.asked_budget, device, host=self._host_budget)
+        self.budget = counters.read_budget(self.asked_budget, device, host=self.asked_host_budget)
         if self.asked_budget is None:
             # A warning, so that it is seen without any logging set up: nobody declared this number.
             _log.warning("samegrad: budget %s, %s", format_bytes(self.budget.total_bytes), self.budget.source)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from samegrad.levers import find_levers
 from samegrad.measure.cards import CARDS
 from samegrad.measure.target import Target
 from samegrad.records import Footprint, Front, KnobOrigin, Plan
@@ -44,6 +45,11 @@ STEPS = '''
 
     def wider():
         return train(classes=65)
+
+    def hosted():
+        step, batches = train()
+        declared = step.declared
+        return sg.Step(declared.model, declared.loss_fn, optimizer=declared.optimizer, host_budget="10MiB"), batches
 
     def own_budget():
         return train(budget="90MiB")
@@ -204,6 +210,21 @@ def test_a_saved_plan_is_judged_again_and_runs_here(
     here = cli("plan", f"cards.py:{target}", "--plan", "out/plan.json")
     assert here.code == 0 and "its budget does not bound" in here.out
     assert cli("verify", f"cards.py:{target}", "--plan", "out/plan.json", "--rows", "64").code == 0
+
+
+@pytest.mark.parametrize("lever", ["optimizer_state", "offload_saved"])
+def test_a_saved_plan_with_a_lever_that_no_law_predicts_is_followed(cli: Cli, folder: Path, lever: str) -> None:
+    plain = planned(cli, "cards.py:train", *CARD, "--output", "plain")
+    document = json.loads((folder / "plain" / "plan.json").read_text())
+    knobs = find_levers()[lever]().knobs()
+    (folder / "by_hand.json").write_text(json.dumps(document | {"levers": {lever: knobs}}))
+    again = planned(cli, "cards.py:train", *CARD, "--plan", "by_hand.json")
+    assert again["plan"]["levers"] == {lever: knobs}
+    assert again["footprint"]["peak_allocated_bytes"] < plain["footprint"]["peak_allocated_bytes"]
+
+
+def test_what_may_be_pinned_on_the_host_is_the_declarations_on_a_card_too(cli: Cli) -> None:
+    assert planned(cli, "cards.py:hosted", *CARD)["plan"]["budget"]["host_bytes"] == 10 * 2**20
 
 
 @pytest.mark.parametrize("line", [("plan", *CARD), ("plan",), ("run", "--output", "run")])

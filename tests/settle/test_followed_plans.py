@@ -22,7 +22,7 @@ from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.plan.traced import Candidate, predict_traced, traced_candidates
 from samegrad.records import Counting, Exactness, Footprint, KnobOrigin, Plan
-from samegrad.settle import aliases_for, plan_ahead
+from samegrad.settle import aliases_for, on_card, plan_ahead
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.following import follow
 from samegrad.units import format_bytes
@@ -305,6 +305,19 @@ def test_where_every_followed_plan_is_too_large_the_budget_that_would_do_is_name
     found = re.search(r"raise the budget to ([\d.]+ [KMG]iB)", smallest.do)
     assert found
     assert plan_ahead(case.step(), case.batch(), CARD, budget=found[1].replace(" ", "")).plan.levers
+
+
+def test_what_was_passed_over_and_fits_after_all_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(CASES["sequences"], rows=TIMES["sequences"] * CASES["sequences"].rows)
+    plain = sg.measure_step(case.step(), case.batch(), device=CARD).steady_cap_bytes or 0
+    wanted = plan_ahead(case.step(), case.batch(), CARD, budget=int(0.8 * plain))
+    # As if what was learnt of the plain step said that nothing but the smallest fits.
+    monkeypatch.setattr(on_card, "_CLEARLY", 1e6)
+    found = plan_ahead(case.step(), case.batch(), CARD, budget=int(0.8 * plain))
+    assert found.plan.levers == wanted.plan.levers
+    monkeypatch.setattr(on_card, "_NEAR", 0.0)
+    smallest = plan_ahead(case.step(), case.batch(), CARD, budget=int(0.8 * plain))
+    assert (smallest.predicted.seconds or 0.0) > (found.predicted.seconds or 0.0)
 
 
 class Reads(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import nn
@@ -58,11 +59,15 @@ def test_on_a_card_the_same_plan_in_segments_that_grow_comes_first() -> None:
     assert not any("expandable_segments" in p.levers for p in smaller_plans(refused, on_card, Exactness.SAME_SUM))
 
 
-def test_a_floor_that_hides_the_rows_leaves_the_smallest_alone() -> None:
+def test_below_a_floor_that_hides_the_rows_half_as_many_come_next() -> None:
     footprint, plan = measured()
     floor = PhaseLaw(phase=Phase.BACKWARD, fixed_bytes=10**6, per_chunk_row_bytes=100, per_batch_row_bytes=0)
     high = dataclasses.replace(footprint, laws=(floor,), plain_laws=(floor,))
-    assert peaks_below(high, dataclasses.replace(plan, predicted_peak_bytes=10**6 + 6400)) == [10**6 + 100]
+    whole = dataclasses.replace(plan, predicted_peak_bytes=10**6 + 6400)
+    below = list(smaller_plans(high, whole, Exactness.SAME_SUM))
+    rows = [64, *(p.levers["split_rows"]["rows"] for p in below)]
+    assert all(after <= before // 2 for before, after in itertools.pairwise(rows)) and rows[-1] == 1
+    assert rows[1] > 16
 
 
 def test_below_the_smallest_there_is_nothing_nor_where_nothing_may_be_split() -> None:

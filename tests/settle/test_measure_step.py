@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -77,3 +78,28 @@ def test_the_footprint_that_a_plan_came_from_is_the_same_steps() -> None:
     assert plan.levers and footprint.peak_allocated_bytes == pytest.approx(alone.peak_allocated_bytes, rel=0.02)
     step.prepare(batch())
     assert step.footprint is not None and step.footprint.rows == ROWS
+
+
+class Reads(nn.Module):
+    """A model that looks at a value of its rows, or at how many there are that count."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.inner, self.reads = nn.Linear(6, 3), reads
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self.reads == "value" and rows.abs().max().item() > 1e6:
+            rows = rows * 0.1
+        if self.reads == "count" and int((rows[:, 0] > 1e6).sum()) > 10**6:
+            rows = rows * 0.1
+        made: Tensor = self.inner(rows)
+        return made
+
+
+@pytest.mark.parametrize(("reads", "is_told"), [("value", True), ("count", False), ("nothing", False)])
+def test_a_forward_that_reads_a_value_is_told_by_its_line(reads: str, is_told: bool) -> None:
+    step = sg.Step(Reads(reads), lambda outputs, batch: outputs.square().mean(), rows=8)
+    facts = sg.measure_step(step, torch.randn(64, 6)).facts
+    assert ("values of the batch" in facts) is is_told
+    if is_told:
+        assert re.search(r"test_measure_step\.py:\d+", facts["values of the batch"])

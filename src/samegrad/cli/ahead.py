@@ -63,7 +63,10 @@ def plan_for_card(training: Training, card: Card, given: Plan | None = None) -> 
         return _planned(training, target, plan, ahead)
     step = training.step
     budget = training.budget if training.budget is not None else step.asked_budget
-    ahead = plan_ahead(step, training.batch, card.name, budget=budget, rows=_pinned_rows(step), allow=step.allow)
+    ahead = plan_ahead(
+        step, training.batch, card.name, budget=budget, host_budget=step.asked_host_budget, rows=_pinned_rows(step),
+        allow=step.allow,
+    )  # fmt: skip
     return _planned(training, target, ahead.plan, ahead)
 
 

@@ -92,6 +92,7 @@ def declare_again(training: Training, given: Plan | None, footprint: Footprint |
         plan=given,
         footprint=footprint,
         budget=training.budget if given is None else None,
+        host_budget=step.asked_host_budget,
         optimizer=declared.optimizer,
         forward=declared.forward,
         normalise=declared.normalise,

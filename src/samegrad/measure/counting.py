@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.declared import DeclaredStep
 from samegrad.exact.looking_on import LookingOn
+from samegrad.measure.failures import line_now
 from samegrad.measure.operation_costs import tensors_in
 from samegrad.records import Category, Phase, TimelinePoint
 
@@ -29,6 +30,8 @@ _BORN_IN = {
     Phase.OPTIMIZER: Category.TEMPORARY,
 }
 _LONGEST_TIMELINE = 240
+# What .item(), float() and ``if`` ask of a tensor.
+_READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
 class _Declares(Protocol):
@@ -57,6 +60,8 @@ class ByteCounter(LookingOn):
         super().__init__()
         self._device_type = device.type
         self._gradients_of = list(gradients_of)
+        # Lines of the user's forward that read a tensor's value, with a timeline.
+        self.values_read: set[str] = set()
         self._known: dict[int, tuple[Any, int, Category]] = {}
         self._moments: list[tuple[Phase, dict[Category, int]]] | None = [] if with_timeline else None
         self._stretches: list[list[tuple[Phase, int]]] | None = [] if with_timeline else None
@@ -162,6 +167,11 @@ class ByteCounter(LookingOn):
         self.live[category] -= size
         self.live_bytes -= size
 
+    def _note_reading(self, tensor: Tensor) -> None:
+        # Whole numbers are lengths and counts, more often than not.
+        if tensor.is_floating_point() or tensor.dtype is torch.bool:
+            self.values_read.add(line_now())
+
     def _note_peak(self) -> None:
         if self.live_bytes > self.peak_by_phase.get(self.phase, -1):
             self.peak_by_phase[self.phase] = self.live_bytes
@@ -176,6 +186,8 @@ class ByteCounter(LookingOn):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _READS_A_NUMBER and self._moments is not None and self.phase is Phase.FORWARD:
+            self._note_reading(args[0])
         result = func(*args, **(kwargs or {}))
         category = _BORN_IN[self.phase]
         for tensor in tensors_in(result if isinstance(result, (list, tuple)) else (result,)):

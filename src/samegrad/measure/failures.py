@@ -64,12 +64,22 @@ def first_line(error: BaseException) -> str:
 
 def line_of(error: BaseException) -> str:
     """Where the user's own code was, as " (file.py:7)"."""
+    own = _own_line(traceback.extract_tb(error.__traceback__))
+    return f" ({own})" if own else ""
+
+
+def line_now() -> str:
+    """Where the user's own code is, as "file.py:7"; "" where none of it runs."""
+    return _own_line(traceback.extract_stack())
+
+
+def _own_line(frames: traceback.StackSummary) -> str:
     own = [
         frame
-        for frame in traceback.extract_tb(error.__traceback__)
+        for frame in frames
         if not frame.filename.startswith((*_LIBRARIES, "<")) and Path(frame.filename).parent != _PYTHON
     ]
-    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
 
 
 def is_of_the_users_code(error: BaseException) -> bool:

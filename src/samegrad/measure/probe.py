@@ -38,6 +38,7 @@ class Probe:
 
     ``moments``: counted bytes after every operation, in stretches between announced phases.
     ``beyond_counted_bytes``: what the allocator's peak holds on top of the counted one (workspaces, rounding).
+    ``values_read``: lines of the forward that read a tensor's value, and may go another way on other rows.
     """
 
     sizes: tuple[int, ...]
@@ -49,6 +50,7 @@ class Probe:
     moments: tuple[tuple[tuple[Phase, int], ...], ...]
     reserved_bytes: int | None = None
     beyond_counted_bytes: int = 0
+    values_read: frozenset[str] = frozenset()
 
     @property
     def rows(self) -> int:
@@ -212,6 +214,7 @@ def _probed(
         timeline=counter.timeline(),
         seconds=seconds,
         reserved_bytes=reserved,
+        values_read=frozenset(counter.values_read),
     )
 
 

@@ -175,13 +175,17 @@ def plan_ahead(
     card: str,
     *,
     budget: Budget | str | int | None = None,
+    host_budget: str | int | None = None,
     rows: int | Sequence[int] | None = None,
     rows_origin: KnobOrigin = KnobOrigin.PINNED,
     allow: Exactness = Exactness.SAME_SUM,
 ) -> Ahead:
-    """The fastest plan for the card called ``card``, followed whole. Raises as ``settle_plan`` does."""
+    """The fastest plan for the card called ``card``, followed whole. Raises as ``settle_plan`` does.
+
+    ``host_budget``: what plans may pin on its host, without a limit where nothing is said.
+    """
     declared, target = step.declared, Target.named(card)
-    limit = budget if isinstance(budget, Budget) else target.budget(budget)
+    limit = budget if isinstance(budget, Budget) else target.budget(budget, host=host_budget)
     pinned = rows if rows is None or isinstance(rows, int) else tuple(rows)
     options = Options(rows=pinned, rows_origin=rows_origin, allow=allow)
     followed, footprint = follow(declared, aliases_for(declared), batch, target)

@@ -14,6 +14,7 @@ from samegrad.plan.choose import choose_plan
 from samegrad.plan.margin import budget_for
 from samegrad.plan.options import Options
 from samegrad.records import Counting, Exactness, Footprint, Plan
+from samegrad.settle.edits import rows_of
 
 # Of what failed: rungs lie close together, and each one that fails costs a step.
 _LARGEST_FRACTION = 7 / 8
@@ -25,8 +26,9 @@ def smaller_plans(footprint: Footprint, plan: Plan, allow: Exactness) -> Iterato
     """``plan`` in segments that grow, where it is not; then plans of ``footprint`` below it, each the fastest that is
     predicted to need an eighth less than the last.
 
-    Where none needs so much less, the smallest there is comes last. No tensor and no device is touched. Each keeps
-    the budget and the signature of ``plan``, and the kind of segments, the layout and the precision that it had.
+    Where none needs so much less, half as many rows at a time come next, and the smallest there is last. No tensor and
+    no device is touched. Each keeps the budget and the signature of ``plan``, and the kind of segments, the layout and
+    the precision that it had.
     """
     if _may_grow(footprint, plan):
         # It was measured to fit: what is missing lies in gaps.
@@ -66,8 +68,15 @@ def _smaller(footprint: Footprint, failed: Plan, failed_bytes: int, allow: Exact
     fitting = [p for p in _ladder(footprint, failed, wanted, allow) if (p.predicted_peak_bytes or 0) <= wanted]
     if fitting:
         return fitting[0]
-    less = [p for p in _ladder(footprint, failed, failed_bytes, allow) if (p.predicted_peak_bytes or 0) < failed_bytes]
-    return less[-1] if less else None
+    rows = rows_of(failed)
+    less = [
+        plan
+        for plan in _ladder(footprint, failed, failed_bytes, allow)
+        if (plan.predicted_peak_bytes or 0, rows_of(plan)) < (failed_bytes, rows)
+    ]
+    # Where the optimizer's turn is the peak, rows are what else there is to go by.
+    halved = next((plan for plan in less if 2 * rows_of(plan) <= rows), None)
+    return less[-1] if halved is None and less else halved
 
 
 def _ladder(footprint: Footprint, failed: Plan, needed_bytes: int, allow: Exactness) -> tuple[Plan, ...]:

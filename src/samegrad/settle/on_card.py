@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
-from samegrad.errors import BudgetTooSmall, CannotSplit, CannotTrace
+from samegrad.errors import BudgetTooSmall, CannotSplit, CannotTrace, NotMeasured
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.measure.rungs import Rung
 from samegrad.measure.trace_reading import (
@@ -34,6 +35,8 @@ from samegrad.units import format_bytes
 _UNSEEN_FRACTION = 0.055
 # A plan is passed over only where it is clearly too large by what was learnt of those before it.
 _CLEARLY = 0.98
+# Of what a budget allows, below which a plan that fits leaves room for one that was passed over.
+_NEAR = 0.85
 
 
 def with_levers_on_card(step: FollowedStep, footprint: Footprint, *, budget: Budget, options: Options) -> Footprint:
@@ -57,11 +60,12 @@ def settle_on_card(
     most = _most_bytes(budget)
     ladder = _ladder(footprint, options, budget)
     above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
-    tried: list[str] = []
+    tried, passed_over = list[str](), list[Plan]()
     smallest_cap: int | None = None
     for plan in ladder:
         smallest = plan is ladder[-1]
         if not smallest and (plan.predicted_peak_bytes or 0) * above * _CLEARLY > most:
+            passed_over.append(plan)
             continue
         outcome = trying(plan)
         try:
@@ -73,9 +77,12 @@ def settle_on_card(
         cap = predicted.steady_cap_bytes or 0
         outcome.found(Rung(cap, predicted.seconds or 0.0), most)
         if cap <= most:
+            if cap < _NEAR * most:
+                plan, predicted = _quicker(step, footprint, passed_over, (plan, predicted), most)
             settled = dataclasses.replace(
-                plan, budget=budget, predicted_peak_bytes=cap, predicted_seconds=predicted.seconds
-            )
+                plan, budget=budget, predicted_peak_bytes=predicted.steady_cap_bytes,
+                predicted_seconds=predicted.seconds,
+            )  # fmt: skip
             return settled, predicted
         above = min(above, cap / max(1, plan.predicted_peak_bytes or 1))
         smallest_cap = cap if smallest_cap is None else min(cap, smallest_cap)
@@ -88,6 +95,38 @@ def settle_on_card(
     )
 
 
+def _quicker(
+    step: FollowedStep,
+    footprint: Footprint,
+    passed_over: Sequence[Plan],
+    found: tuple[Plan, Footprint],
+    most: int,
+) -> tuple[Plan, Footprint]:
+    """The quickest of the plans that were ``passed_over`` and fit after all, else ``found``.
+
+    They come quickest first, each next one smaller, so that half of them need no look.
+    """
+    low, high = 0, len(passed_over)
+    while low < high:
+        middle = (low + high) // 2
+        outcome = trying(passed_over[middle])
+        try:
+            plan, predicted = _followed(step, footprint, passed_over[middle], most)
+        except CannotTrace as error:
+            outcome.refused(error.found)
+            low = middle + 1
+            continue
+        cap, seconds = predicted.steady_cap_bytes or 0, predicted.seconds or 0.0
+        outcome.found(Rung(cap, seconds), most)
+        if cap > most:
+            low = middle + 1
+            continue
+        high = middle
+        if seconds < (found[1].seconds or 0.0):
+            found = plan, predicted
+    return found
+
+
 def _followed(step: FollowedStep, footprint: Footprint, plan: Plan, most: int) -> tuple[Plan, Footprint]:
     """``plan`` and what is predicted under it; where that is more than ``most``, both in segments that grow."""
     predicted, name = footprint_of(step, footprint, plan), ExpandableSegments.name
@@ -96,7 +135,10 @@ def _followed(step: FollowedStep, footprint: Footprint, plan: Plan, most: int) -
         return plan, predicted
     why = f"taken: without it the allocator would need {format_bytes(cap)}, and the budget allows {format_bytes(most)}"
     grown = dataclasses.replace(plan, levers=plan.levers | {name: {}}, reasons=plan.reasons | {name: why})
-    return grown, footprint_of(step, footprint, grown)
+    in_growing = footprint_of(step, footprint, grown)
+    if (in_growing.steady_cap_bytes or 0) >= cap:
+        return plan, predicted
+    return grown, in_growing
 
 
 def _ladder(footprint: Footprint, options: Options, budget: Budget) -> tuple[Plan, ...]:
@@ -125,8 +167,13 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footpr
     followed = sum(trace.sizes)
     # Chunks that were not followed take what the others do; the optimizer's turn comes once.
     turn = sum(s for o, s in zip(trace.operations, seconds) if o.step == 1 and o.phase is Phase.OPTIMIZER)
+    try:
+        laws = predict_plan(footprint, plan.levers)
+    except NotMeasured:
+        # Of a plan that was made before the step was not followed under its levers; the trace of the plan says it all.
+        laws = footprint
     return dataclasses.replace(
-        predict_plan(footprint, plan.levers),
+        laws,
         origin=Origin.PREDICTED,
         rows=rows,
         peak_allocated_bytes=reserved.free_running.peak_allocated_bytes,

@@ -177,7 +177,8 @@ def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> 
         if ways.by_rows is not None and ways.by_rows.passes == 2
         else None,
         refusals=refusals,
-        facts=_facts(ways, residents, streamed=isinstance(declared.loss_fn, SoftmaxLoss)),
+        facts=_facts(ways, residents, streamed=isinstance(declared.loss_fn, SoftmaxLoss))
+        | _values_read(sorted(set().union(*(probe.values_read for probe in probed)))),
         timeline=shown.timeline,
     )
     turn = OptimizerTurn(missing, residents.optimizer_temporary_bytes)
@@ -255,6 +256,16 @@ def _rows_are_elsewhere(batch: Any, layout: RowLayout, device: torch.device) -> 
 def _optimizer_law(residents: Residents, standing_bytes: int) -> PhaseLaw:
     fixed = sum(residents.by_category.values()) + residents.optimizer_temporary_bytes + standing_bytes
     return PhaseLaw(phase=Phase.OPTIMIZER, fixed_bytes=float(fixed), per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0)
+
+
+def _values_read(lines: Sequence[str]) -> dict[str, str]:
+    if not lines:
+        return {}
+    where = ", ".join(lines[:3])
+    return {
+        "values of the batch": f"the forward reads some ({where}), and may do something else for rows that were not "
+        "examined; verify_step and samegrad verify compare the gradients"
+    }
 
 
 def _facts(ways: Ways, residents: Residents, *, streamed: bool) -> dict[str, str]:
