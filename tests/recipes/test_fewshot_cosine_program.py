@@ -168,6 +168,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_within_an_epoch_goes_on_there() -> None:
     assert_goes_on_within_an_epoch(lambda: build(SMALL))
 

@@ -155,6 +155,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(options: VQSpe
     assert same_state(second, straight)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_within_an_epoch_goes_on_there(options: VQSpectrogramOptions) -> None:
     assert_goes_on_within_an_epoch(lambda: build(options))
 

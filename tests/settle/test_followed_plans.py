@@ -307,6 +307,7 @@ def test_where_every_followed_plan_is_too_large_the_budget_that_would_do_is_name
     assert plan_ahead(case.step(), case.batch(), CARD, budget=found[1].replace(" ", "")).plan.levers
 
 
+@pytest.mark.slow
 def test_what_was_passed_over_and_fits_after_all_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = dataclasses.replace(CASES["sequences"], rows=TIMES["sequences"] * CASES["sequences"].rows)
     plain = sg.measure_step(case.step(), case.batch(), device=CARD).steady_cap_bytes or 0
