@@ -158,6 +158,19 @@ def test_what_shares_memory_with_others_keeps_its_strides() -> None:
         check_close(model, expected)
 
 
+def test_a_gradient_that_is_part_of_a_bucket_stays_there() -> None:
+    model, batch = cnn()
+    weight = model[0].weight
+    _, expected = plain_step(model, cross_entropy, batch)
+    bucket = torch.zeros(weight.numel() + 5, dtype=weight.dtype)
+    weight.grad = bucket[: weight.numel()].view(weight.shape)
+    with forced(model, cross_entropy, layout={}) as step:
+        step.backward(batch)
+        assert weight.is_contiguous() and in_channels_last(model[4].weight)
+        check_close(model, expected)
+    assert weight.grad is not None and weight.grad.data_ptr() == bucket.data_ptr()
+
+
 def test_strides_that_were_there_before_come_back() -> None:
     model, batch = cnn()
     model[0].to(memory_format=torch.channels_last)

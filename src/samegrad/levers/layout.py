@@ -107,16 +107,23 @@ def _weights_of(declared: DeclaredStep) -> list[nn.Parameter]:
 
 
 def _has_memory_of_its_own(weight: nn.Parameter) -> bool:
-    """Whether other strides would part it from nothing: no view of a flat buffer, no part of a sharded weight."""
+    """Whether other strides would part it from nothing: no view of a flat buffer, no part of a sharded weight.
+
+    Nor is its gradient one: of a bucket, say, from which ranks reduce it.
+    """
     plain = is_torchs_own(weight) and is_torchs_own(weight.data) and weight.layout is torch.strided
-    return plain and weight.untyped_storage().nbytes() == weight.nbytes
+    return plain and _is_alone(weight) and (weight.grad is None or _is_alone(weight.grad))
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _restride(weight: Tensor, stride: tuple[int, ...]) -> None:
     """``weight``, and its gradient with it, of the same values at other places in memory."""
     if weight.stride() != stride:
         weight.data = _copied(weight.data, stride)
-        if weight.grad is not None and weight.grad.layout is torch.strided:
+        if weight.grad is not None and weight.grad.layout is torch.strided and _is_alone(weight.grad):
             weight.grad = _copied(weight.grad, stride)
 
 
