@@ -162,13 +162,41 @@ def test_a_gradient_that_is_part_of_a_bucket_stays_there() -> None:
     model, batch = cnn()
     weight = model[0].weight
     _, expected = plain_step(model, cross_entropy, batch)
-    bucket = torch.zeros(weight.numel() + 5, dtype=weight.dtype)
-    weight.grad = bucket[: weight.numel()].view(weight.shape)
+    buckets = {p: torch.zeros(p.numel() + 5, dtype=p.dtype) for p in model.parameters()}
+
+    def in_buckets() -> None:
+        for parameter, bucket in buckets.items():
+            parameter.grad = bucket[: parameter.numel()].zero_().view(parameter.shape)
+
+    in_buckets()
     with forced(model, cross_entropy, layout={}) as step:
+        for _ in range(2):
+            # As ranks have them anew after each step.
+            in_buckets()
+            step.backward(batch)
+            assert weight.is_contiguous()
+            check_close(model, expected)
+    for parameter, bucket in buckets.items():
+        assert parameter.is_contiguous() and parameter.grad is not None
+        assert parameter.grad.data_ptr() == bucket.data_ptr()
+
+
+def test_gradients_in_other_strides_than_their_weights_are_not_paired_wrongly() -> None:
+    """A fused optimizer goes by places in memory; a user's flat buffer knows nothing of the weights' strides."""
+    (model, batch), (plain, _) = cnn(), cnn()
+    ours, theirs = (OPTIMIZERS["fused sgd"](list(m.parameters())) for m in (model, plain))
+    _, expected = plain_step(plain, cross_entropy, batch)
+    with forced(model, cross_entropy, layout={}, optimizer=ours) as step:
         step.backward(batch)
-        assert weight.is_contiguous() and in_channels_last(model[4].weight)
-        check_close(model, expected)
-    assert weight.grad is not None and weight.grad.data_ptr() == bucket.data_ptr()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.contiguous()
+        ours.step()
+    for parameter, gradient in zip(plain.parameters(), expected.values(), strict=True):
+        parameter.grad = gradient
+    theirs.step()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
 
 
 def test_strides_that_were_there_before_come_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from samegrad.cli.boundary import known_error
 from samegrad.cli.devices import find_card_asked
 from samegrad.cli.mistakes import file_of
 from samegrad.cli.options import Call
+from samegrad.cli.ranks import rank_count
 from samegrad.cli.run_story import PictureFile
 from samegrad.cli.target import FunctionTarget, Target
 from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, counting_of
@@ -169,7 +171,9 @@ class RecipeTraining:
 
     def ticks(self) -> Iterator[Tick]:
         counter = sg.count_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
-        for epoch in run_epochs(self.program, counter=counter, pause_seconds=_PAUSE_SECONDS):
+        # Ranks pause together, or one would wait for another that has stopped: by the clock they would not.
+        pause_seconds = _PAUSE_SECONDS if rank_count() == 1 else math.inf
+        for epoch in run_epochs(self.program, counter=counter, pause_seconds=pause_seconds):
             self._emptied.seconds += epoch.empty_cache_seconds
             self._emptied.given_back_bytes += epoch.given_back_bytes
             last = epoch.is_over and (epoch.stopped or self.program.next_epoch >= self.program.epochs)

@@ -70,11 +70,15 @@ class Layout:
             if optimizer is not None:
                 stack.callback(_align_state, optimizer)
             for weight in _weights_of(declared):
+                if weight.grad is not None and not _is_alone(weight.grad):
+                    # Part of a bucket, from which ranks reduce it, or of a flat buffer: it would be parted from that.
+                    continue
                 stack.callback(_restride, weight, weight.stride())
                 _restride(weight, torch.empty_like(weight, memory_format=_FORMATS[weight.dim()]).stride())
             if optimizer is not None:
-                # Fused kernels pair entries by their place in memory; state may be loaded, or first made, at any time.
-                stack.callback(optimizer.register_step_pre_hook(lambda *_: _align_state(optimizer)).remove)
+                # Fused kernels pair entries by their place in memory; state may be loaded, or first made, at any time,
+                # and gradients may be put in place by others.
+                stack.callback(optimizer.register_step_pre_hook(lambda *_: _align(optimizer)).remove)
             yield contextlib.nullcontext
 
     def knobs(self) -> dict[str, Any]:
@@ -107,28 +111,36 @@ def _weights_of(declared: DeclaredStep) -> list[nn.Parameter]:
 
 
 def _has_memory_of_its_own(weight: nn.Parameter) -> bool:
-    """Whether other strides would part it from nothing: no view of a flat buffer, no part of a sharded weight.
-
-    Nor is its gradient one: of a bucket, say, from which ranks reduce it.
-    """
-    plain = is_torchs_own(weight) and is_torchs_own(weight.data) and weight.layout is torch.strided
-    return plain and _is_alone(weight) and (weight.grad is None or _is_alone(weight.grad))
+    """Whether other strides would part it from nothing: no view of a flat buffer, no part of a sharded weight."""
+    plain = is_torchs_own(weight) and is_torchs_own(weight.data)
+    return plain and _is_alone(weight)
 
 
 def _is_alone(tensor: Tensor) -> bool:
-    return tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.layout is torch.strided and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _restride(weight: Tensor, stride: tuple[int, ...]) -> None:
     """``weight``, and its gradient with it, of the same values at other places in memory."""
     if weight.stride() != stride:
         weight.data = _copied(weight.data, stride)
-        if weight.grad is not None and weight.grad.layout is torch.strided and _is_alone(weight.grad):
+        if weight.grad is not None and weight.grad.layout is torch.strided:
             weight.grad = _copied(weight.grad, stride)
 
 
 def _copied(values: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device).copy_(values.detach())
+
+
+def _align(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            gradient = weight.grad
+            if weight.dim() not in _FORMATS or gradient is None or gradient.layout is not torch.strided:
+                continue
+            if is_torchs_own(gradient) and gradient.stride() != weight.stride():
+                weight.grad = _copied(gradient, weight.stride())
+    _align_state(optimizer)
 
 
 def _align_state(optimizer: Optimizer) -> None:

@@ -32,6 +32,7 @@ from samegrad.trees import RowLayout
 TIMED_RUNS = 3
 _ENOUGH_SECONDS = 1.0
 
+
 @dataclasses.dataclass(frozen=True)
 class Probe:
     """One measured run in chunks of ``sizes`` rows. ``reserved_bytes`` only on CUDA.
