@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import samegrad as sg
+from samegrad.records import Same
 
 ROWS = 512
 
@@ -88,7 +90,9 @@ class Reads(nn.Module):
         self.inner, self.reads = nn.Linear(6, 3), reads
 
     def forward(self, rows: Tensor) -> Tensor:
-        if self.reads == "value" and rows.abs().max().item() > 1e6:
+        if self.reads == "number" and rows.abs().max().item() > 1e6:
+            rows = rows * 0.1
+        if self.reads == "truth" and (rows.abs() > 1e6).any():
             rows = rows * 0.1
         if self.reads == "count" and int((rows[:, 0] > 1e6).sum()) > 10**6:
             rows = rows * 0.1
@@ -96,10 +100,25 @@ class Reads(nn.Module):
         return made
 
 
-@pytest.mark.parametrize(("reads", "is_told"), [("value", True), ("count", False), ("nothing", False)])
-def test_a_forward_that_reads_a_value_is_told_by_its_line(reads: str, is_told: bool) -> None:
+@pytest.mark.parametrize(("reads", "is_told"), [("truth", True), ("count", False), ("nothing", False)])
+def test_a_forward_that_reads_a_truth_is_told_by_its_line(reads: str, is_told: bool) -> None:
     step = sg.Step(Reads(reads), lambda outputs, batch: outputs.square().mean(), rows=8)
     facts = sg.measure_step(step, torch.randn(64, 6)).facts
     assert ("values of the batch" in facts) is is_told
     if is_told:
         assert re.search(r"test_measure_step\.py:\d+", facts["values of the batch"])
+
+
+def test_rows_are_not_split_unasked_where_the_forward_reads_a_number_of_them() -> None:
+    """One loud row turns its whole batch down; in chunks it would turn down its own chunk, without an error."""
+    batch = torch.randn(512, 6)
+    batch[300] = 1e7
+    plain = Reads("number")
+    step = sg.Step(copy.deepcopy(plain), lambda outputs, batch: outputs.square().mean())
+    footprint = sg.measure_step(step, batch)
+    assert re.search(r"reads a number of its rows \(test_measure_step\.py:\d+\)", footprint.refusals["split_rows"])
+    with pytest.raises(sg.CannotSplit, match="reads a number of its rows"):
+        sg.settle_plan(step, batch, budget=footprint.predicted_peak_bytes(rows=512) // 2)
+    # Pinned by somebody who knows, it runs; and what it does then is what verify_step is for.
+    pinned = sg.Step(copy.deepcopy(plain), lambda outputs, batch: outputs.square().mean(), rows=256)
+    assert sg.verify_step(pinned, batch).answer is Same.DIFFERS

@@ -60,8 +60,9 @@ class ByteCounter(LookingOn):
         super().__init__()
         self._device_type = device.type
         self._gradients_of = list(gradients_of)
-        # Lines of the user's forward that read a tensor's value, with a timeline.
-        self.values_read: set[str] = set()
+        # Lines of the user's forward that read a number of the batch or a truth, with a timeline.
+        self.numbers_read: set[str] = set()
+        self.truths_read: set[str] = set()
         self._known: dict[int, tuple[Any, int, Category]] = {}
         self._moments: list[tuple[Phase, dict[Category, int]]] | None = [] if with_timeline else None
         self._stretches: list[list[tuple[Phase, int]]] | None = [] if with_timeline else None
@@ -169,8 +170,10 @@ class ByteCounter(LookingOn):
 
     def _note_reading(self, tensor: Tensor) -> None:
         # Whole numbers are lengths and counts, more often than not.
-        if tensor.is_floating_point() or tensor.dtype is torch.bool:
-            self.values_read.add(line_now())
+        if tensor.is_floating_point():
+            self.numbers_read.add(line_now())
+        elif tensor.dtype is torch.bool:
+            self.truths_read.add(line_now())
 
     def _note_peak(self) -> None:
         if self.live_bytes > self.peak_by_phase.get(self.phase, -1):

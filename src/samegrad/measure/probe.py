@@ -39,7 +39,7 @@ class Probe:
 
     ``moments``: counted bytes after every operation, in stretches between announced phases.
     ``beyond_counted_bytes``: what the allocator's peak holds on top of the counted one (workspaces, rounding).
-    ``values_read``: lines of the forward that read a tensor's value, and may go another way on other rows.
+    ``numbers_read`` and ``truths_read``: lines of the forward that read one, and may go another way on other rows.
     """
 
     sizes: tuple[int, ...]
@@ -51,7 +51,8 @@ class Probe:
     moments: tuple[tuple[tuple[Phase, int], ...], ...]
     reserved_bytes: int | None = None
     beyond_counted_bytes: int = 0
-    values_read: frozenset[str] = frozenset()
+    numbers_read: frozenset[str] = frozenset()
+    truths_read: frozenset[str] = frozenset()
 
     @property
     def rows(self) -> int:
@@ -215,7 +216,8 @@ def _probed(
         timeline=counter.timeline(),
         seconds=seconds,
         reserved_bytes=reserved,
-        values_read=frozenset(counter.values_read),
+        numbers_read=frozenset(counter.numbers_read),
+        truths_read=frozenset(counter.truths_read),
     )
 
 

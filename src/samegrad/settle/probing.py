@@ -121,6 +121,10 @@ def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> 
         declared, batch, layout, StepDraws(ways.sites), whole_only=whole_only,
         timed_runs=TIMED_RUNS if ways.by_rows is None else 0,
     )  # fmt: skip
+    if ways.by_rows is not None and (refusal := _refusal_of_reads(plain)) is not None:
+        ways = dataclasses.replace(ways, by_rows=None, refusal=refusal)
+        refusals["split_rows"] = refusal.found
+        plain = plain_probes(declared, batch, layout, StepDraws(ways.sites), whole_only=whole_only)
     parts: list[Probe] = []
     if ways.by_rows is not None:
         parts = split_probes(_by_rows(declared, aliases, ways.by_rows), batch, layout)
@@ -178,7 +182,7 @@ def _measured(declared: DeclaredStep, batch: Any, aliases: ParameterAliases) -> 
         else None,
         refusals=refusals,
         facts=_facts(ways, residents, streamed=isinstance(declared.loss_fn, SoftmaxLoss))
-        | _values_read(sorted(set().union(*(probe.values_read for probe in probed)))),
+        | _truths_read(sorted(set().union(*(probe.truths_read for probe in probed)))),
         timeline=shown.timeline,
     )
     turn = OptimizerTurn(missing, residents.optimizer_temporary_bytes)
@@ -258,7 +262,19 @@ def _optimizer_law(residents: Residents, standing_bytes: int) -> PhaseLaw:
     return PhaseLaw(phase=Phase.OPTIMIZER, fixed_bytes=float(fixed), per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0)
 
 
-def _values_read(lines: Sequence[str]) -> dict[str, str]:
+def _refusal_of_reads(probes: Sequence[Probe]) -> CannotSplit | None:
+    """Why rows are not split for somebody, where the forward reads a number: another chunk may go another way."""
+    lines = sorted(set().union(*(probe.numbers_read for probe in probes)))
+    if not lines:
+        return None
+    return CannotSplit(
+        asked="split the rows of a step",
+        found=f"the forward reads a number of its rows ({', '.join(lines[:3])}), and may do something else in a chunk",
+        do="compute with tensors there (torch.where), or, where it makes no difference, pin rows= and verify_step",
+    )
+
+
+def _truths_read(lines: Sequence[str]) -> dict[str, str]:
     if not lines:
         return {}
     where = ", ".join(lines[:3])
