@@ -1,4 +1,4 @@
-"""Two GPUs under NCCL: DistributedDataParallel, fully_shard and items split over ranks, as on gloo ranks."""
+"""Two GPUs under NCCL: DistributedDataParallel, fully_shard, items and centers split over ranks, as on gloo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..exact import test_ddp as ddp
 from ..exact import test_loop as loop
 from ..exact import test_over_ranks as over
 from ..exact.processes import here, on_ranks
+from ..recipes import test_score_kernel_ranks as kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,3 +99,12 @@ def test_items_split_over_two_gpus() -> None:
         for name, step in rank.items():
             assert step["error"] <= 64 * 2**-53, name
             assert step["pattern"], name
+
+
+def test_centers_over_two_gpus() -> None:
+    first, second = on_ranks(kernels.compared, 2, "nccl")
+    for found in (first, second):
+        assert found["error"] < 1e-12
+        assert found["places"] < 1e-13
+        assert found["verdicts"] == [True, False]
+    assert first["weights"] == second["weights"]

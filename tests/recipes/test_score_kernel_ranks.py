@@ -24,7 +24,7 @@ from samegrad.recipes.score_kernel.faces import setup_model_parallel_training
 from samegrad.recipes.score_kernel.model import KernelModel, score_implicit_matching_stable
 from samegrad.recipes.score_kernel.objective import BATCH_AXES, Batch, Reduced, matching_loss, streamed_means
 
-from ..exact.processes import on_ranks
+from ..exact.processes import here, on_ranks
 from .test_score_kernel_model import network, points
 
 STAB, CENTERS = 1e-3, 23
@@ -41,12 +41,14 @@ class OwnCentersAlone(parallel.AcrossRanks):
         return streamed_means(cast(KernelModel, model), batch["samples"], batch["centers"], rows=self.rows)
 
 
-def _rank(rank: int) -> dict[str, Any]:
-    ours, plain = network(), network()
-    samples, centers = points(5, 1), points(CENTERS, 2)
+def compared(rank: int) -> dict[str, Any]:
+    """Centers over the ranks beside all of them here, and what the verifier says of them and of a faulty twin."""
+    device = here()
+    ours, plain = network().to(device), network().to(device)
+    samples, centers = points(5, 1).to(device), points(CENTERS, 2).to(device)
     # Ranks take other numbers of centers at a time.
     args = types.SimpleNamespace(lr=1e-2, weight_decay=0.0, chunk_size=(4, 5)[rank])
-    model, optimizer = setup_model_parallel_training(ours, centers, ["cpu"], args)
+    model, optimizer = setup_model_parallel_training(ours, centers, [device], args)
     loss = model.compute_loss(samples, STAB)
     torch.autograd.backward(loss)
     theirs = score_implicit_matching_stable(plain, samples, centers, STAB)
@@ -60,13 +62,13 @@ def _rank(rank: int) -> dict[str, Any]:
     verdicts = [
         sg.verify_step(
             sg.Step(
-                KernelModel(network(), stability=STAB), matching_loss, forward=forward, batch_axes=BATCH_AXES,
-                plain_forward=parallel.unsharded(across),
-                plan=sg.Plan(levers={}, exactness=sg.Exactness.SAME_SUM, batch_rows=len(here)),
+                KernelModel(network().to(device), stability=STAB), matching_loss,
+                forward=forward, batch_axes=BATCH_AXES, plain_forward=parallel.unsharded(across),
+                plan=sg.Plan(levers={}, exactness=sg.Exactness.SAME_SUM, batch_rows=len(mine)),
             ),
-            {"centers": here, "samples": samples},
+            {"centers": mine, "samples": samples},
         )
-        for here in (parallel.shard_of(centers, across),)
+        for mine in (parallel.shard_of(centers, across),)
         for forward in (across, OwnCentersAlone(dist.group.WORLD, rows=2))
     ]  # fmt: skip
     return {
@@ -74,12 +76,12 @@ def _rank(rank: int) -> dict[str, Any]:
         "error": max(errors),
         "weights": [p.detach().flatten()[:3].tolist() for p in ours.parameters()],
         "held": len(parallel.shard_of(centers, across)),
-        "places": parallel.check_places(across, torch.device("cpu")),
+        "places": parallel.check_places(across, device),
     }
 
 
 def test_every_rank_has_the_plain_gradient_and_the_same_weights() -> None:
-    first, second = on_ranks(_rank, 2)
+    first, second = on_ranks(compared, 2)
     for found in (first, second):
         assert found["error"] < 1e-12
         assert found["places"] < 1e-13
