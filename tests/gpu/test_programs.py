@@ -262,7 +262,8 @@ def test_graphs_give_back_their_memory_and_a_step_that_raises_keeps_none() -> No
         model.zero_grad()
     gc.collect()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() == before
+    # What tests before this one left may go meanwhile.
+    assert torch.cuda.memory_allocated() <= before
 
 
 def test_a_scaled_loss_and_two_backwards_add_up_as_in_python() -> None:

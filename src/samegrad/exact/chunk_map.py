@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from samegrad.exact.aliases import NARROW
-from samegrad.exact.phases import Listener, listener_now
+from samegrad.exact.phases import Listener, each_part, listener_now
 from samegrad.exact.watch import Watch
 
 Results = Sequence[Tensor | None]
@@ -174,12 +174,8 @@ class ChunkMap:
 
     def _joined(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         joined: list[_Joined] = []
-        start = 0
-        for index, size in enumerate(self.sizes):
-            between = self.listener is not None and 0 < index < len(self.sizes) - 1
-            with self.listener.repeating() if self.listener is not None and between else contextlib.nullcontext():
-                self._run_chunk(inputs, slice(start, start + size), joined)
-            start += size
+        for part in each_part(self.sizes, self.listener):
+            self._run_chunk(inputs, part, joined)
         return tuple(place.value() for place in joined)
 
     def _run_chunk(self, inputs: Sequence[Tensor], part: slice, joined: list[_Joined]) -> None:

@@ -20,7 +20,6 @@ Sources: Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, for gradients formed
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from samegrad.exact.aliases import NARROW
 from samegrad.exact.chunk_map import Autocast
 from samegrad.exact.cross_entropy_ops import cross_entropy_over
 from samegrad.exact.logit_rows import Cast, LogitRows
-from samegrad.exact.phases import listener_now
+from samegrad.exact.phases import each_part, listener_now
 
 Reduction = Literal["mean", "sum", "none"]
 # losses(scores (positions, classes), targets (positions,)) -> (positions,)
@@ -83,11 +82,8 @@ class HeadLoss:
 
     def parts(self, positions: int) -> Iterator[slice]:
         """Where each chunk's positions are. Chunks that only repeat are announced as such."""
-        listener, last = listener_now(), positions - self.rows
-        for start in range(0, max(1, positions), self.rows):
-            repeats = listener is not None and 0 < start < last
-            with listener.repeating() if listener is not None and repeats else contextlib.nullcontext():
-                yield slice(start, min(start + self.rows, positions))
+        starts = range(0, max(1, positions), self.rows)
+        return each_part([min(self.rows, positions - start) for start in starts], listener_now())
 
     def is_swept(self, hidden: Tensor) -> bool:
         """Whether rule 4 holds: the likelihood is one of float32, and what is in between only widens scores."""
@@ -173,8 +169,8 @@ def multiply(gradients: Tensor, factor: Tensor) -> None:
 
 def _in_chunks(
     loss: HeadLoss, hidden: Tensor, targets: Tensor, sums: _Sums, cotangents: Tensor | None = None
-) -> Iterator[Tensor]:
-    """Each chunk's losses, (positions,), when its gradients are in ``sums``.
+) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk's place and losses, (positions,), when its gradients are in ``sums``.
 
     ``cotangents``: (positions,), or () for all of them; a narrow loss takes 1 instead of the latter (rule 2).
     """
@@ -198,7 +194,7 @@ def _in_chunks(
 
     for part in loss.parts(len(hidden)):
         # A call of its own: nothing of a chunk is there while the next one runs.
-        yield run(part)
+        yield part, run(part)
 
 
 def _given(
@@ -248,7 +244,7 @@ class ChunkedLikelihood(torch.autograd.Function):
         share = torch.where(count == 0, torch.zeros_like(divisor), 1 / divisor)
         total, dtype = torch.zeros((), dtype=torch.float64, device=hidden.device), torch.float32
         undivided = loss.has_half_products(hidden)
-        for losses in _in_chunks(loss, hidden, targets, sums, None if undivided else share):
+        for _, losses in _in_chunks(loss, hidden, targets, sums, None if undivided else share):
             total += losses.sum(dtype=torch.float64)
             dtype = losses.dtype
         sums.let_go_of_inputs()
@@ -280,7 +276,12 @@ class SeparateLikelihoods(torch.autograd.Function):
     ) -> Tensor:
         ctx.loss = loss
         ctx.save_for_backward(targets, hidden, weight, bias)
-        return torch.cat(list(_in_chunks(loss, hidden, targets, _Sums(loss, hidden, [False] * 3))))
+        whole = None
+        for part, losses in _in_chunks(loss, hidden, targets, _Sums(loss, hidden, [False] * 3)):
+            whole = losses.new_empty(len(hidden)) if whole is None else whole
+            whole[part] = losses
+        assert whole is not None
+        return whole
 
     @staticmethod
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Tensor | None, ...]:

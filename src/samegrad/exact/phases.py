@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterable, Iterator
+import functools
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -23,6 +26,10 @@ class Listener(Protocol):
 
     def repeating(self) -> AbstractContextManager[None]:
         """A chunk between the first and the last of its map, inside the block: it does what those do."""
+        ...
+
+    def stands_in(self, times: int) -> bool:
+        """Whether what was ``repeating`` last is taken for so many more chunks of its size, which then do not run."""
         ...
 
 
@@ -54,6 +61,23 @@ def arriving_chunks(chunks: Iterable[Any]) -> Iterator[Any]:
     for chunk in chunks:
         listener.arrived(chunk)
         yield chunk
+
+
+def each_part(sizes: Sequence[int], listener: Listener | None) -> Iterator[slice]:
+    """Where each of ``sizes`` rows lie, one after the other; ``listener`` is told of those that only repeat."""
+    index, start, last = 0, 0, len(sizes) - 1
+    while index <= last:
+        size = sizes[index]
+        part = slice(start, start + size)
+        index, start = index + 1, start + size
+        if listener is None or not 0 < index - 1 < last:
+            yield part
+            continue
+        with listener.repeating():
+            yield part
+        alike = sum(1 for _ in itertools.takewhile(functools.partial(operator.eq, size), sizes[index:last]))
+        if alike and listener.stands_in(alike):
+            index, start = index + alike, start + alike * size
 
 
 def listener_now() -> Listener | None:

@@ -99,6 +99,10 @@ class ByteCounter(LookingOn):
         finally:
             self._repeating -= 1
 
+    def stands_in(self, times: int) -> bool:
+        """Never: what is counted runs."""
+        return False
+
     def claim(self, tensors: Iterable[Tensor], category: Category) -> None:
         """Counts ``tensors`` under ``category``, whatever they counted as before."""
         for tensor in tensors:

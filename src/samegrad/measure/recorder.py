@@ -24,6 +24,7 @@ from samegrad.errors import CannotTrace
 from samegrad.exact.looking_on import LookingOn
 from samegrad.measure import kernel_shapes, known_values, operation_costs
 from samegrad.measure.events import MemoryEvent, Operation
+from samegrad.measure.repeated_blocks import Repetition, Written
 from samegrad.measure.shadows import Twins
 from samegrad.records import Category, Phase
 
@@ -89,10 +90,8 @@ class Recorder(LookingOn):
         self._module_of_node: dict[int, str] = {}
         self._known: dict[int, tuple[Any, int]] = {}
         self._stood_before: list[tuple[int, int, int]] = []
-        self._events: list[tuple[int, int, int]] = []
-        self._sizes_bytes: list[int] = []
-        self._categories: list[Category] = []
-        self.operations: list[Operation] = []
+        self._written = Written()
+        self._repetition = Repetition(self._written)
         self.phase = Phase.FORWARD
         self.step = 0
         self.failure: Failure | None = None
@@ -110,7 +109,15 @@ class Recorder(LookingOn):
         self.claim([leaf for leaf in trees.leaves_of(chunk) if isinstance(leaf, Tensor)], Category.INPUTS)
 
     def repeating(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        return self._repetition.block()
+
+    def stands_in(self, times: int) -> bool:
+        left = self._repetition.written_again(times)
+        if left is None:
+            return False
+        for key, (storage, number) in self._known.items():
+            self._known[key] = storage, left.get(number, number)
+        return True
 
     # What storages are for.
 
@@ -139,11 +146,15 @@ class Recorder(LookingOn):
         node = torch._C._current_autograd_node()
         return "" if node is None else self._module_of_node.get(node._sequence_nr(), "")
 
+    @property
+    def operations(self) -> list[Operation]:
+        return self._written.operations
+
     def events(self) -> tuple[MemoryEvent, ...]:
         """All events so far, each under what its storage was for in the end."""
         return tuple(
-            MemoryEvent(storage, change, operation, self._categories[storage])
-            for storage, change, operation in (*self._stood_before, *self._events)
+            MemoryEvent(storage, change, operation, self._written.categories[storage])
+            for storage, change, operation in (*self._stood_before, *self._written.events)
         )
 
     @contextlib.contextmanager
@@ -230,7 +241,7 @@ class Recorder(LookingOn):
         twin = self.twins.of(tensor, "a tensor that the step brings from elsewhere") if known is None else known
         storage = twin.untyped_storage()
         if known is None and twin.device.type == self._device_type and storage._cdata not in self._known:
-            number = self._number(storage.nbytes(), Category.BUFFERS)
+            number = self._written.number(storage.nbytes(), Category.BUFFERS)
             self._known[storage._cdata] = weakref.ref(storage), number
             self._stood_before.append((number, storage.nbytes(), -1))
         return twin.detach()
@@ -279,33 +290,28 @@ class Recorder(LookingOn):
         taken: dict[int, list[int]] = {}
         for change in changes_bytes:
             if change > 0:
-                number = self._number(change, Category.TEMPORARY)
+                number = self._written.number(change, Category.TEMPORARY)
                 taken.setdefault(change, []).append(number)
             else:
                 number = taken[-change].pop()
-            self._events.append((number, change, index))
+            self._written.events.append((number, change, index))
 
     def _see(self, storage: torch.UntypedStorage, category: Category, *, relabel: bool = False) -> None:
         key = storage._cdata
         if key in self._known:
             if relabel:
-                self._categories[self._known[key][1]] = category
+                self._written.categories[self._known[key][1]] = category
             return
         size = storage.nbytes()
         if size == 0:
             return
-        number = self._number(size, category)
+        number = self._written.number(size, category)
         self._known[key] = weakref.ref(storage, lambda _: self._free(key)), number
-        self._events.append((number, size, len(self.operations) - 1))
-
-    def _number(self, size_bytes: int, category: Category) -> int:
-        self._sizes_bytes.append(size_bytes)
-        self._categories.append(category)
-        return len(self._sizes_bytes) - 1
+        self._written.events.append((number, size, len(self.operations) - 1))
 
     def _free(self, key: int) -> None:
         _, number = self._known.pop(key)
-        self._events.append((number, -self._sizes_bytes[number], len(self.operations) - 1))
+        self._written.events.append((number, -self._written.sizes_bytes[number], len(self.operations) - 1))
 
 
 def _bus_bytes(func: Any, given: list[Tensor]) -> int:

@@ -15,7 +15,7 @@ from samegrad.measure.cards import Card
 from samegrad.measure.devices import Calibration, calibration_in_words, find_calibration, find_card
 from samegrad.measure.events import Operation, Trace
 from samegrad.measure.library_calibration import LibraryCalibration, calibrate_libraries
-from samegrad.measure.replay import repeat_steps
+from samegrad.measure.replay import Request, repeat_steps, replay
 from samegrad.measure.timing import Roofline
 from samegrad.measure.workspaces import with_workspaces
 from samegrad.records import Budget, Counting
@@ -105,8 +105,18 @@ class Target:
 
         ``expandable_segments``: in segments that grow, whatever the environment says.
         """
-        rules = dataclasses.replace(self.rules, expandable_segments=True) if expandable_segments else self.rules
-        return predict_reserved(repeat_steps(with_workspaces(trace, self.libraries)), rules)
+        return predict_reserved(self._requests(trace), self._rules(expandable_segments))
+
+    def keeps(self, trace: Trace, cap_bytes: int, *, expandable_segments: bool = False) -> bool:
+        """Whether the traced step, run over and over, gives no cached memory back under a cap after its second turn."""
+        rules = self._rules(expandable_segments)
+        return replay(self._requests(trace), rules, cap_bytes=cap_bytes, stop_at_unsteady=True).steady
+
+    def _requests(self, trace: Trace) -> tuple[Request, ...]:
+        return repeat_steps(with_workspaces(trace, self.libraries))
+
+    def _rules(self, expandable_segments: bool) -> AllocatorRules:
+        return dataclasses.replace(self.rules, expandable_segments=True) if expandable_segments else self.rules
 
     def seconds_of(self, trace: Trace) -> tuple[float, ...]:
         """Seconds of each operation of the trace, as it moves the end of what has been computed."""

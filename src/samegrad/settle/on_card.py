@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from samegrad.errors import BudgetTooSmall, CannotSplit, CannotTrace, NotMeasured
 from samegrad.levers.expandable_segments import ExpandableSegments
+from samegrad.measure.events import Trace
 from samegrad.measure.rungs import Rung
 from samegrad.measure.trace_reading import (
     CUDA_BLOCK_BYTES,
@@ -59,17 +60,21 @@ def settle_on_card(
     """
     most = _most_bytes(budget)
     ladder = _ladder(footprint, options, budget)
-    above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
+    # Of the caps of plans with the same levers over their tensors, the least; the plain step's before one is followed.
+    above: dict[frozenset[str], float] = {}
+    plain_above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
     tried, passed_over = list[str](), list[Plan]()
     smallest_cap: int | None = None
+    smallest = min(ladder, key=lambda plan: plan.predicted_peak_bytes or 0)
     for plan in ladder:
-        smallest = plan is ladder[-1]
-        if not smallest and (plan.predicted_peak_bytes or 0) * above * _CLEARLY > most:
+        kind = frozenset(plan.levers)
+        least_above = min(above.get(kind, plain_above), plain_above)
+        if plan is not smallest and (plan.predicted_peak_bytes or 0) * least_above * _CLEARLY > most:
             passed_over.append(plan)
             continue
         outcome = trying(plan)
         try:
-            plan, predicted = _followed(step, footprint, plan, most)
+            plan, predicted = _followed(step, footprint, plan, most, is_last=plan is smallest)
         except CannotTrace as error:
             outcome.refused(error.found)
             tried.append(f"{named(plan)}: cannot be followed ({error.found})")
@@ -84,7 +89,7 @@ def settle_on_card(
                 predicted_seconds=predicted.seconds,
             )  # fmt: skip
             return settled, predicted
-        above = min(above, cap / max(1, plan.predicted_peak_bytes or 1))
+        above[kind] = min(above.get(kind, math.inf), cap / max(1, plan.predicted_peak_bytes or 1))
         smallest_cap = cap if smallest_cap is None else min(cap, smallest_cap)
         tried.append(f"{named(plan)}: {format_bytes(cap)}")
     raise BudgetTooSmall(
@@ -127,18 +132,31 @@ def _quicker(
     return found
 
 
-def _followed(step: FollowedStep, footprint: Footprint, plan: Plan, most: int) -> tuple[Plan, Footprint]:
-    """``plan`` and what is predicted under it; where that is more than ``most``, both in segments that grow."""
-    predicted, name = footprint_of(step, footprint, plan), ExpandableSegments.name
+def _followed(
+    step: FollowedStep, footprint: Footprint, plan: Plan, most: int, *, is_last: bool = False
+) -> tuple[Plan, Footprint]:
+    """``plan`` and what is predicted under it; where only segments that grow keep it within ``most``, both in those.
+
+    ``is_last``: where those are too large as well, they are told all the same if they need less.
+    """
+    trace, name = step.trace(plan), ExpandableSegments.name
+    predicted = footprint_of(step, footprint, plan, trace)
     cap = predicted.steady_cap_bytes or 0
     if cap <= most or name in footprint.refusals or predicted.peak_allocated_bytes > most:
         return plan, predicted
-    why = f"taken: without it the allocator would need {format_bytes(cap)}, and the budget allows {format_bytes(most)}"
-    grown = dataclasses.replace(plan, levers=plan.levers | {name: {}}, reasons=plan.reasons | {name: why})
-    in_growing = footprint_of(step, footprint, grown)
-    if (in_growing.steady_cap_bytes or 0) >= cap:
+    # One cap takes a tenth of what it takes to find the smallest.
+    if not is_last and not step.target.keeps(trace, most, expandable_segments=True):
         return plan, predicted
-    return grown, in_growing
+    why = f"taken: without it the allocator would need {format_bytes(cap)}, and the budget allows {format_bytes(most)}"
+    grown = in_growing(plan, why)
+    found = footprint_of(step, footprint, grown, trace)
+    return (grown, found) if (found.steady_cap_bytes or 0) < cap else (plan, predicted)
+
+
+def in_growing(plan: Plan, why: str) -> Plan:
+    """``plan`` in segments that grow; nothing that it computes changes."""
+    name = ExpandableSegments.name
+    return dataclasses.replace(plan, levers=plan.levers | {name: {}}, reasons=plan.reasons | {name: why})
 
 
 def _ladder(footprint: Footprint, options: Options, budget: Budget) -> tuple[Plan, ...]:
@@ -156,9 +174,12 @@ def budget_of_cap(cap_bytes: int) -> int:
     return math.ceil(cap_bytes / (1 - _UNSEEN_FRACTION)) + 1
 
 
-def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan) -> Footprint:
-    """What the step holds and takes under ``plan``, which is followed. Raises CannotTrace."""
-    trace = step.trace(plan)
+def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan, trace: Trace | None = None) -> Footprint:
+    """What the step holds and takes under ``plan``, which is followed. Raises CannotTrace.
+
+    ``trace``: of the step under the same levers, whatever its segments.
+    """
+    trace = step.trace(plan) if trace is None else trace
     reserved = step.target.reserve(trace, expandable_segments=ExpandableSegments.name in plan.levers)
     peak = find_peak(trace, round_to=CUDA_BLOCK_BYTES)
     seconds = step.target.seconds_of(trace)

@@ -8,6 +8,7 @@ optimizers of their own, as in the document, drift apart.)
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import os
@@ -47,16 +48,24 @@ class AcrossDevices:
         return joined(found, samples.device)
 
     def _on(self, device: torch.device, model: nn.Module, shard: Tensor, samples: Tensor) -> Reduced:
-        weights = {name: parameter.to(device) for name, parameter in model.named_parameters()}
+        weights = {name: tensor.to(device) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        # In backward the devices run side by side, a thread each, and all would put their weights into one model.
+        own = _without_weights(model)
 
         def terms(some: Tensor, shared: Any) -> Any:
             points, here = shared
-            return torch.func.functional_call(model, here, (some, points))
+            return torch.func.functional_call(own, here, (some, points))
 
         reduced: Reduced = sg.over(
             terms, shard.to(device), shared=(samples.to(device), weights), reduce="softmax_mean", rows=self.rows
         )
         return reduced
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules of ``model`` alone; its tensors are on meta."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
 
 
 def joined(parts: Sequence[Reduced], device: torch.device) -> Reduced:
