@@ -20,14 +20,14 @@ from samegrad.plan.margin import budget_for, usable_bytes
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.plan.reasons import Reasons, fastest_by_lever
-from samegrad.plan.traced import Candidate, traced_candidates
+from samegrad.plan.traced import Candidate, traced_candidates, worth_trying
 from samegrad.plan.whole_ways import footprint_under, is_allowed, whole_levers_of
-from samegrad.records import Budget, Exactness, Footprint, KnobOrigin, Plan, ProbedWay
+from samegrad.records import Budget, Counting, Exactness, Footprint, KnobOrigin, Plan, ProbedWay
 from samegrad.units import format_bytes
 
 
 def choose_plan(footprint: Footprint, options: Options, budget: Budget) -> tuple[Plan, ...]:
-    """A ladder of plans, the fastest that is predicted to fit first, each next one smaller.
+    """A ladder of plans, the fastest that is predicted to fit first; each next one with the same levers is smaller.
 
     Raises BudgetTooSmall with what the floor is made of and the cheapest ways down, and CannotSplit when only a
     split would fit and the step cannot be split.
@@ -65,7 +65,7 @@ def _nothing_fits(
             option="--budget",
         )
     if pinned is not None:
-        needed = followed[-1].peak_bytes if followed else footprint.predicted_peak_bytes(rows=pinned)
+        needed = min((c.peak_bytes for c in followed), default=footprint.predicted_peak_bytes(rows=pinned))
         return BudgetTooSmall(
             asked=f"{pinned} rows at a time ({options.rows_origin.value}) {within}",
             found=f"{pinned} rows need {format_bytes(needed)}",
@@ -92,14 +92,14 @@ def _rungs(
     if footprint.traced or footprint.probed or (footprint.laws and footprint.variants):
         under = [plan for way in footprint.probed for plan in _under(way, footprint, options, budget, usable, host)]
         chosen = _of_candidates(footprint, options, budget, usable, host, followed)
-        yield from _fastest_first(plain, [*plans, *under, *chosen])
+        yield from _fastest_first(plain, [*plans, *under, *chosen], footprint.counting)
     else:
         yield from [] if plain is None else [plain]
         yield from plans
 
 
-def _fastest_first(plain: Plan | None, plans: list[Plan]) -> Iterator[Plan]:
-    """What was measured and what was followed, by predicted time; each next one is smaller, but for the plain step's.
+def _fastest_first(plain: Plan | None, plans: list[Plan], counting: Counting) -> Iterator[Plan]:
+    """What was measured and what was followed, by predicted time, as far as it is worth trying.
 
     Where that fits, nothing comes before it but what is faster by a lever that leaves the chunks as they are.
     """
@@ -111,11 +111,10 @@ def _fastest_first(plain: Plan | None, plans: list[Plan]) -> Iterator[Plan]:
             plans.remove(quickest)
             yield quickest
         yield plain
-    smallest = None
-    for plan in plans:
-        if smallest is None or cast(int, plan.predicted_peak_bytes) < smallest:
-            smallest = plan.predicted_peak_bytes
-            yield plan
+    yield from worth_trying(
+        plans, counting, kind=lambda plan: frozenset(plan.levers),
+        peak_bytes=lambda plan: cast(int, plan.predicted_peak_bytes),
+    )  # fmt: skip
 
 
 def _under(

@@ -62,8 +62,7 @@ def floor_sentence(footprint: Footprint, budget: Budget | None = None) -> str:
 
 
 def _smallest_followed(footprint: Footprint) -> Candidate | None:
-    candidates = traced_candidates(footprint, Options())
-    return candidates[-1] if candidates else None
+    return min(traced_candidates(footprint, Options()), key=lambda candidate: candidate.peak_bytes, default=None)
 
 
 def _by_levers(candidate: Candidate) -> str:

@@ -6,8 +6,8 @@ One function predicts a plan from its levers (``predict_traced``); the search on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from samegrad.levers import Lever, find_levers
 from samegrad.levers._variants import chunk_sizes
@@ -18,8 +18,12 @@ from samegrad.plan.heights import Stage, Way
 from samegrad.plan.options import Options
 from samegrad.plan.solve import pareto
 from samegrad.plan.whole_ways import has_room, is_allowed
-from samegrad.records import Budget, Footprint
+from samegrad.records import Budget, Counting, Footprint
 from samegrad.unit_tables import TracedWay, UnitTable
+
+# What lies between a plan's tensors and its segments differs by up to so much, as a share, from levers to levers.
+_GAP_FRACTION = 0.15
+Plans = TypeVar("Plans")
 
 
 class Candidate(NamedTuple):
@@ -39,7 +43,7 @@ class FollowedPlan(NamedTuple):
 
 
 def traced_candidates(footprint: Footprint, options: Options, budget: Budget | None = None) -> list[Candidate]:
-    """The plans that are worth trying at some budget, fastest first, each next one smaller.
+    """The plans that are worth trying at some budget, fastest first; see ``worth_trying``.
 
     ``budget``: whose host memory the plans keep within, for any amount on the device.
     """
@@ -49,11 +53,31 @@ def traced_candidates(footprint: Footprint, options: Options, budget: Budget | N
         if is_allowed(way, options.allow)
         for candidate in _of_way(way, footprint, options, budget)
     ]
-    front: list[Candidate] = []
-    for candidate in sorted(found, key=lambda c: (c.seconds, c.peak_bytes, len(c.levers))):
-        if not front or candidate.peak_bytes < front[-1].peak_bytes:
-            front.append(candidate)
-    return front
+    found.sort(key=lambda c: (c.seconds, c.peak_bytes, len(c.levers)))
+    return list(worth_trying(found, footprint.counting, kind=_names_of, peak_bytes=lambda c: c.peak_bytes))
+
+
+def worth_trying(
+    fastest_first: Iterable[Plans], counting: Counting, *, kind: Callable[[Plans], frozenset[str]],
+    peak_bytes: Callable[[Plans], int],
+) -> Iterator[Plans]:  # fmt: skip
+    """Those that no faster one makes needless: each is smaller than all before it that have its levers.
+
+    Where an allocator judges, a faster one with other levers counts only if it is clearly smaller, since segments lie
+    otherwise under those.
+    """
+    gap = _GAP_FRACTION if counting is Counting.CUDA_ALLOCATOR else 0.0
+    smallest: dict[frozenset[str], int] = {}
+    for plan in fastest_first:
+        levers, peak = kind(plan), peak_bytes(plan)
+        others = min((other for name, other in smallest.items() if name != levers), default=None)
+        if peak < smallest.get(levers, peak + 1) and (others is None or peak < (1 + gap) * others):
+            smallest[levers] = peak
+            yield plan
+
+
+def _names_of(candidate: Candidate) -> frozenset[str]:
+    return frozenset(lever.name for lever in candidate.levers)
 
 
 def predict_traced(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> FollowedPlan | None:

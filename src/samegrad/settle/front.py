@@ -12,16 +12,23 @@ from typing import Any
 
 from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotTrace
+from samegrad.levers.expandable_segments import ExpandableSegments
+from samegrad.measure.events import Trace
 from samegrad.measure.target import Target
-from samegrad.plan.front import plan_front, strictly_smaller
+from samegrad.plan.front import front_candidates, plan_front, strictly_smaller
 from samegrad.plan.options import Options
-from samegrad.records import Footprint, Front, FrontPoint
+from samegrad.plan.traced import traced_candidates
+from samegrad.records import Footprint, Front, FrontPoint, Plan
 from samegrad.settle.beside import followed_beside
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.following import follow
-from samegrad.settle.on_card import budget_of_cap, footprint_of, named
+from samegrad.settle.lever_ways import with_lever_ways
+from samegrad.settle.on_card import budget_of_cap, footprint_of, in_growing, named
 from samegrad.settle.probing import aliases_for, measure
 from samegrad.settle.untried_ways import with_untried_ways
+
+# Of the budget in segments of fixed sizes, below which one in segments that grow is worth its lever.
+_LESS_FRACTION = 0.98
 
 
 def front_here(declared: DeclaredStep, batch: Any, options: Options) -> Front:
@@ -35,30 +42,43 @@ def front_here(declared: DeclaredStep, batch: Any, options: Options) -> Front:
 def front_on_card(declared: DeclaredStep, batch: Any, target: Target, options: Options) -> Front:
     """The front on a card, at hand or not. Raises CannotTrace."""
     step, footprint = follow(declared, aliases_for(declared), batch, target)
+    smallest = min((one.peak_bytes for one in traced_candidates(footprint, options)), default=0)
+    footprint = with_lever_ways(step, footprint, options, target.budget(smallest))
     left_out: list[str] = []
-    followed = strictly_smaller(_followed(step, footprint, plan_front(footprint, options), left_out))
+    followed = strictly_smaller(_followed(step, footprint, front_candidates(footprint, options), left_out))
     return dataclasses.replace(_front(declared, batch, footprint, followed), left_out=tuple(left_out))
 
 
 def _followed(
     step: FollowedStep, footprint: Footprint, points: tuple[FrontPoint, ...], left_out: list[str]
 ) -> Iterator[FrontPoint]:
-    """``points`` as followed whole; those that cannot be are named in ``left_out``."""
+    """``points`` as followed whole, in both kinds of segments; those that cannot be are named in ``left_out``."""
     for point in points:
         try:
-            predicted = footprint_of(step, footprint, point.plan)
+            trace = step.trace(point.plan)
         except CannotTrace as error:
             left_out.append(f"{named(point.plan)} cannot be followed: {error.found}")
             continue
-        assert point.plan.budget is not None and predicted.steady_cap_bytes is not None
-        needed = budget_of_cap(predicted.steady_cap_bytes)
-        plan = dataclasses.replace(
-            point.plan,
-            budget=dataclasses.replace(point.plan.budget, total_bytes=needed),
-            predicted_peak_bytes=predicted.steady_cap_bytes,
-            predicted_seconds=predicted.seconds,
-        )
-        yield FrontPoint(budget_bytes=needed, seconds=predicted.seconds or 0.0, plan=plan)
+        plain = _judged(step, footprint, point.plan, trace)
+        yield plain
+        if ExpandableSegments.name not in footprint.refusals:
+            grown = _judged(step, footprint, in_growing(point.plan, "taken: so the allocator needs less"), trace)
+            if grown.budget_bytes < _LESS_FRACTION * plain.budget_bytes:
+                yield grown
+
+
+def _judged(step: FollowedStep, footprint: Footprint, plan: Plan, trace: Trace) -> FrontPoint:
+    """``plan`` with the budget that its steady cap needs."""
+    predicted = footprint_of(step, footprint, plan, trace)
+    assert plan.budget is not None and predicted.steady_cap_bytes is not None
+    needed = budget_of_cap(predicted.steady_cap_bytes)
+    plan = dataclasses.replace(
+        plan,
+        budget=dataclasses.replace(plan.budget, total_bytes=needed),
+        predicted_peak_bytes=predicted.steady_cap_bytes,
+        predicted_seconds=predicted.seconds,
+    )
+    return FrontPoint(budget_bytes=needed, seconds=predicted.seconds or 0.0, plan=plan)
 
 
 def _front(declared: DeclaredStep, batch: Any, footprint: Footprint, points: tuple[FrontPoint, ...]) -> Front:

@@ -76,7 +76,7 @@ def _smaller(footprint: Footprint, failed: Plan, failed_bytes: int, allow: Exact
     ]
     # Where the optimizer's turn is the peak, rows are what else there is to go by.
     halved = next((plan for plan in less if 2 * rows_of(plan) <= rows), None)
-    return less[-1] if halved is None and less else halved
+    return halved or min(less, key=lambda plan: plan.predicted_peak_bytes or 0, default=None)
 
 
 def _ladder(footprint: Footprint, failed: Plan, needed_bytes: int, allow: Exactness) -> tuple[Plan, ...]:

@@ -50,7 +50,8 @@ def _needs_more(measurement: Measurement, budget: Budget, options: Options) -> b
         ladder = choose_plan(measurement.footprint, options, budget)
     except (BudgetTooSmall, CannotSplit):
         return True
-    fastest, smallest = ladder[0].predicted_seconds, ladder[-1].predicted_peak_bytes
+    fastest = ladder[0].predicted_seconds
+    smallest = min((peak for plan in ladder if (peak := plan.predicted_peak_bytes) is not None), default=None)
     least_seconds = [_least_seconds(lever, measurement.footprint, options) for lever in untried]
     if fastest is None or smallest is None or smallest > _ROOM_FRACTION[budget.counting] * usable_bytes(budget):
         return True
