@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import textwrap
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,15 @@ def read(folder: Path) -> tuple[Footprint, Footprint]:
     return predicted, measured
 
 
+def apart(*courses: Sequence[TimelinePoint]) -> float:
+    """How far from each other the phases of two courses begin, at most, as a fraction of the step."""
+    both = [
+        [next(run).position_fraction for _, run in itertools.groupby(course, key=lambda point: point.phase)]
+        for course in courses
+    ]
+    return max(abs(a - b) for a, b in zip(*both, strict=True))
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_what_is_followed_is_what_is_measured(cli: Cli, folder: Path, name: str) -> None:
     ran = cli("measure", "courses.py:train", *LINES[name], "--output", "out", "--json")
@@ -77,9 +89,12 @@ def test_what_is_followed_is_what_is_measured(cli: Cli, folder: Path, name: str)
     # Here both count tensor bytes of the same operations: every byte is the same one.
     assert predicted.peak_allocated_bytes == measured.peak_allocated_bytes
     assert settled(predicted) == settled(measured)
-    # Followed is the plain call; what runs under a budget sets its gradients apart and hands them over.
-    extra = {Phase.HANDOFF} if name == "whole" else set()
-    assert predicted.by_phase.keys() | extra == measured.by_phase.keys()
+    assert Phase.HANDOFF in predicted.by_phase and predicted.by_phase.keys() == measured.by_phase.keys()
+    # So phases begin together, which those of a course that lacks one do not.
+    assert apart(predicted.timeline, measured.timeline) < 0.04
+    plain = [point for point in predicted.timeline if point.phase is not Phase.HANDOFF]
+    evenly = [dataclasses.replace(p, position_fraction=i / (len(plain) - 1)) for i, p in enumerate(plain)]
+    assert apart(evenly, [p for p in measured.timeline if p.phase is not Phase.HANDOFF]) > 0.04
     assert predicted.rows == measured.rows and predicted.batch_rows == measured.batch_rows == 300
     for footprint in (predicted, measured):
         assert max(map(total, footprint.timeline)) == footprint.peak_allocated_bytes

@@ -52,8 +52,33 @@ def test_phases_of_two_courses_begin_together() -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize("ours_lack_it", [True, False])
+def test_phases_begin_together_where_one_course_lacks_one(ours_lack_it: bool) -> None:
+    plain = course(6, 9, 5, phases=(Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER))
+    handed = course(6, 9, 7, 5, phases=(Phase.FORWARD, Phase.BACKWARD, Phase.HANDOFF, Phase.OPTIMIZER))
+    points, onto = (plain, handed) if ours_lack_it else (handed, plain)
+    there = dict(zip((p.phase for p in reversed(onto)), (p.position_fraction for p in reversed(onto))))
+
+    def begin_together(moved: list[TimelinePoint]) -> bool:
+        begins = {p.phase: p.position_fraction for p in reversed(moved) if p.phase in there}
+        return all(there[phase] == pytest.approx(begin) for phase, begin in begins.items())
+
+    moved = aligned(points, onto)
+    assert begin_together(moved) and not begin_together(points)
+    places = [point.position_fraction for point in moved]
+    assert places == sorted(places) and places[-1] == pytest.approx(1.0)
+
+
+def test_chunks_lie_over_the_same_chunks() -> None:
+    """Also where thinning took a phase out of one of them."""
+    twice = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD) * 4
+    whole, thinned = course(*(4, 1, 7) * 4, phases=twice), course(4, 1, 7, 4, 7, 4, 1, 7, 4, 1, 7, phases=(
+        *twice[:4], *twice[5:]))  # fmt: skip
+    assert starts(aligned(thinned, whole)) == pytest.approx([s for i, s in enumerate(starts(whole)) if i != 4])
+
+
 def test_other_phases_are_not_bent_into_shape() -> None:
-    other = course(3, 9, phases=(Phase.FORWARD, Phase.OPTIMIZER))
+    other = course(3, 9, phases=(Phase.LOSS, Phase.OPTIMIZER))
     assert aligned(other, course(8, 4)) == other
     assert aligned([], course(8, 4)) == []
 

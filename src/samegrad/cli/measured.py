@@ -14,7 +14,7 @@ from samegrad.measure.counting import ByteCounter
 from samegrad.measure.events import Trace
 from samegrad.measure.probe import probe_plain, probe_split
 from samegrad.measure.target import Target
-from samegrad.measure.trace import in_chunks, plainly, trace_step
+from samegrad.measure.trace import handed_over, in_chunks, plainly, trace_step
 from samegrad.measure.trace_reading import (
     CUDA_BLOCK_BYTES,
     by_module_at,
@@ -120,9 +120,11 @@ def _followed(step: sg.Step, batch: Any) -> Trace:
         whole = execution.runs_whole
     # Examined first: what levers put on the model is not the user's.
     split = None if whole else step.split_for(batch, layout)
+    undoable = step.whole_for(batch, layout)
     with in_force(step.plan, step.declared, layout.rows) as running:
         if split is None:
-            return trace_step(running.declared, batch, device=device, run=plainly(draws))
+            run = plainly(draws) if undoable is None else handed_over(undoable)
+            return trace_step(running.declared, batch, device=device, run=run)
         chunked = dataclasses.replace(split, declared=running.declared)
         return trace_step(running.declared, batch, device=device, run=in_chunks(chunked, sizes), sizes=sizes)
 

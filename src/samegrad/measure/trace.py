@@ -27,6 +27,7 @@ from samegrad.exact.phases import listening
 from samegrad.exact.split import SplitStep, plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
+from samegrad.exact.whole import WholeStep
 from samegrad.measure import census, cuda_trial, known_values
 from samegrad.measure.arriving_rows import ArrivingRows
 from samegrad.measure.cuda_dispatch import CpuDispatch, CudaDispatch
@@ -46,7 +47,7 @@ from samegrad.measure.shadows import (
     shadow_optimizer,
     standing_in,
 )
-from samegrad.module_walk import is_compiled
+from samegrad.module_walk import is_compiled, parameters_of
 from samegrad.records import Category, Phase
 
 # run(declared, batch): forward, loss and backward, which leaves gradients in ``.grad``.
@@ -76,6 +77,17 @@ def plainly(draws: StepDraws | None = None, scaler: LossScale | None = None) -> 
 
     def run(declared: DeclaredStep, batch: Any) -> object:
         return plain_backward(declared, batch, declared.layout(batch), scaler, draws)
+
+    return run
+
+
+def handed_over(step: WholeStep) -> Run:
+    """``step`` as plans run it: gradients set apart in backward, and handed over."""
+
+    def run(declared: DeclaredStep, batch: Any) -> object:
+        parameters = [p for p in parameters_of(declared.modules) if p.requires_grad]
+        standing = dataclasses.replace(step, declared=declared, parameters=parameters)
+        return standing.backward(batch, declared.layout(batch))
 
     return run
 
