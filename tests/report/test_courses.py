@@ -103,6 +103,21 @@ def test_modules_are_named_as_deep_as_there_is_room() -> None:
     assert "blocks" in words(svg) and "blocks.0.0" not in shown(svg)
 
 
+def test_a_module_that_is_only_numbered_is_named_by_its_parent_or_its_class() -> None:
+    """Also where there is room in the legend only; without classes the numbers of a path still have their parent."""
+    course = with_modules("0", "0", "0", "1", "1", "1")
+    classes = {"0": "Conv2d", "1": "ReLU"}
+    known = dataclasses.replace(FOOTPRINT, timeline=tuple(course), module_classes=classes)
+    assert {"0 (Conv2d)", "1 (ReLU)"} <= set(shown(timeline_svg(known, None)))
+    bare = timeline_svg(dataclasses.replace(known, module_classes={}), None)
+    inside = dataclasses.replace(known, timeline=tuple(with_modules(*(f"net.blocks.{i // 2}" for i in range(6)))))
+    many = dataclasses.replace(known, timeline=tuple(with_modules(*"01" * 30)))
+    for svg in (timeline_svg(known, None), bare, timeline_svg(inside, None), timeline_svg(many, None, width_px=340)):
+        assert not {"0", "1", "2"} & {*shown(svg), *(t.text for t in elements(svg, "text"))}
+    assert "blocks.1" in words(timeline_svg(inside, None)) and "module 0" in shown(bare)
+    assert "modules in order: 0 (Conv2d), 1 (ReLU)" in words(timeline_svg(many, None, width_px=340))
+
+
 def test_a_counted_course_takes_its_modules_from_the_prediction() -> None:
     predicted = dataclasses.replace(FOOTPRINT, timeline=tuple(with_modules("stem", "stem", "head", "head")))
     assert "stem" in words(timeline_svg(FOOTPRINT, None, predicted))
@@ -136,10 +151,12 @@ AT_PEAK = (
 
 
 def test_what_lives_at_the_peak_is_told_largest_first_and_adds_up() -> None:
-    footprint = dataclasses.replace(FOOTPRINT, at_peak=AT_PEAK, by_category={Category.ACTIVATIONS: 2000})
+    footprint = dataclasses.replace(
+        FOOTPRINT, at_peak=AT_PEAK, by_category={Category.ACTIVATIONS: 2000}, module_classes={"blocks.0": "Block"}
+    )
     rows = peak_rows(footprint)
     assert [(row.what, row.made_by, row.share) for row in rows] == [
-        ("activations ×3", "blocks.0: relu, forward", "45 %"),
+        ("activations ×3", "blocks.0 (Block): relu, forward", "45 %"),
         ("optimizer state", "the optimizer's turn: zeros_like", "4 %"),
         ("parameters", "there before the step", "1 %"),
         ("all else", "", "50 %"),

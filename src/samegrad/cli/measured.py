@@ -89,6 +89,7 @@ def followed_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footp
         by_phase=peak_by_phase(trace, round_to=block),
         by_module=by_module_at(trace, peak),
         at_peak=tensors_at(trace, peak),
+        module_classes=trace.module_classes,
         timeline=timeline(trace),
         facts=footprint.facts | trace.notes,
     )

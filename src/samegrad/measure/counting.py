@@ -181,14 +181,8 @@ class ByteCounter(LookingOn):
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
             self.peak_by_category = dict(self.live)
-        if self._stretches:
-            self._note_moment()
-            if not self._repeating:
-                self._stretches[-1].append((self.phase, self.live_bytes))
-
-    def _note_moment(self) -> None:
-        if self._moments is not None:
-            self._moments.append((self.phase, dict(self.live)))
+        if self._stretches and not self._repeating:
+            self._stretches[-1].append((self.phase, self.live_bytes))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,9 +198,10 @@ class ByteCounter(LookingOn):
                 continue
             self._see(tensor, category)
         self._note_peak()
-        if not self._stretches:
-            # Ahead of the first announcement are the operations that cut the batch and set the weights apart.
-            self._note_moment()
+        if self._moments is not None:
+            # One for each operation, also for those ahead of the first announcement, so that a step that was followed
+            # has the same ones.
+            self._moments.append((self.phase, dict(self.live)))
         return result
 
 

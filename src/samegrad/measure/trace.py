@@ -129,7 +129,8 @@ def trace_step(
     """
     dispatch, notes = _dispatch(device)
     layout = declared.layout(batch)
-    notes |= _notes_on(declared, named_modules(declared))
+    modules = named_modules(declared)
+    notes |= _notes_on(declared, modules)
     run = plainly() if run is None else run
     operations, events, pieces = _followed(declared, batch, dispatch, run, stands or _nothing_stands, notes)
     unsure = sorted({operation.name for operation in operations} & _UNSURE.keys())
@@ -141,6 +142,9 @@ def trace_step(
         sizes=(layout.rows,) if sizes is None else tuple(sizes),
         notes=notes | {name: _UNSURE[name] for name in unsure},
         pieces=pieces,
+        module_classes={
+            path: type(part).__name__ for path, part in modules if path.rpartition(".")[2].isdecimal()
+        },
     )
 
 

@@ -139,6 +139,7 @@ def _footprint(
         by_phase=by_phase,
         by_module=by_module_at(plain, peak),
         at_peak=tensors_at(plain, peak),
+        module_classes=plain.module_classes,
         resident_bytes={c: n for c, n in residents.by_category.items() if c is not Category.INPUTS},
         plain_laws=tuple(
             PhaseLaw(phase=p, fixed_bytes=float(n + beyond), per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0)
