@@ -106,7 +106,11 @@ class Target:
         ``expandable_segments``: in segments that grow, whatever the environment says.
         """
         rules = dataclasses.replace(self.rules, expandable_segments=True) if expandable_segments else self.rules
-        return predict_reserved(repeat_steps(with_workspaces(trace, self.libraries)), rules)
+        return predict_reserved(repeat_steps(self.with_workspaces(trace)), rules)
+
+    def with_workspaces(self, trace: Trace) -> Trace:
+        """The trace with what its libraries take on the card, for what is told of its moments."""
+        return with_workspaces(trace, self.libraries)
 
     def seconds_of(self, trace: Trace) -> tuple[float, ...]:
         """Seconds of each operation of the trace, as it moves the end of what has been computed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from samegrad.records import Footprint, LiveTensors, Phase
+from samegrad.records import Category, Footprint, LiveTensors, Phase
 from samegrad.report.facts import category_name
 from samegrad.report.module_paths import module_name
 from samegrad.report.words import clean_line, format_percent
@@ -13,6 +13,7 @@ from samegrad.units import format_bytes
 
 _MOST_ROWS = 12
 _BEFORE = "there before the step"
+_KEPT = "kept by cuBLAS, for each handle and stream"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def _what(entry: LiveTensors) -> str:
 
 def _made_by(entry: LiveTensors, classes: Mapping[str, str]) -> str:
     if not entry.operation:
-        return _BEFORE
+        return _KEPT if entry.category is Category.WORKSPACES else _BEFORE
     # "aten.addmm.default" is torch's full name; its middle is what people know.
     operation = entry.operation.removeprefix("aten.").rpartition(".")[0] or entry.operation
     own = "the optimizer's turn" if entry.phase is Phase.OPTIMIZER else "the step's own code"
