@@ -39,12 +39,13 @@ class Counting(enum.Enum):
 
 
 class Category(enum.Enum):
-    """What a live tensor is for."""
+    """What live bytes are for: tensors, and what libraries take for themselves (cuBLAS, cuDNN, sums of many rows)."""
 
     PARAMETERS = "parameters"
     GRADIENTS = "gradients"
     OPTIMIZER_STATE = "optimizer_state"
     BUFFERS = "buffers"
+    WORKSPACES = "workspaces"
     INPUTS = "inputs"
     ACTIVATIONS = "activations"
     TEMPORARY = "temporary"

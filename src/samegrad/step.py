@@ -240,6 +240,13 @@ class Step:
             execution = dataclasses.replace(execution, sizes=(1,) * layout.rows)
         return self._in_chunks(execution, self._examined.kind_of(batch, layout), batch, layout, kept=False)
 
+    def whole_for(self, batch: Any, layout: RowLayout) -> WholeStep | None:
+        """What runs batches like this one whole under the plan; None where that is the plain call."""
+        assert self.plan is not None
+        kind = self._examined.kind_of(batch, layout)
+        attempt = next(iter(self._attempts(kind, batch, self.plan)))
+        return _whole(attempt, self.declared, self._examined.draws_for(kind, batch, layout))
+
     def draws_for(self, batch: Any, layout: RowLayout) -> StepDraws:
         """The draws of the next step: the same for every plan."""
         return self._examined.draws_for(self._examined.kind_of(batch, layout), batch, layout)
@@ -256,9 +263,9 @@ class Step:
             if chunked is not None and execution.sizes is not None:
                 chunked = dataclasses.replace(chunked, declared=running.declared, agreement=attempt.agreement)
                 return chunked.backward(batch, layout, execution.sizes, scaler)
-            if not attempt.undoable:
+            whole = _whole(attempt, running.declared, draws)
+            if whole is None:
                 return plain_backward(running.declared, batch, layout, scaler, draws)
-            whole = WholeStep(running.declared, attempt.parameters, draws, attempt.examination, attempt.agreement)
             return whole.backward(batch, layout, scaler)
 
     def _attempts(self, kind: Kind, batch: Any, plan: Plan) -> Attempts:
@@ -372,3 +379,9 @@ class Step:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError(asked="a step", found="it was closed", do="make a new Step")
+
+
+def _whole(attempt: Attempt, declared: DeclaredStep, draws: StepDraws | None) -> WholeStep | None:
+    if not attempt.undoable:
+        return None
+    return WholeStep(declared, attempt.parameters, draws, attempt.examination, attempt.agreement)

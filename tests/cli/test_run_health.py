@@ -74,6 +74,29 @@ def test_each_check_catches_its_own_fault_and_says_what_to_do(
     assert found.do
 
 
+def with_counted(run: Path, *, growth: int = 0, marked: bool = True) -> Path:
+    """``run`` on the CPU: every other step was counted, which made it take three times as long."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step, line in enumerate(lines):
+        if step % 2:
+            line["peak_allocated_bytes"] = None
+        else:
+            line["seconds"] *= 3
+            line |= {"counted": marked, "peak_allocated_bytes": line["peak_allocated_bytes"] + growth * step}
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return run
+
+
+def test_steps_that_were_counted_tell_bytes_and_no_times(tmp_path: Path) -> None:
+    name, losses = "step time as planned", FALLING[:7]
+    run = with_counted(write_run(tmp_path / "run", losses))
+    assert {found.answer for found in examine_run(run)} == {Answer.OK}
+    assert "median 100 ms" in finding(run, name).detail
+    assert finding(with_counted(write_run(tmp_path / "all", losses), marked=False), name).answer is Answer.FAILS
+    grown = with_counted(write_run(tmp_path / "grown", losses), growth=10)
+    assert finding(grown, "memory stable").answer is Answer.FAILS
+
+
 @pytest.mark.parametrize("name", ["memory stable", "losses falling", "step time as planned"])
 def test_too_short_a_run_says_not_enough_epochs(tmp_path: Path, name: str) -> None:
     short = finding(write_run(tmp_path / "short", FALLING[: FEWEST_STEPS - 1]), name)

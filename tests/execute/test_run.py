@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import samegrad as sg
 from samegrad.exact.out_of_memory import OutOfMemory
 from samegrad.execute.one_step import gradient_norm
+from samegrad.measure.counting import sample_bytes
+from samegrad.records import timed
 
 from ..contract.plain import assert_close, cross_entropy, labelled, mlp, same
 
@@ -54,6 +56,18 @@ def test_a_step_is_yielded_after_it_with_gradients_cleared_and_its_index() -> No
         assert not any(torch.equal(a, b) for a, b in zip(before, parameters))
         before = [p.detach().clone() for p in parameters]
         assert result.seconds > 0 and result.peak_allocated_bytes is None
+
+
+def test_a_run_counts_some_steps_and_says_which() -> None:
+    """Counting takes the host's time; what counts every step leaves none to be timed."""
+    sampled, whole = (list(sg.train(step, BATCHES * 20, counter=counter_of(step)))
+                      for counter_of in (sample_bytes, sg.count_bytes) for step in [stepped()])  # fmt: skip
+    assert timed(whole) == [] and all(result.counted for result in whole)
+    counted = [result.index for result in sampled if result.counted]
+    assert counted[:3] == [0, 2, 4] and len(counted) < len(sampled) / 2 and max(counted) > len(sampled) - 17
+    for one, other in zip(sampled, whole):
+        assert one.peak_allocated_bytes == (other.peak_allocated_bytes if one.counted else None)
+    assert timed(sampled) == [result.seconds for result in sampled if result.index not in counted]
 
 
 def plain_weights_of(groups: Any, loss: Any = cross_entropy) -> dict[str, Tensor]:

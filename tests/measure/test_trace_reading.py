@@ -91,3 +91,12 @@ def test_rows_on_disk_are_not_read() -> None:
     for run in (plainly(), in_chunks(step, SIZES)):
         for device in ("cpu", "cuda"):
             assert trace_step(declared, batch, run=run, device=device).operations
+
+
+def test_a_phase_begins_with_its_first_operation_also_where_no_memory_changes() -> None:
+    trace = trace_step(declare(nn.Sequential(nn.Linear(6, 4)), lambda outputs, batch: outputs.sum(), optimizer=None),
+                       torch.zeros(7, 6), device="cpu")  # fmt: skip
+    own = [index for index, operation in enumerate(trace.operations) if operation.step == 1]
+    assert [point.phase for point in trace_reading.timeline(trace)] == [trace.operations[i].phase for i in own]
+    # Without what changes nothing the course has gaps.
+    assert not set(own) <= {event.operation for event in trace.events}

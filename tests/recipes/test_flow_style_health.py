@@ -15,6 +15,7 @@ from samegrad.errors import UsageError
 from samegrad.recipes import Answer, find_health
 from samegrad.recipes.flow_style.health import advise, examine
 from samegrad.recipes.flow_style.options import FlowStyleOptions
+from samegrad.records import Exactness, Plan
 
 EPOCHS, STEPS = 10, 2
 # The document's own file, comments and all.
@@ -112,6 +113,22 @@ def test_one_epoch_has_neither_a_time_nor_a_share(tmp_path: Path) -> None:
     found = {finding.name: finding for finding in examine(write_short_run(tmp_path, 1))}
     assert found["epoch time as planned"].detail.endswith("1 epoch, needs 2")
     assert found["share of clipped steps"].detail.endswith("2 gradient norms, needs 6")
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "planned_seconds"), [(0.012, 0.004), (1.4, 1.0), (1.6, 1.0), (0.05, 0.02)]
+)
+def test_an_epoch_is_too_long_where_its_steps_are(tmp_path: Path, step_seconds: float, planned_seconds: float) -> None:
+    """One step of a run that waited once, or was counted, is no step's time and no epoch's."""
+    waited = [step_seconds] * (EPOCHS * STEPS - 1) + [400 * step_seconds]
+    run = write_run(tmp_path, seconds=waited, plan={"predicted_seconds": planned_seconds})
+    too_long = answers(run)["epoch time as planned"] is Answer.FAILS
+    plan = Plan(levers={}, exactness=Exactness.SAME_BITS, batch_rows=6, predicted_seconds=planned_seconds)
+    (run / "plan.json").write_text(plan.to_json())
+    (run / "status.json").write_text(json.dumps({"state": "done"}))
+    of_steps = next(found for found in examine_run(run) if found.name == "step time as planned")
+    assert (of_steps.answer is Answer.FAILS) == too_long
+    assert too_long == (step_seconds / planned_seconds > 1.5 and step_seconds > 0.02)
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,33 @@ def test_phases_of_two_courses_begin_together() -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize("ours_lack_it", [True, False])
+def test_phases_begin_together_where_one_course_lacks_one(ours_lack_it: bool) -> None:
+    plain = course(6, 9, 5, phases=(Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER))
+    handed = course(6, 9, 7, 5, phases=(Phase.FORWARD, Phase.BACKWARD, Phase.HANDOFF, Phase.OPTIMIZER))
+    points, onto = (plain, handed) if ours_lack_it else (handed, plain)
+    there = dict(zip((p.phase for p in reversed(onto)), (p.position_fraction for p in reversed(onto))))
+
+    def begin_together(moved: list[TimelinePoint]) -> bool:
+        begins = {p.phase: p.position_fraction for p in reversed(moved) if p.phase in there}
+        return all(there[phase] == pytest.approx(begin) for phase, begin in begins.items())
+
+    moved = aligned(points, onto)
+    assert begin_together(moved) and not begin_together(points)
+    places = [point.position_fraction for point in moved]
+    assert places == sorted(places) and places[-1] == pytest.approx(1.0)
+
+
+def test_chunks_lie_over_the_same_chunks() -> None:
+    """Also where thinning took a phase out of one of them."""
+    twice = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD) * 4
+    whole, thinned = course(*(4, 1, 7) * 4, phases=twice), course(4, 1, 7, 4, 7, 4, 1, 7, 4, 1, 7, phases=(
+        *twice[:4], *twice[5:]))  # fmt: skip
+    assert starts(aligned(thinned, whole)) == pytest.approx([s for i, s in enumerate(starts(whole)) if i != 4])
+
+
 def test_other_phases_are_not_bent_into_shape() -> None:
-    other = course(3, 9, phases=(Phase.FORWARD, Phase.OPTIMIZER))
+    other = course(3, 9, phases=(Phase.LOSS, Phase.OPTIMIZER))
     assert aligned(other, course(8, 4)) == other
     assert aligned([], course(8, 4)) == []
 
@@ -76,6 +101,21 @@ def test_modules_are_named_as_deep_as_there_is_room() -> None:
     many = with_modules("net.stem", *(f"net.blocks.{i // 8}.{i % 8}" for i in range(240)))
     svg = timeline_svg(dataclasses.replace(FOOTPRINT, timeline=tuple(many)), None, width_px=340)
     assert "blocks" in words(svg) and "blocks.0.0" not in shown(svg)
+
+
+def test_a_module_that_is_only_numbered_is_named_by_its_parent_or_its_class() -> None:
+    """Also where there is room in the legend only; without classes the numbers of a path still have their parent."""
+    course = with_modules("0", "0", "0", "1", "1", "1")
+    classes = {"0": "Conv2d", "1": "ReLU"}
+    known = dataclasses.replace(FOOTPRINT, timeline=tuple(course), module_classes=classes)
+    assert {"0 (Conv2d)", "1 (ReLU)"} <= set(shown(timeline_svg(known, None)))
+    bare = timeline_svg(dataclasses.replace(known, module_classes={}), None)
+    inside = dataclasses.replace(known, timeline=tuple(with_modules(*(f"net.blocks.{i // 2}" for i in range(6)))))
+    many = dataclasses.replace(known, timeline=tuple(with_modules(*"01" * 30)))
+    for svg in (timeline_svg(known, None), bare, timeline_svg(inside, None), timeline_svg(many, None, width_px=340)):
+        assert not {"0", "1", "2"} & {*shown(svg), *(t.text for t in elements(svg, "text"))}
+    assert "blocks.1" in words(timeline_svg(inside, None)) and "module 0" in shown(bare)
+    assert "modules in order: 0 (Conv2d), 1 (ReLU)" in words(timeline_svg(many, None, width_px=340))
 
 
 def test_a_counted_course_takes_its_modules_from_the_prediction() -> None:
@@ -111,10 +151,12 @@ AT_PEAK = (
 
 
 def test_what_lives_at_the_peak_is_told_largest_first_and_adds_up() -> None:
-    footprint = dataclasses.replace(FOOTPRINT, at_peak=AT_PEAK, by_category={Category.ACTIVATIONS: 2000})
+    footprint = dataclasses.replace(
+        FOOTPRINT, at_peak=AT_PEAK, by_category={Category.ACTIVATIONS: 2000}, module_classes={"blocks.0": "Block"}
+    )
     rows = peak_rows(footprint)
     assert [(row.what, row.made_by, row.share) for row in rows] == [
-        ("activations ×3", "blocks.0: relu, forward", "45 %"),
+        ("activations ×3", "blocks.0 (Block): relu, forward", "45 %"),
         ("optimizer state", "the optimizer's turn: zeros_like", "4 %"),
         ("parameters", "there before the step", "1 %"),
         ("all else", "", "50 %"),

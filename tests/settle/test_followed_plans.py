@@ -21,7 +21,8 @@ from samegrad.plan.explain import floor_bytes
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.plan.traced import Candidate, predict_traced, traced_candidates
-from samegrad.records import Counting, Exactness, Footprint, KnobOrigin, Plan
+from samegrad.records import Category, Counting, Exactness, Footprint, KnobOrigin, Plan
+from samegrad.report.at_peak import peak_rows
 from samegrad.settle import aliases_for, on_card, plan_ahead
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.following import follow
@@ -197,6 +198,25 @@ def test_large_logits_are_made_in_chunks_where_that_is_fastest() -> None:
     # Each its own share, not that of all of them.
     assert f"taken: saves {format_bytes(saved)} beside" in plan.reasons["recompute"]
     assert plan.reasons["recompute"] != plan.reasons["chunk_loss"] and "costs" in plan.reasons["recompute"]
+
+
+@pytest.mark.parametrize("name", ["words", "pictures"])
+def test_workspaces_stand_apart_and_no_lever_saves_them(name: str) -> None:
+    _, footprint = followed(name)
+    parts = footprint.by_category
+    # The allocator hands out some blocks that are a little larger than what was asked for.
+    assert sum(parts.values()) == pytest.approx(footprint.peak_allocated_bytes, rel=WITHIN)
+    tensors = sum(parts.values()) - parts[Category.WORKSPACES]
+    assert tensors != pytest.approx(footprint.peak_allocated_bytes, rel=WITHIN)
+    assert any("kept by cuBLAS" in row.made_by for row in peak_rows(footprint, most=40))
+    plans = (plan for budget in budgets(footprint) for plan in choose_plan(footprint, Options(), budget))
+    plan = next(plan for plan in plans if set(plan.levers) == {"recompute"})
+    plain, under = predict_traced(footprint, {}), predict_traced(footprint, plan.levers)
+    assert plain is not None and under is not None
+    assert f"saves {format_bytes(plain.peak_bytes - under.peak_bytes)} of" in plan.reasons["recompute"]
+    # The difference to what the plain step needs in all would have them in it.
+    in_all = predict_plan(footprint, {}).peak_allocated_bytes
+    assert format_bytes(in_all - under.peak_bytes) not in plan.reasons["recompute"]
 
 
 def test_batch_normalisation_is_only_run_again_and_stays_exact() -> None:

@@ -10,11 +10,12 @@ from samegrad import trees
 from samegrad.errors import UsageError
 from samegrad.execute.apply import applied, in_force
 from samegrad.execute.undone import undone
+from samegrad.measure import counters
 from samegrad.measure.counting import ByteCounter
 from samegrad.measure.events import Trace
 from samegrad.measure.probe import probe_plain, probe_split
 from samegrad.measure.target import Target
-from samegrad.measure.trace import in_chunks, plainly, trace_step
+from samegrad.measure.trace import handed_over, in_chunks, plainly, trace_step
 from samegrad.measure.trace_reading import (
     CUDA_BLOCK_BYTES,
     by_module_at,
@@ -23,7 +24,7 @@ from samegrad.measure.trace_reading import (
     tensors_at,
     timeline,
 )
-from samegrad.records import Counting, Footprint, Origin
+from samegrad.records import Category, Counting, Footprint, Origin
 
 # Enough chunks for the steady state of a long step, few enough to cost less than an epoch.
 _MOST_CHUNKS = 8
@@ -45,6 +46,8 @@ def measure_real_steps(step: sg.Step, batch: Any, footprint: Footprint) -> Footp
     with undone(step.declared):
         try:
             timed = list(sg.train(step, [batch] * (1 + _TIMED_STEPS)))[1:]
+            # No tensor shows what a library keeps; what it takes and gives back inside an operation is not seen.
+            counter.stand(counters.kept_workspace_bytes(step.declared.device), Category.WORKSPACES)
             # Counting takes the host's time, so this step is not timed.
             [counted] = sg.train(step, [batch], counter=counter)
         finally:
@@ -73,8 +76,16 @@ def measure_real_steps(step: sg.Step, batch: Any, footprint: Footprint) -> Footp
 def followed_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footprint:
     """The planned step followed without running it, as on its own device. Raises CannotTrace."""
     trace = _followed(step, batch)
+    facts = footprint.facts | trace.notes
+    target = None
+    if footprint.counting is Counting.CUDA_ALLOCATOR:
+        try:
+            target = Target.at_hand(step.declared.device)
+        except UsageError as error:
+            facts |= {"reserved": f"not predicted: {error.found}"}
+    shown = trace if target is None else target.with_workspaces(trace)
     block = CUDA_BLOCK_BYTES if trace.device == "cuda" else 1
-    peak = find_peak(trace, round_to=block)
+    peak = find_peak(shown, round_to=block)
     followed = dataclasses.replace(
         footprint,
         origin=Origin.PREDICTED,
@@ -86,21 +97,18 @@ def followed_footprint(step: sg.Step, batch: Any, footprint: Footprint) -> Footp
         steady_cap_bytes=None,
         smallest_cap_bytes=None,
         by_category={category: amount for category, amount in peak.by_category.items() if amount},
-        by_phase=peak_by_phase(trace, round_to=block),
-        by_module=by_module_at(trace, peak),
-        at_peak=tensors_at(trace, peak),
-        timeline=timeline(trace),
-        facts=footprint.facts | trace.notes,
+        by_phase=peak_by_phase(shown, round_to=block),
+        by_module=by_module_at(shown, peak),
+        at_peak=tensors_at(shown, peak),
+        module_classes=trace.module_classes,
+        timeline=timeline(shown),
+        facts=facts,
     )
-    return _reserved(followed, trace, step) if footprint.counting is Counting.CUDA_ALLOCATOR else followed
+    return followed if target is None else _reserved(followed, trace, target)
 
 
-def _reserved(followed: Footprint, trace: Trace, step: sg.Step) -> Footprint:
-    """With what the allocator is predicted to reserve on the card at hand, where the catalogue knows it."""
-    try:
-        target = Target.at_hand(step.declared.device)
-    except UsageError as error:
-        return dataclasses.replace(followed, facts=followed.facts | {"reserved": f"not predicted: {error.found}"})
+def _reserved(followed: Footprint, trace: Trace, target: Target) -> Footprint:
+    """With what the allocator is predicted to reserve on ``target``."""
     reserved = target.reserve(trace)
     return dataclasses.replace(
         followed,
@@ -120,9 +128,11 @@ def _followed(step: sg.Step, batch: Any) -> Trace:
         whole = execution.runs_whole
     # Examined first: what levers put on the model is not the user's.
     split = None if whole else step.split_for(batch, layout)
+    undoable = step.whole_for(batch, layout)
     with in_force(step.plan, step.declared, layout.rows) as running:
         if split is None:
-            return trace_step(running.declared, batch, device=device, run=plainly(draws))
+            run = plainly(draws) if undoable is None else handed_over(undoable)
+            return trace_step(running.declared, batch, device=device, run=run)
         chunked = dataclasses.replace(split, declared=running.declared)
         return trace_step(running.declared, batch, device=device, run=in_chunks(chunked, sizes), sizes=sizes)
 

@@ -26,6 +26,7 @@ from samegrad.cli.target import FunctionTarget, Target
 from samegrad.cli.training import FunctionTraining, Outcome, Tick, Training, counting_of
 from samegrad.errors import BudgetTooSmall, CannotSplit, OverBudget, SamegradError, UsageError
 from samegrad.measure import counters
+from samegrad.measure.counting import sample_bytes
 from samegrad.recipes import Program, Recipe, find_health, find_recipe, run_epochs
 from samegrad.recipes._recipe import CacheEmptying
 from samegrad.records import Counting, Footprint, Plan
@@ -170,7 +171,7 @@ class RecipeTraining:
         self.program.epochs = next((n for n in epochs if self.program.units_in(n) >= units), self.program.epochs)
 
     def ticks(self) -> Iterator[Tick]:
-        counter = sg.count_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
+        counter = sample_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
         # Ranks pause together, or one would wait for another that has stopped: by the clock they would not.
         pause_seconds = _PAUSE_SECONDS if rank_count() == 1 else math.inf
         for epoch in run_epochs(self.program, counter=counter, pause_seconds=pause_seconds):

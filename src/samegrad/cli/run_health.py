@@ -15,15 +15,13 @@ from samegrad.cli.run_memory import SMALLER, WARM_UP_STEPS
 from samegrad.cli.run_story import read_metrics, read_object, read_record
 from samegrad.errors import BadInput
 from samegrad.recipes import Answer, Finding, find_health
-from samegrad.records import Plan, StepResult
+from samegrad.recipes._recipe.findings import is_slow
+from samegrad.records import Plan, StepResult, timed
 from samegrad.units import format_bytes, format_seconds
 
 # Fewer steps say nothing about a trend.
 FEWEST_STEPS = 6
 STABLE_FRACTION = 0.02
-SLOWER_FRACTION = 0.5
-# Below this a step is launches and clocks, which no prediction is about.
-SLOWER_SECONDS = 0.02
 
 
 def examine_run(folder: Path) -> tuple[Finding, ...]:
@@ -93,8 +91,9 @@ def _within_budget(results: Sequence[StepResult], plan: Plan | None) -> Finding:
 
 
 def _stable(results: Sequence[StepResult]) -> Finding:
-    name, peaks = "memory stable", peaks_of(results)[WARM_UP_STEPS:]
-    if len(peaks) + WARM_UP_STEPS < FEWEST_STEPS:
+    name, peaks = "memory stable", peaks_of(results[WARM_UP_STEPS:])
+    # On the CPU not every step's bytes are counted; one peak shows no growth.
+    if len(results) < FEWEST_STEPS or len(peaks) < 2:
         return _too_short(name, results)
     third = max(1, len(peaks) // 3)
     first, last = statistics.median(peaks[:third]), statistics.median(peaks[-third:])
@@ -132,14 +131,14 @@ def _falling(results: Sequence[StepResult]) -> Finding:
 
 
 def _in_time(results: Sequence[StepResult], plan: Plan | None) -> Finding:
-    name, seconds = "step time as planned", [result.seconds for result in results[WARM_UP_STEPS:]]
+    name, seconds = "step time as planned", timed(results[WARM_UP_STEPS:])
     if plan is None or plan.predicted_seconds is None:
         return Finding(name=name, answer=Answer.UNKNOWN, detail="not judged, the plan predicts no time")
-    if len(results) < FEWEST_STEPS:
+    if len(results) < FEWEST_STEPS or not seconds:
         return _too_short(name, results)
     median = statistics.median(seconds)
     ratio = median / plan.predicted_seconds if plan.predicted_seconds else math.inf
-    slow = ratio > 1 + SLOWER_FRACTION and median > plan.predicted_seconds + SLOWER_SECONDS
+    slow = is_slow(median, plan.predicted_seconds)
     predicted = format_seconds(plan.predicted_seconds)
     return Finding(
         name=name,

@@ -13,7 +13,7 @@ from samegrad.cli.run_memory import thrashing_line
 from samegrad.cli.stopping import StopFlag
 from samegrad.cli.training import Tick, Training, counting_of
 from samegrad.measure import counters
-from samegrad.records import Budget, Plan
+from samegrad.records import Budget, Plan, StepResult
 from samegrad.report.terminal import memory_line
 from samegrad.store import RunFolder, save_checkpoint
 
@@ -36,15 +36,18 @@ def train_in(
         console.note(f"nothing is left to train: {done}")
     thrashing, ended, before = False, _Ended(), training.done
     is_logged = before > 0
+    # Not every step's bytes are counted.
+    counted: StepResult | None = None
     with stop.hold(), console.progress(training.title, training.total) as bar:
         for tick in _until_workers_end(training, ended):
             told = _record(tick, training, folder)
+            counted = next((r for r in reversed(tick.results) if r.peak_allocated_bytes is not None), counted)
             if not thrashing and (line := thrashing_line(tick.results)):
                 thrashing = True
                 bar.say(line)
             bar.advance(told, done=training.done)
             if not is_logged or tick.last or _is_due(options.log_every, before, training.done):
-                _log_memory(tick, told, training, folder, plan.budget, bar)
+                _log_memory(tick, counted, told, training, folder, plan.budget, bar)
                 is_logged = True
             if stop or tick.last or _is_due(options.save_every, before, training.done):
                 _save(training, folder, stop)
@@ -110,12 +113,19 @@ def _record(tick: Tick, training: Training, folder: RunFolder) -> str:
 
 
 def _log_memory(
-    tick: Tick, told: str, training: Training, folder: RunFolder, budget: Budget | None, bar: Bar
+    tick: Tick,
+    counted: StepResult | None,
+    told: str,
+    training: Training,
+    folder: RunFolder,
+    budget: Budget | None,
+    bar: Bar,
 ) -> None:
+    """``counted``: the last step that has peaks."""
     last = tick.results[-1]
     # Asked here and not after every step: the driver takes milliseconds to answer.
     driver_bytes = counters.driver_process_bytes(training.step.declared.device)
-    result = dataclasses.replace(last, driver_process_bytes=driver_bytes)
+    result = dataclasses.replace(counted or last, driver_process_bytes=driver_bytes)
     memory = memory_line(result, budget, counting_of(training.step))
     folder.append_metrics({"kind": "memory", "step": last.index, "text": memory, "driver_process_bytes": driver_bytes})
     bar.say(f"{training.unit} {training.done}: {told}. {memory}")

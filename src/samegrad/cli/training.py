@@ -21,6 +21,7 @@ from samegrad.cli.run_story import PictureFile
 from samegrad.cli.schedulers import scheduler_states, set_schedulers
 from samegrad.errors import BadInput
 from samegrad.measure.child_signals import Later, children_heard_later
+from samegrad.measure.counting import sample_bytes
 from samegrad.records import Counting, Footprint, Plan, StepResult
 from samegrad.store import (
     Checkpoint,
@@ -143,7 +144,7 @@ class FunctionTraining:
 
     def ticks(self) -> Iterator[Tick]:
         left = None if self._total is None else max(0, self._total - self._done)
-        counter = sg.count_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
+        counter = sample_bytes(self.step) if counting_of(self.step) is Counting.TENSOR_BYTES else None
         with children_heard_later() as later:
             batches = self._noticed(itertools.islice(self._upcoming, left), later)
             for result in sg.train(self.step, batches, first_index=self._done, counter=counter):

@@ -54,7 +54,7 @@ def train(
     ``normalise``. Each is a step's worth of memory by itself.
     ``scaler``: a GradScaler, used as PyTorch's own recipe does: it skips steps whose gradients are not finite; after
     ten in a row NonFinite is raised. ``counter`` (from ``count_bytes``): counts the tensor bytes of every step, which
-    is what a peak means where there is no CUDA allocator.
+    is what a peak means where there is no CUDA allocator, and which takes time: such results are ``counted``.
     Raises, before the optimizer steps and with the weights unchanged, NonFinite, or BadInput where a loss is not finite
     because no target of its batch counts; UsageError when the step was declared without an optimizer, or when hooks on
     parameters step one inside backward where a gradient is not whole by then (``scaler``, several batches a step).
@@ -138,14 +138,15 @@ def _steps(
         counters.reset_peaks(device)
         start = time.perf_counter()
         rows = sum(step.declared.layout(batch).rows for batch in group)
-        if counter is None:
+        counting = counter if counter is not None and counter.counts(index) else None
+        if counting is None:
             loss, norm = one_step(step, optimizer, group, scaler, index)
         else:
-            claim_residents(counter, step.declared, group)
-            counter.reset_peaks()
-            with counter, listening(counter):
+            claim_residents(counting, step.declared, group)
+            counting.reset_peaks()
+            with counting, listening(counting):
                 loss, norm = one_step(step, optimizer, group, scaler, index)
-            counter.forget([leaf for leaf in trees.leaves_of(group) if isinstance(leaf, Tensor)])
+            counting.forget([leaf for leaf in trees.leaves_of(group) if isinstance(leaf, Tensor)])
         skipped = skipped + 1 if not math.isfinite(loss) or not math.isfinite(norm) else 0
         if skipped == _MOST_SKIPPED:
             raise NonFinite(
@@ -163,12 +164,13 @@ def _steps(
             seconds=time.perf_counter() - start,
             batch_rows=rows,
             grad_norm=norm,
-            allocated_bytes=reading.allocated_bytes if reading else counter.live_bytes if counter else None,
+            allocated_bytes=reading.allocated_bytes if reading else counting.live_bytes if counting else None,
             reserved_bytes=reading.reserved_bytes if reading else None,
-            peak_allocated_bytes=reading.peak_allocated_bytes if reading else counter.peak_bytes if counter else None,
+            peak_allocated_bytes=reading.peak_allocated_bytes if reading else counting.peak_bytes if counting else None,
             peak_reserved_bytes=reading.peak_reserved_bytes if reading else None,
             allocator_retries=reading.retries - retries_before if reading else None,
             recoveries=step.recoveries,
+            counted=counting is not None,
         )
 
 

@@ -94,14 +94,19 @@ def take_workspaces(device: torch.device) -> None:
 
 def retake_workspaces(device: torch.device) -> None:
     """``take_workspaces`` where cuBLAS keeps any: what multiplies no matrices pays for none."""
-    if device.type == "cuda" and not _has_captured(device) and _gave_back_workspaces(device):
-        take_workspaces(device)
+    kept_workspace_bytes(device)
 
 
-def _gave_back_workspaces(device: torch.device) -> bool:
+def kept_workspace_bytes(device: torch.device) -> int:
+    """What cuBLAS keeps between steps: it gives it back and takes it anew. 0 where a captured graph may know where."""
+    if device.type != "cuda" or _has_captured(device):
+        return 0
     before = torch.cuda.memory_allocated(device)
     torch._C._cuda_clearCublasWorkspaces()
-    return torch.cuda.memory_allocated(device) < before
+    without = torch.cuda.memory_allocated(device)
+    if without < before:
+        take_workspaces(device)
+    return before - without
 
 
 def _refuses_products() -> bool:

@@ -30,6 +30,8 @@ _BORN_IN = {
     Phase.OPTIMIZER: Category.TEMPORARY,
 }
 _LONGEST_TIMELINE = 240
+# Short runs are judged by few steps; of long ones a sixteenth shows what grows.
+_OFTEN_COUNTED_STEPS, _COUNTED_EVERY_STEPS = 32, 16
 # What .item(), float() and ``if`` ask of a tensor.
 _READS_A_NUMBER = torch.ops.aten._local_scalar_dense.default
 
@@ -45,6 +47,11 @@ def count_bytes(step: _Declares, *, with_timeline: bool = False) -> ByteCounter:
     ``with_timeline``: also keep the course of what is counted, for ``timeline()``; meant for a step or two.
     """
     return ByteCounter(step.declared.device, gradients_of=step.declared.modules, with_timeline=with_timeline)
+
+
+def sample_bytes(step: _Declares) -> ByteCounter:
+    """The same for a run: it counts every other one of the first steps and then few, and the others keep their time."""
+    return _SampledByteCounter(step.declared.device, gradients_of=step.declared.modules)
 
 
 class ByteCounter(LookingOn):
@@ -72,6 +79,10 @@ class ByteCounter(LookingOn):
         self.live: dict[Category, int] = dict.fromkeys(Category, 0)
         self.live_bytes = 0
         self.reset_peaks()
+
+    def counts(self, index: int) -> bool:
+        """Whether step ``index`` is to be counted."""
+        return True
 
     def reset_peaks(self) -> None:
         self.peak_bytes = self.live_bytes
@@ -185,10 +196,8 @@ class ByteCounter(LookingOn):
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
             self.peak_by_category = dict(self.live)
-        if self._moments is not None and self._stretches:
-            self._moments.append((self.phase, dict(self.live)))
-            if not self._repeating:
-                self._stretches[-1].append((self.phase, self.live_bytes))
+        if self._stretches and not self._repeating:
+            self._stretches[-1].append((self.phase, self.live_bytes))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,7 +213,16 @@ class ByteCounter(LookingOn):
                 continue
             self._see(tensor, category)
         self._note_peak()
+        if self._moments is not None:
+            # One for each operation, also for those ahead of the first announcement, so that a step that was followed
+            # has the same ones.
+            self._moments.append((self.phase, dict(self.live)))
         return result
+
+
+class _SampledByteCounter(ByteCounter):
+    def counts(self, index: int) -> bool:
+        return index % (2 if index < _OFTEN_COUNTED_STEPS else _COUNTED_EVERY_STEPS) == 0
 
 
 def _bring(args: tuple[Any, ...], storages: Sequence[torch.UntypedStorage]) -> bool:

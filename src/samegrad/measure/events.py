@@ -100,6 +100,7 @@ class Trace:
     ``events`` begin with what lives between steps and the batch. ``device`` is the kind whose dispatch was followed,
     "cuda" or "cpu". ``notes``: what could not be followed, by module or operation, in words. ``pieces``: of storages
     that live between steps, those that came to the device in pieces and were then laid out as one: bytes of each.
+    ``module_classes``: of modules that have only a number for a name, by path.
     """
 
     operations: tuple[Operation, ...]
@@ -109,3 +110,4 @@ class Trace:
     sizes: tuple[int, ...]
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     pieces: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    module_classes: dict[str, str] = dataclasses.field(default_factory=dict)

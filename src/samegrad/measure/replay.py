@@ -186,7 +186,7 @@ def _laid_out(standing: Sequence[Request], trace: Trace) -> list[Request]:
         number -= len(pieces)
         laid_out += [*pieces, request, *(piece._replace(size_bytes=0) for piece in pieces)]
     # Libraries take their workspaces after that.
-    workspaces = sum(event.category is Category.TEMPORARY for event in trace.events[: len(standing)])
+    workspaces = sum(event.category is Category.WORKSPACES for event in trace.events[: len(standing)])
     laid_out.insert(len(laid_out) - workspaces, Request(-1, EMPTIES_CACHE, BEFORE_THE_STEPS, 0))
     return laid_out
 

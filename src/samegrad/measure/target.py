@@ -112,8 +112,12 @@ class Target:
         rules = self._rules(expandable_segments)
         return replay(self._requests(trace), rules, cap_bytes=cap_bytes, stop_at_unsteady=True).steady
 
+    def with_workspaces(self, trace: Trace) -> Trace:
+        """The trace with what its libraries take on the card, for what is told of its moments."""
+        return with_workspaces(trace, self.libraries)
+
     def _requests(self, trace: Trace) -> tuple[Request, ...]:
-        return repeat_steps(with_workspaces(trace, self.libraries))
+        return repeat_steps(self.with_workspaces(trace))
 
     def _rules(self, expandable_segments: bool) -> AllocatorRules:
         return dataclasses.replace(self.rules, expandable_segments=True) if expandable_segments else self.rules

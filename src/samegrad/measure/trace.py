@@ -27,6 +27,7 @@ from samegrad.exact.phases import listening
 from samegrad.exact.split import SplitStep, plain_backward
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.undisturbed import undisturbed
+from samegrad.exact.whole import WholeStep
 from samegrad.measure import census, cuda_trial, known_values
 from samegrad.measure.arriving_rows import ArrivingRows
 from samegrad.measure.cuda_dispatch import CpuDispatch, CudaDispatch
@@ -46,7 +47,7 @@ from samegrad.measure.shadows import (
     shadow_optimizer,
     standing_in,
 )
-from samegrad.module_walk import is_compiled
+from samegrad.module_walk import is_compiled, parameters_of
 from samegrad.records import Category, Phase
 
 # run(declared, batch): forward, loss and backward, which leaves gradients in ``.grad``.
@@ -76,6 +77,17 @@ def plainly(draws: StepDraws | None = None, scaler: LossScale | None = None) -> 
 
     def run(declared: DeclaredStep, batch: Any) -> object:
         return plain_backward(declared, batch, declared.layout(batch), scaler, draws)
+
+    return run
+
+
+def handed_over(step: WholeStep) -> Run:
+    """``step`` as plans run it: gradients set apart in backward, and handed over."""
+
+    def run(declared: DeclaredStep, batch: Any) -> object:
+        parameters = [p for p in parameters_of(declared.modules) if p.requires_grad]
+        standing = dataclasses.replace(step, declared=declared, parameters=parameters)
+        return standing.backward(batch, declared.layout(batch))
 
     return run
 
@@ -117,7 +129,8 @@ def trace_step(
     """
     dispatch, notes = _dispatch(device)
     layout = declared.layout(batch)
-    notes |= _notes_on(declared, named_modules(declared))
+    modules = named_modules(declared)
+    notes |= _notes_on(declared, modules)
     run = plainly() if run is None else run
     operations, events, pieces = _followed(declared, batch, dispatch, run, stands or _nothing_stands, notes)
     unsure = sorted({operation.name for operation in operations} & _UNSURE.keys())
@@ -129,6 +142,9 @@ def trace_step(
         sizes=(layout.rows,) if sizes is None else tuple(sizes),
         notes=notes | {name: _UNSURE[name] for name in unsure},
         pieces=pieces,
+        module_classes={
+            path: type(part).__name__ for path, part in modules if path.rpartition(".")[2].isdecimal()
+        },
     )
 
 

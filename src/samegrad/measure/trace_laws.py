@@ -88,7 +88,7 @@ def _interpolated(low: Trace, high: Trace, rows: int) -> Trace:
         else more._replace(change_bytes=-at(-less.change_bytes, -more.change_bytes))
         for less, more in zip(low.events, high.events)
     )
-    return Trace(operations, events, high.device, rows, (rows,), high.notes, high.pieces)
+    return Trace(operations, events, high.device, rows, (rows,), high.notes, high.pieces, high.module_classes)
 
 
 def _check_affine(predicted: Trace, check: Trace) -> None:

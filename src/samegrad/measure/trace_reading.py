@@ -134,19 +134,32 @@ def timeline(trace: Trace, *, step: int = 1) -> tuple[TimelinePoint, ...]:
     first, last = operations[0], operations[-1]
     stretch = -(-len(operations) // _LONGEST_TIMELINE)
     largest: dict[int, Moment] = {}
+    latest: dict[int, Moment] = {}
     for moment in _moments(trace, step, 1):
         place = (max(moment.operation, first) - first) // stretch
+        latest[place] = moment
         if place not in largest or moment.live_bytes > largest[place].live_bytes:
             largest[place] = moment
-    return tuple(
-        TimelinePoint(
-            position_fraction=place * stretch / max(1, last - first),
-            phase=_phase_of(trace, moment),
-            live_bytes=moment.by_category,
-            module=trace.operations[moment.operation].module if moment.operation >= 0 else "",
+    points = []
+    now = _standing_before(trace, step)
+    for place, start in enumerate(range(first, last + 1, stretch)):
+        # Phases begin with their first operation, also where that one changes no memory.
+        shown = largest.get(place, dataclasses.replace(now, operation=start))
+        now = latest.get(place, now)
+        points.append(
+            TimelinePoint(
+                position_fraction=(start - first) / max(1, last - first),
+                phase=_phase_of(trace, shown),
+                live_bytes=shown.by_category,
+                module=trace.operations[shown.operation].module if shown.operation >= 0 else "",
+            )
         )
-        for place, moment in largest.items()
-    )
+    return tuple(points)
+
+
+def _standing_before(trace: Trace, step: int) -> Moment:
+    """What stands when the step begins."""
+    return [Moment(-1, -1, 0, {}), *_moments(trace, step - 1, 1)][-1]
 
 
 def total_flops(trace: Trace, *, step: int = 1) -> int:

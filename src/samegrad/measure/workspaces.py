@@ -91,7 +91,7 @@ def find_workspaces(trace: Trace, calibration: LibraryCalibration) -> tuple[Work
 
 
 def with_workspaces(trace: Trace, calibration: LibraryCalibration) -> Trace:
-    """The trace with its workspaces as events of the category TEMPORARY; one not of CUDA has none.
+    """The trace with its workspaces as events of the category WORKSPACES; one not of CUDA has none.
 
     What cuBLAS keeps is there before the first step: a step has it taken anew when it begins to run.
     """
@@ -164,12 +164,12 @@ class _Woven:
                     self._held.append((workspace, number))
 
     def _take(self, workspace: Workspace) -> int:
-        self.events.append(MemoryEvent(self._number, workspace.size_bytes, workspace.operation, Category.TEMPORARY))
+        self.events.append(MemoryEvent(self._number, workspace.size_bytes, workspace.operation, Category.WORKSPACES))
         self._number += 1
         return self._number - 1
 
     def _give_back(self, workspace: Workspace, number: int) -> None:
-        self.events.append(MemoryEvent(number, -workspace.size_bytes, workspace.operation, Category.TEMPORARY))
+        self.events.append(MemoryEvent(number, -workspace.size_bytes, workspace.operation, Category.WORKSPACES))
 
 
 def _asked_by_product(operation: Operation, blas: BlasWorkspaces) -> list[tuple[str, int]]:

@@ -6,16 +6,19 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from samegrad.errors import BadInput
 from samegrad.levers import Lever, PredictedLever, find_levers, find_whole_levers
+from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.host_rows import HostRows
 from samegrad.levers.recompute import Recompute
 from samegrad.plan.predict import predict_plan
 from samegrad.plan.traced import Candidate, predict_traced
 from samegrad.records import Exactness, Footprint, Plan
 from samegrad.units import format_bytes, format_seconds
+
+_Levers = Mapping[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Reasons:
         except BadInput:
             # The rest is no plan by itself.
             other, without = self._plain, {}
-        saved_bytes = max(0, other.peak_allocated_bytes - (plan.predicted_peak_bytes or 0))
+        less_bytes = self._less_bytes(without, plan.levers, other.peak_allocated_bytes, plan.predicted_peak_bytes or 0)
+        saved_bytes = max(0, less_bytes)
         plain = f" of the plain step's {format_bytes(other.peak_allocated_bytes)}"
         beside = f" beside {' and '.join(without)}" if without else plain
         before = other.seconds
@@ -66,8 +70,8 @@ class Reasons:
         # A step is measured before it is believed, and its time printed beside this is the measured one.
         if name not in find_whole_levers():
             return f"{share} (predicted)"
-        if saved_bytes == 0 and (more := (plan.predicted_peak_bytes or 0) - other.peak_allocated_bytes) > 0:
-            share = f"takes {format_bytes(more)} more{beside}{_cost(other.seconds, plan.predicted_seconds)}"
+        if less_bytes < 0:
+            share = f"takes {format_bytes(-less_bytes)} more{beside}{_cost(other.seconds, plan.predicted_seconds)}"
         pinned = predict_plan(self.footprint, plan.levers).host_bytes
         return f"{share}{f', pins {format_bytes(pinned)} on the host' if pinned else ''} (predicted)"
 
@@ -81,7 +85,8 @@ class Reasons:
             tried = any(True for _ in cast(type[PredictedLever], lever).candidates(self.footprint, sys.maxsize))
             return reason if tried else f"{reason}; what it would save was not measured"
         fastest = self.fastest[lever.name]
-        saved_bytes = max(0, self._plain.peak_allocated_bytes - fastest.peak_bytes)
+        levers = {lever.name: lever.knobs() for lever in fastest.levers}
+        saved_bytes = max(0, self._less_bytes({}, levers, self._plain.peak_allocated_bytes, fastest.peak_bytes))
         how = " and ".join(lever.name for lever in fastest.levers)
         cost = _cost(self._plain.seconds, fastest.seconds)
         return f"{reason}; the fastest plan with it ({how}) saves {format_bytes(saved_bytes)}{cost}"
@@ -94,13 +99,26 @@ class Reasons:
             found = predict_plan(self.footprint, levers)
         except BadInput:
             return "what it would save was not measured"
-        # Traces count tensors; what the plain step is said to need has its libraries' workspaces in it.
-        plain = predict_traced(self.footprint, {}) if predict_traced(self.footprint, levers) is not None else None
-        plain_bytes = self._plain.peak_allocated_bytes if plain is None else plain.peak_bytes
-        less = plain_bytes - found.peak_allocated_bytes
+        less = self._less_bytes({}, levers, self._plain.peak_allocated_bytes, found.peak_allocated_bytes)
         saves = f"saves {format_bytes(less)}" if less >= 0 else f"takes {format_bytes(-less)} more"
         basis = "measured" if any(way.levers == levers for way in self.footprint.probed) else "predicted"
         return f"by itself it {saves}{_cost(self._plain.seconds, found.seconds)} ({basis})"
+
+    def _less_bytes(self, without: _Levers, levers: _Levers, without_bytes: int, with_bytes: int) -> int:
+        """How much less than ``without`` the plan with ``levers`` holds; the two peaks are those that were predicted.
+
+        Where tensors were followed, tensors: what the plain step is said to need has workspaces in it, which no lever
+        saved.
+        """
+        before, after = (_followed_bytes(self.footprint, each) for each in (without, levers))
+        if before is not None and after == with_bytes:
+            return before - with_bytes
+        return without_bytes - with_bytes
+
+
+def _followed_bytes(footprint: Footprint, levers: _Levers) -> int | None:
+    found = predict_traced(footprint, {n: knobs for n, knobs in levers.items() if n != ExpandableSegments.name})
+    return None if found is None else found.peak_bytes
 
 
 def fastest_by_lever(candidates: list[Candidate]) -> dict[str, Candidate]:

@@ -18,11 +18,11 @@ from samegrad.records.footprint import (
     Variant,
 )
 from samegrad.records.plan import Budget, Front, FrontPoint, Plan
-from samegrad.records.result import Recovery, StepResult
+from samegrad.records.result import Recovery, StepResult, timed
 from samegrad.records.verdict import Check, Departure, Verdict
 
 __all__ = [
     "Budget", "Category", "Check", "Counting", "Departure", "Exactness", "Footprint", "Front", "FrontPoint", "HeadLaws",
     "KnobOrigin", "LiveTensors", "Origin", "Phase", "PhaseLaw", "Plan", "ProbedWay", "Recovery", "Same", "StepResult",
-    "TimelinePoint", "Variant", "Verdict",
+    "TimelinePoint", "Variant", "Verdict", "timed",
 ]  # fmt: skip

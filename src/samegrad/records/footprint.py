@@ -133,6 +133,7 @@ class Footprint(Record):
     ``refusals`` maps a lever to why this step cannot take it, ``facts`` holds what the examination found, in words.
     ``resident_bytes`` (parameters, gradients, optimizer
     state, buffers) is the floor under every plan; optimizer state that does not exist yet is predicted.
+    ``module_classes``: the class of each module that has only a number for a name, by its path.
     ``steady_cap_bytes``, ``smallest_cap_bytes``, ``by_module`` and ``at_peak`` (what lived then, largest first) are
     absent until they are known.
     """
@@ -155,6 +156,7 @@ class Footprint(Record):
     by_phase: dict[Phase, int] = dataclasses.field(default_factory=dict)
     by_module: dict[str, int] = dataclasses.field(default_factory=dict)
     at_peak: tuple[LiveTensors, ...] = ()
+    module_classes: dict[str, str] = dataclasses.field(default_factory=dict)
     resident_bytes: dict[Category, int] = dataclasses.field(default_factory=dict)
     laws: tuple[PhaseLaw, ...] = ()
     plain_laws: tuple[PhaseLaw, ...] = ()

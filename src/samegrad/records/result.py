@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from samegrad.json_record import Record
@@ -35,6 +36,8 @@ class StepResult(Record):
     ``allocator_retries``: how often in this step the allocator had to empty its cache and ask again; a step that fits
     does so never. ``driver_process_bytes``: what the driver says this process holds, context and libraries included.
     ``recoveries``: the attempts that ran out of memory before the one that counts.
+    ``counted``: its tensor bytes were counted operation by operation meanwhile, so that ``seconds`` are more than the
+    step's own; ``timed`` leaves such steps out.
     """
 
     index: int
@@ -49,3 +52,9 @@ class StepResult(Record):
     allocator_retries: int | None = None
     driver_process_bytes: int | None = None
     recoveries: tuple[Recovery, ...] = ()
+    counted: bool = False
+
+
+def timed(results: Iterable[StepResult]) -> list[float]:
+    """Seconds of the steps beside which nothing was counted."""
+    return [result.seconds for result in results if not result.counted]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-from samegrad.records import Footprint, LiveTensors, Phase
+from samegrad.records import Category, Footprint, LiveTensors, Phase
 from samegrad.report.facts import category_name
+from samegrad.report.module_paths import module_name
 from samegrad.report.words import clean_line, format_percent
 from samegrad.units import format_bytes
 
 _MOST_ROWS = 12
 _BEFORE = "there before the step"
+_KEPT = "kept by cuBLAS, for each handle and stream"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ def peak_rows(footprint: Footprint, *, most: int = _MOST_ROWS) -> list[PeakRow]:
     """The largest entries of ``at_peak``, and one row for all that is left of the peak."""
     whole = sum(footprint.by_category.values()) or footprint.peak_allocated_bytes
     shown = footprint.at_peak[:most]
-    rows = [_row(_what(entry), _made_by(entry), entry.size_bytes, whole) for entry in shown]
+    rows = [_row(_what(entry), _made_by(entry, footprint.module_classes), entry.size_bytes, whole) for entry in shown]
     rest = whole - sum(entry.size_bytes for entry in shown)
     return rows + ([_row("all else", "", rest, whole)] if rest > 0 else [])
 
@@ -55,12 +58,12 @@ def _what(entry: LiveTensors) -> str:
     return name if entry.count == 1 else f"{name} ×{entry.count}"
 
 
-def _made_by(entry: LiveTensors) -> str:
+def _made_by(entry: LiveTensors, classes: Mapping[str, str]) -> str:
     if not entry.operation:
-        return _BEFORE
+        return _KEPT if entry.category is Category.WORKSPACES else _BEFORE
     # "aten.addmm.default" is torch's full name; its middle is what people know.
     operation = entry.operation.removeprefix("aten.").rpartition(".")[0] or entry.operation
     own = "the optimizer's turn" if entry.phase is Phase.OPTIMIZER else "the step's own code"
-    module = entry.module or own
+    module = module_name(entry.module, classes) if entry.module else own
     phase = "" if entry.phase in (None, Phase.OPTIMIZER) else f", {entry.phase.value}"
     return f"{module}: {operation}{phase}"

@@ -25,6 +25,7 @@ _SIGN = {
     Category.GRADIENTS: "▓",
     Category.OPTIMIZER_STATE: "▒",
     Category.BUFFERS: "=",
+    Category.WORKSPACES: "%",
     Category.INPUTS: "+",
     Category.ACTIVATIONS: "░",
     Category.TEMPORARY: ":",

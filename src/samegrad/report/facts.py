@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 
-from samegrad.records import Budget, Category, Counting, Footprint, Origin, Plan
+from samegrad.records import Budget, Category, Counting, Footprint, Origin, Plan, timed
 from samegrad.report.statement import Statement, Tone
 from samegrad.report.story import Story
 from samegrad.report.words import capitalised, format_number, format_percent, format_rows
@@ -269,8 +269,9 @@ def key_figures(story: Story) -> list[tuple[str, str, str]]:
     if footprint is not None:
         figures.append(("Rows at a time", str(footprint.rows), f"of {footprint.batch_rows} in a batch"))
     if story.results:
-        seconds = statistics.median(result.seconds for result in story.results)
-        figures.append(("Time of a step", format_seconds(seconds), f"median of {_steps(story)}"))
+        if seconds := timed(story.results):
+            of = f"median of {_number_of_steps(len(seconds))}"
+            figures.append(("Time of a step", format_seconds(statistics.median(seconds)), of))
         last = story.results[-1]
         figures.append(("Last loss", format_number(last.loss, digits=4), f"at step {last.index}"))
     elif footprint is not None and footprint.seconds is not None:
@@ -283,13 +284,19 @@ def describe_training(story: Story) -> str:
     if not story.results:
         return ""
     last = story.results[-1]
-    seconds = format_seconds(statistics.median(result.seconds for result in story.results))
+    # Of a run whose only steps were counted meanwhile no time is known.
+    seconds = timed(story.results)
     each = " each (median)" if len(story.results) > 1 else ""
-    return f"{_steps(story)}, {seconds}{each}; loss {format_number(last.loss, digits=4)} at step {last.index}."
+    took = f", {format_seconds(statistics.median(seconds))}{each}" if seconds else ""
+    return f"{_steps(story)}{took}; loss {format_number(last.loss, digits=4)} at step {last.index}."
 
 
 def _steps(story: Story) -> str:
-    return f"{len(story.results)} step" + ("s" if len(story.results) != 1 else "")
+    return _number_of_steps(len(story.results))
+
+
+def _number_of_steps(count: int) -> str:
+    return f"{count} step" + ("s" if count != 1 else "")
 
 
 def category_name(category: Category) -> str:

@@ -13,6 +13,8 @@ BLUE, SKY, GREEN, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
 ORANGE, VERMILION, PINK, GREY = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C"
 # Darker than GREY, which a green-blind eye takes for GREEN.
 SLATE = "#565D66"
+# Lighter than all of them: stays apart from each, whichever of them lies beside it.
+SILVER = "#C9CED6"
 
 # From the bottom of a stack to its top: what stays for the whole step lies below what comes and goes.
 CATEGORY_COLOUR = {
@@ -20,6 +22,7 @@ CATEGORY_COLOUR = {
     Category.GRADIENTS: SKY,
     Category.OPTIMIZER_STATE: GREEN,
     Category.BUFFERS: SLATE,
+    Category.WORKSPACES: SILVER,
     Category.INPUTS: YELLOW,
     Category.ACTIVATIONS: ORANGE,
     Category.TEMPORARY: PINK,

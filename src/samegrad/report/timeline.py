@@ -14,7 +14,7 @@ from samegrad.records import Category, Footprint, Phase, TimelinePoint
 from samegrad.report.aligned import aligned
 from samegrad.report.axes import byte_ticks
 from samegrad.report.facts import category_name
-from samegrad.report.module_band import MODULE_BAND_PX, draw_modules, has_modules
+from samegrad.report.module_band import MODULE_BAND_PX, MODULE_OPACITY, draw_modules, has_modules
 from samegrad.report.palette import CATEGORY_COLOUR, PHASE_OPACITY
 from samegrad.report.plot import Plot, draw_y_axis, lay_out
 from samegrad.report.shapes import (
@@ -95,14 +95,18 @@ def timeline_svg(
     plot = lay_out(x_range=(0, 1), y_range=(0, top), y_labels=labels, width_px=width_px)
     # What was only counted knows no modules; the prediction of the same step does.
     modules = next((line for line in (points, forecast) if has_modules(line)), None)
+    classes = footprint.module_classes | ({} if predicted is None else predicted.module_classes)
     foot = plot.below + 1 + _PHASE_BAND_PX
     band, unnamed = _draw_phases(points, plot=plot)
-    named = draw_modules(modules, plot=plot, top=foot + 2) if modules is not None else ""
-    if named:
-        band += named
+    below, told = "", ""
+    if modules is not None:
+        below, told = draw_modules(modules, plot=plot, top=foot + 2, classes=classes)
+    if below:
+        band += below
         foot += 2 + MODULE_BAND_PX
     band += _draw_ends(plot, foot + 15)
     items = _legend_items(moments, unnamed=unnamed)
+    items += [LegendItem(label=told, mark=Mark.AREA, colour=_INK, opacity=MODULE_OPACITY)] if told else []
     legend, height = draw_legend(items, x=1, y=foot + 32, width=width_px - 2)
     counted = f"{footprint.counting.value}, {footprint.origin.value}, on {footprint.device}"
     return draw_frame(

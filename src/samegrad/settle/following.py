@@ -100,10 +100,11 @@ def _footprint(
 ) -> Footprint:
     declared, layout, target, ways = step.declared, step.layout, step.target, step.ways
     reserved = target.reserve(plain)
-    peak = find_peak(plain, round_to=CUDA_BLOCK_BYTES)
+    shown = target.with_workspaces(plain)
+    peak = find_peak(shown, round_to=CUDA_BLOCK_BYTES)
     residents = count_residents(declared)
-    by_phase = peak_by_phase(plain, round_to=CUDA_BLOCK_BYTES)
-    # What is not a tensor, on top of what is.
+    by_phase = peak_by_phase(shown, round_to=CUDA_BLOCK_BYTES)
+    # What the allocator hands out on top of what was asked for.
     beyond = max(0, reserved.free_running.peak_allocated_bytes - peak.live_bytes)
     if ways.refusal is not None:
         refusals = {"split_rows": ways.refusal.found} | refusals
@@ -137,8 +138,9 @@ def _footprint(
         seconds_per_chunk=0.0,
         by_category={c: n for c, n in peak.by_category.items() if n},
         by_phase=by_phase,
-        by_module=by_module_at(plain, peak),
-        at_peak=tensors_at(plain, peak),
+        by_module=by_module_at(shown, peak),
+        at_peak=tensors_at(shown, peak),
+        module_classes=plain.module_classes,
         resident_bytes={c: n for c, n in residents.by_category.items() if c is not Category.INPUTS},
         plain_laws=tuple(
             PhaseLaw(phase=p, fixed_bytes=float(n + beyond), per_chunk_row_bytes=0.0, per_batch_row_bytes=0.0)
@@ -147,5 +149,5 @@ def _footprint(
         traced=traced,
         refusals=refusals,
         facts=facts,
-        timeline=timeline(plain),
+        timeline=timeline(shown),
     )

@@ -181,7 +181,8 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan, trace: Tr
     """
     trace = step.trace(plan) if trace is None else trace
     reserved = step.target.reserve(trace, expandable_segments=ExpandableSegments.name in plan.levers)
-    peak = find_peak(trace, round_to=CUDA_BLOCK_BYTES)
+    shown = step.target.with_workspaces(trace)
+    peak = find_peak(shown, round_to=CUDA_BLOCK_BYTES)
     seconds = step.target.seconds_of(trace)
     last = sum(s for operation, s in zip(trace.operations, seconds) if operation.step == 1)
     rows = max(trace.sizes)
@@ -203,10 +204,10 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan, trace: Tr
         smallest_cap_bytes=reserved.smallest.cap_bytes,
         seconds=turn + (last - turn) * step.layout.rows / followed,
         by_category={category: amount for category, amount in peak.by_category.items() if amount},
-        by_phase=peak_by_phase(trace, round_to=CUDA_BLOCK_BYTES),
-        by_module=by_module_at(trace, peak),
-        at_peak=tensors_at(trace, peak),
-        timeline=timeline(trace),
+        by_phase=peak_by_phase(shown, round_to=CUDA_BLOCK_BYTES),
+        by_module=by_module_at(shown, peak),
+        at_peak=tensors_at(shown, peak),
+        timeline=timeline(shown),
     )
 
 

@@ -11,12 +11,12 @@ Beside what is here, for whoever has torch already: ``written.py``, ``precision.
 """
 
 from samegrad.recipes._recipe.asked import CommonOptions, OutOfRange
-from samegrad.recipes._recipe.findings import Answer, Finding, Health
+from samegrad.recipes._recipe.findings import Answer, Finding, Health, is_slow
 from samegrad.recipes._recipe.installed import INSTALL, needed_for_pictures
 from samegrad.recipes._recipe.program import CacheEmptying, EpochResult, Program, run_epochs
 from samegrad.recipes._recipe.recipe import Cell, LongTable, Recipe
 
 __all__ = [
     "INSTALL", "Answer", "CacheEmptying", "Cell", "CommonOptions", "EpochResult", "Finding", "Health", "LongTable",
-    "OutOfRange", "Program", "Recipe", "needed_for_pictures", "run_epochs",
+    "OutOfRange", "Program", "Recipe", "is_slow", "needed_for_pictures", "run_epochs",
 ]  # fmt: skip

@@ -7,6 +7,15 @@ import enum
 from pathlib import Path
 from typing import Protocol
 
+_SLOWER_FRACTION = 0.5
+# Below this a step is launches and clocks, which no prediction is about.
+_SLOWER_SECONDS = 0.02
+
+
+def is_slow(step_seconds: float, predicted_seconds: float) -> bool:
+    """Whether a step that takes so long is too slow: the same for whoever judges steps, epochs or a run."""
+    return step_seconds > max((1 + _SLOWER_FRACTION) * predicted_seconds, predicted_seconds + _SLOWER_SECONDS)
+
 
 class Answer(enum.Enum):
     OK = "ok"

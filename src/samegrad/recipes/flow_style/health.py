@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from samegrad.recipes._recipe import Answer, Finding
+from samegrad.recipes._recipe import Answer, Finding, is_slow
 
 from .history import History, read_document, read_history
 from .options import FlowStyleOptions
@@ -17,13 +18,11 @@ from .options import FlowStyleOptions
 # whose medians one odd epoch does not make.
 _EARLY_EPOCHS = 10
 _FEWEST_STEPS = 6
-# The first epoch pays for warm-up.
+# One that is not whole yet says little of the next.
 _FEWEST_TIMED_EPOCHS = 2
 _WARM_UP_STEPS = 2
 # The SSM loss may rise by so much and is stable.
 _STABLE_FRACTION = 0.25
-# An epoch may take so many times what was planned.
-_SLOW_FACTOR = 1.5
 # From here on it is the clip that sets the size of steps.
 _CLIPPED_FRACTION = 0.9
 _UNSTABLE_FACTOR = 5.0
@@ -96,32 +95,24 @@ def _content_stable(ssm: Sequence[float]) -> Finding:
     return _finding(name, growth <= _STABLE_FRACTION, detail, "raise --w_content")
 
 
-def _epoch_seconds(history: History) -> tuple[list[float], float]:
-    """Seconds of every epoch's steps but for the run's first ones, and the steps of an epoch."""
-    ends = [int(line["step"]) for line in history.validations]
-    steps = {int(step["step"]): float(step["seconds"]) for step in history.steps}
-    size = ends[0] + 1 if ends else 0
-    whole = [
-        sum(steps[i] for i in range(end - size + 1, end + 1))
-        for end in ends
-        if all(i in steps for i in range(end - size + 1, end + 1))
-    ]
-    return whole[1:], size
+def _step_seconds(history: History) -> list[float]:
+    """Seconds of the steps after the warm-up, as every run's own check takes them."""
+    return dataclasses.replace(history, steps=history.steps[_WARM_UP_STEPS:]).timed().of_steps("seconds")
 
 
 def _epoch_time(history: History, plan: dict[str, Any]) -> Finding:
+    """By the median step, so that a step's time and an epoch's are not found good and bad in one run."""
     name = "epoch time as planned"
-    epochs, size = _epoch_seconds(history)
-    if not epochs:
-        return _not_judged(name, len(history.validations), _FEWEST_TIMED_EPOCHS)
-    median, planned = statistics.median(epochs), plan.get("predicted_seconds")
-    took = f"median {median:.3g} s for {size:.0f} steps (the document: 3 to 5 minutes)"
+    seconds, epochs = _step_seconds(history), len(history.validations)
+    if epochs < _FEWEST_TIMED_EPOCHS or not seconds:
+        return _not_judged(name, epochs, _FEWEST_TIMED_EPOCHS)
+    size = int(history.validations[0]["step"]) + 1
+    median, planned = statistics.median(seconds), plan.get("predicted_seconds")
+    took = f"median {median * size:.3g} s for {size} steps (the document: 3 to 5 minutes)"
     if not planned:
         return Finding(name=name, answer=Answer.UNKNOWN, detail=f"not judged, the plan predicts no time: {took}")
-    ratio = median / (planned * size)
-    return _finding(
-        name, ratio <= _SLOW_FACTOR, f"{took}, {ratio:.2f} times the planned", "see whether others use the machine"
-    )
+    detail = f"{took}, {median / planned:.2f} times the planned"
+    return _finding(name, not is_slow(median, planned), detail, "see whether others use the machine")
 
 
 def _clipped_share(history: History, config: dict[str, Any]) -> float | None:
@@ -201,7 +192,7 @@ def _speed_advice(
     history: History, config: dict[str, Any], plan: dict[str, Any], footprint: dict[str, Any]
 ) -> Iterator[str]:
     """The document's "If training is too slow": launches, then fewer ODE steps."""
-    seconds = history.of_steps("seconds")[_WARM_UP_STEPS:]
+    seconds = _step_seconds(history)
     each, row = footprint.get("seconds_per_chunk"), footprint.get("seconds_per_row")
     rows = plan.get("levers", {}).get("split_rows", {}).get("rows")
     if seconds and each and row and rows:
@@ -211,7 +202,7 @@ def _speed_advice(
             compiled = "" if config.get("use_compile") else "--use_compile, or "
             yield f"Launch-bound ({share:.0%} of a chunk's time is there at any rows): {compiled}a larger --budget."
     planned = plan.get("predicted_seconds")
-    if seconds and planned and statistics.median(seconds) > _SLOW_FACTOR * planned:
+    if seconds and planned and is_slow(statistics.median(seconds), planned):
         steps = config.get("ode_integration_steps", FlowStyleOptions.ode_integration_steps)
         yield (
             f"Slower than planned (a step takes {statistics.median(seconds):.3g} s, planned were {planned:.3g} s): see "

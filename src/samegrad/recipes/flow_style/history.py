@@ -19,6 +19,10 @@ class History:
         """The figures ``name`` of the steps that have it."""
         return [float(step[name]) for step in self.steps if step.get(name) is not None]
 
+    def timed(self) -> History:
+        """Without the steps whose bytes were counted one by one meanwhile: their seconds are not the step's own."""
+        return dataclasses.replace(self, steps=tuple(step for step in self.steps if not step.get("counted")))
+
     def part(self, name: str) -> list[float]:
         """The part ``name`` of every validation."""
         return [float(line["parts"][name]) for line in self.validations if name in line.get("parts", {})]
