@@ -28,6 +28,7 @@ from samegrad.settle.lever_ways import with_lever_ways
 from samegrad.settle.on_card import footprint_of, with_levers_on_card
 
 from .steps import Residual, cross_entropy
+from .test_followed_plans import smaller_than_faster
 
 CARD = "H200"
 MIB = 2**20
@@ -209,8 +210,9 @@ def test_state_that_hardly_counts_is_not_followed_and_the_reason_says_what_it_is
 def test_the_optimizers_state_waits_on_the_host_where_nothing_else_fits_or_it_costs_least() -> None:
     _, footprint = followed("perceptron")
     kept = tuple(way for way in footprint.traced if "optimizer_state" not in way.levers)
-    others = traced_candidates(dataclasses.replace(footprint, traced=kept), Options())
-    taken = [c for c in traced_candidates(footprint, Options()) if "optimizer_state" in levers_of(c)]
+    others = smaller_than_faster(traced_candidates(dataclasses.replace(footprint, traced=kept), Options()))
+    found = smaller_than_faster(traced_candidates(footprint, Options()))
+    taken = [candidate for candidate in found if "optimizer_state" in levers_of(candidate)]
     assert taken
     for candidate in taken:
         fitting = [other for other in others if other.peak_bytes <= candidate.peak_bytes]

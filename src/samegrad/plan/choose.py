@@ -65,7 +65,8 @@ def _nothing_fits(
             option="--budget",
         )
     if pinned is not None:
-        needed = min((c.peak_bytes for c in followed), default=footprint.predicted_peak_bytes(rows=pinned))
+        smallest = min((candidate.peak_bytes for candidate in followed), default=None)
+        needed = footprint.predicted_peak_bytes(rows=pinned) if smallest is None else smallest
         return BudgetTooSmall(
             asked=f"{pinned} rows at a time ({options.rows_origin.value}) {within}",
             found=f"{pinned} rows need {format_bytes(needed)}",

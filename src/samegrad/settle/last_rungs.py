@@ -40,6 +40,6 @@ def rungs_to_try(
         within = [plan for plan in wider if (plan.predicted_peak_bytes or 0) <= budget.total_bytes]
         if not within:
             raise
-        smallest = sorted(plan.predicted_peak_bytes or 0 for plan in within)[:_MOST]
-        last = [plan for plan in within if (plan.predicted_peak_bytes or 0) <= smallest[-1]]
-        return tuple(dataclasses.replace(plan, budget=budget) for plan in last), refusal
+        # Of equally large ones the later ones hold fewer rows at a time.
+        smallest = sorted(reversed(within), key=lambda plan: plan.predicted_peak_bytes or 0)[:_MOST]
+        return tuple(dataclasses.replace(plan, budget=budget) for plan in within if plan in smallest), refusal
