@@ -77,8 +77,9 @@ def main(argv: Sequence[str], console: Console) -> int:
     options = call.part(PlanOptions)
     check_output(options.output, files=FRONT_FILES if options.pareto else PLAN_FILES)
     card = find_card_asked(asked_device(target, call))
+    from samegrad.cli.given_plan import of_plan_file, read_plan
     from samegrad.cli.programs import advised, load_training
-    from samegrad.cli.run_story import read_plan, write_records
+    from samegrad.cli.run_story import write_records
     from samegrad.cli.stopping import listening
 
     with listening(), advised(target):
@@ -91,7 +92,11 @@ def main(argv: Sequence[str], console: Console) -> int:
             from samegrad.cli.pareto import show_front
 
             return show_front(training, card, options.output, console)
-        answer = _plan_here(training, given, console) if card is None else _plan_ahead(training, card, given, console)
+        with of_plan_file(options.plan, target):
+            if card is None:
+                answer = _plan_here(training, given, console)
+            else:
+                answer = _plan_ahead(training, card, given, console)
     expected = _tell_expected(training.step.expected_steps, answer.document["plan"]["predicted_seconds"], console)
     console.document({"fits": answer.fits, **answer.document, **expected})
     write_records(options.output, answer.records)

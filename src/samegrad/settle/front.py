@@ -62,13 +62,10 @@ def _followed(
 
 
 def _front(declared: DeclaredStep, batch: Any, footprint: Footprint, points: tuple[FrontPoint, ...]) -> Front:
-    signature = declared.signature(batch)
     return Front(
         device=footprint.device,
         counting=footprint.counting,
         basis=footprint.basis,
         batch_rows=footprint.batch_rows,
-        points=tuple(
-            dataclasses.replace(point, plan=dataclasses.replace(point.plan, signature=signature)) for point in points
-        ),
+        points=tuple(dataclasses.replace(point, plan=declared.signed(point.plan, batch)) for point in points),
     )
