@@ -14,7 +14,8 @@ import samegrad as sg
 from samegrad.errors import BudgetTooSmall, CannotSplit, WrongPlan
 from samegrad.levers.exact_batchnorm import ExactBatchNorm
 from samegrad.plan.choose import choose_plan
-from samegrad.plan.explain import explain_plan, floor_bytes
+from samegrad.plan.explain import explain_plan
+from samegrad.plan.floor import floor_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, Footprint, Plan
 from samegrad.settle import settle_plan

@@ -14,12 +14,13 @@ from samegrad.declared import DeclaredStep
 from samegrad.errors import CannotTrace
 from samegrad.measure.target import Target
 from samegrad.plan.front import plan_front, strictly_smaller
+from samegrad.plan.margin import budget_of_cap
 from samegrad.plan.options import Options
 from samegrad.records import Footprint, Front, FrontPoint
 from samegrad.settle.beside import followed_beside
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.following import follow
-from samegrad.settle.on_card import budget_of_cap, footprint_of, named
+from samegrad.settle.on_card import footprint_of, named
 from samegrad.settle.probing import aliases_for, measure
 from samegrad.settle.untried_ways import with_untried_ways
 
