@@ -138,6 +138,12 @@ def test_a_step_that_fits_runs_whole_and_bit_for_bit() -> None:
     first = choose_plan(footprint(), Options(), budget(3000 * MIB))[0]
     assert first.levers == {} and first.exactness is Exactness.SAME_BITS
     assert first.reasons["split_rows"] == "not needed: the plain step fits"
+    # What cannot be taken is needed as little; where the plain step does not fit, that it cannot is the reason.
+    cannot = "the batch is on the model's device already"
+    assert first.reasons["host_rows"] == f"not needed: the plain step fits; refused besides: {cannot}"
+    assert not any(reason.startswith(("refused", "taken")) for reason in first.reasons.values())
+    split = choose_plan(footprint(), Options(), budget(200 * MIB))[0]
+    assert split.reasons["host_rows"] == f"refused: {cannot}" and split.reasons["split_rows"].startswith("taken")
 
 
 def test_every_lever_has_its_reason_and_explain_says_it() -> None:

@@ -383,7 +383,7 @@ def between() -> tuple[Footprint, Budget]:
 
 def test_within_the_margin_of_a_budget_the_smallest_plans_are_tried_on_a_card() -> None:
     footprint, budget = between()
-    with pytest.raises(sg.BudgetTooSmall, match="are kept in reserve .* for gaps") as refused:
+    with pytest.raises(sg.BudgetTooSmall, match=r"are kept in reserve .* for gaps") as refused:
         choose_plan(footprint, Options(), budget)
     rungs, refusal = rungs_to_try(footprint, Options(), budget)
     assert 1 <= len(rungs) <= 4 and refusal is not None and refusal.found == refused.value.found
