@@ -154,7 +154,10 @@ def _plan_ahead(training: Training, card: Card, given: Plan | None, console: Con
     console.show(plan_table(ahead.plan, None))
     console.result()
     console.result("\n".join(ahead_lines(ahead.plan, ahead.predicted, document["card"])))
-    console.detail(explain_plan(ahead.plan, ahead.plain))
+    pinned = "\n".join(training.told_of_pins())
+    if pinned:
+        console.result(pinned)
+    console.detail("\n".join(filter(None, (explain_plan(ahead.plan, ahead.plain), pinned))))
     if given is not None:
         verb = "fits" if ahead.fits else "does not fit"
         cap, budget = ahead.predicted.steady_cap_bytes or 0, ahead.plan.budget.total_bytes
