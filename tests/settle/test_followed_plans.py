@@ -313,7 +313,7 @@ def test_where_every_followed_plan_is_too_large_the_budget_that_would_do_is_name
 
 
 def test_below_what_any_plans_tensors_need_the_smallest_is_followed_all_the_same() -> None:
-    step, footprint = followed("perceptron")
+    step, footprint = followed("pictures")
 
     def settled(budget: str | int) -> Plan:
         return on_card.settle_on_card(step, footprint, budget=step.target.budget(budget), options=Options())[0]

@@ -72,8 +72,9 @@ def _followed_sentence(smallest: Smallest, budget: Budget | None) -> str:
     predicted = smallest.predicted
     cap, tensors = predicted.steady_cap_bytes or 0, predicted.peak_allocated_bytes
     resident = {category: predicted.by_category.get(category, 0) for category in _FLOOR}
-    made_of = _made_of(tensors, resident, f"activations and temporaries with {smallest.levers}")
-    gaps = f"gaps between tensors and what libraries take {format_bytes(max(cap - tensors, 0))}"
+    beside = f"activations, temporaries and libraries' workspaces with {smallest.levers}"
+    made_of = _made_of(tensors, resident, beside)
+    gaps = f"gaps between tensors {format_bytes(max(cap - tensors, 0))}"
     sentence = f"the smallest plan needs {format_bytes(cap)} on {predicted.device}: {made_of}, {gaps}"
     return sentence if budget is None else f"{sentence}; {followed_reserve_sentence(budget)}"
 
