@@ -130,7 +130,7 @@ def find_head(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Head:
     if not large:
         raise _refused(
             called[-1] if called else "",
-            "it has no more classes than its input is wide" if called else "the model calls no nn.Linear",
+            "it has no more classes than its input is wide" if called else "no nn.Linear is called",
         )
     refusals = []
     for path in large[-_LOOKED_AT:][::-1]:
