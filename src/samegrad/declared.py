@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from samegrad import trees
 from samegrad.errors import BadInput, UsageError
 from samegrad.module_walk import parameters_of, parts_of
+from samegrad.records import Plan
 from samegrad.trees import RowLayout
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -27,6 +28,9 @@ Loss = Callable[[Any, Any], Tensor]
 Normalise = Literal["mean", "sum"] | Callable[[Any], Any]
 # Makes the block of one backward, for what has to be done around each.
 Around = Callable[[], AbstractContextManager[None]]
+
+# The end of what ``parameter_shapes`` says of a parameter that does not train.
+FROZEN = " frozen"
 
 # Keys of a mapping batch that belong to the loss. A model that takes labels would compute its own loss inside.
 LABEL_KEYS = frozenset({"label", "labels", "target", "targets", "y"})
@@ -109,9 +113,23 @@ class DeclaredStep:
         ]
         return f"model {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]}"
 
-    def signature(self, batch: Any) -> str:
-        """The shape of the batch and of the model that a plan is made for."""
-        return f"{self.layout(batch).signature(batch)} | {self.model_signature()}"
+    def parameter_shapes(self) -> dict[str, str]:
+        """Dtype and shape of every parameter by name; those of a loss that is a module begin with ``loss_fn``."""
+        named = {
+            f"{prefix}{name}": p
+            for prefix, module in zip(("", "loss_fn."), self.modules)
+            for name, p in module.named_parameters()
+        }
+        ends = {True: "", False: FROZEN}
+        return {
+            name: f"{str(p.dtype).removeprefix('torch.')}{list(p.shape)}{ends[p.requires_grad]}"
+            for name, p in named.items()
+        }
+
+    def signed(self, plan: Plan, batch: Any) -> Plan:
+        """``plan`` as one that was made for this model and batches like this one."""
+        signature = f"{self.layout(batch).signature(batch)} | {self.model_signature()}"
+        return dataclasses.replace(plan, signature=signature, parameters=self.parameter_shapes())
 
     def refuse_without_data(self, batch: Any) -> None:
         """Raises UsageError for a model, BadInput for a batch, that has no data to run a step on."""

@@ -9,6 +9,7 @@
     ├── BudgetTooSmall          1   no exact plan fits the budget
     ├── GradientsDiffer         1   a check found other gradients than the plain step's
     ├── BadInput                3   data, a checkpoint, a plan or a report file is wrong
+    │   ├── WrongPlan           3   a plan was made for another step, or by another version
     │   └── NotMeasured         3   a prediction was asked for of something that was not measured for this step
     ├── EnvironmentProblem      4   no such device, missing extra, disk full, folder in use
     ├── OverBudget              5   out of memory, or over the budget, while running
@@ -135,6 +136,10 @@ class GradientsDiffer(SamegradError):
 
 class BadInput(SamegradError):
     exit_code, code = 3, "bad-input"
+
+
+class WrongPlan(BadInput):
+    code = "wrong-plan"
 
 
 class NotMeasured(BadInput):

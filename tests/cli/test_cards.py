@@ -231,8 +231,10 @@ def test_what_may_be_pinned_on_the_host_is_the_declarations_on_a_card_too(cli: C
 def test_a_plan_for_another_model_is_refused_with_the_reason(cli: Cli, line: tuple[str, ...]) -> None:
     planned(cli, "cards.py:train", *CARD, "--budget", "90MiB", "--output", "out")
     refused = cli(line[0], "cards.py:wider", *line[1:], "--plan", "out/plan.json", "--json")
-    assert (refused.code, refused.document["error"]["code"]) == (1, "cannot-split")
-    assert "another model" in refused.document["error"]["message"]
+    error = refused.document["error"]
+    assert (refused.code, error["code"], error["option"], error["file"]) == (3, "wrong-plan", "plan", "out/plan.json")
+    assert error["message"].startswith("--plan out/plan.json: apply a plan made for another model")
+    assert "weight was float32" in error["message"] and "samegrad plan cards.py:wider" in error["hint"]
 
 
 def test_announced_steps_are_written_down_and_added_up(cli: Cli) -> None:

@@ -59,3 +59,34 @@ def test_the_verdict_names_its_own_reference_and_what_the_lever_costs(folder: Pa
 def test_a_step_that_does_not_allow_it_refuses_the_plan(cli: Cli) -> None:
     ran = cli("verify", "steps.py:train", "--plan", "plan.json", "--json")
     assert ran.code == 2 and "a narrower dtype than declared" in ran.document["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("levers", "told"),
+    [
+        ({"split_row": {"rows": 16}}, "a lever 'split_row' (did you mean 'split_rows'?)"),
+        ({"split_rows": {"row": 16}}, "it has no 'row'; knobs of split_rows are rows"),
+        ({"split_rows": {"rows": -3}}, "split_rows with rows=-3"),
+        (LEVERS, None),
+    ],
+)
+def test_a_plan_that_cannot_be_applied_is_told_of_its_file(
+    folder: Path, cli: Cli, levers: dict[str, dict[str, int]], told: str | None
+) -> None:
+    (folder / "plan.json").write_text(Plan(levers=levers, exactness=Exactness.ROUNDED, batch_rows=64).to_json())
+    ran = cli("plan", *GIVEN, "--json")
+    if told is None:
+        assert ran.code == 0
+        return
+    error = ran.document["error"]
+    assert (ran.code, error["code"], error["option"], error["file"]) == (3, "wrong-plan", "plan", "plan.json")
+    assert error["message"].startswith("--plan plan.json: ") and told in error["message"]
+    assert "samegrad plan steps.py:rounded" in error["hint"]
+
+
+@pytest.mark.parametrize(("text", "told"), [('{"levers"', "plan.json:1: not JSON"), ("[]", "a list where an object")])
+def test_a_plan_file_that_holds_no_plan_is_told_with_its_option(folder: Path, cli: Cli, text: str, told: str) -> None:
+    (folder / "plan.json").write_text(text)
+    ran = cli("plan", *GIVEN, "--json")
+    error = ran.document["error"]
+    assert (ran.code, error["option"], error["file"]) == (3, "plan", "plan.json") and told in error["message"]

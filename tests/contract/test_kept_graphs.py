@@ -19,7 +19,7 @@ from samegrad.errors import BudgetTooSmall
 from samegrad.exact import passes
 from samegrad.levers.split_rows import SplitRows
 from samegrad.plan.choose import choose_plan
-from samegrad.plan.explain import floor_bytes
+from samegrad.plan.floor import floor_bytes
 from samegrad.plan.margin import usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, Footprint, Phase, Plan

@@ -195,7 +195,7 @@ def test_what_cannot_be_split_runs_whole_when_it_fits(name: str) -> None:
     step.backward((X, Y))
     assert step.plan is not None and step.plan.levers == {}
     assert re.search(message, step.plan.reasons["split_rows"])
-    assert step.plan.reasons["split_rows"].startswith("refused")
+    assert step.plan.reasons["split_rows"].startswith("not needed: the plain step fits; refused besides: ")
     CLOSED.grad = None
 
 

@@ -104,7 +104,7 @@ def test_small_heads_and_models_without_one_are_refused_without_a_trial() -> Non
     loss = lambda z, b: F.cross_entropy(z, b[1])
     with pytest.raises(CannotSplit, match="no more classes than its input is wide"):
         found(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), loss, batch)
-    with pytest.raises(CannotSplit, match=r"no nn\.Linear is called"):
+    with pytest.raises(CannotSplit, match=r"found: no nn\.Linear is called"):
         found(nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 3, 6), nn.Flatten()), loss, batch)
     # Named, it is taken at its word.
     assert found(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), loss, batch, head="1").positions_per_row == 1

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from samegrad.errors import BudgetTooSmall, CannotSplit
 from samegrad.levers import find_levers
 from samegrad.plan.choose import choose_plan
-from samegrad.plan.explain import explain_plan, floor_bytes
+from samegrad.plan.explain import explain_plan
+from samegrad.plan.floor import floor_bytes
 from samegrad.plan.margin import budget_for, usable_bytes
 from samegrad.plan.options import Options
 from samegrad.records import (
@@ -137,6 +138,12 @@ def test_a_step_that_fits_runs_whole_and_bit_for_bit() -> None:
     first = choose_plan(footprint(), Options(), budget(3000 * MIB))[0]
     assert first.levers == {} and first.exactness is Exactness.SAME_BITS
     assert first.reasons["split_rows"] == "not needed: the plain step fits"
+    # What cannot be taken is needed as little; where the plain step does not fit, that it cannot is the reason.
+    cannot = "the batch is on the model's device already"
+    assert first.reasons["host_rows"] == f"not needed: the plain step fits; refused besides: {cannot}"
+    assert not any(reason.startswith(("refused", "taken")) for reason in first.reasons.values())
+    split = choose_plan(footprint(), Options(), budget(200 * MIB))[0]
+    assert split.reasons["host_rows"] == f"refused: {cannot}" and split.reasons["split_rows"].startswith("taken")
 
 
 def test_every_lever_has_its_reason_and_explain_says_it() -> None:
@@ -220,11 +227,16 @@ def test_below_the_floor_its_parts_add_up_and_three_ways_down_are_shown(counting
     step = footprint(counting=counting)
     with pytest.raises(BudgetTooSmall) as caught:
         choose_plan(step, Options(), budget(10 * MIB, counting))
-    whole, *parts = amounts(caught.value.found)
+    made_of, _, reserve = caught.value.found.partition("; beside that ")
+    whole, *parts = amounts(made_of)
+    # Only a card's allocator leaves gaps.
+    told = "64.0 MiB are kept in reserve (6 % of a budget, at least 64.0 MiB) for gaps"
+    assert reserve.startswith(told) is (counting is Counting.CUDA_ALLOCATOR)
     assert abs(sum(parts) - whole) <= 0.01 * whole
     assert abs(whole - floor_bytes(step)) <= 0.01 * whole
     assert all(word in caught.value.found for word in ("parameters", "gradients", "optimizer state", "one row"))
-    assert len(caught.value.do.split("; ")) == 3
+    # A budget that is enough, and three ways.
+    assert len(caught.value.do.split("; ")) == 4
 
 
 @settings(deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -372,3 +373,25 @@ def test_pictures_that_are_none_are_refused_and_nothing_is_written(tmp_path: Pat
     with pytest.raises(sg.BadInput, match="0 folders with pictures"):
         preprocess.preprocess(tmp_path, tmp_path / "latents", 64)
     assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"checkpoint_every": 2}, "Pinned by --checkpoint_every 2: the plain step runs its 2 ODE steps again"),
+        ({"use_gradient_checkpointing": True}, "Pinned by --use_gradient_checkpointing: .* in backward, one by one"),
+        ({"use_gradient_checkpointing": False}, "Pinned by --no_use_gradient_checkpointing: .* runs no ODE step again"),
+        ({}, None),
+    ],
+)
+def test_what_is_pinned_in_the_step_is_told_with_its_plan(
+    options: FlowStyleOptions, asked: dict[str, Any], told: str | None
+) -> None:
+    training = RecipeTraining(RECIPE, build(changed(options, **asked)))
+    planned = plan_step(training)
+    assert ("Pinned by" in planned.told) is (told is not None)
+    assert told is None or (re.search(told, planned.told) and planned.told in planned.explanation)
+    # 6 rows of 8 x 8 latents have more patches than are compared here.
+    assert "Gradient noise: the style loss compares 100 of " in planned.told
+    training.program = build(changed(options, max_samples=0))
+    assert not training.told_of_pins()

@@ -182,6 +182,14 @@ def test_the_documents_rule_is_its_own() -> None:
     assert names == ["single_gpu", "model_parallel", "chunked", "gradient_accumulation"]
 
 
+@pytest.mark.parametrize("visible", [1, 2])
+def test_devices_that_auto_leaves_unused_are_named(monkeypatch: pytest.MonkeyPatch, visible: int) -> None:
+    monkeypatch.setattr(score_program, "visible_devices", lambda *_: (torch.device("cpu"),) * visible)
+    told = "\n".join(planned(strategy="auto", budget="1GiB")[3])
+    assert "Strategy: single_gpu" in told
+    assert ("--strategy model_parallel shares the centers out over all 2" in told) is (visible == 2)
+
+
 @pytest.mark.parametrize("budget", [None, "1GiB"])
 def test_as_many_chunks_run_as_accumulation_steps_say(budget: str | None) -> None:
     program, plan, _, told = planned(strategy="gradient_accumulation", accumulation_steps=9, budget=budget)

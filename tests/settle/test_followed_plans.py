@@ -17,7 +17,7 @@ from samegrad.levers.split_rows import SplitRows
 from samegrad.measure.target import Target
 from samegrad.measure.trace_reading import CUDA_BLOCK_BYTES, peak_bytes
 from samegrad.plan.choose import choose_plan
-from samegrad.plan.explain import floor_bytes
+from samegrad.plan.floor import floor_bytes
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.plan.traced import Candidate, predict_traced, traced_candidates
@@ -26,7 +26,7 @@ from samegrad.report.at_peak import peak_rows
 from samegrad.settle import aliases_for, on_card, plan_ahead
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.following import follow
-from samegrad.units import format_bytes
+from samegrad.units import format_bytes, parse_bytes
 
 from ..contract.plain import assert_close, gradients, left_alone, plain_step
 from .steps import CASES, Case, Words, cross_entropy
@@ -65,7 +65,11 @@ def smaller_than_faster(candidates: list[Candidate]) -> list[Candidate]:
 
 def some(step: FollowedStep, candidates: list[Candidate], most: int = 4) -> list[Candidate]:
     """Evenly spread over those that take no long time to follow."""
-    few = [c for c in smaller_than_faster(candidates) if worth_following(step, levers_of(c).get("split_rows", {"rows": 2**30})["rows"])]
+    few = [
+        candidate
+        for candidate in smaller_than_faster(candidates)
+        if worth_following(step, levers_of(candidate).get("split_rows", {"rows": 2**30})["rows"])
+    ]
     return [*few[:: -(-len(few) // most)], few[-1]]
 
 
@@ -336,6 +340,27 @@ def test_where_every_followed_plan_is_too_large_the_budget_that_would_do_is_name
     found = re.search(r"raise the budget to ([\d.]+ [KMG]iB)", smallest.do)
     assert found
     assert plan_ahead(case.step(), case.batch(), CARD, budget=found[1].replace(" ", "")).plan.levers
+    # As on a device at hand: what the floor is made of, which adds up, and what is kept in reserve of a budget.
+    made_of, _, reserve = smallest.found.partition("; beside that ")
+    whole, *parts = (parse_bytes(amount) for amount in re.findall(r"[\d.]+ (?:[KMGT]iB|B)\b", made_of))
+    assert abs(sum(parts) - whole) <= 0.01 * whole and "parameters" in made_of and "gaps between tensors" in made_of
+    assert "(5.5 % of the budget) are kept in reserve" in reserve
+
+
+def test_below_what_any_plans_tensors_need_the_smallest_is_followed_all_the_same() -> None:
+    step, footprint = followed("pictures")
+
+    def settled(budget: str | int) -> Plan:
+        return on_card.settle_on_card(step, footprint, budget=step.target.budget(budget), options=Options())[0]
+
+    with pytest.raises(BudgetTooSmall) as far_below:
+        settled("1MiB")
+    found = re.search(r"raise the budget to ([\d.]+ [KMG]iB)", far_below.value.do)
+    assert found and "gaps between tensors" in far_below.value.found
+    enough = parse_bytes(found[1])
+    assert settled(enough).levers
+    with pytest.raises(BudgetTooSmall):
+        settled(int(0.9 * enough))
 
 
 @pytest.mark.slow

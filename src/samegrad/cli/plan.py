@@ -77,8 +77,9 @@ def main(argv: Sequence[str], console: Console) -> int:
     options = call.part(PlanOptions)
     check_output(options.output, files=FRONT_FILES if options.pareto else PLAN_FILES)
     card = find_card_asked(asked_device(target, call))
+    from samegrad.cli.given_plan import of_plan_file, read_plan
     from samegrad.cli.programs import advised, load_training
-    from samegrad.cli.run_story import read_plan, write_records
+    from samegrad.cli.run_story import write_records
     from samegrad.cli.stopping import listening
 
     with listening(), advised(target):
@@ -91,7 +92,11 @@ def main(argv: Sequence[str], console: Console) -> int:
             from samegrad.cli.pareto import show_front
 
             return show_front(training, card, options.output, console)
-        answer = _plan_here(training, given, console) if card is None else _plan_ahead(training, card, given, console)
+        with of_plan_file(options.plan, target):
+            if card is None:
+                answer = _plan_here(training, given, console)
+            else:
+                answer = _plan_ahead(training, card, given, console)
     expected = _tell_expected(training.step.expected_steps, answer.document["plan"]["predicted_seconds"], console)
     console.document({"fits": answer.fits, **answer.document, **expected})
     write_records(options.output, answer.records)
@@ -149,7 +154,10 @@ def _plan_ahead(training: Training, card: Card, given: Plan | None, console: Con
     console.show(plan_table(ahead.plan, None))
     console.result()
     console.result("\n".join(ahead_lines(ahead.plan, ahead.predicted, document["card"])))
-    console.detail(explain_plan(ahead.plan, ahead.plain))
+    pinned = "\n".join(training.told_of_pins())
+    if pinned:
+        console.result(pinned)
+    console.detail("\n".join(filter(None, (explain_plan(ahead.plan, ahead.plain), pinned))))
     if given is not None:
         verb = "fits" if ahead.fits else "does not fit"
         cap, budget = ahead.predicted.steady_cap_bytes or 0, ahead.plan.budget.total_bytes

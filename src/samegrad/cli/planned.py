@@ -54,7 +54,7 @@ def plan_step(training: Training, given: Plan | None = None, *, resumed: bool = 
         predicted_seconds=predicted.seconds if known and plan.predicted_seconds is None else plan.predicted_seconds,
     )
     _check_fits(training, plan, predicted)
-    told = "\n".join(training.told_of(plan, footprint))
+    told = "\n".join([*training.told_of_pins(), *training.told_of(plan, footprint)])
     explanation = "\n".join(filter(None, (explain_plan(plan, footprint), note, told)))
     return Planned(plan=plan, footprint=footprint, predicted=predicted, explanation=explanation, told=told)
 

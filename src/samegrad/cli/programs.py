@@ -165,6 +165,9 @@ class RecipeTraining:
     def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
         return self.program.told_of(plan, footprint)
 
+    def told_of_pins(self) -> Sequence[str]:
+        return self.program.told_of_pins()
+
     def limit(self, units: int) -> None:
         # Training stops between two epochs, so an epoch that holds the last one is done to its end.
         epochs = range(1, self.program.epochs)

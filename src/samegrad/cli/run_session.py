@@ -17,6 +17,7 @@ import torch
 import samegrad as sg
 from samegrad.cli.boundary import INTERNAL, known_error
 from samegrad.cli.console import Console
+from samegrad.cli.given_plan import of_plan_file, read_plan
 from samegrad.cli.measured import measured_footprint
 from samegrad.cli.options import Call
 from samegrad.cli.planned import Planned, plan_step
@@ -26,7 +27,7 @@ from samegrad.cli.run import CONFIG, RunOptions, changed_options, config_text
 from samegrad.cli.run_health import peaks_of
 from samegrad.cli.run_loop import RANKS, train_in
 from samegrad.cli.run_memory import memory_notes
-from samegrad.cli.run_story import Summary, read_metrics, read_plan, read_record, read_story, verdict_text
+from samegrad.cli.run_story import Summary, read_metrics, read_record, read_story, verdict_text
 from samegrad.cli.stopping import Stopped, listening
 from samegrad.cli.target import Target
 from samegrad.cli.training import Outcome, Training
@@ -96,7 +97,8 @@ def run_session(target: Target, call: Call, folder: RunFolder, console: Console)
             # It was another plan's; should this process end before there is a new one, nobody takes it for this one's.
             folder.remove(VERDICT)
         as_before = options.resume and given is not None and options.plan is None
-        planned = _plan(training, folder, given, console, resumed=as_before)
+        with of_plan_file(options.plan, target):
+            planned = _plan(training, folder, given, console, resumed=as_before)
         # After the plan: a resume that failed before it is to find the change again, and plan for it.
         folder.write_text(CONFIG, config_text(target, call))
         _write_summary(training, folder, planned, Outcome())

@@ -108,17 +108,6 @@ def file_stands(path: Path) -> bool:
     )  # fmt: skip
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan in ``path``. Raises BadInput when there is none."""
-    plan = read_record(path, Plan)
-    if plan is None:
-        raise BadInput(
-            asked=f"--plan {path}", found="no such file", do="give a plan.json that samegrad wrote",
-            file=str(path), option="plan",
-        )  # fmt: skip
-    return plan
-
-
 def write_records(folder: Path | None, records: Mapping[str, Record]) -> None:
     """Each record under its name in ``folder``, made if need be; nothing without a folder."""
     if folder is None:

@@ -88,6 +88,9 @@ class Training(Protocol):
     def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
         """What the program has to say of its plan, in lines for people."""
 
+    def told_of_pins(self) -> Sequence[str]:
+        """What its options make part of the step itself, which no plan shows, in lines for people."""
+
     def limit(self, units: int) -> None:
         """Makes the tick that brings the unit number ``units`` the last one."""
 
@@ -137,6 +140,9 @@ class FunctionTraining:
         return self._done
 
     def told_of(self, plan: Plan, footprint: Footprint) -> Sequence[str]:
+        return ()
+
+    def told_of_pins(self) -> Sequence[str]:
         return ()
 
     def limit(self, units: int) -> None:

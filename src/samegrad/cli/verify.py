@@ -40,16 +40,18 @@ def main(argv: Sequence[str], console: Console) -> int:
     check_output(options.output, files=("verdict.json",))
     refuse_card("verify", asked_device(target, call))
     import samegrad as sg
+    from samegrad.cli.given_plan import of_plan_file, read_plan
     from samegrad.cli.planned import plan_step
     from samegrad.cli.programs import advised, load_training
-    from samegrad.cli.run_story import read_plan, verdict_text, write_records
+    from samegrad.cli.run_story import verdict_text, write_records
     from samegrad.cli.stopping import listening
     from samegrad.records import Same
 
     with listening(), advised(target):
         given = read_plan(options.plan) if options.plan is not None else None
         training = load_training(target, call)
-        planned = plan_step(training, given)
+        with of_plan_file(options.plan, target):
+            planned = plan_step(training, given)
         console.detail(planned.explanation)
         if not planned.plan.levers:
             console.note("The plan runs the step whole; a smaller --budget makes it split, and that would be verified.")

@@ -129,7 +129,7 @@ def find_head(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Head:
     large = [path for path in called if _outweighs(named_head(declared.network, path))]
     if not large:
         raise _refused(
-            called[-1] if called else "the model",
+            called[-1] if called else "",
             "it has no more classes than its input is wide" if called else "no nn.Linear is called",
         )
     refusals = []
@@ -144,7 +144,7 @@ def find_head(declared: DeclaredStep, batch: Any, layout: RowLayout) -> Head:
 def _refused(path: str, found: str) -> CannotSplit:
     return CannotSplit(
         asked="the loss of the model's head in chunks",
-        found=f"layer {path}: {found}",
+        found=f"layer {path}: {found}" if path else found,
         do="give its output to cross_entropy alone, through views, slices and casts, or name the head with head=",
     )
 

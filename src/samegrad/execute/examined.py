@@ -72,7 +72,7 @@ class Examined:
         return StepDraws(self._draws[kind])
 
     def accept_plan(self, plan: Plan, batch: Any, layout: RowLayout) -> None:
-        """Whether a plan that was given is one for this model and batches like this one. Raises CannotSplit."""
+        """Whether a plan that was given is one for this model and batches like this one. Raises WrongPlan."""
         check_batch(plan, layout.signature(batch), layout)
         # The model once: freezing more later only lowers what the plan needs.
         if not self._model_accepted:

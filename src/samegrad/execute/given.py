@@ -6,10 +6,12 @@ What its levers change is tried on a few rows before it is believed.
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from samegrad.declared import DeclaredStep
-from samegrad.errors import CannotSplit, UsageError
+from samegrad.declared import FROZEN, DeclaredStep
+from samegrad.errors import IN_THE_DECLARATION, CannotSplit, UsageError, WrongPlan
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.exact.find_head import find_head
 from samegrad.exact.segments import find_segments
@@ -41,38 +43,67 @@ def check_allowed(plan: Plan, allow: Exactness) -> None:
         raise UsageError(
             asked=f"a plan that is {weakest.name}: {weakest.explained()}",
             found=f"the step allows {allow.name} at most",
-            do=f"pass allow=Exactness.{weakest.name} if that is meant",
+            do=f"plan again without what is less exact; {IN_THE_DECLARATION}: "
+            f"allow=Exactness.{weakest.name} if that is meant",
         )
 
 
 def check_batch(plan: Plan, signature: str, layout: RowLayout) -> None:
-    """Raises CannotSplit for a batch, of this ``signature``, that ``plan`` was not made for."""
+    """Raises WrongPlan for a batch, of this ``signature``, that ``plan`` was not made for."""
     if layout.rows > plan.batch_rows:
-        raise CannotSplit(
+        raise WrongPlan(
             asked=f"apply a plan made for {plan.batch_rows} rows",
             found=f"this batch has {layout.rows} rows",
             do="plan again with the largest batch: step.prepare(worst_batch)",
         )
     planned = plan.signature.partition(" | ")[0]
     if planned and planned != signature:
-        raise CannotSplit(
+        raise WrongPlan(
             asked="apply a plan made for another batch",
-            found=f"planned for {planned}; this batch is {signature}",
+            found=_first_difference("", _leaves(planned), _leaves(signature))
+            or f"planned for {planned}; this batch is {signature}",
             do="plan again for this batch (leave out plan=)",
         )
 
 
 def check_model(plan: Plan, declared: DeclaredStep) -> None:
-    """Raises CannotSplit for a model that ``plan`` was not made for."""
+    """Raises WrongPlan for a model that ``plan`` was not made for."""
     planned = plan.signature.partition(" | ")[2]
     model = declared.model_signature() if planned else ""
     if planned != model:
-        raise CannotSplit(
+        raise WrongPlan(
             asked="apply a plan made for another model",
-            found=f"planned for {planned}, this is {model}: parameters' names, shapes, dtypes, or which of "
+            # Plans from before parameters were written down say no more than that they are others.
+            found=(plan.parameters and _first_difference("parameter ", plan.parameters, declared.parameter_shapes()))
+            or f"planned for {planned}, this is {model}: parameters' names, shapes, dtypes, or which of "
             "them train, are others",
             do="plan again for this model (leave out plan=)",
         )
+
+
+def _leaves(signature: str) -> dict[str, str]:
+    """The leaves of a batch's signature: their dtype and shape by path."""
+    return dict(re.findall(r"(\S.*?):(\w+(?:\[[^]]*\])?(?:\+grad)?)(?: |$)", signature))
+
+
+def _first_difference(what: str, planned: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first of ``planned`` that is another ``now``, as it was and as it is, and how many more are; "" for none."""
+    differing = [name for name in {**planned, **now} if planned.get(name) != now.get(name)]
+    if not differing:
+        return ""
+    # One that has another shape says more than one that has another name.
+    name = next((name for name in differing if name in planned and name in now), differing[0])
+    then = _told(planned[name], now.get(name, "")) if name in planned else "not there"
+    is_now = _told(now[name], planned.get(name, "")) if name in now else "not there"
+    others = f"; {len(differing) - 1} more differ" if len(differing) > 1 else ""
+    return f"{what}{name} was {then} when the plan was made, and is {is_now} now{others}"
+
+
+def _told(shape: str, other: str) -> str:
+    """``shape``, and that it trained or was frozen where that is what makes it ``other``."""
+    if shape.endswith(FROZEN):
+        return f"{shape.removesuffix(FROZEN)}, frozen"
+    return f"{shape}, training" if other.endswith(FROZEN) else shape
 
 
 def check_levers(

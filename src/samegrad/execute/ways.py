@@ -84,7 +84,8 @@ class Ways:
     def told(self) -> str:
         """Why the step is split by rows or not, in words; empty where nothing is to be said."""
         if self.by_rows is not None:
-            return f"loss: {self.by_rows.reason}, {self.by_rows.passes} pass(es)"
+            passes = "one pass" if self.by_rows.passes == 1 else "two passes"
+            return f"loss: {self.by_rows.reason}, {passes}"
         return "" if self.refusal is None else f"not split through the whole model: {self.refusal.found}"
 
     def mapped_examination(self) -> MappedExamination:
@@ -150,7 +151,7 @@ def _ways_on(
                 raise
             refusal = refused
         else:
-            whole = "not needed: rows split through the whole model"
+            whole = "not needed: rows can be split through the whole model"
             return Ways(examination, sites=examination.sites, refusals=dict.fromkeys(_MAPPING, whole))
     else:
         refusal = CannotSplit(

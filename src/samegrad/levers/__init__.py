@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
 import importlib
 import inspect
 import itertools
 import pkgutil
-from typing import cast
+from typing import Any, cast
 
 from samegrad.declared import DeclaredStep
-from samegrad.errors import BadInput
+from samegrad.errors import BadInput, WrongPlan
 from samegrad.levers._lever import ChoosyLever, Execution, Lever, PredictedLever, Slot, StandingLever
 from samegrad.records import Exactness, Plan
 
@@ -47,24 +49,37 @@ def _scanned(folders: tuple[str, ...]) -> dict[str, type[Lever]]:
 
 
 def levers_of(plan: Plan) -> list[Lever]:
-    """The levers of ``plan`` with their knobs set, in slot order. Raises BadInput for one that is not known."""
+    """The levers of ``plan`` with their knobs set, in slot order. Raises WrongPlan for what is not known."""
     known = find_levers()
     chosen = []
     for name, knobs in plan.levers.items():
         if name not in known:
-            raise BadInput(
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
+            raise WrongPlan(
                 asked="apply a plan",
-                found=f"the plan takes a lever {name!r}; this samegrad has {', '.join(known)}",
+                found=f"it takes a lever {name!r}{meant}; this samegrad has {', '.join(known)}",
                 do="plan again with this version",
             )
         try:
             chosen.append(known[name](**knobs))
         except TypeError as error:
-            raise BadInput(asked="apply a plan", found=f"knobs of {name}: {error}", do="plan again") from None
+            has = [field.name for field in dataclasses.fields(cast(Any, known[name]))]
+            unknown = next((f"it has no {knob!r}" for knob in knobs if knob not in has), str(error))
+            raise WrongPlan(
+                asked=f"apply a plan with {name} {knobs}",
+                found=f"{unknown}; knobs of {name} are {', '.join(has) or 'none'}",
+                do="plan again with this version",
+            ) from None
+        except BadInput as error:
+            # A value that the lever cannot take: the file is wrong, whatever the lever calls it.
+            raise WrongPlan(
+                asked=f"apply a plan: {error.asked}", found=error.found, do="plan again, or correct the plan"
+            ) from None
     chosen.sort(key=lambda lever: lever.slot)
     for one, other in itertools.pairwise(chosen):
         if one.slot is other.slot:
-            raise BadInput(
+            raise WrongPlan(
                 asked="apply a plan",
                 found=f"it takes both {one.name} and {other.name}, which stand in one place ({one.slot.name.lower()})",
                 do="keep one of them, or plan again",

@@ -15,7 +15,7 @@ from samegrad.levers import Lever, PredictedLever, find_levers, levers_of
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.host_rows import HostRows
 from samegrad.levers.split_rows import SplitRows
-from samegrad.plan.explain import floor_sentence, ways_down
+from samegrad.plan.floor import below_floor, ways_down
 from samegrad.plan.margin import budget_for, usable_bytes
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
@@ -73,12 +73,7 @@ def _nothing_fits(
             do="drop the pin and let the plan choose the rows, or raise the budget to "
             f"{format_bytes(budget_for(needed, budget.counting))}",
         )
-    return BudgetTooSmall(
-        asked=f"a plan {within}",
-        found=floor_sentence(footprint, budget),
-        do=ways_down(footprint, budget),
-        option="--budget",
-    )
+    return below_floor(footprint, budget)
 
 
 def _rungs(

@@ -1,131 +1,18 @@
-"""Plans in plain words: what was taken, what was not needed, what the floor is made of and how to get lower."""
+"""Plans in plain words: what was taken, what was not needed, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from samegrad.errors import IN_THE_DECLARATION
 from samegrad.levers import Slot, find_levers, levers_of, weakest_exactness
 from samegrad.levers._variants import chunk_sizes, variant_in
 from samegrad.levers.chunk_loss import ChunkLoss
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.split_rows import SplitRows
-from samegrad.plan.margin import budget_for, usable_bytes
-from samegrad.plan.options import Options
-from samegrad.plan.traced import Candidate, plain_peak_bytes, traced_candidates
-from samegrad.records import Budget, Category, Exactness, Footprint, PhaseLaw, Plan, Variant
+from samegrad.plan.floor import floor_sentence
+from samegrad.records import Exactness, Footprint, Plan
 from samegrad.units import format_bytes, format_seconds
-
-# Of the budget, from which on it is worth saying how less would be kept for the whole batch.
-_SHARE_OF_KEPT = 0.1
-_FLOOR = (Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.BUFFERS)
-
-
-def floor_bytes(footprint: Footprint) -> int:
-    """Bytes of the smallest plan: everything resident and one row at a time, or what else was probed or followed."""
-    followed = _smallest_followed(footprint)
-    smallest = list(ChunkLoss.smallest(footprint)) + ([] if followed is None else [followed.peak_bytes])
-    smallest += [_smallest_bytes(footprint, variant) for variant in footprint.variants]
-    rows = 1 if _splits(footprint) else footprint.batch_rows
-    return min([footprint.predicted_peak_bytes(rows=rows), *smallest])
-
-
-def _splits(footprint: Footprint) -> bool:
-    return SplitRows.refusal(footprint) is None and bool(footprint.laws)
-
-
-def _smallest_bytes(footprint: Footprint, variant: Variant) -> int:
-    return max(law.peak_bytes(rows=1, batch_rows=footprint.batch_rows) for law in variant.laws)
-
-
-def floor_sentence(footprint: Footprint, budget: Budget | None = None) -> str:
-    """What the smallest plan needs and what that is made of, and what of ``budget`` is not for it."""
-    floor = floor_bytes(footprint)
-    resident = {category: footprint.resident_bytes.get(category, 0) for category in _FLOOR}
-    parts = [f"{category.value.replace('_', ' ')} {format_bytes(n)}" for category, n in resident.items() if n]
-    rest = floor - sum(resident.values())
-    followed = _smallest_followed(footprint)
-    beside = "one row and what stays beside it"
-    if followed is not None and followed.peak_bytes == floor:
-        beside = f"activations and temporaries {_by_levers(followed)}"
-    elif _splits(footprint):
-        # Beside a split there is one other way: all rows at once, blocks run again.
-        again = [v.lever for v in footprint.variants if _smallest_bytes(footprint, v) == floor]
-        beside = f"activations and temporaries with {again[0]}" if again else beside
-    parts.append(f"{beside} {format_bytes(max(rest, 0))}")
-    sentence = f"the smallest plan needs {format_bytes(floor)}: " + ", ".join(parts)
-    if budget is None or floor > budget.total_bytes:
-        return sentence
-    left = format_bytes(budget.total_bytes - usable_bytes(budget))
-    return f"{sentence}; of the budget {left} are left for gaps between tensors and for what libraries take"
-
-
-def _smallest_followed(footprint: Footprint) -> Candidate | None:
-    return min(traced_candidates(footprint, Options()), key=lambda candidate: candidate.peak_bytes, default=None)
-
-
-def _by_levers(candidate: Candidate) -> str:
-    if not candidate.levers:
-        return "of the plain step"
-    return f"with {' and '.join(lever.name for lever in candidate.levers)}"
-
-
-def ways_down(footprint: Footprint, budget: Budget) -> str:
-    """The three cheapest ways to fit, each with its bytes; those that need another declaration come last."""
-    floor = floor_bytes(footprint)
-    state = footprint.resident_bytes.get(Category.OPTIMIZER_STATE, 0)
-    parameters = footprint.resident_bytes.get(Category.PARAMETERS, 0)
-    declaring = _ways_to_keep_less(footprint, budget)
-    if state:
-        declaring.append(
-            f"an optimizer with less state (SGD without momentum holds none: {format_bytes(state)} less)"
-        )
-    ways = [f"raise the budget to {format_bytes(budget_for(floor, budget.counting))}"]
-    if SplitRows.refusal(footprint) is not None:
-        plain_row = _plain_row_bytes(footprint)
-        ways.append(f"a smaller batch ({format_bytes(plain_row)} a row, and it is another step)")
-    else:
-        both = format_bytes(2 * parameters)
-        ways.append(f"a smaller model (parameters and gradients take {both}, and it is another one)")
-    # Where two declarations help, what makes another step of it can wait.
-    ways = ways[: max(1, 3 - len(declaring))]
-    if declaring:
-        declaring[0] = f"{IN_THE_DECLARATION}: {declaring[0]}"
-    return "; ".join((ways + declaring)[:3])
-
-
-def _plain_row_bytes(footprint: Footprint) -> float:
-    """What one more row adds to the peak of the plain step."""
-    slope = max((law.per_chunk_row_bytes for law in footprint.plain_laws), default=0.0)
-    if slope or not footprint.traced or len(footprint.traced[0].tables) == 1:
-        return slope
-    most, *_, fewest = footprint.traced[0].tables
-    return (plain_peak_bytes(most) - plain_peak_bytes(fewest)) / (most.rows - fewest.rows)
-
-
-def _ways_to_keep_less(footprint: Footprint, budget: Budget) -> list[str]:
-    """Where what is there for the whole batch takes its share of the budget, in two passes or in a coupled model."""
-    ways = [footprint.laws] if footprint.laws else [variant.laws for variant in footprint.variants]
-    laws = min(ways, key=_kept_bytes(footprint), default=())
-    rows = footprint.batch_rows
-    largest = max(laws, key=lambda law: law.kept_bytes(rows), default=None)
-    if largest is None or largest.kept_bytes(rows) <= _SHARE_OF_KEPT * budget.total_bytes:
-        return []
-    if (pairs := largest.per_row_pair_bytes * rows**2) > largest.per_batch_row_bytes * rows:
-        return [f"sg.over for what compares all rows with all, some at a time, instead of {format_bytes(pairs)}"]
-    kept = format_bytes(largest.kept_bytes(rows))
-    if not footprint.laws:
-        return [f"segments= that take in more of the model, so that less of the {kept} between them is kept"]
-    return [
-        f"normalise= if the loss is a sum over rows over a count, so that {kept} of output rows need not be kept",
-        f"a loss computed inside the model or a sg.rowwise function, so that its few numbers a row are kept "
-        f"instead of {kept} of outputs",
-    ]
-
-
-def _kept_bytes(footprint: Footprint) -> Callable[[Sequence[PhaseLaw]], float]:
-    return lambda laws: max(law.kept_bytes(footprint.batch_rows) for law in laws)
 
 
 def explain_plan(plan: Plan, footprint: Footprint) -> str:

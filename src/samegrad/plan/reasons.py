@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from samegrad.errors import BadInput
-from samegrad.levers import Lever, PredictedLever, find_levers, find_whole_levers
+from samegrad.levers import Lever, PredictedLever, Slot, find_levers, find_whole_levers
 from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.levers.host_rows import HostRows
 from samegrad.levers.recompute import Recompute
@@ -18,6 +18,9 @@ from samegrad.plan.traced import Candidate, predict_traced
 from samegrad.records import Exactness, Footprint, Plan
 from samegrad.units import format_bytes, format_seconds
 
+_NOT_NEEDED = "not needed: "
+_PLAIN_FITS = "the plain step fits"
+_FOR_TIME = (Slot.ALGORITHMS, Slot.COMPILE, Slot.CAPTURE)
 _Levers = Mapping[str, dict[str, Any]]
 
 
@@ -41,11 +44,11 @@ class Reasons:
             if name in plan.levers:
                 reasons[name] = f"taken: {self._share(plan, name)}"
             elif refused is not None:
-                reasons[name] = refused if refused.startswith("not needed") else f"refused: {refused}"
+                reasons[name] = self._refused(plan, refused)
             elif lever.exactness > self.allow:
                 reasons[name] = f"not allowed: {lever.exactness.explained()} ({lever.exactness.name})"
             else:
-                reasons[name] = f"not needed: {self._not_needed(plan, lever)}"
+                reasons[name] = f"{_NOT_NEEDED}{self._not_needed(plan, lever)}"
         return reasons
 
     def _share(self, plan: Plan, name: str) -> str:
@@ -75,9 +78,20 @@ class Reasons:
         pinned = predict_plan(self.footprint, plan.levers).host_bytes
         return f"{share}{f', pins {format_bytes(pinned)} on the host' if pinned else ''} (predicted)"
 
+    def _refused(self, plan: Plan, refused: str) -> str:
+        """Why a lever that cannot be taken is not: where the plain step fits, that comes first."""
+        why = refused.removeprefix(_NOT_NEEDED)
+        is_needless = why != refused
+        if plan.levers:
+            return refused if is_needless else f"refused: {refused}"
+        return f"{_NOT_NEEDED}{_PLAIN_FITS}; {why if is_needless else f'refused besides: {why}'}"
+
     def _not_needed(self, plan: Plan, lever: type[Lever]) -> str:
         beside = " and ".join(other for other in plan.levers if other != HostRows.name)
-        reason = f"the plan fits with {beside}" if beside else "the plain step fits"
+        reason = f"the plan fits with {beside}" if beside else _PLAIN_FITS
+        if lever.slot in _FOR_TIME:
+            # What they hold is no reason for or against them: they are taken where a run shows that they save time.
+            return f"{reason}; how much faster it would be was not tried"
         if lever.name not in self.fastest:
             # "Not needed" must not read as "compared and slower" where nothing of the lever could be compared.
             if lever.name in find_whole_levers():

@@ -30,7 +30,8 @@ class Plan(Record):
     """How a step is run: ``levers`` maps a lever's name to its knobs. A saved plan is a plan re-applied.
 
     ``knob_origins`` maps ``"lever.knob"`` to who set it; ``reasons`` says in plain words why each lever was taken,
-    refused or not needed. ``signature`` is the shape of the batch and the model the plan was made for.
+    refused or not needed. ``signature`` is the shape of the batch and the model the plan was made for, ``parameters``
+    the dtype and shape of each of the model's parameters, by name: what says which of them is another.
     """
 
     levers: dict[str, dict[str, Any]]
@@ -42,6 +43,7 @@ class Plan(Record):
     knob_origins: dict[str, KnobOrigin] = dataclasses.field(default_factory=dict)
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     signature: str = ""
+    parameters: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 

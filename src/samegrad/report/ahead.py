@@ -12,11 +12,13 @@ from samegrad.units import format_bytes, format_seconds
 
 def ahead_lines(plan: Plan, predicted: Footprint, card: Mapping[str, Any]) -> list[str]:
     """Lines for a terminal. ``card``: its name, memory, context and calibration, as the command's JSON has them."""
+    smallest, steady = predicted.smallest_cap_bytes, predicted.steady_cap_bytes
+    gives_back = "runs at all, but gives memory back and takes it again"
     amounts: list[tuple[str, int | None, str]] = [
         ("peak allocated", predicted.peak_allocated_bytes, "tensors and the libraries' workspaces"),
         ("peak reserved", predicted.peak_reserved_bytes, "by the allocator, where nothing limits it"),
-        ("steady cap", predicted.steady_cap_bytes, _against_budget(plan, predicted)),
-        ("smallest cap", predicted.smallest_cap_bytes, "runs at all, but gives memory back and takes it again"),
+        ("steady cap", steady, _against_budget(plan, predicted)),
+        ("smallest cap", smallest, "runs at all, and as freely" if smallest == steady else gives_back),
         ("beside it", card["context_bytes"], f"driver and kernels, in no budget ({card['context_basis']})"),
     ]
     known = [(name, format_bytes(amount), what) for name, amount, what in amounts if amount is not None]

@@ -156,7 +156,7 @@ def plan_here(
     given = declared, aliases, measurement, batch
     plan, footprint, _ = settle(*given, budget=budget, options=options)
     plan = quicker_plan(*given, plan, budget=budget, options=options)
-    return dataclasses.replace(plan, signature=declared.signature(batch)), footprint, measurement
+    return declared.signed(plan, batch), footprint, measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,7 @@ def plan_ahead(
     followed, footprint = follow(declared, aliases_for(declared), batch, target)
     footprint = with_levers_on_card(followed, footprint, budget=limit, options=options)
     plan, predicted = settle_on_card(followed, footprint, budget=limit, options=options)
-    return Ahead(dataclasses.replace(plan, signature=declared.signature(batch)), footprint, predicted)
+    return Ahead(declared.signed(plan, batch), footprint, predicted)
 
 
 @children_heard_later()

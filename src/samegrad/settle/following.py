@@ -120,7 +120,8 @@ def _footprint(
         if dtype in _NARROW and dtype not in target.card.flops_per_second:
             facts[dtype] = f"{target.card.name} has no units for it; it runs, slower than its memory suggests"
     if ways.by_rows is not None:
-        facts["loss"] = f"{ways.by_rows.passes} pass(es): {ways.by_rows.reason}"
+        passes = "one pass" if ways.by_rows.passes == 1 else "two passes"
+        facts["loss"] = f"split by rows it takes {passes}: {ways.by_rows.reason}"
     return Footprint(
         device=target.card.name,
         counting=Counting.CUDA_ALLOCATOR,

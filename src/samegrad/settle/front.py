@@ -16,6 +16,7 @@ from samegrad.levers.expandable_segments import ExpandableSegments
 from samegrad.measure.events import Trace
 from samegrad.measure.target import Target
 from samegrad.plan.front import front_candidates, plan_front, strictly_smaller
+from samegrad.plan.margin import budget_of_cap
 from samegrad.plan.options import Options
 from samegrad.plan.traced import traced_candidates
 from samegrad.records import Footprint, Front, FrontPoint, Plan
@@ -23,7 +24,7 @@ from samegrad.settle.beside import followed_beside
 from samegrad.settle.followed_step import FollowedStep
 from samegrad.settle.following import follow
 from samegrad.settle.lever_ways import with_lever_ways
-from samegrad.settle.on_card import budget_of_cap, footprint_of, in_growing, named
+from samegrad.settle.on_card import footprint_of, in_growing, named
 from samegrad.settle.probing import aliases_for, measure
 from samegrad.settle.untried_ways import with_untried_ways
 
@@ -45,8 +46,12 @@ def front_on_card(declared: DeclaredStep, batch: Any, target: Target, options: O
     smallest = min((one.peak_bytes for one in traced_candidates(footprint, options)), default=0)
     footprint = with_lever_ways(step, footprint, options, target.budget(smallest))
     left_out: list[str] = []
-    followed = strictly_smaller(_followed(step, footprint, front_candidates(footprint, options), left_out))
-    return dataclasses.replace(_front(declared, batch, footprint, followed), left_out=tuple(left_out))
+    followed = tuple(_followed(step, footprint, front_candidates(footprint, options), left_out))
+    front = strictly_smaller(followed)
+    # What all others are compared with, also where growing segments do the same in less.
+    plain = [point for point in followed if not point.plan.levers and point not in front]
+    front = (*(point for point in plain if point.seconds <= front[0].seconds), *front)
+    return dataclasses.replace(_front(declared, batch, footprint, front), left_out=tuple(left_out))
 
 
 def _followed(
@@ -82,13 +87,10 @@ def _judged(step: FollowedStep, footprint: Footprint, plan: Plan, trace: Trace) 
 
 
 def _front(declared: DeclaredStep, batch: Any, footprint: Footprint, points: tuple[FrontPoint, ...]) -> Front:
-    signature = declared.signature(batch)
     return Front(
         device=footprint.device,
         counting=footprint.counting,
         basis=footprint.basis,
         batch_rows=footprint.batch_rows,
-        points=tuple(
-            dataclasses.replace(point, plan=dataclasses.replace(point.plan, signature=signature)) for point in points
-        ),
+        points=tuple(dataclasses.replace(point, plan=declared.signed(point.plan, batch)) for point in points),
     )

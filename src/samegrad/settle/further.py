@@ -51,6 +51,7 @@ def smaller_plans(footprint: Footprint, plan: Plan, allow: Exactness) -> Iterato
                 exactness=max((find_levers()[name].exactness for name in levers), default=Exactness.SAME_BITS),
                 budget=plan.budget,
                 signature=plan.signature,
+                parameters=plan.parameters,
                 reasons=found.reasons | reasons,
                 knob_origins=found.knob_origins | origins,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from samegrad.measure.laws import peak_of
 from samegrad.measure.rungs import OptimizerTurn, Rung, measure_rung, measure_whole
 from samegrad.measure.within_memory import WithinMemory
 from samegrad.module_walk import parameters_of
+from samegrad.plan.floor import below_floor
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Category, Counting, Footprint, PhaseLaw, Plan
 from samegrad.settle.last_rungs import rungs_to_try
@@ -70,6 +72,7 @@ def settle(
     footprint = measurement.footprint
     most = most_bytes(budget)
     tried: list[str] = []
+    least_bytes: int | None = None
     room = ChannelsLastWhereNeeded(declared, footprint, most, options, budget)
     best: _Fitting | None = None
     rivals_left = _MOST_RIVALS if budget.counting is Counting.CUDA_ALLOCATOR and options.rows is None else 0
@@ -105,29 +108,45 @@ def settle(
         rows = "all" if whole else max(sizes or ())
         found = "out of memory" if rung is None else f"measured {format_bytes(rung.peak_bytes)}"
         tried.append(f"{rows} rows: predicted {format_bytes(plan.predicted_peak_bytes or 0)}, {found}")
+        if rung is not None:
+            least_bytes = min(rung.peak_bytes, least_bytes or rung.peak_bytes)
         if options.rows is not None:
             break
     if best is not None:
         return dataclasses.replace(best.plan, predicted_seconds=best.rung.seconds), footprint, best.peak_bytes
+    raise _nothing_fits(declared, footprint, budget, refusal, tried, least_bytes)
+
+
+def _nothing_fits(
+    declared: DeclaredStep,
+    footprint: Footprint,
+    budget: Budget,
+    refusal: BudgetTooSmall | None,
+    tried: Sequence[str],
+    least_bytes: int | None,
+) -> BudgetTooSmall:
+    """The refusal of ``budget`` after rungs were measured, of which the smallest held ``least_bytes``.
+
+    ``refusal``: that of the predictions, where they were not believed.
+    """
+    needed = None if least_bytes is None else math.ceil(1.01 * least_bytes * budget.total_bytes / most_bytes(budget))
+    measured_ones = "; ".join(tried[-4:])
     if refusal is not None:
-        raise BudgetTooSmall(
-            asked=refusal.asked, found=f"{refusal.found}; tried on the device all the same: {'; '.join(tried)}",
-            do=refusal.do, option=refusal.option,
-        )  # fmt: skip
+        found = f"tried on the device all the same: {measured_ones}"
+        return below_floor(footprint, budget, needed_bytes=needed, found=found)
     held = _held_for_nothing(declared.device)
     if held > _HELD_FRACTION * budget.total_bytes:
-        raise BudgetTooSmall(
-            asked=f"a plan within {format_bytes(budget.total_bytes)}",
+        told = below_floor(footprint, budget, needed_bytes=needed)
+        return BudgetTooSmall(
+            asked=told.asked,
             found=f"{format_bytes(held)} of it are in segments of the allocator that hold small tensors, and cannot be "
-            "given back; every rung measured more than what is left: " + "; ".join(tried[-4:]),
+            f"given back; every rung measured more than what is left: {measured_ones}; {told.found}",
             do="plan before larger steps run in the process, or in one of its own, or set "
-            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before it starts",
+            f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before it starts; {told.do}",
+            option=told.option,
         )
-    raise BudgetTooSmall(
-        asked=f"a plan within {format_bytes(budget.total_bytes)}",
-        found="every rung measured more than that: " + "; ".join(tried[-4:]),
-        do="raise the budget; please report the step, since its prediction was wrong",
-    )
+    found = f"every rung measured more than that, so predictions were wrong (please report the step): {measured_ones}"
+    return below_floor(footprint, budget, needed_bytes=needed, found=found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,5 +41,6 @@ def rungs_to_try(
         if not within:
             raise
         # Of equally large ones the later ones hold fewer rows at a time.
-        smallest = sorted(reversed(within), key=lambda plan: plan.predicted_peak_bytes or 0)[:_MOST]
-        return tuple(dataclasses.replace(plan, budget=budget) for plan in within if plan in smallest), refusal
+        order = sorted(range(len(within)), key=lambda place: (within[place].predicted_peak_bytes or 0, -place))
+        last = [within[place] for place in sorted(order[:_MOST])]
+        return tuple(dataclasses.replace(plan, budget=budget) for plan in last), refusal

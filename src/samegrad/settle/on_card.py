@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from samegrad.errors import BudgetTooSmall, CannotSplit, CannotTrace, NotMeasured
 from samegrad.levers.expandable_segments import ExpandableSegments
+from samegrad.levers.split_rows import SplitRows
 from samegrad.measure.events import Trace
 from samegrad.measure.rungs import Rung
 from samegrad.measure.trace_reading import (
@@ -23,7 +24,8 @@ from samegrad.measure.trace_reading import (
     timeline,
 )
 from samegrad.plan.choose import choose_plan
-from samegrad.plan.margin import budget_for
+from samegrad.plan.floor import Smallest, below_floor, floor_bytes
+from samegrad.plan.margin import budget_for, budget_of_cap, most_followed_bytes
 from samegrad.plan.options import Options
 from samegrad.plan.predict import predict_plan
 from samegrad.records import Budget, Footprint, Origin, Phase, Plan
@@ -32,8 +34,6 @@ from samegrad.settle.lever_ways import with_lever_ways
 from samegrad.settle.progress import trying
 from samegrad.units import format_bytes
 
-# What a followed plan's cap may be short by: of 33 steps on one H200 the worst was 5.4 % (benchmarks/prediction.py).
-_UNSEEN_FRACTION = 0.055
 # A plan is passed over only where it is clearly too large by what was learnt of those before it.
 _CLEARLY = 0.98
 # Of what a budget allows, below which a plan that fits leaves room for one that was passed over.
@@ -42,13 +42,9 @@ _NEAR = 0.85
 
 def with_levers_on_card(step: FollowedStep, footprint: Footprint, *, budget: Budget, options: Options) -> Footprint:
     """``footprint``, with the step followed under more levers where its plain steady cap is above ``budget``."""
-    if (footprint.steady_cap_bytes or 0) <= _most_bytes(budget):
+    if (footprint.steady_cap_bytes or 0) <= most_followed_bytes(budget):
         return footprint
     return with_lever_ways(step, footprint, options, budget)
-
-
-def _most_bytes(budget: Budget) -> int:
-    return int(budget.total_bytes * (1 - _UNSEEN_FRACTION))
 
 
 def settle_on_card(
@@ -58,14 +54,14 @@ def settle_on_card(
 
     Raises BudgetTooSmall or CannotSplit when nothing fits.
     """
-    most = _most_bytes(budget)
+    most = most_followed_bytes(budget)
     ladder = _ladder(footprint, options, budget)
     # Of the caps of plans with the same levers over their tensors, the least; the plain step's before one is followed.
     above: dict[frozenset[str], float] = {}
     plain_above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
-    tried, passed_over = list[str](), list[Plan]()
-    smallest_cap: int | None = None
+    unfollowed, passed_over = list[str](), list[Plan]()
     smallest = min(ladder, key=lambda plan: plan.predicted_peak_bytes or 0)
+    least: Smallest | None = None
     for plan in ladder:
         kind = frozenset(plan.levers)
         least_above = min(above.get(kind, plain_above), plain_above)
@@ -77,7 +73,7 @@ def settle_on_card(
             plan, predicted = _followed(step, footprint, plan, most, is_last=plan is smallest)
         except CannotTrace as error:
             outcome.refused(error.found)
-            tried.append(f"{named(plan)}: cannot be followed ({error.found})")
+            unfollowed.append(f"{named(plan)} cannot be followed ({error.found})")
             continue
         cap = predicted.steady_cap_bytes or 0
         outcome.found(Rung(cap, predicted.seconds or 0.0), most)
@@ -90,14 +86,26 @@ def settle_on_card(
             )  # fmt: skip
             return settled, predicted
         above[kind] = min(above.get(kind, math.inf), cap / max(1, plan.predicted_peak_bytes or 1))
-        smallest_cap = cap if smallest_cap is None else min(cap, smallest_cap)
-        tried.append(f"{named(plan)}: {format_bytes(cap)}")
-    raise BudgetTooSmall(
-        asked=f"a plan within {format_bytes(budget.total_bytes)} ({budget.source})",
-        found=f"followed whole, the allocator would need more on {footprint.device}: " + "; ".join(tried[-4:]),
-        do=f"{_raised(smallest_cap)}, take a smaller batch or model, or allow a weaker exactness",
-        option="--budget",
-    )
+        if least is None or cap < (least.predicted.steady_cap_bytes or 0):
+            least = Smallest(named(plan), predicted)
+    raise _nothing_fits(footprint, options, budget, least, unfollowed)
+
+
+def _nothing_fits(
+    footprint: Footprint, options: Options, budget: Budget, least: Smallest | None, unfollowed: Sequence[str]
+) -> BudgetTooSmall:
+    needed = None
+    if least is not None:
+        # A little more, to survive printing.
+        needed = math.ceil(1.01 * budget_of_cap(least.predicted.steady_cap_bytes or 0))
+    refusal = below_floor(footprint, budget, smallest=least, needed_bytes=needed, found="; ".join(unfollowed[-4:]))
+    if options.rows is None:
+        return refusal
+    rows = options.rows if isinstance(options.rows, int) else max(options.rows)
+    return BudgetTooSmall(
+        asked=f"{rows} rows at a time ({options.rows_origin.value}): {refusal.asked}", found=refusal.found,
+        do=f"drop the pin and let the plan choose the rows; {refusal.do}", option=refusal.option,
+    )  # fmt: skip
 
 
 def _quicker(
@@ -142,10 +150,11 @@ def _followed(
     trace, name = step.trace(plan), ExpandableSegments.name
     predicted = footprint_of(step, footprint, plan, trace)
     cap = predicted.steady_cap_bytes or 0
-    if cap <= most or name in footprint.refusals or predicted.peak_allocated_bytes > most:
+    if cap <= most or name in footprint.refusals:
         return plan, predicted
+    may_fit = predicted.peak_allocated_bytes <= most
     # One cap takes a tenth of what it takes to find the smallest.
-    if not is_last and not step.target.keeps(trace, most, expandable_segments=True):
+    if not is_last and not (may_fit and step.target.keeps(trace, most, expandable_segments=True)):
         return plan, predicted
     why = f"taken: without it the allocator would need {format_bytes(cap)}, and the budget allows {format_bytes(most)}"
     grown = in_growing(plan, why)
@@ -165,13 +174,15 @@ def _ladder(footprint: Footprint, options: Options, budget: Budget) -> tuple[Pla
     try:
         return choose_plan(footprint, options, without_margin)
     except (BudgetTooSmall, CannotSplit):
-        # What is told is told of the budget that was asked for.
+        if options.rows is not None or options.allow < SplitRows.exactness:
+            # What is told is told of the budget that was asked for.
+            return choose_plan(footprint, options, budget)
+    # Nothing fits: the smallest plan is followed all the same, for what is told of it.
+    enough = dataclasses.replace(budget, total_bytes=budget_for(floor_bytes(footprint), budget.counting))
+    try:
+        return (min(choose_plan(footprint, options, enough), key=lambda plan: plan.predicted_peak_bytes or 0),)
+    except (BudgetTooSmall, CannotSplit):
         return choose_plan(footprint, options, budget)
-
-
-def budget_of_cap(cap_bytes: int) -> int:
-    """The smallest budget that a plan with this steady cap is believed to keep."""
-    return math.ceil(cap_bytes / (1 - _UNSEEN_FRACTION)) + 1
 
 
 def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan, trace: Trace | None = None) -> Footprint:
@@ -209,13 +220,6 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan, trace: Tr
         at_peak=tensors_at(shown, peak),
         timeline=timeline(shown),
     )
-
-
-def _raised(smallest_cap_bytes: int | None) -> str:
-    if smallest_cap_bytes is None:
-        return "raise the budget"
-    # A little more, to survive printing.
-    return f"raise the budget to {format_bytes(math.ceil(1.01 * budget_of_cap(smallest_cap_bytes)))}"
 
 
 def named(plan: Plan) -> str:

@@ -111,6 +111,10 @@ class Program(abc.ABC):
         """What the program's document would say of the plan, in lines for people; asked once it is in force."""
         return []
 
+    def told_of_pins(self) -> list[str]:
+        """What the options make part of the step itself, so that no plan shows it, in lines for people."""
+        return []
+
     def state(self) -> dict[str, Any]:
         """All that resuming needs beside the tensors of model, optimizer and ``best.weights()``; goes to JSON."""
         return {

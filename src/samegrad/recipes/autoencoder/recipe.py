@@ -248,7 +248,8 @@ RECIPE = Recipe(
         "float32 runs out of memory when all rows are on the device: they never are; they stay on the host or on "
         "disk and two partitions travel at a time. Give --budget and the plan chooses the partitions.",
         "More partitions need less memory, down to a floor: weights, gradients and optimizer state (16 bytes a "
-        "parameter with Adam) do not shrink, so six partitions are not six times less. --table shows how much.",
+        "parameter with Adam) do not shrink, so six partitions are not six times less. --table shows how much. "
+        "--optimizer sgd holds no state; a smaller --hidden or --latent_dim is another model.",
         "Fewer partitions are faster only while launches or transfers dominate; on large partitions the time is "
         "that of the arithmetic, whatever their number. --table shows the times.",
         "Six partitions and one give the same gradient, also when the last one is shorter: each counts by its rows.",

@@ -173,10 +173,9 @@ def _settled_plan(
                 option="gradient_accumulation_steps",
             ) from None
     # What was measured holds the loss in a module of its own; what runs does not.
-    signature = sg.Step(model.backbone, loss).declared.signature(episode)
     if options.use_gradient_checkpointing:
-        return dataclasses.replace(_named_plan(options, model), budget=plan.budget, signature=signature), footprint
-    return dataclasses.replace(plan, signature=signature), footprint
+        plan = dataclasses.replace(_named_plan(options, model), budget=plan.budget)
+    return sg.Step(model.backbone, loss).declared.signed(plan, episode), footprint
 
 
 def step_under_autocast(

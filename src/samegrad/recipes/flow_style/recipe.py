@@ -132,6 +132,25 @@ class FlowStyleProgram(Program):
             f"gradient norm clipped to {options.max_grad_norm:g} once a logical step",
         ]
 
+    def told_of_pins(self) -> list[str]:
+        """Which ODE steps run again by the options alone: they are part of the step, and every number is with them."""
+        options, steps = self.options, self.options.ode_integration_steps
+        every, told = options.pinned_checkpoint, []
+        if every is not None:
+            by = "--use_gradient_checkpointing" if every else "--no_use_gradient_checkpointing"
+            if options.checkpoint_every is not None:
+                by = f"--checkpoint_every {options.checkpoint_every}"
+            runs = "one by one" if every == 1 else f"in runs of {every}"
+            again = f"runs its {steps} ODE steps again in backward, {runs}: all numbers here are with that"
+            told.append(f"Pinned by {by}: the plain step {again if every else 'runs no ODE step again in backward'}.")
+        patches = data.patches_in(options.logical_rows, self.splits.training.latents)
+        if 0 < options.max_samples < patches:
+            told.append(
+                f"Gradient noise: the style loss compares {options.max_samples:,} of {patches:,} patches "
+                "(--max_samples); how far that strays from all of them: samegrad plan flow_style --table."
+            )
+        return told
+
     @functools.cached_property
     def _held_out_batch(self) -> data.StyleBatch:
         drawing = dataclasses.replace(

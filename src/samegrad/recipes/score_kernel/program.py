@@ -19,7 +19,7 @@ from . import judging
 from .model import KernelModel, draw_samples, implicit_matching, score_of
 from .objective import Batch, evaluated_means
 from .options import TEST_BATCHES, ScoreKernelOptions
-from .parallel import Across
+from .parallel import Across, visible_devices
 from .results import write_results
 from .splits import PointSets, noised
 from .strategies import Strategy, documents_choice, memory_estimate, strategy_of
@@ -121,7 +121,7 @@ class ScoreKernelProgram(Program):
             f"{'chunk' if strategy.steps == 1 else 'chunks'}{places}: {strategy.reason}.",
         ]
         if plan.budget is not None:
-            rule = documents_choice(need_bytes, plan.budget.total_bytes, strategy.places)
+            rule = documents_choice(need_bytes, plan.budget.total_bytes, max(strategy.places, self._visible))
             told.append(
                 f"The document's 80 / 60 / 150 % rule on {sg.format_bytes(need_bytes)} for all centers at once: {rule}."
             )
@@ -144,7 +144,14 @@ class ScoreKernelProgram(Program):
     def strategy(self, plan: sg.Plan) -> Strategy:
         """The document's name for how ``plan`` runs."""
         places, sizes = 1 if self.across is None else self.across.places, self.center_sizes
-        return strategy_of(self.options, chunk_size=max(sizes), steps=len(sizes), places=places, plan=plan)
+        return strategy_of(
+            self.options, chunk_size=max(sizes), steps=len(sizes), places=places, plan=plan, visible=self._visible
+        )
+
+    @property
+    def _visible(self) -> int:
+        """Devices that this process could share the centers out over."""
+        return len(visible_devices(self.options.devices, self.step.declared.device))
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "history": self.history}

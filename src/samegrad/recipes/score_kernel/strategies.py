@@ -28,9 +28,15 @@ class Strategy:
 
 
 def strategy_of(
-    options: ScoreKernelOptions, *, chunk_size: int, steps: int, places: int, plan: sg.Plan
+    options: ScoreKernelOptions, *, chunk_size: int, steps: int, places: int, plan: sg.Plan, visible: int = 1
 ) -> Strategy:
-    """The name of what runs ``chunk_size`` centers at a time, in ``steps`` chunks on each of ``places``."""
+    """The name of what runs ``chunk_size`` centers at a time, in ``steps`` chunks on each of ``places``.
+
+    ``visible``: devices that there are, whether or not they are used.
+    """
+    on_one = ""
+    if visible > 1:
+        on_one = f" on one device; --strategy model_parallel shares the centers out over all {visible}"
     if options.strategy == "model_parallel" and places == 1:
         name = "single_gpu" if steps == 1 else "chunked"
         reason = "--strategy model_parallel has one device here"
@@ -41,9 +47,10 @@ def strategy_of(
     elif places > 1:
         name, reason = "model_parallel", f"there are {places} devices to share the centers out over"
     elif steps == 1:
-        name, reason = "single_gpu", f"all centers at once fit {_budget_in_words(plan)}, and nothing is faster"
+        reason = f"all centers at once fit {_budget_in_words(plan)}, and nothing is faster{on_one}"
+        name = "single_gpu"
     else:
-        name, reason = "chunked", f"the fastest that fits {_budget_in_words(plan)}"
+        name, reason = "chunked", f"the fastest that fits {_budget_in_words(plan)}{on_one}"
     return Strategy(name=name, chunk_size=chunk_size, steps=steps, places=places, reason=reason)
 
 

@@ -136,7 +136,7 @@ def _budgeted(options: VQSpectrogramOptions, declare: Callable[..., sg.Step], ba
             more = {"recompute": {"blocks": blocks_of(step.declared.network)}}
             plan = sg.Plan(
                 levers=plan.levers | more, exactness=plan.exactness, batch_rows=plan.batch_rows, budget=plan.budget,
-                signature=plan.signature,
+                signature=plan.signature, parameters=plan.parameters,
                 knob_origins=plan.knob_origins | {"recompute.blocks": sg.KnobOrigin.PINNED},
             )  # fmt: skip
     pinned = declare(plan=plan)
