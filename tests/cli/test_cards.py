@@ -292,7 +292,9 @@ def test_every_budget_of_the_front_buys_its_plan(cli: Cli, folder: Path, line: t
     budgets, seconds = zip(*((point.budget_bytes, point.seconds) for point in front.points))
     # Here times are measured, and on a busy machine a few rows at a time may well be the fastest of all.
     assert len(front.points) >= (3 if line else 1)
-    assert list(budgets) == sorted(set(budgets), reverse=True) and list(seconds) == sorted(set(seconds))
+    # The plain step comes first also where growing segments take less for it.
+    assert list(budgets) == sorted(set(budgets), reverse=True) and list(seconds[1:]) == sorted(set(seconds[1:]))
+    assert seconds[0] == min(seconds)
     assert (folder / "out" / "front.svg").read_text().startswith("<svg")
     for number, point in enumerate(front.points, start=1):
         assert Plan.from_json((folder / "out" / f"plan-{number}.json").read_text()) == point.plan
