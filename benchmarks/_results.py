@@ -52,17 +52,17 @@ class Cells:
         self.cells: dict[str, dict[str, Any]] = held.get("cells", {})
         self._commands: list[str] = held.get("commands", [])
         here = machine()
-        self._place = f"{here.get('device', here['processor'])}, torch {here['torch']}"
+        self.place = f"{here.get('device', here['processor'])}, torch {here['torch']}"
 
     def __contains__(self, key: str) -> bool:
-        there = key in self.cells and self.cells[key]["measured_on"] == self._place and not self._again
+        there = key in self.cells and self.cells[key]["measured_on"] == self.place and not self._again
         if there:
             print(f"{key}: there already", flush=True)
         return there
 
     def add(self, key: str, figures: dict[str, Any]) -> None:
         """Writes the cell, and prints it in a line."""
-        self.cells[key] = {**figures, "measured_on": self._place}
+        self.cells[key] = {**figures, "measured_on": self.place}
         self._commands = list(dict.fromkeys([*self._commands, command()]))
         write(self._name, {**self._facts, "commands": self._commands, "cells": self.cells}, quiet=True)
         print(f"{key}: {json.dumps(figures)}", flush=True)
