@@ -445,6 +445,43 @@ def with_tried_algorithms(times: float, more_mib: int = 0) -> Rule:
     return rule
 
 
+class Pictures(Blocks):
+    """Blocks, and a convolution of pictures beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 1, (1, 3), padding=(0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.convolution(x[:, None, None, :]).flatten(1))
+
+
+def with_a_layout(times: Callable[[Plan], float]) -> Rule:
+    def rule(plan: Plan) -> Rung:
+        rung = a_card(plan)
+        return dataclasses.replace(rung, seconds=rung.seconds * (times(plan) if "layout" in plan.levers else 1))
+
+    return rule
+
+
+@pytest.mark.parametrize("steps", [None, 10**6], ids=["captured", "compiled"])
+def test_what_launches_hide_of_another_layout_is_seen_in_replays(
+    steps: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "graphs" if steps is None else "compile"
+    rule = with_a_layout(lambda plan: 0.7 if program in plan.levers else 1.1)
+    plan, tried = settled_by(100, monkeypatch, rule=rule, make=Pictures, expected_steps=steps)
+    assert {"layout", program} <= plan.levers.keys() and plan.reasons["layout"].startswith("taken")
+    without = [one for one in tried if program in one.levers and "layout" not in one.levers]
+    assert rule(plan).seconds < min(rule(one).seconds for one in without)
+
+
+def test_a_layout_that_is_slower_both_ways_is_left_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, rule=with_a_layout(lambda _: 1.1), make=Pictures)
+    assert "layout" not in plan.levers and "no faster" in plan.reasons["layout"]
+    assert sum("layout" in one.levers for one in tried) == 2
+
+
 @pytest.mark.parametrize("loss", [cross_entropy, spread], ids=["one pass", "two passes"])
 def test_algorithms_are_taken_where_they_are_faster_also_where_chunks_are_no_single_work(
     loss: Any, monkeypatch: pytest.MonkeyPatch

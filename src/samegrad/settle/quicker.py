@@ -77,6 +77,7 @@ def quicker_plan(
     # Rows in another layout are what is compiled and captured then.
     if laid_out and Layout.name not in settled.levers:
         best = _with_kernels({Layout.name: {}}, best, search, options)
+    launched = best
     if chunks_are_work:
         for candidate in _candidates(best, search, options):
             if _pays(candidate, best, options) or _is_steadier(candidate, best, search):
@@ -86,6 +87,9 @@ def quicker_plan(
         for candidate in captured_with_blocks_again(best.plan, search, slower_seconds=best.rung.seconds):
             if _pays(candidate, best, options):
                 best = candidate
+    # What launches hid of another layout shows in replays, and where a compiler fuses what stands between convolutions.
+    if laid_out and Layout.name not in best.plan.levers and best is not launched:
+        best = _with_kernels({Layout.name: {}}, best, search, options)
     if convolves:
         best = _with_kernels({ConvolutionAlgorithms.name: {}}, best, search, options)
     if Graphs.name not in best.plan.levers:
