@@ -152,6 +152,15 @@ def test_a_budget_below_single_rows_runs_steps_again(options: FlowStyleOptions) 
         build(changed(wanted, budget=budget, use_gradient_checkpointing=False))
 
 
+@pytest.mark.parametrize("pinned", [None, False])
+def test_steps_that_are_pinned_to_be_kept_are_kept_in_plans_for_a_card_elsewhere(
+    pinned: bool | None, options: FlowStyleOptions
+) -> None:
+    program = build(changed(options, use_gradient_checkpointing=pinned))
+    refusals = sg.measure_step(program.step, next(program.batches(0)), device="H200").refusals
+    assert ("no part of the model can run again" in refusals.get("recompute", "")) is (pinned is False)
+
+
 def test_the_plan_gives_no_advice_that_only_a_steps_author_could_follow(options: FlowStyleOptions) -> None:
     program = build(options)
     planned = plan_step(RecipeTraining(RECIPE, program))

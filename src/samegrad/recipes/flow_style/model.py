@@ -179,7 +179,7 @@ class StyleFlow(nn.Module):
     step and ends at 1 - (1 - 1/n)^n of the way, 0.651 for ten steps.)
 
     ``checkpoint_every``: 0 keeps every activation; k keeps what enters every k-th step and runs the k steps between
-    again in backward (torch.utils.checkpoint).
+    again in backward (torch.utils.checkpoint). ``may_run_again``: whether a plan may let steps run again.
     """
 
     def __init__(
@@ -194,6 +194,7 @@ class StyleFlow(nn.Module):
         self.network = LGTUNet(num_styles, base_channels)
         self.steps = nn.ModuleList(EulerStep(index) for index in range(ode_steps))
         self.checkpoint_every = checkpoint_every
+        self.may_run_again = True
 
     def forward(
         self,
@@ -237,7 +238,7 @@ class StyleFlow(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         for step in steps:
             # Inside a checkpoint of its own a step is no block that another one may take in: it is not announced.
-            run = step.forward if self.checkpoint_every else step
+            run = step if self.may_run_again and not self.checkpoint_every else step.forward
             x, energy = run(network, x, energy, start, step_size, style)
         return x, energy
 

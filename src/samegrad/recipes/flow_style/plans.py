@@ -29,13 +29,13 @@ def planned_step(options: FlowStyleOptions, model: StyleFlow, declare: Declare, 
     Raises BudgetTooSmall, naming the option where checkpointing is pinned off and that does not fit.
     """
     pinned, on_gpu = options.pinned_checkpoint, sg.find_device(options.device).type == "cuda"
-    model.checkpoint_every = pinned or 0
+    model.checkpoint_every, model.may_run_again = pinned or 0, pinned is None
     if options.budget is None:
         return declare(plan=document_plan(options))
     if pinned or (pinned is None and on_gpu):
         return declare(budget=options.budget)
     if pinned == 0:
-        plan, footprint = _unsplit_steps(options, declare, batch)
+        plan, footprint = _all_kept(options, declare, batch)
     else:
         plan, footprint = _fastest(options, model, declare, batch)
     step = declare(plan=plan)
@@ -112,23 +112,15 @@ def _settled(
     return dataclasses.replace(plan, levers=levers, knob_origins=origins, reasons=plan.reasons | reasons), footprint
 
 
-def _unsplit_steps(options: FlowStyleOptions, declare: Declare, batch: StyleBatch) -> tuple[sg.Plan, sg.Footprint]:
-    """The plan with checkpointing pinned off: where the engine would run ODE steps again, fewer rows at a time."""
+def _all_kept(options: FlowStyleOptions, declare: Declare, batch: StyleBatch) -> tuple[sg.Plan, sg.Footprint]:
+    """The plan with checkpointing pinned off."""
     with declare() as step:
-        plan, footprint = sg.settle_plan(step, batch, budget=options.budget)
-        if "recompute" not in plan.levers:
-            return plan, footprint
-        assert plan.budget is not None
-        # What is left lets the measurement of a plan differ from its law.
-        most = 0.9 * plan.budget.total_bytes
-        fitting = [r for r in range(1, plan.batch_rows) if footprint.predicted_peak_bytes(rows=r) <= most]
-        if fitting:
-            plan, footprint = sg.settle_plan(step, batch, budget=options.budget, rows=fitting[-1])
-    if "recompute" in plan.levers:
-        raise sg.BudgetTooSmall(
-            asked=f"--no_use_gradient_checkpointing within {options.budget}",
-            found="even one row at a time keeps more than that",
-            do="leave it out and let the budget decide, or raise the budget",
-            option="use_gradient_checkpointing",
-        )
-    return plan, footprint
+        try:
+            return sg.settle_plan(step, batch, budget=options.budget)
+        except sg.BudgetTooSmall as refusal:
+            raise sg.BudgetTooSmall(
+                asked=f"--no_use_gradient_checkpointing within {options.budget}",
+                found=refusal.found,
+                do="leave it out and let the budget decide, or raise the budget",
+                option="use_gradient_checkpointing",
+            ) from refusal
