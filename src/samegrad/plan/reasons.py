@@ -33,6 +33,10 @@ class Reasons:
     fastest: Mapping[str, Candidate]
 
     @functools.cached_property
+    def _followed(self) -> dict[str, int | None]:
+        return {}
+
+    @functools.cached_property
     def _plain(self) -> Footprint:
         return predict_plan(self.footprint, {})
 
@@ -124,15 +128,19 @@ class Reasons:
         Where tensors were followed, tensors: what the plain step is said to need has workspaces in it, which no lever
         saved.
         """
-        before, after = (_followed_bytes(self.footprint, each) for each in (without, levers))
+        before, after = (self._followed_bytes(each) for each in (without, levers))
         if before is not None and after == with_bytes:
             return before - with_bytes
         return without_bytes - with_bytes
 
-
-def _followed_bytes(footprint: Footprint, levers: _Levers) -> int | None:
-    found = predict_traced(footprint, {n: knobs for n, knobs in levers.items() if n != ExpandableSegments.name})
-    return None if found is None else found.peak_bytes
+    def _followed_bytes(self, levers: _Levers) -> int | None:
+        levers = {name: knobs for name, knobs in levers.items() if name != ExpandableSegments.name}
+        # Rungs of one ladder are compared with the same few plans.
+        key = repr(levers)
+        if key not in self._followed:
+            found = predict_traced(self.footprint, levers)
+            self._followed[key] = None if found is None else found.peak_bytes
+        return self._followed[key]
 
 
 def fastest_by_lever(candidates: list[Candidate]) -> dict[str, Candidate]:

@@ -36,8 +36,13 @@ from samegrad.units import format_bytes
 
 # A plan is passed over only where it is clearly too large by what was learnt of those before it.
 _CLEARLY = 0.98
+# And by how much a plan must be smaller than the last one of its levers that was too large, each of which costs a
+# trace; the smallest with these levers is tried however little it is.
+_SMALLER = 0.98
 # Of what a budget allows, below which a plan that fits leaves room for one that was passed over.
 _NEAR = 0.85
+# And of the seconds of what was passed over, above which it is looked at once more.
+_SLOWER = 1.25
 
 
 def with_levers_on_card(step: FollowedStep, footprint: Footprint, *, budget: Budget, options: Options) -> Footprint:
@@ -58,14 +63,18 @@ def settle_on_card(
     ladder = _ladder(footprint, options, budget)
     # Of the caps of plans with the same levers over their tensors, the least; the plain step's before one is followed.
     above: dict[frozenset[str], float] = {}
+    failed: dict[frozenset[str], float] = {}
     plain_above = (footprint.steady_cap_bytes or 0) / max(1, footprint.peak_allocated_bytes)
     unfollowed, passed_over = list[str](), list[Plan]()
+    # They come fastest first, and of the same levers each next one smaller.
+    smallest_of = {frozenset(plan.levers): plan for plan in ladder}
     smallest = min(ladder, key=lambda plan: plan.predicted_peak_bytes or 0)
     least: Smallest | None = None
     for plan in ladder:
-        kind = frozenset(plan.levers)
+        kind, peak = frozenset(plan.levers), plan.predicted_peak_bytes or 0
         least_above = min(above.get(kind, plain_above), plain_above)
-        if plan is not smallest and (plan.predicted_peak_bytes or 0) * least_above * _CLEARLY > most:
+        hardly_smaller = peak > _SMALLER * failed.get(kind, math.inf) and plan is not smallest_of[kind]
+        if plan is not smallest and (peak * least_above * _CLEARLY > most or hardly_smaller):
             passed_over.append(plan)
             continue
         outcome = trying(plan)
@@ -78,14 +87,16 @@ def settle_on_card(
         cap = predicted.steady_cap_bytes or 0
         outcome.found(Rung(cap, predicted.seconds or 0.0), most)
         if cap <= most:
-            if cap < _NEAR * most:
+            quickest = min((one.predicted_seconds or 0.0 for one in passed_over), default=math.inf)
+            if cap < _NEAR * most or (predicted.seconds or 0.0) > _SLOWER * quickest:
                 plan, predicted = _quicker(step, footprint, passed_over, (plan, predicted), most)
             settled = dataclasses.replace(
                 plan, budget=budget, predicted_peak_bytes=predicted.steady_cap_bytes,
                 predicted_seconds=predicted.seconds,
             )  # fmt: skip
             return settled, predicted
-        above[kind] = min(above.get(kind, math.inf), cap / max(1, plan.predicted_peak_bytes or 1))
+        above[kind] = min(above.get(kind, math.inf), cap / max(1, peak))
+        failed[kind] = peak
         if least is None or cap < (least.predicted.steady_cap_bytes or 0):
             least = Smallest(named(plan), predicted)
     raise _nothing_fits(footprint, options, budget, least, unfollowed)
