@@ -54,6 +54,9 @@ def test_the_figures_are_those_of_the_results() -> None:
     both = (overhead["single_pass"]["median_ratio"], overhead["two_pass"]["median_ratio"])
     assert "{:.2f} / {:.2f} times".format(*both) in README
     assert max(both) <= 1.05
+    card = [value for value in result("engine_overhead_cuda").values() if isinstance(value, dict)]
+    by_case = [case["median_ratio"] for case in card if "median_ratio" in case]
+    assert "| {1:.3f}, {3:.3f}, {5:.3f} / {0:.3f}, {2:.3f}, {4:.3f} times |".format(*by_case) in README
     batchnorm, contract = result("exact_batchnorm")["cases"], result("contract_cuda")
     lockstep = batchnorm["lockstep, every cut kept"]
     reordered = batchnorm["plain, rows in another order"]["largest_relative_error"]
