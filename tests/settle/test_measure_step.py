@@ -109,6 +109,20 @@ def test_a_forward_that_reads_a_truth_is_told_by_its_line(reads: str, is_told: b
         assert re.search(r"test_measure_step\.py:\d+", facts["values of the batch"])
 
 
+@pytest.mark.parametrize("is_loud", [True, False])
+def test_a_truth_that_turns_one_chunk_alone_is_told_and_found_by_the_verifier(is_loud: bool) -> None:
+    """Split all the same, since most truths check a mask; the line is told, and the verifier sees what it does."""
+    batch = torch.randn(512, 6)
+    if is_loud:
+        batch[300] = 1e7
+    step = sg.Step(Reads("truth"), lambda outputs, batch: outputs.square().mean())
+    footprint = sg.measure_step(step, batch)
+    assert "values of the batch" in footprint.facts
+    split = sg.Step(copy.deepcopy(step.declared.model), lambda outputs, batch: outputs.square().mean(), rows=256)
+    verdict = sg.verify_step(split, batch)
+    assert (verdict.answer is Same.DIFFERS) is is_loud
+
+
 def test_rows_are_not_split_unasked_where_the_forward_reads_a_number_of_them() -> None:
     """One loud row turns its whole batch down; in chunks it would turn down its own chunk, without an error."""
     batch = torch.randn(512, 6)

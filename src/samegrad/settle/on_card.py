@@ -128,7 +128,8 @@ def _quicker(
 ) -> tuple[Plan, Footprint]:
     """The quickest of the plans that were ``passed_over`` and fit after all, else ``found``.
 
-    They come quickest first, each next one smaller, so that half of them need no look.
+    They come quickest first, and of the same levers each next one smaller, so that half of them are not looked at: of
+    other levers one that would fit may be missed.
     """
     low, high = 0, len(passed_over)
     while low < high:
