@@ -17,7 +17,7 @@ from samegrad.levers import find_levers
 from samegrad.measure.rungs import Rung
 from samegrad.plan.options import Options
 from samegrad.records import Budget, Counting, Exactness, Plan
-from samegrad.settle import aliases_for, candidates, measure
+from samegrad.settle import aliases_for, candidates, measure, one_chunk_way
 from samegrad.settle.quicker import quicker_plan
 
 from ..contract.plain import cross_entropy, labelled, spread
@@ -184,11 +184,44 @@ def test_blocks_that_are_kept_are_the_last_ones(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_compiling_that_few_steps_do_not_pay_back_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_slow_compiler(monkeypatch)
+    plan, tried = settled_by(100, monkeypatch, expected_steps=500)
+    assert list(plan.levers) == ["split_rows", "graphs"]
+    assert [one for one in tried if "compile" in one.levers]
+    assert plan.reasons["compile"].startswith("looked for during ") and "14 s" in plan.reasons["compile"]
+
+
+def a_slow_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**6, 30))
     monkeypatch.setattr(candidates.time, "perf_counter", lambda: next(clock))
-    plan, _ = settled_by(100, monkeypatch, expected_steps=50)
+
+
+def test_compiling_is_not_tried_for_steps_that_take_less_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, expected_steps=50)
     assert list(plan.levers) == ["split_rows", "graphs"]
-    assert plan.reasons["compile"] == "not needed: measured, and no faster within the budget"
+    assert not [one for one in tried if "compile" in one.levers]
+    assert plan.reasons["compile"].startswith("not tried: all steps together take 1.4 s")
+
+
+def test_the_longer_all_steps_take_the_longer_a_faster_one_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, seconds = [], []
+    for steps in (10**3, 10**4, 10**5, 10**6):
+        a_slow_compiler(monkeypatch)
+        plan, tried = settled_by(36, monkeypatch, rule=slow_replays, expected_steps=steps)
+        compiled.append(sum("compile" in one.levers for one in tried))
+        seconds.append(plan.predicted_seconds)
+    assert compiled[0] == 1 and compiled == sorted(compiled) and compiled[-1] > compiled[1], compiled
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_what_keeps_all_rows_at_once_is_looked_for_before_blocks_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's step keeps twice as much as the compiled one, so that it fits with fewer rows."""
+    predicted = [rows for rows in (4, 8, 16, 32) if 10 + 8 * rows <= 160]
+    monkeypatch.setattr(one_chunk_way.Way, "first_rows", lambda way, settled, search: max(predicted))
+    _, tried = settled_by(160, monkeypatch, expected_steps=10**6)
+    compiled = [one for one in tried if "compile" in one.levers]
+    assert list(dict.fromkeys(map(rows_of, compiled))) == [16, 32]
+    assert not any("recompute" in one.levers for one in compiled)
 
 
 def test_what_is_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,16 +497,18 @@ def with_a_layout(times: Callable[[Plan], float]) -> Rule:
     return rule
 
 
-@pytest.mark.parametrize("steps", [None, 10**6], ids=["captured", "compiled"])
-def test_what_launches_hide_of_another_layout_is_seen_in_replays(
-    steps: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = "graphs" if steps is None else "compile"
-    rule = with_a_layout(lambda plan: 0.7 if program in plan.levers else 1.1)
-    plan, tried = settled_by(100, monkeypatch, rule=rule, make=Pictures, expected_steps=steps)
-    assert {"layout", program} <= plan.levers.keys() and plan.reasons["layout"].startswith("taken")
-    without = [one for one in tried if program in one.levers and "layout" not in one.levers]
+def test_what_launches_hide_of_another_layout_is_seen_in_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = with_a_layout(lambda plan: 0.7 if "graphs" in plan.levers else 1.1)
+    plan, tried = settled_by(100, monkeypatch, rule=rule, make=Pictures)
+    assert {"layout", "graphs"} <= plan.levers.keys() and plan.reasons["layout"].startswith("taken")
+    without = [one for one in tried if "graphs" in one.levers and "layout" not in one.levers]
     assert rule(plan).seconds < min(rule(one).seconds for one in without)
+
+
+def test_a_compiler_lays_out_what_it_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tried = settled_by(100, monkeypatch, rule=with_a_layout(lambda _: 1.1), make=Pictures, expected_steps=10**6)
+    assert "compile" in plan.levers
+    assert not [one for one in tried if {"compile", "layout"} <= one.levers.keys()]
 
 
 def test_a_layout_that_is_slower_both_ways_is_left_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

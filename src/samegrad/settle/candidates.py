@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from typing import Any
 
@@ -32,9 +33,14 @@ from samegrad.settle.making_room import GrowingWhereNeeded
 from samegrad.settle.own_code import of_a_compiler, own_code_under
 from samegrad.settle.probing import Measurement
 from samegrad.settle.progress import trying
+from samegrad.units import format_seconds
 
 # Levers that are tried so, the one that is tried last first.
 TRIED_LEVERS = (ConvolutionAlgorithms.name, Compile.name, Graphs.name, Layout.name, ChunkLoss.name)
+# Compiling looks on for this share of what all steps take: a twentieth is a small bet on a faster one.
+_LOOKING_SHARE = 0.05
+# What compiling takes at least, and what it leaves at least of a step's time: fewer steps cannot pay it back.
+_LEAST_COMPILING_SECONDS, _LEAST_COMPILED_SHARE = 4.0, 0.4
 # Logits of a chunk of a head's loss: of what the budget leaves above all that stands.
 _HEAD_FRACTION = 0.1
 _LOGIT_BYTES = 2
@@ -53,7 +59,8 @@ class Tried:
 class Search:
     """Measures candidates of one settled plan, and remembers why others are none.
 
-    ``fitted``: the levers of those that fit.
+    ``fitted``: the levers of those that fit. ``all_steps_seconds``: what all steps to come take as they are, where
+    their number is known; what is compiled to be measured is bounded by a share of it.
     """
 
     declared: DeclaredStep
@@ -63,6 +70,8 @@ class Search:
     budget: Budget
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     fitted: set[str] = dataclasses.field(default_factory=set)
+    all_steps_seconds: float = math.inf
+    _compiling_seconds: float = 0.0
     _compiled: dict[str, LossMaker] = dataclasses.field(default_factory=dict)
     _segments: GrowingWhereNeeded = dataclasses.field(init=False)
 
@@ -77,6 +86,8 @@ class Search:
         """``plan`` as it runs; None where it does not fit, or cannot run."""
         if Graphs.name not in plan.levers:
             self.forget_captures()
+        if Compile.name in plan.levers and not self._may_compile(plan):
+            return None
         start, outcome = time.perf_counter(), trying(plan)
         try:
             plan, rung = self._segments.measured(plan, self._rung)
@@ -92,6 +103,9 @@ class Search:
             self._refuse(Compile.name, f"the compiler cannot take it ({str(error).splitlines()[0]})")
             outcome.refused("the compiler cannot take it")
             return None
+        finally:
+            if Compile.name in plan.levers:
+                self._compiling_seconds += time.perf_counter() - start
         outcome.found(rung, self.most)
         if rung is None or rung.peak_bytes > self.most:
             return None
@@ -120,6 +134,25 @@ class Search:
         """Gives back what libraries took for the stream of captures: no plan without them holds it."""
         counters.take_workspaces(self.declared.device)
 
+    def _may_compile(self, plan: Plan) -> bool:
+        """Whether that is worth the seconds, or done already; the reason is kept where it is not."""
+        if _as_compiled(plan) in self._compiled:
+            return True
+        gained_seconds = self.all_steps_seconds * (1 - _LEAST_COMPILED_SHARE)
+        if gained_seconds < _LEAST_COMPILING_SECONDS:
+            self.reasons[Compile.name] = (
+                f"not tried: all steps together take {format_seconds(self.all_steps_seconds)}, "
+                "which compiling would not pay back"
+            )
+        elif self._compiling_seconds > _LOOKING_SHARE * self.all_steps_seconds:
+            self.reasons[Compile.name] = (
+                f"looked for during {format_seconds(self._compiling_seconds)}, and no longer: all steps together take "
+                f"{format_seconds(self.all_steps_seconds)}"
+            )
+        else:
+            return True
+        return False
+
     def _rung(self, plan: Plan) -> Rung | None:
         with own_code_under(plan.levers, self.declared):
             return self._measured(plan)
@@ -138,9 +171,13 @@ class Search:
         """What runs ``plan``; what was compiled for it before is captured as it is."""
         if execution.compiler is None:
             return programs_of(execution)
-        same = (Graphs.name, ConvolutionAlgorithms.name, ExpandableSegments.name)
-        levers = repr({name: knobs for name, knobs in plan.levers.items() if name not in same})
-        return programs_of(execution, self._compiled.setdefault(levers, loss_maker_of(execution)))
+        return programs_of(execution, self._compiled.setdefault(_as_compiled(plan), loss_maker_of(execution)))
 
     def _refuse(self, name: str, found: str) -> None:
         self.reasons[name] = f"refused: {found}"
+
+
+def _as_compiled(plan: Plan) -> str:
+    """What is equal for plans whose chunks the compiler makes one function of."""
+    same = (Graphs.name, ConvolutionAlgorithms.name, ExpandableSegments.name)
+    return repr({name: knobs for name, knobs in plan.levers.items() if name not in same})

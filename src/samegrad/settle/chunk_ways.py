@@ -2,8 +2,8 @@
 
 What a program keeps and how fast it is is known when it is there, and a compiler takes tens of seconds, so few are
 tried. Each way (nothing runs again, every block does) begins with the rows that its followed step was predicted to
-fit with. What lies between the two is looked for by what was measured of both (``mixed_ways.py``); a model without
-blocks goes to as many rows as fit by what a row takes.
+fit with; where nothing runs again it goes on to as many as fit by what a row takes, and all rows at once that run
+nothing twice end the search. What lies between the two is looked for by what was measured of both (``mixed_ways.py``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from samegrad.settle.edits import Levers, even_rows, makes_room, plan_anew, rows
 from samegrad.settle.mixed_ways import mixed_candidates
 from samegrad.settle.one_chunk_way import LEAST_KEPT_SHARE, ROOM_FRACTION, Way, measured_captured, tried_rows
 
-# Sizes of chunk of which one must fit, and those that are tried of a model without blocks when one did.
+# Sizes of chunk of which one must fit, and those that are tried when one did.
 _MOST_TOO_LARGE = 3
 _MOST_ROWS_TRIED = 2
+# All rows at once over those to begin with, up to which nothing runs again first: a compiler keeps less than Python.
+_WORTH_KEEPING = 4
 # More rows at a time than these are worth another program.
 _WORTH_MORE_ROWS = 1.5
 
@@ -68,11 +70,12 @@ def _beside(
 ) -> Iterator[Tried]:
     pinned, blocks = options.rows is not None, search.blocks()
     kept, again = (Way.of(levers, some, settled, search) for some in ([], blocks))
-    # All rows at once and nothing twice is the fastest, where it fits.
-    ways = [kept, again] if kept.first_rows(settled, search) == settled.batch_rows else [again, kept]
+    # All rows at once and nothing twice is the fastest, where it fits. Few rows tell little of whether it would.
+    keeps_first = kept.first_rows(settled, search) * _WORTH_KEEPING >= settled.batch_rows
+    ways = [kept, again] if keeps_first else [again, kept]
     for way in ways if blocks else [kept]:
         # What lies between two ways is looked for when both are known.
-        most_rows_tried = 1 if blocks else _MOST_ROWS_TRIED
+        most_rows_tried = _MOST_ROWS_TRIED if way is kept and (keeps_first or not blocks) else 1
         for one in _by_rows(settled, way, refusable, search, pinned=pinned, most_rows_tried=most_rows_tried):
             yield one
             way.fitted.append(one)

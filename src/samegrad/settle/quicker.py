@@ -87,8 +87,8 @@ def quicker_plan(
         for candidate in captured_with_blocks_again(best.plan, search, slower_seconds=best.rung.seconds):
             if _pays(candidate, best, options):
                 best = candidate
-    # What launches hid of another layout shows in replays, and where a compiler fuses what stands between convolutions.
-    if laid_out and Layout.name not in best.plan.levers and best is not launched:
+    # What launches hid of another layout shows in replays; a compiler lays out what it compiles by itself.
+    if laid_out and best is not launched and not best.plan.levers.keys() & {Layout.name, Compile.name}:
         best = _with_kernels({Layout.name: {}}, best, search, options)
     if convolves:
         best = _with_kernels({ConvolutionAlgorithms.name: {}}, best, search, options)
@@ -151,6 +151,7 @@ def _candidates(best: Tried, search: Search, options: Options) -> Iterator[Tried
         if found is not None:
             captured.append(found)
     yield from captured
+    fastest = min([best, *captured], key=lambda one: one.rung.seconds)
     if options.allow < Compile.exactness:
         search.reasons[Compile.name] = f"not allowed: {Compile.exactness.explained()} ({Compile.exactness.name})"
     elif options.expected_steps is None:
@@ -159,6 +160,7 @@ def _candidates(best: Tried, search: Search, options: Options) -> Iterator[Tried
             "say expected_steps="
         )
     else:
+        search.all_steps_seconds = options.expected_steps * fastest.rung.seconds
         # Compiled chunks are captured too.
         yield from compiled_candidates(settled, search, options)
         return
@@ -166,7 +168,6 @@ def _candidates(best: Tried, search: Search, options: Options) -> Iterator[Tried
     may_be_better = not captured or Recompute.name in settled.levers
     may_take_others = options.rows is None and search.measurement.ways.by_rows is not None
     if may_be_better and may_take_others and Graphs.name not in search.reasons:
-        fastest = min([best, *captured], key=lambda one: one.rung.seconds)
         yield from captured_candidates(settled, search, options, slower_seconds=fastest.rung.seconds)
 
 
