@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from samegrad.measure import caps
 from samegrad.measure.allocator_rules import SEGMENT_ROUNDING_BYTES, AllocatorRules
-from samegrad.measure.caps import Goal, find_cap, predict_reserved
+from samegrad.measure.caps import Goal, find_cap, predict_reserved, steady_against
 from samegrad.measure.replay import Request, repeat_steps, replay
 
 from .traces import MIB, chain
@@ -46,6 +46,29 @@ def test_the_caps_are_those_that_trying_every_one_finds(
         # What holes are left above were not seen by the tries, and are few.
         assert sum(every[place:]) >= 0.9 * len(every[place:])
     assert found.smallest.cap_bytes <= found.steady.cap_bytes <= top
+
+
+@settings(max_examples=25, deadline=None)
+@given(SIZES, st.integers(0, 2**30), RULES, st.floats(0.2, 1.3))
+@example([300_000, 300_000, 300_000], 0, AllocatorRules(), 0.2)
+def test_against_a_limit_a_few_replays_say_whether_it_holds_and_about_what_would(
+    sizes: list[int], seed: int, rules: AllocatorRules, share: float
+) -> None:
+    activations = [1 + (size * (seed % 89 + 1)) % (25 * MIB) for size in sizes]
+    requests = repeat_steps(chain(sizes, activations))
+    free = replay(requests, rules).lowest_equal_cap_bytes
+    limit = max(SEGMENT_ROUNDING_BYTES, int(share * free) // SEGMENT_ROUNDING_BYTES * SEGMENT_ROUNDING_BYTES)
+    found = steady_against(requests, rules, limit)
+    assert found.fits is (limit >= free or replay(requests, rules, cap_bytes=limit).steady)
+    if found.fits:
+        assert found.cap_bytes == limit
+        return
+    assert found.cap_bytes > limit and replay(requests, rules, cap_bytes=found.cap_bytes).steady
+    # Somewhat below it fails, unless more memory hurts.
+    lower = found.cap_bytes - max(2 * SEGMENT_ROUNDING_BYTES, int(0.04 * limit))
+    every = serving(requests, Goal.STEADY, rules, free)
+    in_order = every == sorted(every)
+    assert not in_order or lower <= limit or not every[lower // SEGMENT_ROUNDING_BYTES]
 
 
 def test_under_the_steady_cap_later_steps_are_free_of_retries_and_2_mebibytes_less_they_are_not() -> None:

@@ -32,6 +32,10 @@ class Listener(Protocol):
         """Whether what was ``repeating`` last is taken for so many more chunks of its size, which then do not run."""
         ...
 
+    def running_again(self) -> AbstractContextManager[None]:
+        """Blocks run again inside, and may end in the middle of a module: after it is again what was before."""
+        ...
+
 
 _listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("samegrad_listener", default=None)
 _phase: contextvars.ContextVar[Phase | None] = contextvars.ContextVar("samegrad_phase", default=None)

@@ -30,6 +30,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from samegrad import trees
 from samegrad.errors import CannotSplit
+from samegrad.exact.phases import listener_now
 
 _LEAVE_OUT = "leave that part out of the blocks to recompute"
 # What torch says where a transform of torch.func meets hooks on saved tensors, or a node of ours.
@@ -182,6 +183,8 @@ class Region:
         self._calls: list[_Bound] = []
         self._saved: list[tuple[weakref.ref[Saved], _Look]] = []
         self._running = False
+        # Backward may run in another thread, where it is not set.
+        self._listener = listener_now()
 
     @property
     def names(self) -> str:
@@ -224,7 +227,8 @@ class Region:
                 do=_LEAVE_OUT,
             )
         again = _SecondRun(self.names, self._saved)
-        with torch.enable_grad(), saved_tensors_hooks(again.pack, _itself):
+        heard = contextlib.nullcontext() if self._listener is None else self._listener.running_again()
+        with heard, torch.enable_grad(), saved_tensors_hooks(again.pack, _itself):
             try:
                 handed: list[Any] = []
                 for bound in self._calls:

@@ -47,6 +47,11 @@ def standing(plan: Plan, declared: DeclaredStep) -> Iterator[Around]:
         yield functools.partial(_around, [stack.enter_context(lever.standing(declared)) for lever in levers])
 
 
+def stands_between_steps(plan: Plan) -> bool:
+    """Whether something stands under ``standing``."""
+    return any(isinstance(lever, StandingLever) for lever in levers_of(plan))
+
+
 @contextlib.contextmanager
 def _around(levers: Sequence[Around]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:

@@ -16,6 +16,8 @@ from samegrad.measure.replay import Replay, Request, replay
 
 # How many caps above the one that was found are tried, evenly spaced.
 _TRIED_ABOVE = 8
+# Of a limit, how near a cap above it is looked for.
+_NEAR_FRACTION = 0.02
 
 
 class Goal(enum.Enum):
@@ -45,6 +47,34 @@ class Reserved:
     free_running: Replay
     steady: Cap
     smallest: Cap
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Against:
+    """Whether a step stays steady under a limit. ``cap_bytes``: the limit, or somewhat more than the cap above it."""
+
+    fits: bool
+    cap_bytes: int
+    peak_allocated_bytes: int
+
+
+def steady_against(requests: Sequence[Request], rules: AllocatorRules, most_bytes: int) -> Against:
+    """Whether ``requests`` of several steps stay steady under ``most_bytes``; a few replays, where a cap takes many."""
+    free_running = replay(requests, rules)
+    allocated_bytes, serving = free_running.peak_allocated_bytes, free_running.lowest_equal_cap_bytes
+    fits = serving <= most_bytes or replay(requests, rules, cap_bytes=most_bytes, stop_at_unsteady=True).steady
+    failing = max(most_bytes, allocated_bytes)
+    while not fits and serving - failing > _NEAR_FRACTION * most_bytes:
+        cap = _between(failing, serving)
+        if cap is None:
+            break
+        if replay(requests, rules, cap_bytes=cap, stop_at_unsteady=True).steady:
+            serving = cap
+        else:
+            failing = cap
+    return Against(
+        fits=fits, cap_bytes=most_bytes if fits else max(serving, failing), peak_allocated_bytes=allocated_bytes
+    )
 
 
 def predict_reserved(

@@ -110,6 +110,9 @@ class ByteCounter(LookingOn):
         finally:
             self._repeating -= 1
 
+    def running_again(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def stands_in(self, times: int) -> bool:
         """Never: what is counted runs."""
         return False

@@ -89,9 +89,10 @@ class Recorder(LookingOn):
         self._own_paths = [""]
         self._module_of_node: dict[int, str] = {}
         self._known: dict[int, tuple[Any, int]] = {}
+        self._unseen = False
         self._stood_before: list[tuple[int, int, int]] = []
-        self._written = Written()
-        self._repetition = Repetition(self._written)
+        self.written = Written()
+        self._repetition = Repetition(self.written)
         self.phase = Phase.FORWARD
         self.step = 0
         self.failure: Failure | None = None
@@ -118,6 +119,14 @@ class Recorder(LookingOn):
         for key, (storage, number) in self._known.items():
             self._known[key] = storage, left.get(number, number)
         return True
+
+    @contextlib.contextmanager
+    def running_again(self) -> Iterator[None]:
+        depth = len(self._modules)
+        try:
+            yield
+        finally:
+            del self._modules[depth:], self._own_paths[depth:]
 
     # What storages are for.
 
@@ -146,15 +155,31 @@ class Recorder(LookingOn):
         node = torch._C._current_autograd_node()
         return "" if node is None else self._module_of_node.get(node._sequence_nr(), "")
 
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """A block in which nothing is written down."""
+        before, self._unseen = self._unseen, True
+        try:
+            yield
+        finally:
+            self._unseen = before
+
+    def stand_in(self, number: int) -> Tensor:
+        """A tensor of bytes that is the storage of ``number`` from now on, which was taken and is nobody's yet."""
+        with self.unseen():
+            tensor = torch.empty(self.written.sizes_bytes[number], dtype=torch.uint8, device=self._dispatch.device)
+        self._know(tensor.untyped_storage(), number)
+        return tensor
+
     @property
     def operations(self) -> list[Operation]:
-        return self._written.operations
+        return self.written.operations
 
     def events(self) -> tuple[MemoryEvent, ...]:
         """All events so far, each under what its storage was for in the end."""
         return tuple(
-            MemoryEvent(storage, change, operation, self._written.categories[storage])
-            for storage, change, operation in (*self._stood_before, *self._written.events)
+            MemoryEvent(storage, change, operation, self.written.categories[storage])
+            for storage, change, operation in (*self._stood_before, *self.written.events)
         )
 
     @contextlib.contextmanager
@@ -189,7 +214,7 @@ class Recorder(LookingOn):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:
+        if self._unseen or func is torch.ops.prim.device.default:
             return self._dispatch.call(func, args, kwargs)
         module = self._noted_module()
         given = operation_costs.tensors_in((*args, *kwargs.values()))
@@ -241,7 +266,7 @@ class Recorder(LookingOn):
         twin = self.twins.of(tensor, "a tensor that the step brings from elsewhere") if known is None else known
         storage = twin.untyped_storage()
         if known is None and twin.device.type == self._device_type and storage._cdata not in self._known:
-            number = self._written.number(storage.nbytes(), Category.BUFFERS)
+            number = self.written.number(storage.nbytes(), Category.BUFFERS)
             self._known[storage._cdata] = weakref.ref(storage), number
             self._stood_before.append((number, storage.nbytes(), -1))
         return twin.detach()
@@ -290,28 +315,32 @@ class Recorder(LookingOn):
         taken: dict[int, list[int]] = {}
         for change in changes_bytes:
             if change > 0:
-                number = self._written.number(change, Category.TEMPORARY)
+                number = self.written.number(change, Category.TEMPORARY)
                 taken.setdefault(change, []).append(number)
             else:
                 number = taken[-change].pop()
-            self._written.events.append((number, change, index))
+            self.written.events.append((number, change, index))
 
     def _see(self, storage: torch.UntypedStorage, category: Category, *, relabel: bool = False) -> None:
         key = storage._cdata
         if key in self._known:
             if relabel:
-                self._written.categories[self._known[key][1]] = category
+                self.written.categories[self._known[key][1]] = category
             return
         size = storage.nbytes()
         if size == 0:
             return
-        number = self._written.number(size, category)
+        number = self.written.number(size, category)
+        self._know(storage, number)
+        self.written.events.append((number, size, len(self.operations) - 1))
+
+    def _know(self, storage: torch.UntypedStorage, number: int) -> None:
+        key = storage._cdata
         self._known[key] = weakref.ref(storage, lambda _: self._free(key)), number
-        self._written.events.append((number, size, len(self.operations) - 1))
 
     def _free(self, key: int) -> None:
         _, number = self._known.pop(key)
-        self._written.events.append((number, -self._written.sizes_bytes[number], len(self.operations) - 1))
+        self.written.events.append((number, -self.written.sizes_bytes[number], len(self.operations) - 1))
 
 
 def _bus_bytes(func: Any, given: list[Tensor]) -> int:

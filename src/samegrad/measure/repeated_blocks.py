@@ -45,6 +45,13 @@ class Written:
         self.categories.append(category)
         return len(self.sizes_bytes) - 1
 
+    @contextlib.contextmanager
+    def block(self) -> Iterator[list[Block]]:
+        """What is written down inside, in the list that it gives once it has ended."""
+        first_operation, first_event, found = len(self.operations), len(self.events), list[Block]()
+        yield found
+        found.append(Block(first_operation, first_event, len(self.operations), len(self.events)))
+
 
 class Repetition:
     """Blocks that repeat, as they are written down."""
@@ -57,15 +64,13 @@ class Repetition:
     @contextlib.contextmanager
     def block(self) -> Iterator[None]:
         """One of them, inside."""
-        operations, events = self._written.operations, self._written.events
-        first_operation, first_event = len(operations), len(events)
         self._loops.append([])
         try:
-            yield
+            with self._written.block() as done:
+                yield
         finally:
             self._loops.pop()
-            done = Block(first_operation, first_event, len(operations), len(events))
-            self._loops[-1] = [*self._loops[-1][-1:], done]
+            self._loops[-1] = [*self._loops[-1][-1:], *done]
 
     def written_again(self, times: int) -> dict[int, int] | None:
         """Writes the last block down so many more times; None, and nothing, where it is not what the one before did.

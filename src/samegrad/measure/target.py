@@ -10,7 +10,7 @@ import torch
 from samegrad.exact.tf32 import Tf32Products
 from samegrad.measure import counters
 from samegrad.measure.allocator_rules import AllocatorRules, read_allocator_rules
-from samegrad.measure.caps import Reserved, predict_reserved
+from samegrad.measure.caps import Against, Reserved, predict_reserved, steady_against
 from samegrad.measure.cards import Card
 from samegrad.measure.devices import Calibration, calibration_in_words, find_calibration, find_card
 from samegrad.measure.events import Operation, Trace
@@ -111,6 +111,10 @@ class Target:
         """Whether the traced step, run over and over, gives no cached memory back under a cap after its second turn."""
         rules = self._rules(expandable_segments)
         return replay(self._requests(trace), rules, cap_bytes=cap_bytes, stop_at_unsteady=True).steady
+
+    def against(self, trace: Trace, most_bytes: int, *, expandable_segments: bool = False) -> Against:
+        """Whether the traced step, run over and over, stays steady under ``most_bytes``, and about what it needs."""
+        return steady_against(self._requests(trace), self._rules(expandable_segments), most_bytes)
 
     def with_workspaces(self, trace: Trace) -> Trace:
         """The trace with what its libraries take on the card, for what is told of its moments."""

@@ -35,6 +35,7 @@ from samegrad.measure.events import MemoryEvent, Operation, Trace
 from samegrad.measure.failures import explained, first_line
 from samegrad.measure.recorder import Recorder
 from samegrad.measure.replaced import generators_at_rest
+from samegrad.measure.second_step import Again
 from samegrad.measure.shadows import (
     NamedModules,
     Numbers,
@@ -116,6 +117,7 @@ def trace_step(
     run: Run | None = None,
     sizes: Sequence[int] | None = None,
     stands: Stands | None = None,
+    repeats: bool = False,
 ) -> Trace:
     """Two steps of ``declared`` on ``batch``: ``run``, the optimizer's step, gradients cleared.
 
@@ -124,7 +126,8 @@ def trace_step(
     is followed on CUDA leaves its batch on the host. For as long as this takes, torch's CUDA kernels for autocast and a
     few layers are replaced, in other threads too. ``run``: by default the plain step. ``sizes``: written down as the
     chunks' rows. ``stands``: what stands on the twins before the first step and until after the last,
-    and yields what goes around each backward.
+    and yields what goes around each backward. ``repeats``: this step is known to do the same in both up to the
+    optimizer's turn, which spares running the second.
     Raises CannotTrace, with the module and the operation, for what needs values, and for what the step raises.
     """
     dispatch, notes = _dispatch(device)
@@ -132,7 +135,7 @@ def trace_step(
     modules = named_modules(declared)
     notes |= _notes_on(declared, modules)
     run = plainly() if run is None else run
-    operations, events, pieces = _followed(declared, batch, dispatch, run, stands or _nothing_stands, notes)
+    operations, events, pieces = _followed(declared, batch, dispatch, run, stands or _nothing_stands, notes, repeats)
     unsure = sorted({operation.name for operation in operations} & _UNSURE.keys())
     return Trace(
         operations=operations,
@@ -184,12 +187,14 @@ def _followed(
     run: Run,
     stands: Stands,
     notes: dict[str, str],
+    repeats: bool,
 ) -> tuple[tuple[Operation, ...], tuple[MemoryEvent, ...], dict[int, tuple[int, ...]]]:
     with _in_place(declared, batch, dispatch) as (recorder, standing, rows), stands(standing) as around:
         # What was put in another's place is for what that was for.
         recorder.twins.forget_replaced()
         _claim_residents(recorder, standing, rows)
         pieces = _pieces(recorder, standing)
+        run = Again(recorder, run) if repeats else run
         for index in range(STEPS):
             recorder.step = index
             _one_step(standing, rows, recorder, run, around, notes)

@@ -14,6 +14,7 @@ from samegrad.errors import CannotTrace, UsageError
 from samegrad.exact.aliases import ParameterAliases
 from samegrad.levers.recompute import Recompute
 from samegrad.measure.events import Trace
+from samegrad.measure.second_step import repeats_itself
 from samegrad.measure.target import Target
 from samegrad.measure.trace_reading import CUDA_BLOCK_BYTES, peak_bytes
 from samegrad.plan.options import Options
@@ -49,7 +50,7 @@ def followed_beside(
         target, look = Target.at_hand(declared.device), look_at_step(declared, batch, layout)
         step = FollowedStep(declared, aliases, batch, layout, target, measurement.ways, look)
         plain = step.trace_whole({})
-        step = with_blocks(step, plain)
+        step = with_blocks(dataclasses.replace(step, repeats=repeats_itself(plain)), plain)
         ways, refusals = traced_ways(step, plain)
         known = {name: why for name, why in refusals.items() if name not in footprint.refusals}
         kept = {n: why for n, why in footprint.refusals.items() if n != Recompute.name or Recompute.name in refusals}

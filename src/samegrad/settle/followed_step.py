@@ -24,7 +24,7 @@ from samegrad.exact.losses import LossForm
 from samegrad.exact.split import sliced_chunks
 from samegrad.exact.step_draws import StepDraws
 from samegrad.exact.unit_chain import UnitChain, find_units
-from samegrad.execute.apply import applied, chunked_step, standing
+from samegrad.execute.apply import applied, chunked_step, standing, stands_between_steps
 from samegrad.execute.ways import Ways
 from samegrad.measure.events import Trace
 from samegrad.measure.target import Target
@@ -83,7 +83,8 @@ class FollowedStep:
     """A step that is planned for ``target``. ``ways``: to run it in chunks, as examined or, without data, assumed.
 
     ``look``: what one look at it shows. ``blocks``: the paths of modules that may run again in backward, each entry by
-    itself or as one with those beside it.
+    itself or as one with those beside it. ``repeats``: whether the plain step did the same twice when it was followed,
+    so that the second turn of others need not be.
     """
 
     declared: DeclaredStep
@@ -94,6 +95,7 @@ class FollowedStep:
     ways: Ways
     look: Look
     blocks: tuple[tuple[str, ...], ...] = ()
+    repeats: bool = False
 
     @property
     def batch_stands_on_device(self) -> bool:
@@ -110,15 +112,18 @@ class FollowedStep:
         # Levers are asked for the device that is planned for; what stands between steps stands on the twins alone.
         there = dataclasses.replace(self.declared, device=_CUDA)
         stands = functools.partial(standing, plan)
+        repeats = self.repeats and not stands_between_steps(plan)
         with applied(plan, there, self.layout.rows) as execution:
             declared = dataclasses.replace(execution.declared, device=self.declared.device)
             if execution.runs_whole or execution.sizes is None:
                 plain = plainly(StepDraws(self.ways.sites))
-                return trace_step(declared, self.batch, run=plain, stands=stands)
+                return trace_step(declared, self.batch, run=plain, stands=stands, repeats=repeats)
             sizes = self._followed_sizes(execution.sizes, whole=execution.scheme is not None)
             batch = trees.first_rows(self.batch, self.layout, sum(sizes))
             step = chunked_step(execution, self.aliases, self.ways, stream_chunks)
-            return trace_step(declared, batch, run=in_chunks(step, sizes), sizes=sizes, stands=stands)
+            return trace_step(
+                declared, batch, run=in_chunks(step, sizes), sizes=sizes, stands=stands, repeats=repeats
+            )
 
     def trace_whole(self, levers: dict[str, dict[str, Any]], rows: int | None = None) -> Trace:
         """The step with ``levers`` on its first ``rows`` rows (None: all of them) at once. Raises CannotTrace."""

@@ -26,6 +26,7 @@ from samegrad.levers import unsuited_levers
 from samegrad.levers.recompute import Recompute
 from samegrad.measure.census import count_residents
 from samegrad.measure.events import Trace
+from samegrad.measure.second_step import repeats_itself
 from samegrad.measure.target import Target
 from samegrad.measure.trace import trace_step
 from samegrad.measure.trace_reading import (
@@ -60,7 +61,7 @@ def follow(
     look = look_at_step(declared, batch, layout)
     plain = trace_step(declared, batch)
     ways, examined = _ways(declared, aliases, batch, layout, look, total_flops(plain) / layout.rows)
-    step = FollowedStep(declared, aliases, batch, layout, target, ways, look)
+    step = FollowedStep(declared, aliases, batch, layout, target, ways, look, repeats=repeats_itself(plain))
     if ways.sites is not None:
         plain = step.trace_whole({})
     step = with_blocks(step, plain)

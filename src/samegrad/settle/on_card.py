@@ -39,6 +39,8 @@ _CLEARLY = 0.98
 # And by how much a plan must be smaller than the last one of its levers that was too large, each of which costs a
 # trace; the smallest with these levers is tried however little it is.
 _SMALLER = 0.98
+# What is larger by no more than this may fit where the other did not: segments lie otherwise.
+_ALIKE = 1.01
 # Of what a budget allows, below which a plan that fits leaves room for one that was passed over.
 _NEAR = 0.85
 # And of the seconds of what was passed over, above which it is looked at once more.
@@ -69,7 +71,7 @@ def settle_on_card(
     # They come fastest first, and of the same levers each next one smaller.
     smallest_of = {frozenset(plan.levers): plan for plan in ladder}
     smallest = min(ladder, key=lambda plan: plan.predicted_peak_bytes or 0)
-    least: Smallest | None = None
+    least: _Judged | None = None
     for plan in ladder:
         kind, peak = frozenset(plan.levers), plan.predicted_peak_bytes or 0
         least_above = min(above.get(kind, plain_above), plain_above)
@@ -79,27 +81,53 @@ def settle_on_card(
             continue
         outcome = trying(plan)
         try:
-            plan, predicted = _followed(step, footprint, plan, most, is_last=plan is smallest)
+            judged = _judged(step, footprint, plan, most, is_last=plan is smallest)
         except CannotTrace as error:
             outcome.refused(error.found)
             unfollowed.append(f"{named(plan)} cannot be followed ({error.found})")
             continue
-        cap = predicted.steady_cap_bytes or 0
-        outcome.found(Rung(cap, predicted.seconds or 0.0), most)
-        if cap <= most:
-            quickest = min((one.predicted_seconds or 0.0 for one in passed_over), default=math.inf)
-            if cap < _NEAR * most or (predicted.seconds or 0.0) > _SLOWER * quickest:
-                plan, predicted = _quicker(step, footprint, passed_over, (plan, predicted), most)
-            settled = dataclasses.replace(
-                plan, budget=budget, predicted_peak_bytes=predicted.steady_cap_bytes,
-                predicted_seconds=predicted.seconds,
-            )  # fmt: skip
-            return settled, predicted
-        above[kind] = min(above.get(kind, math.inf), cap / max(1, peak))
+        outcome.found(Rung(judged.cap_bytes, judged.seconds), most)
+        if judged.fits:
+            # Of the same levers, what is larger than one that failed does not fit.
+            open_still = [
+                one for one in passed_over
+                if (one.predicted_peak_bytes or 0) < _ALIKE * failed.get(frozenset(one.levers), math.inf)
+            ]  # fmt: skip
+            quickest = min((one.predicted_seconds or 0.0 for one in open_still), default=math.inf)
+            if judged.seconds > _SLOWER * quickest or _leaves_room(step, judged, most):
+                judged = _quicker(step, footprint, open_still, judged, most)
+            predicted = footprint_of(step, footprint, judged.plan, judged.trace)
+            # A larger cap may serve less well: then what is just above the limit decides.
+            if (predicted.steady_cap_bytes or 0) <= most:
+                settled = dataclasses.replace(
+                    judged.plan, budget=budget, predicted_peak_bytes=predicted.steady_cap_bytes,
+                    predicted_seconds=predicted.seconds,
+                )  # fmt: skip
+                return settled, predicted
+        above[kind] = min(above.get(kind, math.inf), judged.cap_bytes / max(1, peak))
         failed[kind] = peak
-        if least is None or cap < (least.predicted.steady_cap_bytes or 0):
-            least = Smallest(named(plan), predicted)
-    raise _nothing_fits(footprint, options, budget, least, unfollowed)
+        if least is None or judged.cap_bytes < least.cap_bytes:
+            least = judged
+    told = None
+    if least is not None:
+        told = Smallest(named(least.plan), footprint_of(step, footprint, least.plan, least.trace))
+    raise _nothing_fits(footprint, options, budget, told, unfollowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judged:
+    """A plan, in the segments that serve it, as it was followed. ``cap_bytes``: as of ``caps.Against``."""
+
+    plan: Plan
+    trace: Trace
+    fits: bool
+    cap_bytes: int
+    seconds: float
+
+
+def _leaves_room(step: FollowedStep, judged: _Judged, most: int) -> bool:
+    grows = ExpandableSegments.name in judged.plan.levers
+    return step.target.keeps(judged.trace, int(_NEAR * most), expandable_segments=grows)
 
 
 def _nothing_fits(
@@ -120,12 +148,8 @@ def _nothing_fits(
 
 
 def _quicker(
-    step: FollowedStep,
-    footprint: Footprint,
-    passed_over: Sequence[Plan],
-    found: tuple[Plan, Footprint],
-    most: int,
-) -> tuple[Plan, Footprint]:
+    step: FollowedStep, footprint: Footprint, passed_over: Sequence[Plan], found: _Judged, most: int
+) -> _Judged:
     """The quickest of the plans that were ``passed_over`` and fit after all, else ``found``.
 
     They come quickest first, and of the same levers each next one smaller, so that half of them are not looked at: of
@@ -136,42 +160,43 @@ def _quicker(
         middle = (low + high) // 2
         outcome = trying(passed_over[middle])
         try:
-            plan, predicted = _followed(step, footprint, passed_over[middle], most)
+            judged = _judged(step, footprint, passed_over[middle], most)
         except CannotTrace as error:
             outcome.refused(error.found)
             low = middle + 1
             continue
-        cap, seconds = predicted.steady_cap_bytes or 0, predicted.seconds or 0.0
-        outcome.found(Rung(cap, seconds), most)
-        if cap > most:
+        outcome.found(Rung(judged.cap_bytes, judged.seconds), most)
+        if not judged.fits:
             low = middle + 1
             continue
         high = middle
-        if seconds < (found[1].seconds or 0.0):
-            found = plan, predicted
+        if judged.seconds < found.seconds:
+            found = judged
     return found
 
 
-def _followed(
+def _judged(
     step: FollowedStep, footprint: Footprint, plan: Plan, most: int, *, is_last: bool = False
-) -> tuple[Plan, Footprint]:
-    """``plan`` and what is predicted under it; where only segments that grow keep it within ``most``, both in those.
+) -> _Judged:
+    """``plan`` followed; where only segments that grow keep it within ``most``, in those.
 
     ``is_last``: where those are too large as well, they are told all the same if they need less.
     """
     trace, name = step.trace(plan), ExpandableSegments.name
-    predicted = footprint_of(step, footprint, plan, trace)
-    cap = predicted.steady_cap_bytes or 0
-    if cap <= most or name in footprint.refusals:
-        return plan, predicted
-    may_fit = predicted.peak_allocated_bytes <= most
-    # One cap takes a tenth of what it takes to find the smallest.
+    seconds = _seconds(step, trace)
+    fixed = step.target.against(trace, most, expandable_segments=name in plan.levers)
+    judged = _Judged(plan, trace, fixed.fits, fixed.cap_bytes, seconds)
+    if fixed.fits or name in footprint.refusals:
+        return judged
+    may_fit = fixed.peak_allocated_bytes <= most
+    # One cap takes less than it takes to find the smallest.
     if not is_last and not (may_fit and step.target.keeps(trace, most, expandable_segments=True)):
-        return plan, predicted
-    why = f"taken: without it the allocator would need {format_bytes(cap)}, and the budget allows {format_bytes(most)}"
-    grown = in_growing(plan, why)
-    found = footprint_of(step, footprint, grown, trace)
-    return (grown, found) if (found.steady_cap_bytes or 0) < cap else (plan, predicted)
+        return judged
+    growing = step.target.against(trace, most, expandable_segments=True)
+    if growing.cap_bytes >= fixed.cap_bytes:
+        return judged
+    why = f"taken: without it the allocator would need more than the {format_bytes(most)} that the budget allows"
+    return _Judged(in_growing(plan, why), trace, growing.fits, growing.cap_bytes, seconds)
 
 
 def in_growing(plan: Plan, why: str) -> Plan:
@@ -206,12 +231,7 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan, trace: Tr
     reserved = step.target.reserve(trace, expandable_segments=ExpandableSegments.name in plan.levers)
     shown = step.target.with_workspaces(trace)
     peak = find_peak(shown, round_to=CUDA_BLOCK_BYTES)
-    seconds = step.target.seconds_of(trace)
-    last = sum(s for operation, s in zip(trace.operations, seconds) if operation.step == 1)
     rows = max(trace.sizes)
-    followed = sum(trace.sizes)
-    # Chunks that were not followed take what the others do; the optimizer's turn comes once.
-    turn = sum(s for o, s in zip(trace.operations, seconds) if o.step == 1 and o.phase is Phase.OPTIMIZER)
     try:
         laws = predict_plan(footprint, plan.levers)
     except NotMeasured:
@@ -225,13 +245,21 @@ def footprint_of(step: FollowedStep, footprint: Footprint, plan: Plan, trace: Tr
         peak_reserved_bytes=reserved.free_running.peak_reserved_bytes,
         steady_cap_bytes=reserved.steady.cap_bytes,
         smallest_cap_bytes=reserved.smallest.cap_bytes,
-        seconds=turn + (last - turn) * step.layout.rows / followed,
+        seconds=_seconds(step, trace),
         by_category={category: amount for category, amount in peak.by_category.items() if amount},
         by_phase=peak_by_phase(shown, round_to=CUDA_BLOCK_BYTES),
         by_module=by_module_at(shown, peak),
         at_peak=tensors_at(shown, peak),
         timeline=timeline(shown),
     )
+
+
+def _seconds(step: FollowedStep, trace: Trace) -> float:
+    """Of a whole step: chunks that were not followed take what the others do; the optimizer's turn comes once."""
+    seconds = step.target.seconds_of(trace)
+    last = sum(s for operation, s in zip(trace.operations, seconds) if operation.step == 1)
+    turn = sum(s for o, s in zip(trace.operations, seconds) if o.step == 1 and o.phase is Phase.OPTIMIZER)
+    return turn + (last - turn) * step.layout.rows / sum(trace.sizes)
 
 
 def named(plan: Plan) -> str:
