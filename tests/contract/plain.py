@@ -73,7 +73,8 @@ def assert_close(ours: Gradients, plain: Gradients) -> None:
         assert (found is None) == (expected is None), name
         if expected is not None and found is not None:
             found, expected = found.detach(), expected.detach()
-            largest = max(float(expected.abs().max()), 1e-3)
+            # What rows give before they cancel is not known here; of these models it is no smaller.
+            largest = max(float(expected.abs().max()), 1e-2)
             error = float((found.double() - expected.double()).abs().max())
             assert error <= tolerance.entry_allowed(expected.dtype) * largest, (name, error)
 

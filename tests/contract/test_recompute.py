@@ -73,7 +73,8 @@ def worst(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
     largest = max(float(value.abs().max()) for value in gradients)
     shares = []
     for key, value in plain.items():
-        scale = 8 * tolerance.entry_scale(float(value.double().abs().max()), largest)
+        # For what rows give before they cancel; processors round the products of an LSTM in orders of their own.
+        scale = 16 * tolerance.entry_scale(float(value.double().abs().max()), largest)
         apart = float((ours[key].double() - value.double()).abs().max())
         shares.append(apart / (tolerance.entry_allowed(torch.float64) * scale))
     return max(shares)
