@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from samegrad.json_record import Record
@@ -58,6 +59,15 @@ class UnitTable(Record):
     rows: int
     resident_bytes: int
     units: tuple[Unit, ...]
+
+    @functools.cached_property
+    def forward_seconds(self) -> float:
+        return sum(unit.forward_seconds for unit in self.units)
+
+    @functools.cached_property
+    def plain_seconds(self) -> float:
+        """Every unit forward and backward once."""
+        return self.forward_seconds + sum(unit.backward_seconds for unit in self.units)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

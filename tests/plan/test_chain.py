@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samegrad.errors import BadInput
-from samegrad.plan.chain import HostLink, Moment, plain_stages, predict_chain
+from samegrad.plan.chain import HostLink, Moment, chain_peak_bytes, plain_stages, predict_chain
 from samegrad.plan.heights import Chain, Stage, Way
 from samegrad.unit_tables import Unit
 
@@ -117,6 +117,15 @@ def test_what_is_on_its_way_still_stands() -> None:
     assert [later[k, Moment.FORWARD] for k in range(3)] == [0, 95, 35]
     assert [later[k, Moment.BACKWARD] for k in range(3)] == [0, 95, 0]
     assert slow.stall_seconds == 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(units=chains(most_units=4))
+def test_the_peak_alone_is_that_of_all_positions(units: list[Unit]) -> None:
+    chain = Chain.of(units)
+    for stages in every_choice(units):
+        expected = predict_chain(chain, stages, resident_bytes=1000).peak_bytes
+        assert chain_peak_bytes(chain, stages, resident_bytes=1000) == expected
 
 
 def test_no_link_at_all_is_one_that_takes_no_time() -> None:

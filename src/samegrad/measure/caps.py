@@ -59,16 +59,27 @@ class Against:
 
 
 def steady_against(requests: Sequence[Request], rules: AllocatorRules, most_bytes: int) -> Against:
-    """Whether ``requests`` of several steps stay steady under ``most_bytes``; a few replays, where a cap takes many."""
+    """Whether ``requests`` of several steps stay steady under ``most_bytes``, and under what was tried above it.
+
+    A few replays, where a cap takes many.
+    """
     free_running = replay(requests, rules)
     allocated_bytes, serving = free_running.peak_allocated_bytes, free_running.lowest_equal_cap_bytes
-    fits = serving <= most_bytes or replay(requests, rules, cap_bytes=most_bytes, stop_at_unsteady=True).steady
+
+    def is_steady(cap_bytes: int) -> bool:
+        return replay(requests, rules, cap_bytes=cap_bytes, stop_at_unsteady=True).steady
+
     failing = max(most_bytes, allocated_bytes)
+    fits = serving <= most_bytes
+    if not fits and is_steady(most_bytes):
+        # From the top, where the first failure is the one that counts.
+        refuting = next((cap for cap in reversed(_above(most_bytes, serving)) if not is_steady(cap)), None)
+        fits, failing = refuting is None, max(failing, refuting or 0)
     while not fits and serving - failing > _NEAR_FRACTION * most_bytes:
         cap = _between(failing, serving)
         if cap is None:
             break
-        if replay(requests, rules, cap_bytes=cap, stop_at_unsteady=True).steady:
+        if is_steady(cap):
             serving = cap
         else:
             failing = cap

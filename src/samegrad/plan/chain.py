@@ -126,6 +126,18 @@ def predict_chain(
     )
 
 
+def chain_peak_bytes(chain: Chain, stages: Sequence[Stage], *, resident_bytes: int = 0) -> int:
+    """The peak that ``predict_chain`` gives of stages of which none waits for the host. Raises BadInput as it does."""
+    check_stages(chain, stages)
+    base, peak = resident_bytes, resident_bytes
+    for stage in stages:
+        heights = chain.heights(stage)
+        for each in (heights.forward, heights.recompute, heights.backward):
+            peak = max(peak, base + int(each.max(initial=0)))
+        base += chain.left_bytes(stage)
+    return peak
+
+
 def predicted_choice(
     chain: Chain, stages: Sequence[Stage], *, resident_bytes: int, link: HostLink, in_flight_bytes: int
 ) -> ChainChoice:

@@ -37,6 +37,10 @@ class Reasons:
         return {}
 
     @functools.cached_property
+    def _predicted(self) -> dict[str, Footprint]:
+        return {}
+
+    @functools.cached_property
     def _plain(self) -> Footprint:
         return predict_plan(self.footprint, {})
 
@@ -61,7 +65,7 @@ class Reasons:
             return "only chunks travel to the device"
         without = {other: knobs for other, knobs in plan.levers.items() if other not in (name, HostRows.name)}
         try:
-            other = predict_plan(self.footprint, without)
+            other = self._under(without)
         except BadInput:
             # The rest is no plan by itself.
             other, without = self._plain, {}
@@ -79,7 +83,7 @@ class Reasons:
             return f"{share} (predicted)"
         if less_bytes < 0:
             share = f"takes {format_bytes(-less_bytes)} more{beside}{_cost(other.seconds, plan.predicted_seconds)}"
-        pinned = predict_plan(self.footprint, plan.levers).host_bytes
+        pinned = self._under(plan.levers).host_bytes
         return f"{share}{f', pins {format_bytes(pinned)} on the host' if pinned else ''} (predicted)"
 
     def _refused(self, plan: Plan, refused: str) -> str:
@@ -114,7 +118,7 @@ class Reasons:
         """What the step gains and pays by a lever that leaves its chunks as they are, with nothing else."""
         levers = {lever.name: lever().knobs()}
         try:
-            found = predict_plan(self.footprint, levers)
+            found = self._under(levers)
         except BadInput:
             return "what it would save was not measured"
         less = self._less_bytes({}, levers, self._plain.peak_allocated_bytes, found.peak_allocated_bytes)
@@ -133,9 +137,16 @@ class Reasons:
             return before - with_bytes
         return without_bytes - with_bytes
 
+    def _under(self, levers: _Levers) -> Footprint:
+        """Raises BadInput where they are no plan."""
+        # Rungs of one ladder are compared with the same few plans.
+        key = repr(levers)
+        if key not in self._predicted:
+            self._predicted[key] = predict_plan(self.footprint, dict(levers))
+        return self._predicted[key]
+
     def _followed_bytes(self, levers: _Levers) -> int | None:
         levers = {name: knobs for name, knobs in levers.items() if name != ExpandableSegments.name}
-        # Rungs of one ladder are compared with the same few plans.
         key = repr(levers)
         if key not in self._followed:
             found = predict_traced(self.footprint, levers)

@@ -117,8 +117,8 @@ class _Front:
 
     def _stages(self, index: int) -> list[Stage]:
         stages: list[Stage] = []
-        unit, level = 0, int(self.levels[index])
-        while unit < len(self.chain):
+        unit, level, end = 0, int(self.levels[index]), len(self.chain)
+        while unit < end:
             pick = int(self.picks[unit][level])
             stages.append(self.options[unit].stages[pick])
             level -= int(self.ticks[unit][pick])

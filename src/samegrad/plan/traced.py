@@ -13,8 +13,8 @@ from samegrad.levers import Lever, find_levers
 from samegrad.levers._variants import chunk_sizes
 from samegrad.levers.recompute import Recompute
 from samegrad.levers.split_rows import SplitRows
-from samegrad.plan.chain import ChainChoice, plain_stages, predict_chain
-from samegrad.plan.heights import Stage, Way
+from samegrad.plan.chain import ChainChoice, chain_peak_bytes, plain_stages
+from samegrad.plan.heights import Chain, Stage, Way
 from samegrad.plan.options import Options
 from samegrad.plan.solve import pareto
 from samegrad.plan.whole_ways import has_room, is_allowed
@@ -47,11 +47,13 @@ def traced_candidates(footprint: Footprint, options: Options, budget: Budget | N
 
     ``budget``: whose host memory the plans keep within, for any amount on the device.
     """
+    # Ways that differ in what is resident alone have the very same units.
+    solved: dict[int, tuple[ChainChoice, ...]] = {}
     found = [
         candidate
         for way in footprint.traced
         if is_allowed(way, options.allow)
-        for candidate in _of_way(way, footprint, options, budget)
+        for candidate in _of_way(way, footprint, options, budget, solved)
     ]
     found.sort(key=lambda c: (c.seconds, c.peak_bytes, len(c.levers)))
     return list(worth_trying(found, footprint.counting, kind=_names_of, peak_bytes=lambda c: c.peak_bytes))
@@ -97,8 +99,13 @@ def predict_traced(footprint: Footprint, levers: dict[str, dict[str, Any]]) -> F
 
 
 def _of_way(
-    way: TracedWay, footprint: Footprint, options: Options, budget: Budget | None
+    way: TracedWay,
+    footprint: Footprint,
+    options: Options,
+    budget: Budget | None,
+    solved_by_units: dict[int, tuple[ChainChoice, ...]],
 ) -> Iterator[Candidate]:
+    """``solved_by_units``: the choices that were found before, by the units' ``id``."""
     splits = SplitRows.refusal(footprint) is None and options.allow >= SplitRows.exactness
     recomputes = Recompute.refusal(footprint) is None
     for rows in _rows_to_try(way, footprint, options):
@@ -107,7 +114,9 @@ def _of_way(
             continue
         tables = way.later_tables if len(sizes) > 1 and way.later_tables else way.tables
         table = _table_for(tables, max(sizes))
-        for choice in pareto(table.units if recomputes else _fixed(table)):
+        if id(table.units) not in solved_by_units:
+            solved_by_units[id(table.units)] = pareto(table.units if recomputes else _fixed(table))
+        for choice in solved_by_units[id(table.units)]:
             solved = _Solved(table, table.resident_bytes + choice.peak_bytes)
             peak_bytes, seconds = _predicted(way, footprint, sizes, choice.stages, solved)
             split = [SplitRows(rows)] if len(sizes) > 1 else []
@@ -199,7 +208,7 @@ def _predicted(
         peak_bytes = max(peak_bytes, beside_bytes + _peak_bytes(_table_for(way.tables, sizes[0]), stages))
     for size in sorted(set(sizes)):
         table = _table_for(way.tables, size)
-        each = _seconds(table, stages) + (passes - 1) * sum(unit.forward_seconds for unit in table.units)
+        each = _seconds(table, stages) + (passes - 1) * table.forward_seconds
         seconds += sizes.count(size) * (each * size / table.rows + way.chunk_seconds)
     return peak_bytes, seconds
 
@@ -207,15 +216,13 @@ def _predicted(
 def _peak_bytes(table: UnitTable, stages: Sequence[Stage], solved: _Solved | None = None) -> int:
     if solved is not None and solved.table is table:
         return solved.peak_bytes
-    return predict_chain(table.units, stages, resident_bytes=table.resident_bytes).peak_bytes
+    return chain_peak_bytes(Chain.of(table.units), stages, resident_bytes=table.resident_bytes)
 
 
 def _seconds(table: UnitTable, stages: Sequence[Stage]) -> float:
     """Forward and backward of the units, and the forwards that run again."""
-    again = [unit for s in stages if s.way is Way.RECOMPUTE for unit in table.units[s.first : s.last + 1]]
-    return sum(unit.forward_seconds + unit.backward_seconds for unit in table.units) + sum(
-        unit.forward_seconds for unit in again
-    )
+    again = [table.units[s.first : s.last + 1] for s in stages if s.way is Way.RECOMPUTE]
+    return table.plain_seconds + sum(unit.forward_seconds for stretch in again for unit in stretch)
 
 
 def plain_peak_bytes(table: UnitTable) -> int:
