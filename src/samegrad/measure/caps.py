@@ -51,7 +51,7 @@ class Reserved:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Against:
-    """Whether a step stays steady under a limit. ``cap_bytes``: the limit, or somewhat more than the cap above it."""
+    """Whether a step's steady cap is within a limit. ``cap_bytes``: that cap, or about it where the limit fails."""
 
     fits: bool
     cap_bytes: int
@@ -59,9 +59,9 @@ class Against:
 
 
 def steady_against(requests: Sequence[Request], rules: AllocatorRules, most_bytes: int) -> Against:
-    """Whether ``requests`` of several steps stay steady under ``most_bytes``, and under what was tried above it.
+    """Whether the steady cap of ``requests`` of several steps is within ``most_bytes``.
 
-    A few replays, where a cap takes many.
+    Where it is not, a few replays say so, and about where it lies; to find it takes many.
     """
     free_running = replay(requests, rules)
     allocated_bytes, serving = free_running.peak_allocated_bytes, free_running.lowest_equal_cap_bytes
@@ -69,23 +69,13 @@ def steady_against(requests: Sequence[Request], rules: AllocatorRules, most_byte
     def is_steady(cap_bytes: int) -> bool:
         return replay(requests, rules, cap_bytes=cap_bytes, stop_at_unsteady=True).steady
 
+    if serving <= most_bytes or is_steady(most_bytes):
+        cap_bytes = find_cap(requests, Goal.STEADY, rules, free_running=free_running).cap_bytes
+        return Against(fits=cap_bytes <= most_bytes, cap_bytes=cap_bytes, peak_allocated_bytes=allocated_bytes)
     failing = max(most_bytes, allocated_bytes)
-    fits = serving <= most_bytes
-    if not fits and is_steady(most_bytes):
-        # From the top, where the first failure is the one that counts.
-        refuting = next((cap for cap in reversed(_above(most_bytes, serving)) if not is_steady(cap)), None)
-        fits, failing = refuting is None, max(failing, refuting or 0)
-    while not fits and serving - failing > _NEAR_FRACTION * most_bytes:
-        cap = _between(failing, serving)
-        if cap is None:
-            break
-        if is_steady(cap):
-            serving = cap
-        else:
-            failing = cap
-    return Against(
-        fits=fits, cap_bytes=most_bytes if fits else max(serving, failing), peak_allocated_bytes=allocated_bytes
-    )
+    while serving - failing > _NEAR_FRACTION * most_bytes and (cap := _between(failing, serving)) is not None:
+        serving, failing = (cap, failing) if is_steady(cap) else (serving, cap)
+    return Against(fits=False, cap_bytes=max(serving, failing), peak_allocated_bytes=allocated_bytes)
 
 
 def predict_reserved(

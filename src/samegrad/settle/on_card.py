@@ -94,16 +94,14 @@ def settle_on_card(
                 if (one.predicted_peak_bytes or 0) < _ALIKE * failed.get(frozenset(one.levers), math.inf)
             ]  # fmt: skip
             quickest = min((one.predicted_seconds or 0.0 for one in open_still), default=math.inf)
-            if judged.seconds > _SLOWER * quickest or _leaves_room(step, judged, most):
+            if judged.seconds > _SLOWER * quickest or judged.cap_bytes < _NEAR * most:
                 judged = _quicker(step, footprint, open_still, judged, most)
             predicted = footprint_of(step, footprint, judged.plan, judged.trace)
-            # A larger cap may serve less well: then what is just above the limit decides.
-            if (predicted.steady_cap_bytes or 0) <= most:
-                settled = dataclasses.replace(
-                    judged.plan, budget=budget, predicted_peak_bytes=predicted.steady_cap_bytes,
-                    predicted_seconds=predicted.seconds,
-                )  # fmt: skip
-                return settled, predicted
+            settled = dataclasses.replace(
+                judged.plan, budget=budget, predicted_peak_bytes=predicted.steady_cap_bytes,
+                predicted_seconds=predicted.seconds,
+            )  # fmt: skip
+            return settled, predicted
         above[kind] = min(above.get(kind, math.inf), judged.cap_bytes / max(1, peak))
         failed[kind] = peak
         if least is None or judged.cap_bytes < least.cap_bytes:
@@ -123,11 +121,6 @@ class _Judged:
     fits: bool
     cap_bytes: int
     seconds: float
-
-
-def _leaves_room(step: FollowedStep, judged: _Judged, most: int) -> bool:
-    grows = ExpandableSegments.name in judged.plan.levers
-    return step.target.keeps(judged.trace, int(_NEAR * most), expandable_segments=grows)
 
 
 def _nothing_fits(
