@@ -75,9 +75,9 @@ class Step:
     found. ``head`` names the nn.Linear whose logits only the loss takes, where it is not the last one: a plan may then
     run that loss in chunks, and with ``rows`` it does. ``plain_forward``: what ``forward`` must equal where it computes
     the same by other means, such as rows shared out over devices; verification compares with it. ``expected_steps``:
-    how many steps the plan is for, which decides whether compiling pays, and how long it is looked for: a twentieth of
-    what all steps take. ``groups`` is refused until the lever behind it exists. ``host_budget``: what plans may pin on
-    the host, by default what is free there.
+    how many steps the plan is for, which decides whether compiling pays, and how long it is looked for: after a
+    twentieth of what all steps take no further candidate is compiled. ``groups`` is refused until the lever behind it
+    exists. ``host_budget``: what plans may pin on the host, by default what is free there.
     """
 
     def __init__(
